@@ -1,0 +1,36 @@
+#include "device_info.h"
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+
+namespace exaonepath {
+namespace {
+
+void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+  }
+}
+
+}  // namespace
+
+std::vector<DeviceInfo> cuda_devices() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver) {
+    cudaGetLastError();  // "no device" (or no driver at all) is an answer, not an error to leave behind
+    return {};
+  }
+  check(status, "cudaGetDeviceCount");
+  std::vector<DeviceInfo> devices;
+  for (int i = 0; i < count; ++i) {
+    cudaDeviceProp properties{};
+    check(cudaGetDeviceProperties(&properties, i), "cudaGetDeviceProperties");
+    devices.push_back({properties.name, properties.major, properties.minor, properties.multiProcessorCount,
+                       properties.totalGlobalMem, properties.sharedMemPerBlockOptin});
+  }
+  return devices;
+}
+
+}  // namespace exaonepath

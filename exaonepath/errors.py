@@ -1,0 +1,57 @@
+"""Every error this package raises on purpose, under one base class.
+
+A message says what was wrong, where (file, key, row), and what to do about it. Errors caused by an argument are also
+`ValueError`, so that code written against plain Python conventions catches them.
+"""
+
+
+class ExaonePathError(Exception):
+    """Base of all errors raised by exaonepath."""
+
+
+class SettingsError(ExaonePathError, ValueError):
+    """An argument or option has a value that cannot be used (patch size <= 0, unknown backend, ...)."""
+
+
+class ConfigError(SettingsError):
+    """A model configuration holds an unknown key or an impossible value."""
+
+
+class DeviceError(SettingsError):
+    """The requested device or dtype is not available on this machine."""
+
+
+class BackendError(ExaonePathError, RuntimeError):
+    """The requested compute backend cannot run here, or not on this input."""
+
+
+class SlideError(ExaonePathError):
+    """Something is wrong with a slide file."""
+
+
+class SlideOpenError(SlideError):
+    """The slide is missing, unreadable, truncated, has no level, or is not a slide at all."""
+
+
+class SlideReadError(SlideError):
+    """Pixels of an opened slide could not be read, also not through a fresh handle."""
+
+
+class SlideSkippedError(SlideError):
+    """The slide was refused by a limit the caller set (`max_seg_pixels`); the reason is also on disk."""
+
+
+class OutputError(ExaonePathError, OSError):
+    """An output folder or file cannot be written (permissions, disk full, not a folder)."""
+
+
+class OutputCollisionError(OutputError):
+    """The output would overwrite the result of a different slide, or two inputs would write the same file."""
+
+
+class DataFileError(ExaonePathError):
+    """An input HDF5 file is corrupt, incomplete, lacks a dataset, or its datasets do not fit together."""
+
+
+class WeightsError(ExaonePathError):
+    """Weights cannot be found, or do not match the model (missing, unexpected or misshapen keys)."""

@@ -1,0 +1,182 @@
+"""A slide file opened through OpenSlide, with the few facts the rest of the package needs from it.
+
+OpenSlide handles latch their first error: every later call on the handle fails too. `SlideImage.read_region` therefore
+drops a failed handle and tries once more on a fresh one before it gives up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import openslide
+
+from exaonepath.errors import SlideOpenError, SlideReadError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MPP = 0.5
+_SAMPLE_BLOCKS, _SAMPLE_BYTES = 64, 1 << 16
+
+
+class SlideImage:
+    """An opened whole-slide image. Safe to share between threads; usable as a context manager.
+
+    Attributes:
+        path: the slide file.
+        name: file stem, the id used in every output file name.
+        level_dimensions: (width, height) of each level, in pixels.
+        level_downsamples: (W0 / Wl, H0 / Hl) of each level: the exact pair, not OpenSlide's rounded scalar.
+        mpp: micrometres per pixel at level 0.
+        mpp_source: which property `mpp` came from, or "assumed".
+
+    Raises:
+        SlideOpenError: the file is missing, unreadable, truncated, has no level, or is not a slide.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.name = self.path.stem
+        self._lock = threading.Lock()
+        self._closed = False
+        self._slide: openslide.OpenSlide | None = _open(self.path)
+        self._broken: list[openslide.OpenSlide] = []
+        properties = self._slide.properties
+        self.properties: dict[str, str] = dict(properties)
+        self.level_dimensions: tuple[tuple[int, int], ...] = tuple(self._slide.level_dimensions)
+        if not self.level_dimensions or min(self.level_dimensions[0]) <= 0:
+            self.close()
+            raise SlideOpenError(f"{self.path} has no image level; it cannot be used as a slide")
+        w0, h0 = self.level_dimensions[0]
+        self.level_downsamples = tuple((w0 / w, h0 / h) for w, h in self.level_dimensions)
+        self.mpp, self.mpp_source = _microns_per_pixel(self.properties)
+        if self.mpp_source == "assumed":
+            logger.warning("%s states neither MPP nor objective power; assuming %.2f um per pixel", self.path, self.mpp)
+        self._fingerprint: str | None = None
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """(width, height) of level 0 in pixels."""
+        return self.level_dimensions[0]
+
+    def get_best_level_for_downsample(self, downsample: float) -> int:
+        """OpenSlide's choice of level for a wanted downsample factor."""
+        return int(self._handle().get_best_level_for_downsample(downsample))
+
+    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> np.ndarray:
+        """Pixels of one region as RGBA.
+
+        Args:
+            location: (x, y) of the top left corner at level 0, in pixels; may lie outside the slide.
+            level: pyramid level to read.
+            size: (width, height) at that level, in pixels.
+
+        Returns:
+            uint8 [height, width, 4]; areas outside the slide are (0, 0, 0, 0).
+
+        Raises:
+            SlideReadError: the region cannot be read, also not through a fresh handle.
+        """
+        handle = self._handle()
+        try:
+            return np.asarray(handle.read_region(location, level, size))
+        except openslide.OpenSlideError as first:
+            logger.warning("%s: reading %s at level %d failed (%s); trying a fresh handle", self.path, location, level, first)
+            self._discard(handle)
+        try:
+            handle = self._handle()
+            return np.asarray(handle.read_region(location, level, size))
+        except openslide.OpenSlideError as exc:
+            self._discard(handle)
+            raise SlideReadError(
+                f"{self.path}: cannot read the {size[0]} x {size[1]} region at {tuple(location)}, level {level}: {exc}"
+            ) from exc
+
+    def thumbnail(self, longest_side: int) -> np.ndarray:
+        """Whole slide as RGB uint8 [h, w, 3], white where the slide is transparent, at most `longest_side` pixels."""
+        image = self._handle().get_thumbnail((longest_side, longest_side))
+        return np.asarray(image.convert("RGB"))
+
+    def fingerprint(self) -> str:
+        """Hash that identifies the slide's content: file size, 64 blocks spread over the file, OpenSlide's quickhash.
+
+        Reads 4 MiB at most, so it is cheap for a file of any size, and survives copying and renaming.
+        """
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            size = self.path.stat().st_size
+            digest.update(f"{size}:{self.properties.get('openslide.quickhash-1', '')}".encode())
+            with self.path.open("rb") as file:
+                for i in range(_SAMPLE_BLOCKS):
+                    file.seek((size - 1) * i // _SAMPLE_BLOCKS)
+                    digest.update(file.read(_SAMPLE_BYTES))
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def close(self) -> None:
+        """Close the file. Reading afterwards raises `SlideReadError`."""
+        with self._lock:
+            handles = [*self._broken, *([self._slide] if self._slide else [])]
+            self._slide, self._broken, self._closed = None, [], True
+        for handle in handles:
+            handle.close()
+
+    def _handle(self) -> openslide.OpenSlide:
+        with self._lock:
+            if self._closed:
+                raise SlideReadError(f"{self.path} was closed")
+            if self._slide is None:
+                self._slide = _open(self.path)
+            return self._slide
+
+    def _discard(self, handle: openslide.OpenSlide) -> None:
+        # Other threads may still be inside the handle: it is closed together with the slide, not now.
+        with self._lock:
+            if self._slide is handle:
+                self._slide = None
+                self._broken.append(handle)
+
+    def __enter__(self) -> SlideImage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        w, h = self.dimensions
+        return f"SlideImage({str(self.path)!r}, {w} x {h}, {len(self.level_dimensions)} levels, mpp={self.mpp:g})"
+
+
+def _open(path: Path) -> openslide.OpenSlide:
+    if not path.exists():
+        raise SlideOpenError(f"{path}: no such file")
+    try:
+        return openslide.OpenSlide(path)
+    except openslide.OpenSlideUnsupportedFormatError as exc:
+        raise SlideOpenError(f"{path} is not a slide in a format that OpenSlide reads") from exc
+    except (openslide.OpenSlideError, OSError) as exc:
+        raise SlideOpenError(f"{path} cannot be opened as a slide ({exc}); the file may be truncated") from exc
+
+
+def _microns_per_pixel(properties: dict[str, str]) -> tuple[float, str]:
+    for key in ("openslide.mpp-x", "aperio.MPP"):
+        value = _positive_number(properties.get(key))
+        if value is not None:
+            return value, key
+    power = _positive_number(properties.get("openslide.objective-power"))
+    if power is not None:
+        return 10.0 / power, "openslide.objective-power"
+    return DEFAULT_MPP, "assumed"
+
+
+def _positive_number(text: str | None) -> float | None:
+    try:
+        value = float(text) if text is not None else math.nan
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value > 0 else None

@@ -1,0 +1,138 @@
+"""Files that appear whole or not at all, and the hashes that tell whether a stored result is still valid.
+
+Everything the package writes goes through `atomic_path`: written beside the target, synced, renamed. Everything it reads
+back from HDF5 goes through `open_h5`, which turns the many ways a file can be broken into one `DataFileError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from exaonepath.errors import DataFileError, OutputError
+
+# Only readable by setting it, which is process wide: done once, at import, not while other threads create files.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+def ensure_folder(folder: str | os.PathLike[str]) -> Path:
+    """Create `folder` (and parents) and check that it can be written; raises `OutputError` otherwise."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # os.access is wrong on some network file systems and for root; creating a file is the only honest test.
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as exc:
+        raise _output_error(path, exc) from exc
+    return path
+
+
+@contextmanager
+def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; on a clean exit sync it and rename it to `target`, else delete it.
+
+    Raises `OutputError` when the folder is missing, read-only or full.
+    """
+    path = Path(target)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as exc:
+        raise _output_error(path, exc) from exc
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _sync(temporary)
+        # mkstemp makes 0600 files; give the result the permissions any other new file would have.
+        temporary.chmod(0o666 & ~_UMASK)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as exc:
+        if isinstance(exc, OutputError):
+            raise
+        raise _output_error(path, exc) from exc
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_h5(target: str | os.PathLike[str]) -> Iterator[h5py.File]:
+    """`atomic_path` for an HDF5 file opened for writing."""
+    with atomic_path(target) as temporary:
+        with h5py.File(temporary, "w") as file:
+            yield file
+
+
+def write_text(target: str | os.PathLike[str], text: str) -> None:
+    """Write a text file atomically (UTF-8)."""
+    with atomic_path(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def open_h5(path: str | os.PathLike[str], required: Iterable[str] = ()) -> Iterator[h5py.File]:
+    """Open an HDF5 file for reading and check that the `required` datasets are there.
+
+    Raises `DataFileError` when the file is missing, is not HDF5, is truncated, or lacks a dataset.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataFileError(f"{path}: no such file")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as exc:
+        raise DataFileError(
+            f"{path} cannot be read as HDF5 ({exc}); it is corrupt or half written: delete it and run the stage again"
+        ) from exc
+    with file:
+        missing = [name for name in required if not isinstance(file.get(name), h5py.Dataset)]
+        if missing:
+            raise DataFileError(f"{path} lacks {', '.join(missing)}; it holds {sorted(file) or 'nothing'}")
+        yield file
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """Hex digest of a settings mapping, independent of key order; values must be plain JSON types."""
+    return hashlib.sha256(canonical_json(settings).encode()).hexdigest()
+
+
+def canonical_json(settings: Mapping[str, Any]) -> str:
+    """JSON text with sorted keys and no white space: equal settings give equal text."""
+    return json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as exc:
+        # Folders (and some network file systems) refuse fsync; the rename is still atomic there.
+        if exc.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _output_error(path: Path, exc: OSError) -> OutputError:
+    if exc.errno == errno.ENOSPC or "No space left" in str(exc):
+        advice = "the disk is full: free some space and run again, finished work is kept"
+    elif exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        advice = "no permission to write there: choose another output folder"
+    elif exc.errno == errno.ENOENT:
+        advice = "the folder does not exist"
+    elif exc.errno in (errno.EEXIST, errno.ENOTDIR):
+        advice = "a file stands where a folder is needed"
+    else:
+        advice = "check the output folder"
+    return OutputError(f"cannot write {path}: {exc.strerror or exc} ({advice})")

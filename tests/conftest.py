@@ -1,0 +1,44 @@
+"""Fixtures every test may use. What needs ../shared/data skips, visibly, where that folder is absent."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("EXAONEPATH_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+# No test may reach for a network, also by accident.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of slides and golden files; skips where it is absent."""
+    if not DATA.is_dir():
+        pytest.skip(f"golden data not found at {DATA} (set EXAONEPATH_TEST_DATA)")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def golden(data_dir: Path):
+    """Load a golden file by its stem: `golden("slide_encoder_tiny")`."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(data_dir / "golden" / f"{name}.npz", allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def fill_weights(data_dir: Path):
+    """`fill(shapes, seed)`: the deterministic weights the goldens were made with."""
+    spec = importlib.util.spec_from_file_location("golden_weights", data_dir / "weights.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.fill
