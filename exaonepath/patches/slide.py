@@ -1,7 +1,8 @@
 """A slide file opened through OpenSlide, with the few facts the rest of the package needs from it.
 
 OpenSlide handles latch their first error: every later call on the handle fails too. `SlideImage.read_region` therefore
-drops a failed handle and tries once more on a fresh one before it gives up.
+drops a failed handle and tries once more on a fresh one before it gives up. That second try has its handle for itself:
+on a shared one, the bad region of one thread would fail the good region of another.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import logging
 import math
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +47,10 @@ class SlideImage:
         self.name = self.path.stem
         self._lock = threading.Lock()
         self._closed = False
+        self._cache: openslide.OpenSlideCache | None = None
         self._slide: openslide.OpenSlide | None = _open(self.path)
-        self._broken: list[openslide.OpenSlide] = []
+        # Readers inside each handle, by id. A handle is closed when it is retired and its last reader has left.
+        self._readers: dict[int, int] = {}
         properties = self._slide.properties
         self.properties: dict[str, str] = dict(properties)
         self.level_dimensions: tuple[tuple[int, int], ...] = tuple(self._slide.level_dimensions)
@@ -66,7 +71,15 @@ class SlideImage:
 
     def get_best_level_for_downsample(self, downsample: float) -> int:
         """OpenSlide's choice of level for a wanted downsample factor."""
-        return int(self._handle().get_best_level_for_downsample(downsample))
+        with self._reading() as handle:
+            return int(handle.get_best_level_for_downsample(downsample))
+
+    def set_cache_bytes(self, capacity: int) -> None:
+        """Keep up to `capacity` bytes of decoded tiles (OpenSlide's default is 32 MiB), on fresh handles too."""
+        cache = openslide.OpenSlideCache(capacity)
+        with self._reading() as handle:
+            handle.set_cache(cache)
+        self._cache = cache
 
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> np.ndarray:
         """Pixels of one region as RGBA.
@@ -82,24 +95,30 @@ class SlideImage:
         Raises:
             SlideReadError: the region cannot be read, also not through a fresh handle.
         """
-        handle = self._handle()
+        with self._reading() as handle:
+            try:
+                return np.asarray(handle.read_region(location, level, size))
+            except openslide.OpenSlideError as exc:
+                self._retire(handle)
+                first = exc
+        logger.warning(
+            "%s: reading %s at level %d failed (%s); trying a fresh handle", self.path, location, level, first
+        )
+        fresh = self._open_fresh()
         try:
-            return np.asarray(handle.read_region(location, level, size))
-        except openslide.OpenSlideError as first:
-            logger.warning("%s: reading %s at level %d failed (%s); trying a fresh handle", self.path, location, level, first)
-            self._discard(handle)
-        try:
-            handle = self._handle()
-            return np.asarray(handle.read_region(location, level, size))
+            pixels = np.asarray(fresh.read_region(location, level, size))
         except openslide.OpenSlideError as exc:
-            self._discard(handle)
+            fresh.close()
             raise SlideReadError(
                 f"{self.path}: cannot read the {size[0]} x {size[1]} region at {tuple(location)}, level {level}: {exc}"
             ) from exc
+        self._adopt(fresh)
+        return pixels
 
     def thumbnail(self, longest_side: int) -> np.ndarray:
         """Whole slide as RGB uint8 [h, w, 3], white where the slide is transparent, at most `longest_side` pixels."""
-        image = self._handle().get_thumbnail((longest_side, longest_side))
+        with self._reading() as handle:
+            image = handle.get_thumbnail((longest_side, longest_side))
         return np.asarray(image.convert("RGB"))
 
     def fingerprint(self) -> str:
@@ -119,27 +138,60 @@ class SlideImage:
         return self._fingerprint
 
     def close(self) -> None:
-        """Close the file. Reading afterwards raises `SlideReadError`."""
+        """Close the file (as soon as no other thread reads it). Reading afterwards raises `SlideReadError`."""
         with self._lock:
-            handles = [*self._broken, *([self._slide] if self._slide else [])]
-            self._slide, self._broken, self._closed = None, [], True
-        for handle in handles:
+            self._closed = True
+            handle = self._slide
+        if handle is not None:
+            self._retire(handle)
+
+    @contextmanager
+    def _reading(self) -> Iterator[openslide.OpenSlide]:
+        """The shared handle, which stays open at least until the block ends."""
+        with self._lock:
+            if self._slide is None:
+                self._slide = self._open_fresh()
+            handle = self._slide
+            self._readers[id(handle)] = self._readers.get(id(handle), 0) + 1
+        try:
+            yield handle
+        finally:
+            with self._lock:
+                left = self._readers[id(handle)] - 1
+                if left:
+                    self._readers[id(handle)] = left
+                else:
+                    del self._readers[id(handle)]
+                unused = not left and handle is not self._slide
+            if unused:
+                handle.close()
+
+    def _open_fresh(self) -> openslide.OpenSlide:
+        if self._closed:
+            raise SlideReadError(f"{self.path} was closed")
+        handle = _open(self.path)
+        if self._cache is not None:
+            handle.set_cache(self._cache)
+        return handle
+
+    def _retire(self, handle: openslide.OpenSlide) -> None:
+        """Share `handle` no longer; close it now if nobody is inside."""
+        with self._lock:
+            shared = self._slide is handle
+            if shared:
+                self._slide = None
+            unused = shared and id(handle) not in self._readers
+        if unused:
             handle.close()
 
-    def _handle(self) -> openslide.OpenSlide:
+    def _adopt(self, handle: openslide.OpenSlide) -> None:
+        """Share `handle` from now on, or close it where a shared one is open again already."""
         with self._lock:
-            if self._closed:
-                raise SlideReadError(f"{self.path} was closed")
-            if self._slide is None:
-                self._slide = _open(self.path)
-            return self._slide
-
-    def _discard(self, handle: openslide.OpenSlide) -> None:
-        # Other threads may still be inside the handle: it is closed together with the slide, not now.
-        with self._lock:
-            if self._slide is handle:
-                self._slide = None
-                self._broken.append(handle)
+            needed = self._slide is None and not self._closed
+            if needed:
+                self._slide = handle
+        if not needed:
+            handle.close()
 
     def __enter__(self) -> SlideImage:
         return self
