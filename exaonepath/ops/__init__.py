@@ -1,0 +1,19 @@
+"""Operations the models are built of: checked, differentiable, with a choice of backends.
+
+`fragment_layout` sorts tokens once, `rotary` turns coordinates into angles, `fragment_attention` attends inside segments.
+"""
+
+from exaonepath.ops.fragment_attention import ATTENTION_BACKENDS, fragment_attention
+from exaonepath.ops.fragment_layout import FragmentLayout, Segments, build_fragment_layout
+from exaonepath.ops.rotary import Rotation, apply_rotation, rotary_periods
+
+__all__ = [
+    "ATTENTION_BACKENDS",
+    "FragmentLayout",
+    "Rotation",
+    "Segments",
+    "apply_rotation",
+    "build_fragment_layout",
+    "fragment_attention",
+    "rotary_periods",
+]

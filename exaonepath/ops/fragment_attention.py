@@ -1,0 +1,104 @@
+"""Attention over packed tokens, restricted to contiguous segments, with the 2D rotation applied on the way.
+
+One operation, several backends, one result: `eager` is the dense mask written out (tests), `sdpa` calls torch's attention
+segment by segment (any device), `triton` is a reserved name. No backend but `eager` allocates anything of size T x T.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from exaonepath.errors import BackendError, SettingsError
+from exaonepath.ops import cpu_attention
+from exaonepath.ops.fragment_layout import Segments
+from exaonepath.ops.rotary import Rotation, apply_rotation
+from exaonepath.reference.fragment_attention import dense_fragment_attention
+
+ATTENTION_BACKENDS = ("sdpa", "eager", "triton")
+
+
+def fragment_attention(
+    qkv: Tensor,
+    segments: Segments,
+    rotation: Rotation | None = None,
+    *,
+    backend: str = "sdpa",
+    scale: float | None = None,
+) -> Tensor:
+    """Each token attends to the tokens of its own segment.
+
+    Args:
+        qkv: [T, 3, H, D] packed queries, keys and values, floating point, last dimension contiguous.
+        segments: which tokens attend to each other; covers all T tokens.
+        rotation: 2D rotation of queries and keys (RoPE blocks); None leaves them as they are (NoPE blocks).
+        backend: "sdpa", "eager" (holds T x T, for tests), or "triton" (not available yet).
+        scale: factor on the scores; default D ** -0.5.
+
+    Returns:
+        [T, H, D] in qkv's dtype. Differentiable in qkv.
+
+    Raises:
+        SettingsError: shapes, dtype or segments do not fit, or the backend is unknown.
+        BackendError: the backend cannot run here.
+    """
+    if backend not in ATTENTION_BACKENDS:
+        raise SettingsError(f"unknown attention backend {backend!r}; choose one of {', '.join(ATTENTION_BACKENDS)}")
+    if backend == "triton":
+        raise BackendError('the "triton" attention backend is not built yet; use "sdpa"')
+    if qkv.ndim != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
+        raise SettingsError(f"qkv must be floating point [T, 3, H, D], got {qkv.dtype} {list(qkv.shape)}")
+    if segments.n_tokens != qkv.shape[0]:
+        raise SettingsError(f"segments cover {segments.n_tokens} tokens, but qkv holds {qkv.shape[0]}")
+    if rotation is not None and (
+        rotation.positions.shape != (qkv.shape[0], 2) or rotation.periods.numel() * 4 != qkv.shape[3]
+    ):
+        raise SettingsError(
+            f"rotation is for {rotation.positions.shape[0]} tokens of head dimension {4 * rotation.periods.numel()}, "
+            f"but qkv is {list(qkv.shape)}"
+        )
+    scale = qkv.shape[3] ** -0.5 if scale is None else scale
+    q, k, v = qkv.unbind(1)
+    if rotation is not None:
+        cos, sin = rotation.cos_sin
+        q, k = apply_rotation(q, cos, sin), apply_rotation(k, cos, sin)
+    if backend == "eager":
+        return dense_fragment_attention(q, k, v, segments.ids(), scale)
+    return _sdpa(q, k, v, segments, scale)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+    # Written in place without autograd; with it, every slice assignment would copy the whole gradient once.
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _sdpa_with_grad(q, k, v, segments, scale)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for rows, count, length in segments.equal_length_groups:
+        if count == 1 and cpu_attention.can_attend(q, length):
+            cpu_attention.attend_segment(q[rows], k[rows], v[rows], scale, out[rows])
+        else:
+            out[rows] = _attend(q[rows], k[rows], v[rows], count, length, scale)
+    return out
+
+
+def _sdpa_with_grad(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+    parts, order = [], []
+    tokens = torch.arange(q.shape[0], device=q.device)
+    for rows, count, length in segments.equal_length_groups:
+        parts.append(_attend(q[rows], k[rows], v[rows], count, length, scale))
+        order.append(tokens[rows])
+    if not parts:
+        return q * 0  # no token at all: keeps the graph connected
+    packed = torch.cat(parts)
+    inverse = torch.empty_like(tokens)
+    inverse[torch.cat(order)] = tokens
+    return packed.index_select(0, inverse)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, count: int, length: int, scale: float) -> Tensor:
+    """Attention of `count` segments of equal length, [count * length, H, D] each."""
+    heads, dim = q.shape[1:]
+    q, k, v = (x.reshape(count, length, heads, dim).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return out.transpose(1, 2).reshape(count * length, heads, dim)
+

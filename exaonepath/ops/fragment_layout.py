@@ -1,0 +1,191 @@
+"""Packs the tokens of a batch of slides so that every fragment is one contiguous run.
+
+Padding is dropped and the rest is stably sorted by (slide, contour), prefix tokens (contour -1) included. Attention
+restricted to fragments is then block diagonal over segments, no mask tensor exists, and every layer of the encoder runs
+on the same order: the sort is paid once a forward pass, in `build_fragment_layout`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from exaonepath.errors import SettingsError
+
+PREFIX_CONTOUR = -1
+
+# Segments this short are gathered by equal length and run as one batch: a call each would cost more than the work.
+_SHORT = 128
+# Caps of such a batch: CUDA attention kernels put batch x heads into a grid dimension limited to 65,535.
+_MAX_BATCH, _MAX_BATCH_TOKENS = 4096, 1 << 16
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Contiguous runs of packed tokens; a token attends to the tokens of its own run only.
+
+    Attributes:
+        offsets: int64 [S + 1] on the tokens' device, ascending, from 0 to T; segment s is tokens offsets[s]:offsets[s + 1].
+        lengths: the S lengths on the host, all positive; kept so that no layer has to synchronise with the device.
+    """
+
+    offsets: Tensor
+    lengths: tuple[int, ...]
+
+    @staticmethod
+    def from_lengths(lengths: Tensor) -> Segments:
+        """Segments from int64 [S] lengths; empty segments are dropped (they hold no token)."""
+        lengths = lengths[lengths > 0]
+        offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=lengths.device)
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        return Segments(offsets, tuple(lengths.tolist()))
+
+    @property
+    def n_tokens(self) -> int:
+        """T, the number of packed tokens."""
+        return sum(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        """Length of the longest segment; 0 when there is none."""
+        return max(self.lengths, default=0)
+
+    def ids(self) -> Tensor:
+        """int64 [T]: the segment of every packed token."""
+        lengths = self.offsets.diff()
+        return torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
+
+    @cached_property
+    def equal_length_groups(self) -> list[tuple[slice | Tensor, int, int]]:
+        """Every segment once, as (rows, count, length): a slice for a long segment, an index [count * length] for a
+        batch of short segments of one length. Made once, used by every layer."""
+        groups: list[tuple[slice | Tensor, int, int]] = []
+        short: dict[int, list[int]] = {}
+        start = 0
+        for length in self.lengths:
+            if length <= _SHORT:
+                short.setdefault(length, []).append(start)
+            else:
+                groups.append((slice(start, start + length), 1, length))
+            start += length
+        device = self.offsets.device
+        for length, starts in short.items():
+            step = min(_MAX_BATCH, _MAX_BATCH_TOKENS // length)
+            for first in torch.tensor(starts, device=device).split(step):
+                rows = (first[:, None] + torch.arange(length, device=device)).view(-1)
+                groups.append((rows, first.numel(), length))
+        return groups
+
+
+@dataclass(frozen=True)
+class FragmentLayout:
+    """Where every packed token came from, and which tokens attend to each other.
+
+    The caller's tokens are [B, P + N, ...]: P prefix tokens, then N patches, per slide.
+
+    Attributes:
+        source: int64 [T], row of packed token t in the caller's tokens flattened to [B * (P + N), ...].
+        slides: one segment per slide (NoPE blocks).
+        fragments: one segment per (slide, contour) (RoPE blocks).
+        batch: B. n_prefix: P. n_patches: N.
+    """
+
+    source: Tensor
+    slides: Segments
+    fragments: Segments
+    batch: int
+    n_prefix: int
+    n_patches: int
+
+    @property
+    def is_prefix(self) -> Tensor:
+        """bool [T]: packed tokens that are prefix tokens."""
+        return self.source % self._row < self.n_prefix
+
+    @property
+    def slide_index(self) -> Tensor:
+        """int64 [T]: slide of every packed token."""
+        return self.source // self._row
+
+    @property
+    def patch_rows(self) -> Tensor:
+        """int64 [T]: row in [B * N] of every packed patch; 0 at prefix tokens (use with `is_prefix`)."""
+        return (self.slide_index * self.n_patches + self.source % self._row - self.n_prefix).clamp_(min=0)
+
+    @property
+    def _row(self) -> int:
+        return self.n_prefix + self.n_patches
+
+    def unpack_patches(self, packed: Tensor) -> Tensor:
+        """Put packed tokens [T, E] back into the caller's order: [B, N, E], prefix tokens dropped, 0 where masked."""
+        out = packed.new_zeros((self.batch * self._row, packed.shape[-1]))
+        out = out.index_copy(0, self.source, packed)
+        return out.view(self.batch, self._row, -1)[:, self.n_prefix :]
+
+
+def build_fragment_layout(
+    n_prefix: int,
+    mask: Tensor,
+    contour_index: Tensor | None = None,
+) -> FragmentLayout:
+    """Sort the tokens of a batch once, for every layer.
+
+    Args:
+        n_prefix: number of prefix tokens (CLS and storage tokens) in front of each slide's patches; never masked.
+        mask: bool [B, N], True where a patch is valid.
+        contour_index: integer [B, N], the tissue fragment of each patch; -1 joins the prefix tokens. None: no
+            fragment restriction, the prefix tokens included.
+
+    Returns:
+        The layout; tokens of one segment keep the caller's order.
+
+    Raises:
+        SettingsError: shapes or dtypes do not fit.
+    """
+    if mask.ndim != 2 or mask.dtype != torch.bool:
+        raise SettingsError(f"mask must be bool [B, N], got {mask.dtype} {list(mask.shape)}")
+    batch, n_patches = mask.shape
+    device = mask.device
+    row = n_prefix + n_patches
+    prefix_valid = torch.ones((batch, n_prefix), dtype=torch.bool, device=device)
+    valid = torch.cat([prefix_valid, mask], 1)
+    slide_lengths = valid.sum(1)
+    rows = torch.arange(batch * row, device=device).view(batch, row)
+
+    if contour_index is None:
+        source = rows[valid]
+        slides = Segments.from_lengths(slide_lengths)
+        return FragmentLayout(source, slides, slides, batch, n_prefix, n_patches)
+
+    if contour_index.shape != mask.shape:
+        raise SettingsError(f"contour_index is {list(contour_index.shape)}, but mask is {list(mask.shape)}")
+    prefix_contour = torch.full((batch, n_prefix), PREFIX_CONTOUR, dtype=torch.int64, device=device)
+    contour = torch.cat([prefix_contour, _as_integer(contour_index, mask)], 1)
+    # Sorting row by row keeps slides contiguous; `stable` keeps the caller's order inside a fragment.
+    contour, order = torch.sort(contour, dim=1, stable=True)
+    valid = valid.gather(1, order)
+    source = (order + rows[:, :1])[valid] if row else rows.view(-1)
+    packed_contour = contour[valid]
+    packed_slide = source // row if row else source
+    starts = torch.ones_like(source, dtype=torch.bool)
+    starts[1:] = (packed_contour.diff() != 0) | (packed_slide.diff() != 0)
+    bounds = torch.cat([starts.nonzero().view(-1), torch.tensor([source.numel()], device=device)])
+    return FragmentLayout(
+        source, Segments.from_lengths(slide_lengths), Segments.from_lengths(bounds.diff()), batch, n_prefix, n_patches
+    )
+
+
+def _as_integer(contour_index: Tensor, mask: Tensor) -> Tensor:
+    if contour_index.dtype == torch.bool or contour_index.is_complex():
+        raise SettingsError(f"contour_index must be an integer tensor, got {contour_index.dtype}")
+    if not contour_index.is_floating_point():
+        return contour_index.to(torch.int64)
+    # Stored as float by some tools. Padding may hold anything, NaN included, and must not decide.
+    clean = torch.where(mask, contour_index, torch.zeros_like(contour_index))
+    as_integer = clean.to(torch.int64)
+    if not torch.equal(as_integer.to(clean.dtype), clean):
+        raise SettingsError("contour_index holds values that are not whole numbers; it must number the tissue fragments")
+    return as_integer

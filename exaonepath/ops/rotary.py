@@ -1,0 +1,94 @@
+"""2D rotary position embedding (RoPE, arXiv 2104.09864) from level-0 pixel coordinates.
+
+Angles are formed in turns, in float64, with the whole turns taken off before the multiplication by 2 pi: at x = 200,000
+pixels the same product in float32 is wrong from the fourth digit on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from exaonepath.errors import SettingsError
+
+
+def rotary_periods(
+    head_dim: int,
+    base: float | None = 10_000.0,
+    min_period: float | None = None,
+    max_period: float | None = None,
+) -> Tensor:
+    """Periods of the rotation, in patches per turn.
+
+    Args:
+        head_dim: D, a multiple of 4 (two axes, pairs).
+        base: periods are base ** (2j / (D/2)) for j = 0 .. D/4 - 1.
+        min_period, max_period: instead of `base`, periods spaced geometrically from one to the other.
+
+    Returns:
+        float64 [D/4] on the CPU.
+
+    Raises:
+        SettingsError: neither or both forms are given, or a value is not positive.
+    """
+    if head_dim % 4:
+        raise SettingsError(f"2D RoPE needs a head dimension divisible by 4, got {head_dim}")
+    both = min_period is not None and max_period is not None
+    if (base is None) != both or (min_period is None) != (max_period is None):
+        raise SettingsError("give either pos_embed_rope_base or both pos_embed_rope_min_period and ..._max_period")
+    n = head_dim // 4
+    if base is not None:
+        if base <= 0:
+            raise SettingsError(f"pos_embed_rope_base must be positive, got {base}")
+        return base ** (2 * torch.arange(n, dtype=torch.float64) / (head_dim // 2))
+    assert min_period is not None and max_period is not None
+    if not 0 < min_period <= max_period:
+        raise SettingsError(f"RoPE periods must satisfy 0 < min <= max, got {min_period} and {max_period}")
+    exponents = torch.linspace(0, 1, n, dtype=torch.float64)
+    return min_period * (max_period / min_period) ** exponents
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Positions of packed tokens and the periods they are rotated with.
+
+    Attributes:
+        positions: float64 [T, 2], (x, y) in patches; (0, 0) leaves a token as it is (prefix tokens).
+        periods: float64 [D/4], patches per turn.
+    """
+
+    positions: Tensor
+    periods: Tensor
+
+    @staticmethod
+    def from_coords(coords: Tensor, periods: Tensor, patch_size: int) -> Rotation:
+        """Rotation of patches at level-0 pixel coordinates [T, 2]: the patch centre, in units of `patch_size` pixels."""
+        positions = (coords.to(torch.float64) + patch_size // 2) / patch_size
+        return Rotation(positions, periods.to(positions.device, torch.float64))
+
+    @cached_property
+    def cos_sin(self) -> tuple[Tensor, Tensor]:
+        """float32 cos and sin, each [T, D/2]: the D/4 angles of x, then those of y. Made once, used by every layer."""
+        turns = (self.positions[:, :, None] / self.periods).flatten(1)
+        angles = (turns - turns.round()).mul_(2 * math.pi)
+        return angles.cos().float(), angles.sin_().float()
+
+
+def apply_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads: the pair turned together is (d, d + D/2).
+
+    Args:
+        x: [T, H, D] in any floating dtype; the arithmetic is float32 (float64 for float64 input).
+        cos, sin: [T, D/2].
+
+    Returns:
+        [T, H, D] in x's dtype. Differentiable in x.
+    """
+    work = torch.promote_types(x.dtype, torch.float32)
+    c, s = cos.to(work)[:, None], sin.to(work)[:, None]
+    a, b = x.to(work).chunk(2, -1)
+    return torch.cat([a * c - b * s, b * c + a * s], -1).to(x.dtype)
