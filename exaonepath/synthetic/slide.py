@@ -1,0 +1,168 @@
+"""Writes a synthetic slide as a tiled JPEG TIFF that OpenSlide opens, tile by tile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from exaonepath.errors import BackendError, SettingsError
+from exaonepath.storage import atomic_path
+from exaonepath.synthetic.tissue import BACKGROUND, Tissue
+
+_SMALLEST_LEVEL = 512
+_UNIQUE_TILES = 8000  # a level with more tiles than this repeats interior tiles: drawing each would take minutes
+_REPEATS = 96
+_BIGTIFF_BYTES = 3 << 30
+
+
+def make_slide(
+    path: str | os.PathLike[str],
+    width: int = 4000,
+    height: int = 3000,
+    *,
+    fragments: int = 3,
+    holes: bool = True,
+    mpp: float | None = 0.5,
+    levels: str | Sequence[float] = "pyramid",
+    seed: int = 0,
+    tile: int = 256,
+    vendor: str = "aperio",
+    quality: int = 85,
+) -> Path:
+    """Write a synthetic H&E-like slide; memory stays at tens of MB whatever its size.
+
+    Args:
+        path: file to write (`.svs` or `.tif`); it appears whole or not at all.
+        width, height: level-0 size in pixels.
+        fragments: number of separate pieces of tissue (0: an empty slide).
+        holes: whether the pieces have holes.
+        mpp: micrometres per pixel to state in the file; None states none (and no objective power).
+        levels: "pyramid" (1, 4, 16, ... until the longest side is at most 512), "flat" (one level), or the downsample
+            factors themselves, beginning with 1; they need not be integers.
+        seed: same arguments, same image.
+        tile: tile side in pixels, a multiple of 16.
+        vendor: "aperio" (SVS) or "generic" (generic tiled TIFF), which is what OpenSlide will say.
+        quality: JPEG quality, 1 to 100.
+
+    Returns:
+        The path.
+
+    Raises:
+        SettingsError: an argument cannot be used.
+        BackendError: tifffile is not installed.
+        OutputError: the file cannot be written.
+    """
+    factors = _factors(width, height, levels)
+    _check(width, height, fragments, mpp, tile, vendor, quality)
+    tifffile = _tifffile()
+    sizes = [(max(1, int(width / factor)), max(1, int(height / factor))) for factor in factors]
+    tissue = Tissue(width, height, fragments, holes, mpp or 0.5, seed)
+    options: dict[str, Any] = {
+        "dtype": np.uint8,
+        "tile": (tile, tile),
+        "photometric": "ycbcr",
+        "subsampling": (2, 2),
+        "compression": "jpeg",
+        "metadata": None,
+        "software": False,
+    }
+    with atomic_path(path) as temporary:
+        # Encoded bytes are well below one byte per pixel; the classic format ends at 4 GiB.
+        with tifffile.TiffWriter(temporary, bigtiff=width * height > _BIGTIFF_BYTES) as writer:
+            for index, (w, h) in enumerate(sizes):
+                step = (width / w, height / h)
+                page = dict(options, shape=(h, w, 3), **_tags(vendor, (width, height), (w, h), mpp, index, quality))
+                writer.write(_tiles(tissue, (w, h), step, tile, quality), **page)
+    return Path(path)
+
+
+def _tiles(
+    tissue: Tissue, size: tuple[int, int], step: tuple[float, float], tile: int, quality: int
+) -> Iterator[bytes]:
+    """Encoded tiles of one level, row by row. Background, and in a huge level the interior, come from a small cache."""
+    columns, rows = -(-size[0] // tile), -(-size[1] // tile)
+    repeat = columns * rows > _UNIQUE_TILES
+    empty = _encode(np.broadcast_to(np.round(BACKGROUND).astype(np.uint8), (tile, tile, 3)), quality)
+    cache: dict[tuple[int, int], bytes] = {}
+    for row in range(rows):
+        for column in range(columns):
+            x, y = column * tile * step[0], row * tile * step[1]
+            box = (x, y, x + tile * step[0], y + tile * step[1])
+            kind = tissue.coverage(box, margin=80.0 + 2 * max(step))
+            if kind == "empty":
+                yield empty
+                continue
+            if kind == "full" and repeat:
+                key = tissue.look(box, _REPEATS)
+                if key not in cache:
+                    cache[key] = _encode(tissue.render((x, y), step, (tile, tile)), quality)
+                yield cache[key]
+                continue
+            yield _encode(tissue.render((x, y), step, (tile, tile)), quality)
+
+
+def _encode(rgb: np.ndarray, quality: int) -> bytes:
+    flags = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420]
+    ok, data = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), flags)
+    if not ok:
+        raise BackendError("OpenCV cannot encode JPEG; install a build of opencv-python-headless with JPEG support")
+    return data.tobytes()
+
+
+def _tags(
+    vendor: str, slide: tuple[int, int], size: tuple[int, int], mpp: float | None, index: int, quality: int
+) -> dict[str, Any]:
+    """Page tags from which OpenSlide takes vendor, levels and resolution."""
+    if vendor == "aperio":
+        shape = f"{slide[0]}x{slide[1]}" + (f" -> {size[0]}x{size[1]}" if index else "")
+        text = f"Aperio Image Library v12.0.0\n{shape} [0,0 {slide[0]}x{slide[1]}] (256x256) JPEG/RGB Q={quality}"
+        if mpp is not None:
+            text += f"|AppMag = {10 / mpp:g}|MPP = {mpp:g}"
+        return {"description": text, "subfiletype": 0}
+    tags: dict[str, Any] = {"subfiletype": 1 if index else 0}
+    if mpp is not None:
+        per_cm = [1e4 / (mpp * whole / part) for whole, part in zip(slide, size, strict=True)]
+        tags |= {"resolution": tuple(per_cm), "resolutionunit": "CENTIMETER"}
+    return tags
+
+
+def _factors(width: int, height: int, levels: str | Sequence[float]) -> list[float]:
+    if isinstance(levels, str):
+        if levels not in ("pyramid", "flat"):
+            raise SettingsError(f'levels must be "pyramid", "flat" or a list of factors, not {levels!r}')
+        factors = [1.0]
+        while levels == "pyramid" and max(width, height) / factors[-1] > _SMALLEST_LEVEL:
+            factors.append(factors[-1] * 4)
+        return factors
+    factors = [float(factor) for factor in levels]
+    if not factors or factors[0] != 1 or any(b <= a for a, b in zip(factors, factors[1:], strict=False)):
+        raise SettingsError(f"level factors must begin with 1 and grow, not {list(levels)}")
+    return factors
+
+
+def _check(width: int, height: int, fragments: int, mpp: float | None, tile: int, vendor: str, quality: int) -> None:
+    if width <= 0 or height <= 0:
+        raise SettingsError(f"a slide of {width} x {height} pixels cannot be made; both sides must be positive")
+    if fragments < 0:
+        raise SettingsError(f"fragments must be 0 or more, not {fragments}")
+    if mpp is not None and not 0 < mpp < 100:
+        raise SettingsError(f"mpp must be a positive number of micrometres per pixel or None, not {mpp}")
+    if tile <= 0 or tile % 16:
+        raise SettingsError(f"tile must be a positive multiple of 16, not {tile}")
+    if vendor not in ("aperio", "generic"):
+        raise SettingsError(f'vendor must be "aperio" or "generic", not {vendor!r}')
+    if not 1 <= quality <= 100:
+        raise SettingsError(f"quality must be 1 to 100, not {quality}")
+
+
+def _tifffile() -> Any:
+    try:
+        import tifffile
+    except ImportError as exc:
+        raise BackendError('making slides needs tifffile: pip install "exaonepath[synthetic]"') from exc
+    return tifffile
