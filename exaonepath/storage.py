@@ -34,7 +34,7 @@ def ensure_folder(folder: str | os.PathLike[str]) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as exc:
-        raise _output_error(path, exc) from exc
+        raise output_error(path, exc) from exc
     return path
 
 
@@ -48,7 +48,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     except OSError as exc:
-        raise _output_error(path, exc) from exc
+        raise output_error(path, exc) from exc
     os.close(handle)
     temporary = Path(name)
     try:
@@ -61,7 +61,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as exc:
         if isinstance(exc, OutputError):
             raise
-        raise _output_error(path, exc) from exc
+        raise output_error(path, exc) from exc
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -124,7 +124,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _output_error(path: Path, exc: OSError) -> OutputError:
+def output_error(path: Path, exc: OSError) -> OutputError:
+    """The `OutputError` that tells what to do about an operating system error met while writing `path`."""
     if exc.errno == errno.ENOSPC or "No space left" in str(exc):
         advice = "the disk is full: free some space and run again, finished work is kept"
     elif exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
