@@ -18,12 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import openslide
+from PIL import Image
 
 from exaonepath.errors import SlideOpenError, SlideReadError
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MPP = 0.5
+_DEFAULT_CACHE = 32 << 20  # OpenSlide's own
 _SAMPLE_BLOCKS, _SAMPLE_BYTES = 64, 1 << 16
 
 
@@ -35,6 +37,7 @@ class SlideImage:
         name: file stem, the id used in every output file name.
         level_dimensions: (width, height) of each level, in pixels.
         level_downsamples: (W0 / Wl, H0 / Hl) of each level: the exact pair, not OpenSlide's rounded scalar.
+        scalar_downsamples: OpenSlide's own factor of each level, by which it divides the locations it is given.
         mpp: micrometres per pixel at level 0.
         mpp_source: which property `mpp` came from, or "assumed".
 
@@ -59,6 +62,7 @@ class SlideImage:
             raise SlideOpenError(f"{self.path} has no image level; it cannot be used as a slide")
         w0, h0 = self.level_dimensions[0]
         self.level_downsamples = tuple((w0 / w, h0 / h) for w, h in self.level_dimensions)
+        self.scalar_downsamples: tuple[float, ...] = tuple(self._slide.level_downsamples)
         self.mpp, self.mpp_source = _microns_per_pixel(self.properties)
         if self.mpp_source == "assumed":
             logger.warning("%s states neither MPP nor objective power; assuming %.2f um per pixel", self.path, self.mpp)
@@ -81,6 +85,20 @@ class SlideImage:
             handle.set_cache(cache)
         self._cache = cache
 
+    @contextmanager
+    def tile_cache(self, capacity: int) -> Iterator[None]:
+        """`set_cache_bytes` for the length of a `with` block; afterwards the cache is what it was before."""
+        before = self._cache
+        self.set_cache_bytes(capacity)
+        try:
+            yield
+        finally:
+            self._cache = before or openslide.OpenSlideCache(_DEFAULT_CACHE)
+            # Not through _reading: it would open a file again that may just have failed.
+            with self._lock:
+                if self._slide is not None:
+                    self._slide.set_cache(self._cache)
+
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> np.ndarray:
         """Pixels of one region as RGBA.
 
@@ -95,9 +113,23 @@ class SlideImage:
         Raises:
             SlideReadError: the region cannot be read, also not through a fresh handle.
         """
+        return np.asarray(self._read_image(location, level, size))
+
+    def read_strips(
+        self, location: tuple[int, int], level: int, size: tuple[int, int], rows: int
+    ) -> Iterator[np.ndarray]:
+        """The region that `read_region` returns, read at once but handed out as strips of at most `rows` rows.
+
+        For large regions: turning an image into an array copies it, here a strip at a time.
+        """
+        image = self._read_image(location, level, size)
+        for top in range(0, size[1], rows):
+            yield np.asarray(image.crop((0, top, size[0], min(top + rows, size[1]))))
+
+    def _read_image(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
         with self._reading() as handle:
             try:
-                return np.asarray(handle.read_region(location, level, size))
+                return handle.read_region(location, level, size)
             except openslide.OpenSlideError as exc:
                 self._retire(handle)
                 first = exc
@@ -106,14 +138,14 @@ class SlideImage:
         )
         fresh = self._open_fresh()
         try:
-            pixels = np.asarray(fresh.read_region(location, level, size))
+            image = fresh.read_region(location, level, size)
         except openslide.OpenSlideError as exc:
             fresh.close()
             raise SlideReadError(
                 f"{self.path}: cannot read the {size[0]} x {size[1]} region at {tuple(location)}, level {level}: {exc}"
             ) from exc
         self._adopt(fresh)
-        return pixels
+        return image
 
     def thumbnail(self, longest_side: int) -> np.ndarray:
         """Whole slide as RGB uint8 [h, w, 3], white where the slide is transparent, at most `longest_side` pixels."""

@@ -19,7 +19,7 @@ class Plate:
 
     def __init__(self, texture: np.ndarray, scale: float, wrap: bool = True) -> None:
         self.scale, self.wrap = scale, wrap
-        self.mips = [np.ascontiguousarray(texture, np.float32)]
+        self.mips: list[np.ndarray] = [np.ascontiguousarray(texture, np.float32)]
         while min(self.mips[-1].shape) >= 2 * _SMALLEST_MIP:
             h, w = self.mips[-1].shape
             self.mips.append(cv2.resize(self.mips[-1], (w // 2, h // 2), interpolation=cv2.INTER_AREA))
@@ -31,11 +31,13 @@ class Plate:
         texture = self.mips[mip]
         rows, y, sy = self._window(origin[1], step[1], size[1], self.mips[0].shape[0], texture.shape[0])
         cols, x, sx = self._window(origin[0], step[0], size[0], self.mips[0].shape[1], texture.shape[1])
-        mode = "wrap" if self.wrap else "clip"
-        window = texture.take(rows, axis=0, mode=mode).take(cols, axis=1, mode=mode)
+        window = texture[self._inside(rows, texture.shape[0])][:, self._inside(cols, texture.shape[1])]
         matrix = np.array([[sx, 0.0, x], [0.0, sy, y]])
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         return cv2.warpAffine(window, matrix, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+
+    def _inside(self, indices: np.ndarray, count: int) -> np.ndarray:
+        return indices % count if self.wrap else np.clip(indices, 0, count - 1)
 
     def _window(
         self, origin: float, step: float, count: int, full: int, reduced: int
@@ -55,8 +57,8 @@ def smooth_noise(rng: np.random.Generator, size: int, sigma: float | tuple[float
     """Periodic float32 [size, size] Gaussian noise blurred by `sigma` (x, y) texture pixels, mean 0, deviation 1."""
     sx, sy = sigma if isinstance(sigma, tuple) else (sigma, sigma)
     pad = int(4 * max(sx, sy)) + 1
-    noise = np.pad(white_noise(rng, size), pad, mode="wrap")
-    noise = cv2.GaussianBlur(noise, (0, 0), sigmaX=sx, sigmaY=sy)[pad:-pad, pad:-pad]
+    padded = np.pad(white_noise(rng, size), pad, mode="wrap")
+    noise = cv2.GaussianBlur(padded, (0, 0), sigmaX=sx, sigmaY=sy)[pad:-pad, pad:-pad]
     return (noise - noise.mean()) / noise.std()
 
 
@@ -67,7 +69,7 @@ def nuclei(rng: np.random.Generator, size: int, diameter: float, spacing: float)
         diameter, spacing: mean size of a nucleus and mean distance between two, in texture pixels.
     """
     pad = int(2 * diameter) + 2
-    canvas = np.zeros((size + 2 * pad, size + 2 * pad), np.float32)
+    canvas: np.ndarray = np.zeros((size + 2 * pad, size + 2 * pad), np.float32)
     cells = max(1, round(size / spacing))
     jitter = rng.uniform(-0.45, 0.45, (cells, cells, 2))
     for row in range(cells):
@@ -75,10 +77,11 @@ def nuclei(rng: np.random.Generator, size: int, diameter: float, spacing: float)
             axes = diameter / 2 * rng.uniform(0.7, 1.2) * np.array([1.0, rng.uniform(0.6, 1.0)])
             angle, depth = float(rng.uniform(0, 180)), float(rng.uniform(0.65, 1.15))
             centre = (np.array([col, row]) + 0.5 + jitter[row, col]) * size / cells + pad
-            for shift_x in (-size, 0, size):
-                for shift_y in (-size, 0, size):
-                    x, y = centre[0] + shift_x, centre[1] + shift_y
-                    if 0 <= x < canvas.shape[1] and 0 <= y < canvas.shape[0]:
+            # A nucleus near the border shows again beyond the opposite one, which makes the texture periodic.
+            copies = [[v, v - size] if v > size + pad - 2 * diameter else [v, v + size] for v in centre]
+            for x in copies[0]:
+                for y in copies[1]:
+                    if x < canvas.shape[1] and y < canvas.shape[0]:
                         box = ((x, y), (2 * axes[0], 2 * axes[1]), angle)
                         cv2.ellipse(canvas, box, depth, -1, lineType=cv2.LINE_8)
     canvas = cv2.GaussianBlur(canvas, (0, 0), max(0.6, diameter / 18))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,13 @@ def make_slide(
         "metadata": None,
         "software": False,
     }
-    with atomic_path(path) as temporary:
-        # Encoded bytes are well below one byte per pixel; the classic format ends at 4 GiB.
-        with tifffile.TiffWriter(temporary, bigtiff=width * height > _BIGTIFF_BYTES) as writer:
-            for index, (w, h) in enumerate(sizes):
-                step = (width / w, height / h)
-                page = dict(options, shape=(h, w, 3), **_tags(vendor, (width, height), (w, h), mpp, index, quality))
-                writer.write(_tiles(tissue, (w, h), step, tile, quality), **page)
+    # Encoded bytes are well below one byte per pixel; the classic format ends at 4 GiB.
+    big = width * height > _BIGTIFF_BYTES
+    with atomic_path(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=big) as writer:
+        for index, (w, h) in enumerate(sizes):
+            step = (width / w, height / h)
+            page = dict(options, shape=(h, w, 3), **_tags(vendor, (width, height), (w, h), mpp, index, quality))
+            writer.write(_tiles(tissue, (w, h), step, tile, quality), **page)
     return Path(path)
 
 
@@ -140,7 +141,7 @@ def _factors(width: int, height: int, levels: str | Sequence[float]) -> list[flo
             factors.append(factors[-1] * 4)
         return factors
     factors = [float(factor) for factor in levels]
-    if not factors or factors[0] != 1 or any(b <= a for a, b in zip(factors, factors[1:], strict=False)):
+    if not factors or factors[0] != 1 or any(b <= a for a, b in pairwise(factors)):
         raise SettingsError(f"level factors must begin with 1 and grow, not {list(levels)}")
     return factors
 
