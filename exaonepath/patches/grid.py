@@ -1,4 +1,4 @@
-"""From tissue contours to patch coordinates: a grid over each contour's bounding box, thinned to what lies on tissue."""
+"""From tissue contours to patch coordinates: a grid over each contour's bounding box, thinned to what is on tissue."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def _group_grid(
 ) -> tuple[np.ndarray, np.ndarray]:
     """coords int64 [N, 2] and index of the contour within the group int64 [N]."""
     outer, low, high = _polygons(contours)
-    corners = Grids(low[:, 0], low[:, 1], *((high - low) // np.array(step) + 1).T, *step)
+    columns, rows = ((high - low) // np.array(step) + 1).T
+    corners = Grids(low[:, 0], low[:, 1], columns, rows, *step)
     half = patch // 2
     shift = half // 2
     kept = np.zeros(corners.offsets[-1], bool)
@@ -101,7 +102,8 @@ def _in_holes(holes: list[np.ndarray], parents: np.ndarray, corners: Grids, patc
     first = np.clip(-((origin - low) // step), 0, limit)
     count = np.maximum(np.clip((high - origin) // step + 1, 0, limit) - first, 0)
     x, y = (origin + first * step).T
-    centres = Grids(x, y, *count.T, int(step[0]), int(step[1]))
+    columns, rows = count.T
+    centres = Grids(x, y, columns, rows, int(step[0]), int(step[1]))
     (location,) = locate(polygons, centres)
     hole, row, column = centres.places(np.flatnonzero(location.strictly_inside))
     parent = parents[hole]

@@ -2,9 +2,9 @@
 
 That is less obvious than it sounds. OpenSlide takes locations in level-0 pixels; where a level's downsample is not an
 integer, a piece that starts elsewhere than a full read would have it is shifted by a fraction of a pixel and
-interpolated (16 % of the pixels of a 16.02x level differ). A full read itself works in cells of 4096 x 4096 pixels whose
-origins it truncates to whole level-0 pixels. So: integer downsample on a regular tile grid: any piece will do, and we take
-small ones on tile borders; anything else: exactly OpenSlide's own cells.
+interpolated (16 % of the pixels of a 16.02x level differ). A full read itself works in cells of 4096 x 4096 pixels, the
+origins of which it truncates to whole level-0 pixels. So: integer downsample on a regular tile grid: any piece will do,
+and we take small ones on tile borders; anything else: exactly OpenSlide's own cells.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Band(NamedTuple):
 
 @dataclass(frozen=True)
 class LevelReader:
-    """Streams one level of a slide, reduced by `shrink` with OpenCV's INTER_AREA, in full-width bands from top to bottom.
+    """Streams one level of a slide, reduced by `shrink` with OpenCV's INTER_AREA, in full-width bands from the top.
 
     Args:
         slide: an opened slide.

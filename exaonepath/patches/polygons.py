@@ -1,6 +1,6 @@
-"""Tests whether the points of a regular grid lie in a polygon, for many polygons at once and without a loop over points.
+"""Tells which points of a regular grid lie in a polygon, for many polygons at once and without a loop over points.
 
-The answer is that of `cv2.pointPolygonTest(polygon, point, False)` for each point, exactly: all arithmetic is on integers.
+The answer is that of `cv2.pointPolygonTest(polygon, point, False)` for each point, exactly: all is done on integers.
 A row of points crosses a polygon's edges at certain places; a point is inside where the number of crossings to its left
 is odd, and on the edge where it meets a crossing, a vertex or a horizontal edge. An edge of a dense outline is a few
 pixels long and grid rows are hundreds apart, so nearly all edges drop out at once.

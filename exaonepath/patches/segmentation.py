@@ -1,4 +1,4 @@
-"""Finds the tissue of a slide: outer contours and their holes, exactly as EXAONE Path's patching does, in little memory.
+"""Finds the tissue of a slide, outer contours and holes, exactly as EXAONE Path's patching does, in little memory.
 
 The level is streamed in bands and only one byte per pixel is kept: first the saturation of the pixels that have some
 texture around them, then, in place, its median, the mask, and the closed mask. Each step gives the bits that the same
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -118,8 +119,8 @@ def _check_size(slide: SlideImage, level: int, settings: SegmentationSettings) -
     limit = settings.max_seg_pixels
     if limit is not None and 0 < limit < w * h:
         raise SlideSkippedError(
-            f"{slide.path}: segmentation level {level} has {w} x {h} = {w * h} pixels, more than max_seg_pixels = {limit}; "
-            "raise the limit to process this slide"
+            f"{slide.path}: segmentation level {level} has {w} x {h} = {w * h} pixels, more than max_seg_pixels = "
+            f"{limit}; raise the limit to process this slide"
         )
 
 
@@ -173,7 +174,7 @@ def textured_saturation(reader: LevelReader) -> np.ndarray:
 
 
 def _erase_flat(saturation: np.ndarray, grey: np.ndarray, first: int, start: int, stop: int) -> None:
-    """Zero the saturation of rows [start, stop) where the grey image, whose row 0 is row `first`, has little texture."""
+    """Zero the saturation of rows [start, stop) where the grey image, which begins at row `first`, has no texture."""
     height, width = saturation.shape
     # 128 + Laplacian, saturated to a byte, tells |Laplacian| <= 15 exactly, in an eighth of the memory of float64.
     values = np.arange(256)
@@ -210,7 +211,7 @@ def median_in_place(image: np.ndarray, side: int) -> None:
 
 
 def _keep(
-    outlines: tuple[np.ndarray, ...],
+    outlines: Sequence[np.ndarray],
     hierarchy: np.ndarray | None,
     settings: SegmentationSettings,
     scale: tuple[float, ...],

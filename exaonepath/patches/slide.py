@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import cv2
 import numpy as np
 import openslide
 from PIL import Image
@@ -25,6 +26,7 @@ from exaonepath.errors import SlideOpenError, SlideReadError
 logger = logging.getLogger(__name__)
 
 DEFAULT_MPP = 0.5
+_BLOCK = 2048  # side of what a thumbnail reads at a time, in pixels
 _DEFAULT_CACHE = 32 << 20  # OpenSlide's own
 _SAMPLE_BLOCKS, _SAMPLE_BYTES = 64, 1 << 16
 
@@ -148,10 +150,30 @@ class SlideImage:
         return image
 
     def thumbnail(self, longest_side: int) -> np.ndarray:
-        """Whole slide as RGB uint8 [h, w, 3], white where the slide is transparent, at most `longest_side` pixels."""
-        with self._reading() as handle:
-            image = handle.get_thumbnail((longest_side, longest_side))
-        return np.asarray(image.convert("RGB"))
+        """Whole slide as RGB uint8 [h, w, 3], white where the slide is transparent, at most `longest_side` pixels.
+
+        Works in blocks: memory does not grow with the slide, also where its only level is the full image.
+
+        Raises:
+            SlideReadError: a region cannot be read.
+        """
+        full = max(self.dimensions)
+        shrink = max(1.0, full / max(1, longest_side))
+        level = self.get_best_level_for_downsample(shrink)
+        (w, h), scale = self.level_dimensions[level], self.scalar_downsamples[level]
+        width, height = (max(1, round(side / shrink)) for side in self.dimensions)
+        width, height = min(width, w), min(height, h)
+        picture = np.empty((height, width, 3), np.uint8)
+        step_x, step_y = (max(1, int(_BLOCK * small / side)) for small, side in ((width, w), (height, h)))
+        for y in range(0, height, step_y):
+            y1 = min(y + step_y, height)
+            top, bottom = y * h // height, -(-y1 * h // height)
+            for x in range(0, width, step_x):
+                x1 = min(x + step_x, width)
+                left, right = x * w // width, -(-x1 * w // width)
+                block = self.read_region((int(left * scale), int(top * scale)), level, (right - left, bottom - top))
+                picture[y:y1, x:x1] = cv2.resize(_on_white(block), (x1 - x, y1 - y), interpolation=cv2.INTER_AREA)
+        return picture
 
     def fingerprint(self) -> str:
         """Hash that identifies the slide's content: file size, 64 blocks spread over the file, OpenSlide's quickhash.
@@ -245,6 +267,15 @@ def _open(path: Path) -> openslide.OpenSlide:
         raise SlideOpenError(f"{path} is not a slide in a format that OpenSlide reads") from exc
     except (openslide.OpenSlideError, OSError) as exc:
         raise SlideOpenError(f"{path} cannot be opened as a slide ({exc}); the file may be truncated") from exc
+
+
+def _on_white(pixels: np.ndarray) -> np.ndarray:
+    """RGB [h, w, 3] of RGBA pixels [h, w, 4] seen on white paper."""
+    alpha = pixels[..., 3:]
+    if alpha.min() == 255:
+        return pixels[..., :3]
+    weight = alpha.astype(np.uint16)
+    return ((pixels[..., :3] * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
 
 
 def _microns_per_pixel(properties: dict[str, str]) -> tuple[float, str]:

@@ -1,0 +1,50 @@
+"""The picture of a segmentation: the slide with contours in green and holes in blue."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from exaonepath.errors import OutputError
+from exaonepath.patches.segmentation import Tissue
+from exaonepath.patches.slide import SlideImage
+from exaonepath.storage import atomic_path
+
+LONGEST_SIDE = 4096
+_GREEN, _BLUE = (0, 255, 0), (0, 0, 255)
+
+
+def draw_tissue(slide: SlideImage, tissue: Tissue, line_thickness: int = 100) -> np.ndarray:
+    """uint8 RGB [h, w, 3]: the segmented level, at most 4096 pixels on its longest side, with the outlines drawn on it.
+
+    Args:
+        slide: the slide.
+        tissue: its contours and holes.
+        line_thickness: of the outlines, in level-0 pixels.
+    """
+    longest = max(slide.level_dimensions[tissue.seg_level])
+    picture = np.ascontiguousarray(slide.thumbnail(min(longest, LONGEST_SIDE)))
+    scale = np.array([picture.shape[1], picture.shape[0]]) / slide.dimensions
+    thickness = max(1, round(line_thickness * float(np.sqrt(scale.prod()))))
+    for outlines, colour in ((tissue.contours, _GREEN), ([h for group in tissue.holes for h in group], _BLUE)):
+        # One outline at a time: together, the scaled copies of a noisy slide would double the memory.
+        for outline in outlines:
+            points = np.round(outline * scale).astype(np.int32)
+            cv2.polylines(picture, [points], True, colour, thickness, lineType=cv2.LINE_8)
+    return picture
+
+
+def write_picture(path: str | os.PathLike[str], picture: np.ndarray) -> None:
+    """Write an RGB picture [h, w, 3] as JPEG, whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    ok, data = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    if not ok:
+        raise OutputError(f"cannot write {path}: OpenCV could not encode it as JPEG")
+    with atomic_path(path) as temporary:
+        Path(temporary).write_bytes(data.tobytes())
