@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -124,7 +124,7 @@ class PatchReader:
         """Number of batches."""
         return -(-len(self.indices) // self.batch_size)
 
-    def __iter__(self) -> Iterator[PatchBatch]:
+    def __iter__(self) -> Generator[PatchBatch, None, None]:
         self.slide.set_cache_bytes(_CACHE_BYTES)
         batches = (self.indices[at : at + self.batch_size] for at in range(0, len(self.indices), self.batch_size))
         stop = threading.Event()

@@ -1,0 +1,177 @@
+"""The append-only file an extraction keeps beside its output, so that a killed run loses at most one batch.
+
+A JSON line says what the rows were made with; then one block per batch: a header, the rows' indices, their features,
+the batch's failures as JSON. A checksum over each block tells a whole block from one torn by a kill, a full disk or a
+power cut; whatever follows the last whole block is cut off on resuming.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from exaonepath.errors import OutputError
+from exaonepath.feature_extraction.reader import PatchFailure
+from exaonepath.storage import canonical_json, output_error
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs writing one file are not told apart there
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_MAX_HEADER = 1 << 16
+# magic, rows, width of a row, one past the last patch covered, bytes of failure JSON, checksum of all but itself
+_BLOCK = struct.Struct("<4sIIqII")
+_MAGIC = b"xpB1"
+
+
+class Block(NamedTuple):
+    """One batch: `features` float32 [b, D] of patches `indices` int64 [b]; every patch before `stop` is dealt with."""
+
+    indices: np.ndarray
+    features: np.ndarray
+    failures: tuple[PatchFailure, ...]
+    stop: int
+
+
+class PartialFile:
+    """Opens or creates the partial file of an output; keeps its blocks where `settings` are those it was begun with.
+
+    Args:
+        path: the partial file.
+        settings: plain JSON; anything that would make other rows must be in it.
+        fresh: start over whatever is there.
+
+    Attributes:
+        stop: patches before this index are in the file already (0: none).
+        n_rows: feature rows in the file.
+        dim: width of a row, None while there is none.
+        failures: unreadable patches so far.
+
+    Raises:
+        OutputError: the file cannot be written, or another process is writing it.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], *, fresh: bool = False) -> None:
+        self.path = path
+        self.stop = self.n_rows = 0
+        self.dim: int | None = None
+        self.failures: list[PatchFailure] = []
+        header = canonical_json({"format": _FORMAT, **settings}).encode() + b"\n"
+        self._begin = len(header)
+        try:
+            # "a+b" neither empties the file before it is locked, nor fails where it is not there yet.
+            self._file: BinaryIO = path.open("a+b")
+        except OSError as exc:
+            raise output_error(path, exc) from exc
+        try:
+            _lock(self._file, path)
+            self._file.seek(0)
+            found = self._file.readline(_MAX_HEADER)
+            if found and (found != header or fresh):
+                logger.info("%s: made with other settings, or not wanted any more; starting over", path)
+            if found == header and not fresh:
+                self._recover()
+            else:
+                self._file.truncate(0)
+                self._file.write(header)
+                self._file.flush()
+        except OSError as exc:
+            self._file.close()
+            raise exc if isinstance(exc, OutputError) else output_error(path, exc) from exc
+
+    def append(self, block: Block) -> None:
+        """Add one batch and hand it to the operating system; raises `OutputError` when that fails."""
+        data = _pack(block)
+        try:
+            self._file.write(data)
+            self._file.flush()
+        except OSError as exc:
+            raise output_error(self.path, exc) from exc
+        self._count(block)
+
+    def blocks(self) -> Iterator[Block]:
+        """The batches in the file, in order, one in memory at a time."""
+        with self.path.open("rb") as file:
+            file.seek(self._begin)
+            while (block := _unpack(file)) is not None:
+                yield block
+
+    def close(self) -> None:
+        """Close the file, which stays for a later run."""
+        self._file.close()
+
+    def remove(self) -> None:
+        """Delete the file: its rows are in the finished output."""
+        self.path.unlink(missing_ok=True)  # before the lock goes, so that nobody is left with a deleted file
+        self._file.close()
+
+    def _recover(self) -> None:
+        end = self._begin
+        while (block := _unpack(self._file)) is not None and block.stop > self.stop:
+            end = self._file.tell()
+            self._count(block)
+        torn = self._file.seek(0, os.SEEK_END) - end
+        if torn:
+            logger.warning("%s: the last %d bytes are not a whole batch and are redone", self.path, torn)
+            self._file.truncate(end)
+
+    def _count(self, block: Block) -> None:
+        self.stop = block.stop
+        self.n_rows += len(block.indices)
+        if len(block.indices):
+            self.dim = block.features.shape[1]
+        self.failures.extend(block.failures)
+
+
+def _pack(block: Block) -> bytes:
+    indices = np.ascontiguousarray(block.indices, "<i8")
+    features = np.ascontiguousarray(block.features, "<f4")
+    failures = json.dumps([[f.index, f.x, f.y, f.reason] for f in block.failures]).encode() if block.failures else b""
+    payload = b"".join((indices.tobytes(), features.tobytes(), failures))
+    fields = (_MAGIC, len(indices), features.shape[1], block.stop, len(failures))
+    check = zlib.crc32(payload, zlib.crc32(_BLOCK.pack(*fields, 0)))
+    return _BLOCK.pack(*fields, check) + payload
+
+
+def _unpack(file: BinaryIO) -> Block | None:
+    head = file.read(_BLOCK.size)
+    if len(head) < _BLOCK.size:
+        return None
+    magic, rows, width, stop, n_failures, check = _BLOCK.unpack(head)
+    if magic != _MAGIC:
+        return None
+    split = rows * 8
+    end = split + rows * width * 4
+    if end + n_failures > os.fstat(file.fileno()).st_size - file.tell():  # torn, or a size that is garbage
+        return None
+    payload = file.read(end + n_failures)
+    fields = (magic, rows, width, stop, n_failures)
+    if zlib.crc32(payload, zlib.crc32(_BLOCK.pack(*fields, 0))) != check:
+        return None
+    indices = np.frombuffer(payload, "<i8", rows)
+    features = np.frombuffer(payload, "<f4", rows * width, split).reshape(rows, width)
+    failures = tuple(PatchFailure(*entry) for entry in json.loads(payload[end:])) if n_failures else ()
+    return Block(indices, features, failures, stop)
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        raise OutputError(f"{path} is being written by another process; let it finish, or stop it") from exc
+    except OSError as exc:  # a file system without locks
+        logger.debug("%s cannot be locked (%s)", path, exc)
