@@ -1,7 +1,7 @@
 """Files that appear whole or not at all, and the hashes that tell whether a stored result is still valid.
 
-Everything the package writes goes through `atomic_path`: written beside the target, synced, renamed. Everything it reads
-back from HDF5 goes through `open_h5`, which turns the many ways a file can be broken into one `DataFileError`.
+What the package writes goes through `atomic_path`: written beside the target, synced, renamed. What it reads back from
+HDF5 goes through `open_h5`, which turns the many ways a file can be broken into one `DataFileError`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(temporary)
         # mkstemp makes 0600 files; give the result the permissions any other new file would have.
         temporary.chmod(0o666 & ~_UMASK)
-        os.replace(temporary, path)
+        temporary.replace(path)
         _sync(path.parent)
     except OSError as exc:
         if isinstance(exc, OutputError):
@@ -69,9 +69,8 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
 @contextmanager
 def atomic_h5(target: str | os.PathLike[str]) -> Iterator[h5py.File]:
     """`atomic_path` for an HDF5 file opened for writing."""
-    with atomic_path(target) as temporary:
-        with h5py.File(temporary, "w") as file:
-            yield file
+    with atomic_path(target) as temporary, h5py.File(temporary, "w") as file:
+        yield file
 
 
 def write_text(target: str | os.PathLike[str], text: str) -> None:

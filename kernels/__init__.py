@@ -1,1 +1,1 @@
-"""Triton kernels, installed as `exaonepath.kernels`. Imports nothing heavy: Triton is loaded by whoever asks for a kernel."""
+"""Triton kernels, installed as `exaonepath.kernels`. Importing this loads no Triton: who needs a kernel does."""

@@ -12,13 +12,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from exaonepath import __version__
 from exaonepath.errors import BackendError, DataFileError, OutputCollisionError, SettingsError
 from exaonepath.feature_extraction.partial import Block, PartialFile
 from exaonepath.feature_extraction.preprocessing import PreprocessingConfig, normalise
@@ -118,7 +118,7 @@ def extract_features(
             "dtype": str(dtype).removeprefix("torch."),
         }
         key = settings_hash({**attrs, "coords": _digest(patches.coords), "contours": _digest(patches.contour_index)})
-        attrs |= {"settings_hash": key, "weights": weights, "exaonepath_version": version("exaonepath")}
+        attrs |= {"settings_hash": key, "weights": weights, "exaonepath_version": __version__}
 
         retry = None if overwrite else _stored_failures(out, key, attrs["slide_fingerprint"])
         n = len(patches.coords)

@@ -189,6 +189,7 @@ def normalise(images: torch.Tensor, config: PreprocessingConfig, dtype: torch.dt
     """
     mean = torch.tensor(config.mean, device=images.device).view(3, 1, 1)
     std = torch.tensor(config.std, device=images.device).view(3, 1, 1)
-    # One pass to planar layout while still bytes; then in place, so the batch exists once in float32.
-    values = images.permute(0, 3, 1, 2).contiguous().to(torch.float32)
+    # One pass changes type and layout together; the rest is in place, so the batch exists once in float32.
+    b, height, width, _ = images.shape
+    values = torch.empty((b, 3, height, width), device=images.device).copy_(images.permute(0, 3, 1, 2))
     return values.div_(255).sub_(mean).div_(std).to(dtype)

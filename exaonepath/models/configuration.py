@@ -79,7 +79,7 @@ def complete_wsi_cfg(wsi_cfg: Mapping[str, Any]) -> dict[str, Any]:
     return cfg
 
 
-class ExaonePathPatchEncoderConfig(PretrainedConfig):  # type: ignore[misc]
+class ExaonePathPatchEncoderConfig(PretrainedConfig):
     """ViT-B/14 patch encoder. `image_encoder` is "vitb"; `extra_kwargs` must be empty (no published use)."""
 
     model_type = "exaonepath_patch_encoder"
@@ -113,7 +113,7 @@ class ExaonePathPatchEncoderConfig(PretrainedConfig):  # type: ignore[misc]
         return 768
 
 
-class ExaonePathSlideEncoderConfig(PretrainedConfig):  # type: ignore[misc]
+class ExaonePathSlideEncoderConfig(PretrainedConfig):
     """Slide encoder. `wsi_cfg` is kept as given (it is what gets saved); `wsi` is the completed, checked form."""
 
     model_type = "exaonepath_slide_encoder"
@@ -134,7 +134,7 @@ class ExaonePathSlideEncoderConfig(PretrainedConfig):  # type: ignore[misc]
         return int(self.wsi["input_dim"] + self.wsi["embed_dim"])
 
 
-class ExaonePathConfig(PretrainedConfig):  # type: ignore[misc]
+class ExaonePathConfig(PretrainedConfig):
     """Root configuration of a repository that holds both encoders in subfolders."""
 
     model_type = "exaonepath"

@@ -1,6 +1,7 @@
 """Operations the models are built of: checked, differentiable, with a choice of backends.
 
-`fragment_layout` sorts tokens once, `rotary` turns coordinates into angles, `fragment_attention` attends inside segments.
+`fragment_layout` sorts tokens once, `rotary` turns coordinates into angles, `fragment_attention` attends inside
+segments.
 """
 
 from exaonepath.ops.fragment_attention import ATTENTION_BACKENDS, fragment_attention

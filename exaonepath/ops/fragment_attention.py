@@ -1,7 +1,7 @@
 """Attention over packed tokens, restricted to contiguous segments, with the 2D rotation applied on the way.
 
-One operation, several backends, one result: `eager` is the dense mask written out (tests), `sdpa` calls torch's attention
-segment by segment (any device), `triton` is a reserved name. No backend but `eager` allocates anything of size T x T.
+One operation, several backends, one result: `eager` is the dense mask written out (tests), `sdpa` calls torch's
+attention segment by segment (any device), `triton` is a reserved name. Only `eager` allocates anything of size T x T.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from exaonepath.errors import BackendError, SettingsError
 from exaonepath.ops import cpu_attention
 from exaonepath.ops.fragment_layout import Segments
-from exaonepath.ops.rotary import Rotation, apply_rotation
+from exaonepath.ops.rotary import Rotation, apply_rotation, rotate_inplace
 from exaonepath.reference.fragment_attention import dense_fragment_attention
 
 ATTENTION_BACKENDS = ("sdpa", "eager", "triton")
@@ -26,6 +26,7 @@ def fragment_attention(
     *,
     backend: str = "sdpa",
     scale: float | None = None,
+    overwrite_qkv: bool = False,
 ) -> Tensor:
     """Each token attends to the tokens of its own segment.
 
@@ -35,6 +36,7 @@ def fragment_attention(
         rotation: 2D rotation of queries and keys (RoPE blocks); None leaves them as they are (NoPE blocks).
         backend: "sdpa", "eager" (holds T x T, for tests), or "triton" (not available yet).
         scale: factor on the scores; default D ** -0.5.
+        overwrite_qkv: without autograd, rotate inside `qkv` instead of in a copy; its contents are lost to the caller.
 
     Returns:
         [T, H, D] in qkv's dtype. Differentiable in qkv.
@@ -61,8 +63,12 @@ def fragment_attention(
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
     q, k, v = qkv.unbind(1)
     if rotation is not None:
-        cos, sin = rotation.cos_sin
-        q, k = apply_rotation(q, cos, sin), apply_rotation(k, cos, sin)
+        cos, sin = rotation.cos_sin(torch.promote_types(qkv.dtype, torch.float32))
+        if overwrite_qkv and not (torch.is_grad_enabled() and qkv.requires_grad):
+            rotate_inplace(q, cos, sin)
+            rotate_inplace(k, cos, sin)
+        else:
+            q, k = apply_rotation(q, cos, sin), apply_rotation(k, cos, sin)
     if backend == "eager":
         return dense_fragment_attention(q, k, v, segments.ids(), scale)
     return _sdpa(q, k, v, segments, scale)
@@ -101,4 +107,3 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, count: int, length: int, scale: flo
     q, k, v = (x.reshape(count, length, heads, dim).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).reshape(count * length, heads, dim)
-

@@ -28,7 +28,7 @@ class Segments:
     """Contiguous runs of packed tokens; a token attends to the tokens of its own run only.
 
     Attributes:
-        offsets: int64 [S + 1] on the tokens' device, ascending, from 0 to T; segment s is tokens offsets[s]:offsets[s + 1].
+        offsets: int64 [S + 1] on the tokens' device, ascending from 0 to T; segment s is offsets[s]:offsets[s + 1].
         lengths: the S lengths on the host, all positive; kept so that no layer has to synchronise with the device.
     """
 
@@ -187,5 +187,7 @@ def _as_integer(contour_index: Tensor, mask: Tensor) -> Tensor:
     clean = torch.where(mask, contour_index, torch.zeros_like(contour_index))
     as_integer = clean.to(torch.int64)
     if not torch.equal(as_integer.to(clean.dtype), clean):
-        raise SettingsError("contour_index holds values that are not whole numbers; it must number the tissue fragments")
+        raise SettingsError(
+            "contour_index holds values that are not whole numbers; it must number the tissue fragments"
+        )
     return as_integer

@@ -7,8 +7,7 @@ pixels the same product in float32 is wrong from the fourth digit on.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -44,11 +43,12 @@ def rotary_periods(
     if base is not None:
         if base <= 0:
             raise SettingsError(f"pos_embed_rope_base must be positive, got {base}")
-        return base ** (2 * torch.arange(n, dtype=torch.float64) / (head_dim // 2))
-    assert min_period is not None and max_period is not None
+        return base ** (2 * torch.arange(n, dtype=torch.float64, device="cpu") / (head_dim // 2))
+    assert min_period is not None
+    assert max_period is not None
     if not 0 < min_period <= max_period:
         raise SettingsError(f"RoPE periods must satisfy 0 < min <= max, got {min_period} and {max_period}")
-    exponents = torch.linspace(0, 1, n, dtype=torch.float64)
+    exponents = torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
     return min_period * (max_period / min_period) ** exponents
 
 
@@ -63,19 +63,21 @@ class Rotation:
 
     positions: Tensor
     periods: Tensor
+    _tables: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def from_coords(coords: Tensor, periods: Tensor, patch_size: int) -> Rotation:
-        """Rotation of patches at level-0 pixel coordinates [T, 2]: the patch centre, in units of `patch_size` pixels."""
+        """Rotation of patches at level-0 pixels [T, 2]: position is the patch centre, in units of `patch_size`."""
         positions = (coords.to(torch.float64) + patch_size // 2) / patch_size
         return Rotation(positions, periods.to(positions.device, torch.float64))
 
-    @cached_property
-    def cos_sin(self) -> tuple[Tensor, Tensor]:
-        """float32 cos and sin, each [T, D/2]: the D/4 angles of x, then those of y. Made once, used by every layer."""
-        turns = (self.positions[:, :, None] / self.periods).flatten(1)
-        angles = (turns - turns.round()).mul_(2 * math.pi)
-        return angles.cos().float(), angles.sin_().float()
+    def cos_sin(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """cos and sin, each [T, D/2]: the D/4 angles of x, then those of y. Made once, used by every layer."""
+        if dtype not in self._tables:
+            turns = (self.positions[:, :, None] / self.periods).flatten(1)
+            angles = (turns - turns.round()).mul_(2 * math.pi)
+            self._tables[dtype] = (angles.cos().to(dtype), angles.sin_().to(dtype))
+        return self._tables[dtype]
 
 
 def apply_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -92,3 +94,10 @@ def apply_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     c, s = cos.to(work)[:, None], sin.to(work)[:, None]
     a, b = x.to(work).chunk(2, -1)
     return torch.cat([a * c - b * s, b * c + a * s], -1).to(x.dtype)
+
+
+def rotate_inplace(x: Tensor, cos: Tensor, sin: Tensor, chunk: int = 8192) -> None:
+    """`apply_rotation` written back into `x` [T, H, D], `chunk` tokens at a time; not differentiable."""
+    for start in range(0, x.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        x[rows] = apply_rotation(x[rows], cos[rows], sin[rows])

@@ -23,12 +23,14 @@ def draw_tissue(slide: SlideImage, tissue: Tissue, line_thickness: int = 100) ->
     Args:
         slide: the slide.
         tissue: its contours and holes.
-        line_thickness: of the outlines, in level-0 pixels.
+        line_thickness: of the outlines, in level-0 pixels; at most 1/150 of the picture's longest side is drawn.
     """
     longest = max(slide.level_dimensions[tissue.seg_level])
     picture = np.ascontiguousarray(slide.thumbnail(min(longest, LONGEST_SIDE)))
     scale = np.array([picture.shape[1], picture.shape[0]]) / slide.dimensions
-    thickness = max(1, round(line_thickness * float(np.sqrt(scale.prod()))))
+    wanted = round(line_thickness * float(np.sqrt(scale.prod())))
+    # On a small slide without a pyramid, lines of 100 level-0 pixels would hide the tissue.
+    thickness = max(1, min(wanted, max(picture.shape) // 150))
     for outlines, colour in ((tissue.contours, _GREEN), ([h for group in tissue.holes for h in group], _BLUE)):
         # One outline at a time: together, the scaled copies of a noisy slide would double the memory.
         for outline in outlines:

@@ -16,7 +16,7 @@ BACKGROUND = np.array([243.0, 242.0, 245.0], np.float32)
 _HAEMATOXYLIN = np.array([0.86, 1.00, 0.42], np.float32)
 _EOSIN = np.array([0.08, 0.62, 0.24], np.float32)
 _MAP_PIXELS = 1400  # longest side of the map that holds the outlines
-_GRAIN_SCALES = (2, 8, 32, 128)
+_GRAIN_SCALES = (1, 2, 8, 32, 128)
 
 
 class Tissue:
@@ -73,12 +73,9 @@ class Tissue:
         """uint8 RGB [h, w, 3] of (w, h) pixels, each `step` level-0 pixels wide, from level-0 position `origin`."""
         grid = (origin, step, size)
         zoom = min(step)
-        grain = np.zeros((size[1], size[0]), np.float32)
-        for plate in self._grain:
-            if plate.scale >= zoom / 2:
-                grain += plate.sample(*grid)
+        rough, grain = self._roughness(*grid)
         glands, lumens = self._glands.sample(*grid), self._lumens.sample(*grid)
-        outline = self._outline.sample(*grid) + (6.0 * grain + 14.0 * glands) * min(1.0, self._map_scale)
+        outline = self._outline.sample(*grid) + (6.0 * rough + 14.0 * glands) * min(1.0, self._map_scale)
         body = np.clip(outline / max(3.0, zoom) + 0.5, 0, 1)
         epithelium = _step(self._region.sample(*grid) + 0.35 * glands, 0.15, 0.55)
         gap = _step(lumens + 0.5 * self._region.sample(*grid), 1.75, 1.75 + max(0.15, zoom / 160)) * _step(
@@ -95,6 +92,20 @@ class Tissue:
         h, e = haematoxylin * thickness, eosin * thickness
         density = h[..., None] * _HAEMATOXYLIN + e[..., None] * _EOSIN
         return np.clip(BACKGROUND * cv2.exp(-density) + 0.5, 0, 255).astype(np.uint8)
+
+    def _roughness(
+        self, origin: tuple[float, float], step: tuple[float, float], size: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(noise of 8 pixels and more, noise at every scale that this magnification shows), float32 [h, w] each."""
+        rough = np.zeros((size[1], size[0]), np.float32)
+        fine = np.zeros_like(rough)
+        for plate in self._grain:
+            if plate.scale >= min(step) / 2:
+                target = rough if plate.scale >= 8 else fine
+                target += plate.sample(origin, step, size)
+        if min(step) < 2:
+            fine += self._grain[0].sample(origin, step, size)  # twice: JPEG takes half of the finest away
+        return rough, rough + fine
 
 
 def _step(value: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -141,9 +152,9 @@ def _outlines(
             turn = rng.uniform(0, 2 * np.pi)
             for k in range(int(rng.integers(1, 3))):
                 angle = turn + k * np.pi * rng.uniform(0.8, 1.2)
-                centre = (cx + 0.45 * rx * np.cos(angle), cy + 0.45 * ry * np.sin(angle))
-                radius = min(rx, ry) * rng.uniform(0.16, 0.26)
-                hole = _blob(rng, x, y, centre, (radius * rng.uniform(1.0, 1.4), radius), roughness=0.10)
+                centre = (cx + 0.42 * rx * np.cos(angle), cy + 0.42 * ry * np.sin(angle))
+                radius = min(rx, ry) * rng.uniform(0.22, 0.31)
+                hole = _blob(rng, x, y, centre, (radius * rng.uniform(1.0, 1.2), radius), roughness=0.10)
                 body = np.minimum(body, -hole)
         field = np.maximum(field, body)
     return field
@@ -157,12 +168,15 @@ def _blob(
     radii: tuple[float, float],
     roughness: float,
 ) -> np.ndarray:
-    u, v = (x - centre[0]) / radii[0], (y - centre[1]) / radii[1]
-    angle = np.arctan2(v, u)
-    edge = np.ones_like(angle)
+    angles = np.linspace(-np.pi, np.pi, 2048, dtype=np.float32)
+    edge = np.ones_like(angles)
     for k in range(2, 14):
         amplitude, phase = rng.normal(0, roughness / k**0.75), rng.uniform(0, 2 * np.pi)
-        edge += np.float32(amplitude) * np.cos(k * angle + np.float32(phase))
+        edge += np.float32(amplitude) * np.cos(k * angles + np.float32(phase))
     # Where the outline would reach into the neighbouring fragment's cell it is flattened.
     edge = np.minimum(edge, 1.15)
-    return ((edge - np.sqrt(u * u + v * v)) * min(radii)).astype(np.float32)
+    u, v = np.broadcast_arrays((x - centre[0]) / np.float32(radii[0]), (y - centre[1]) / np.float32(radii[1]))
+    distance, angle = cv2.cartToPolar(np.ascontiguousarray(u), np.ascontiguousarray(v))
+    turns = (angle * np.float32(0.5 / np.pi) + 0.5) % 1.0
+    edge = edge[(turns * (len(angles) - 1)).astype(np.int32)]
+    return ((edge - distance) * min(radii)).astype(np.float32)

@@ -1,0 +1,178 @@
+"""Transformer layers of the slide encoder, over packed tokens [T, E].
+
+The residual stream, norms and softmax statistics stay in float32 whatever the dtype of the weights, autocast included:
+only matrix products run in half precision. Without autograd the layers work on the token buffer in place, a chunk of
+rows at a time, so that no intermediate is wider than the packed queries, keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exaonepath.ops import Rotation, Segments, fragment_attention
+from exaonepath.ops.cpu_linear import linear
+from exaonepath.ops.rotary import rotary_periods
+
+# Rows worked on at once without autograd: enough to fill the matrix units, small beside the token buffers.
+_CHUNK_ROWS = {"cpu": 2048}
+_CHUNK_ROWS_DEVICE = 16_384
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype matrix products run in: autocast's where it is on, else the weights' own."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def stream_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype of the residual stream: float32, or float64 for a float64 model."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that picks the faster CPU library without autograd."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in the dtype of its input (the float32 residual stream), whatever the dtype of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned scale, in the dtype of its input."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+class RopePeriods(nn.Module):
+    """The rotation's periods, float32 whatever the dtype of the model.
+
+    The checkpoint's buffer decides. Half-precision periods would be wrong by whole radians far from the origin, so
+    casting the model leaves the buffer alone, and a buffer that was stored in half precision is recognised as the
+    rounded form of what the config states and replaced by it.
+    """
+
+    periods: Tensor
+
+    def __init__(self, head_dim: int, cfg: dict[str, Any]) -> None:
+        super().__init__()
+        self._from_config = rotary_periods(
+            head_dim, cfg["pos_embed_rope_base"], cfg["pos_embed_rope_min_period"], cfg["pos_embed_rope_max_period"]
+        ).float()
+        self.register_buffer("periods", self._from_config.clone())
+
+    def reset(self) -> None:
+        """Fill the buffer from the config (a checkpoint may leave it out)."""
+        with torch.no_grad():
+            self.periods.copy_(self._from_config)
+
+    def exact(self) -> Tensor:
+        """float64 [D/4] on the CPU."""
+        stored = self.periods.detach().cpu().float()
+        for half in (torch.bfloat16, torch.float16):
+            if torch.equal(stored, self._from_config.to(half).float()):
+                return self._from_config.double()
+        return stored.double()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RopePeriods:
+        before = self.periods
+        super()._apply(fn, recurse)
+        if self.periods.dtype != before.dtype:
+            self.periods = before.to(self.periods.device)
+        return self
+
+
+class Attention(nn.Module):
+    """Multi-head attention inside segments; query, key and value projections stacked in `qkv`."""
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool, proj_bias: bool, drop: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(drop)
+
+    def split(self, qkv: Tensor) -> Tensor:
+        """[T, 3E] to [T, 3, H, D]."""
+        return qkv.view(qkv.shape[0], 3, self.heads, -1)
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(w1 x) * w2 x), then dropout."""
+
+    def __init__(self, dim: int, hidden: int, bias: bool, drop: float) -> None:
+        super().__init__()
+        self.w1 = Linear(dim, hidden, bias=bias)
+        self.w2 = Linear(dim, hidden, bias=bias)
+        self.w3 = Linear(hidden, dim, bias=bias)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.w1(x)
+        inplace = not torch.is_grad_enabled()
+        gate = F.silu(gate, inplace=inplace)
+        hidden = gate.mul_(self.w2(x)) if inplace else gate * self.w2(x)
+        out: Tensor = self.drop(self.w3(hidden))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block over packed tokens."""
+
+    def __init__(self, cfg: dict[str, Any], hidden: int, norm: type[nn.Module], norm_eps: float) -> None:
+        super().__init__()
+        dim = cfg["embed_dim"]
+        self.norm1 = norm(dim, eps=norm_eps)
+        self.attn = Attention(dim, cfg["num_heads"], cfg["qkv_bias"], cfg["proj_bias"], cfg["attn_drop"])
+        self.norm2 = norm(dim, eps=norm_eps)
+        self.mlp = SwiGLU(dim, hidden, cfg["ffn_bias"], cfg["ffn_drop"])
+
+    def forward(self, x: Tensor, segments: Segments, rotation: Rotation | None, backend: str) -> Tensor:
+        """x: residual stream [T, E]; returns the stream after the block (the same buffer when autograd is off)."""
+        if torch.is_grad_enabled():
+            return self._forward_train(x, segments, rotation, backend)
+        dtype = compute_dtype(self.attn.qkv.weight)
+        qkv = torch.empty((x.shape[0], self.attn.qkv.out_features), dtype=dtype, device=x.device)
+        for rows in _chunks(x):
+            qkv[rows] = self.attn.qkv(self.norm1(x[rows]).to(dtype))
+        out = fragment_attention(self.attn.split(qkv), segments, rotation, backend=backend, overwrite_qkv=True)
+        del qkv
+        for rows in _chunks(x):
+            x[rows] += self.attn.proj_drop(self.attn.proj(out[rows].flatten(1)))
+        del out
+        for rows in _chunks(x):
+            x[rows] += self.mlp(self.norm2(x[rows]).to(dtype))
+        return x
+
+    def _forward_train(self, x: Tensor, segments: Segments, rotation: Rotation | None, backend: str) -> Tensor:
+        dtype = compute_dtype(self.attn.qkv.weight)
+        qkv = self.attn.split(self.attn.qkv(self.norm1(x).to(dtype)))
+        out = fragment_attention(qkv, segments, rotation, backend=backend).flatten(1)
+        x = x + self.attn.proj_drop(self.attn.proj(out))
+        ffn: Tensor = self.mlp(self.norm2(x).to(dtype))
+        return x + ffn
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    step = _CHUNK_ROWS.get(x.device.type, _CHUNK_ROWS_DEVICE)
+    for start in range(0, x.shape[0], step):
+        yield slice(start, start + step)

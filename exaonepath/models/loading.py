@@ -1,0 +1,187 @@
+"""From what a user writes after `--weights` to a model that is ready to run.
+
+A Hub id, a directory, or `random:SEED`: reproducible random weights for trying the pipeline out without a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from exaonepath.errors import SettingsError, WeightsError
+from exaonepath.models.composite import ExaonePathModel
+from exaonepath.models.device import resolve_device, resolve_dtype
+from exaonepath.models.patch_encoder import ExaonePathPatchEncoderModel
+from exaonepath.models.slide_encoder import ExaonePathSlideEncoderModel
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_WEIGHTS = "LGAI-EXAONE/EXAONE-Path-2.5"
+_RANDOM = "random:"
+
+M = TypeVar("M", bound=PreTrainedModel)
+
+
+@dataclass(frozen=True)
+class LoadedEncoder(Generic[M]):
+    """An encoder in eval mode on its device.
+
+    Attributes:
+        model: the encoder.
+        weights: what the user asked for.
+        fingerprint: hash of the parameters; equal fingerprints give equal embeddings.
+        is_random: the weights are random, and so are the embeddings' meaning.
+    """
+
+    model: M
+    weights: str
+    fingerprint: str
+    is_random: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(self.model.parameters()).device
+
+
+def load_patch_encoder(
+    weights: str = DEFAULT_WEIGHTS,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+) -> LoadedEncoder[ExaonePathPatchEncoderModel]:
+    """Load the patch encoder.
+
+    Args:
+        weights: Hub id, directory (a repository with a `patch-encoder` subfolder, or that subfolder itself), or
+            "random:SEED".
+        device: see `resolve_device`.
+        dtype: of the parameters; None keeps float32 (use autocast for half precision).
+        attn_implementation: "sdpa" (default) or "eager".
+
+    Raises:
+        WeightsError: nothing usable at `weights`, or keys do not fit. DeviceError: no such device.
+    """
+    return _load(ExaonePathPatchEncoderModel, "patch", weights, device, dtype, attn_implementation)
+
+
+def load_slide_encoder(
+    weights: str = DEFAULT_WEIGHTS,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+) -> LoadedEncoder[ExaonePathSlideEncoderModel]:
+    """Load the slide encoder; arguments as for `load_patch_encoder`."""
+    return _load(ExaonePathSlideEncoderModel, "slide", weights, device, dtype, attn_implementation)
+
+
+def _load(
+    cls: type[M],
+    component: str,
+    weights: str,
+    device: str | torch.device,
+    dtype: str | torch.dtype | None,
+    attn_implementation: str | None,
+) -> LoadedEncoder[M]:
+    target = resolve_device(device)
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    is_random = weights.startswith(_RANDOM)
+    model = _random_model(cls, weights, options) if is_random else _pretrained(cls, component, weights, options)
+    fingerprint = weights_fingerprint(model)
+    if dtype is not None:
+        model = model.to(resolve_dtype(dtype, target))
+    return LoadedEncoder(model.to(target).eval(), weights, fingerprint, is_random)
+
+
+def _pretrained(cls: type[M], component: str, weights: str, options: dict[str, Any]) -> M:
+    root = Path(weights).expanduser()
+    source: str = str(root) if root.exists() else weights
+    options = {**options, "dtype": torch.float32}
+    try:
+        if root.is_dir() and not (root / "config.json").is_file() and (root / f"{component}-encoder").is_dir():
+            return cls.from_pretrained(source, subfolder=f"{component}-encoder", **options)
+        config = _config(source)
+        if config.get("model_type") == cls.config_class.model_type:
+            return cls.from_pretrained(source, **options)
+        if config.get("model_type") == ExaonePathModel.config_class.model_type:
+            return ExaonePathModel.from_pretrained(source, component=component, **options)
+        if not config:
+            return cls.from_pretrained(source, subfolder=f"{component}-encoder", **options)
+    except (OSError, HfHubHTTPError, HFValidationError) as exc:
+        raise WeightsError(f"{_not_found(weights)} ({exc})") from exc
+    except WeightsError as exc:
+        if isinstance(exc.__cause__, OSError) and not root.exists():
+            raise WeightsError(f"{_not_found(weights)} ({exc.__cause__})") from exc
+        raise
+    raise WeightsError(
+        f"{weights} holds a model of type {config.get('model_type')!r}, not a {component} encoder of this family"
+    )
+
+
+def _not_found(weights: str) -> str:
+    return (
+        f"no weights at {weights!r}: neither a directory nor a Hub repository that can be reached. Check the "
+        "name, log in with `hf auth login` if the repository is gated, or use random:0 to try the pipeline out"
+    )
+
+
+def _config(source: str) -> dict[str, Any]:
+    """The root config.json as a dict; empty where the repository has none (only subfolders)."""
+    path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return {}
+    try:
+        config: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as exc:
+        raise WeightsError(f"{path} is not valid JSON: {exc}") from exc
+    return config
+
+
+def _random_model(cls: type[M], weights: str, options: dict[str, Any]) -> M:
+    text = weights[len(_RANDOM) :]
+    if not text.isdigit():
+        raise SettingsError(f"random weights are written random:SEED with a whole number, got {weights!r}")
+    model: M = cls._from_config(cls.config_class(), **options)
+    randomize(model, int(text))
+    return model
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, seed: int) -> None:
+    """Fill all parameters from `seed` and their names alone: the same numbers in every process and version.
+
+    Scaled so that activations keep their size through the layers: a random encoder then still tells different
+    tissue apart, as a random projection does.
+    """
+    for name, parameter in model.named_parameters():
+        generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+        leaf = name.rsplit(".", 1)[-1]
+        if parameter.ndim == 1:
+            parameter.fill_(1.0 if leaf == "weight" else 0.0)
+            continue
+        values = torch.randn(parameter.shape, generator=generator)
+        scale = 0.02 if "token" in leaf or leaf == "pos_embed" else 1 / math.sqrt(math.prod(parameter.shape[1:]))
+        parameter.copy_(values * scale)
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
