@@ -12,10 +12,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from exaonepath import __version__
 from exaonepath.errors import DataFileError, OutputError
 from exaonepath.patches.slide import SlideImage
 from exaonepath.storage import atomic_h5, canonical_json, open_h5, settings_hash
+from exaonepath.version import __version__
 
 
 @dataclass(frozen=True)
