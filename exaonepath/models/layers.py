@@ -77,7 +77,7 @@ class RopePeriods(nn.Module):
         super().__init__()
         self._from_config = rotary_periods(
             head_dim, cfg["pos_embed_rope_base"], cfg["pos_embed_rope_min_period"], cfg["pos_embed_rope_max_period"]
-        ).float()
+        )
         self.register_buffer("periods", self._from_config.clone())
 
     def reset(self) -> None:

@@ -29,7 +29,8 @@ def rotary_periods(
         min_period, max_period: instead of `base`, periods spaced geometrically from one to the other.
 
     Returns:
-        float64 [D/4] on the CPU.
+        float32 [D/4] on the CPU, formed in float32 as published checkpoints hold them: angles taken from these very
+        numbers in higher precision are the exact ones.
 
     Raises:
         SettingsError: neither or both forms are given, or a value is not positive.
@@ -43,12 +44,12 @@ def rotary_periods(
     if base is not None:
         if base <= 0:
             raise SettingsError(f"pos_embed_rope_base must be positive, got {base}")
-        return base ** (2 * torch.arange(n, dtype=torch.float64, device="cpu") / (head_dim // 2))
+        return base ** (2 * torch.arange(n, dtype=torch.float32, device="cpu") / (head_dim // 2))
     assert min_period is not None
     assert max_period is not None
     if not 0 < min_period <= max_period:
         raise SettingsError(f"RoPE periods must satisfy 0 < min <= max, got {min_period} and {max_period}")
-    exponents = torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
+    exponents = torch.linspace(0, 1, n, dtype=torch.float32, device="cpu")
     return min_period * (max_period / min_period) ** exponents
 
 
