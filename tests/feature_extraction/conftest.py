@@ -63,7 +63,7 @@ def slide(slide_path):
         yield opened
 
 
-def grid(patch: int = 256, step: int = 150) -> np.ndarray:
+def grid(patch: int = 256, step: int = 170) -> np.ndarray:
     """Overlapping patches in rows, some beyond each edge of the slide: int32 [N, 2]."""
     xs, ys = range(-100, WIDTH - 50, step), range(-100, HEIGHT - 50, step)
     return np.array([(x, y) for y in ys for x in xs], np.int32)
@@ -139,6 +139,15 @@ def bad_reads(monkeypatch) -> dict[tuple[int, int], int]:
 
     monkeypatch.setattr(openslide.OpenSlide, "read_region", read_region)
     return failing
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    """torch's threads spin while they wait for each other; on a small busy machine that starves the readers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
