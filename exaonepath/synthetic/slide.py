@@ -6,19 +6,19 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 
 from exaonepath.errors import BackendError, SettingsError
 from exaonepath.storage import atomic_path
+from exaonepath.synthetic.tiff import Page, TiffWriter
 from exaonepath.synthetic.tissue import BACKGROUND, Tissue
 
 _SMALLEST_LEVEL = 512
 _UNIQUE_TILES = 8000  # a level with more tiles than this repeats interior tiles: drawing each would take minutes
 _REPEATS = 96
-_BIGTIFF_BYTES = 3 << 30
+_BIG_PIXELS = 1 << 31  # a classic TIFF ends at 4 GiB; JPEG stays well below 2 bytes per pixel
 
 
 def make_slide(
@@ -55,37 +55,25 @@ def make_slide(
 
     Raises:
         SettingsError: an argument cannot be used.
-        BackendError: tifffile is not installed.
         OutputError: the file cannot be written.
     """
     factors = _factors(width, height, levels)
     _check(width, height, fragments, mpp, tile, vendor, quality)
-    tifffile = _tifffile()
     sizes = [(max(1, int(width / factor)), max(1, int(height / factor))) for factor in factors]
     tissue = Tissue(width, height, fragments, holes, mpp or 0.5, seed)
-    options: dict[str, Any] = {
-        "dtype": np.uint8,
-        "tile": (tile, tile),
-        "photometric": "ycbcr",
-        "subsampling": (2, 2),
-        "compression": "jpeg",
-        "metadata": None,
-        "software": False,
-    }
-    # Encoded bytes are well below one byte per pixel; the classic format ends at 4 GiB.
-    big = width * height > _BIGTIFF_BYTES
-    with atomic_path(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=big) as writer:
-        for index, (w, h) in enumerate(sizes):
-            step = (width / w, height / h)
-            page = dict(options, shape=(h, w, 3), **_tags(vendor, (width, height), (w, h), mpp, index, quality))
-            writer.write(_tiles(tissue, (w, h), step, tile, quality), **page)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        writer = TiffWriter(file, big=width * height > _BIG_PIXELS)
+        for index, size in enumerate(sizes):
+            step = (width / size[0], height / size[1])
+            page = _page(vendor, (width, height), size, tile, mpp, index, quality)
+            writer.write(page, _tiles(tissue, size, step, tile, quality))
     return Path(path)
 
 
 def _tiles(
     tissue: Tissue, size: tuple[int, int], step: tuple[float, float], tile: int, quality: int
-) -> Iterator[bytes]:
-    """Encoded tiles of one level, row by row. Background, and in a huge level the interior, come from a small cache."""
+) -> Iterator[tuple[object, bytes]]:
+    """(key, JPEG) of the tiles of one level, row by row: background, and a huge level's interior, come from a cache."""
     columns, rows = -(-size[0] // tile), -(-size[1] // tile)
     repeat = columns * rows > _UNIQUE_TILES
     empty = _encode(np.broadcast_to(np.round(BACKGROUND).astype(np.uint8), (tile, tile, 3)), quality)
@@ -96,15 +84,14 @@ def _tiles(
             box = (x, y, x + tile * step[0], y + tile * step[1])
             kind = tissue.coverage(box, margin=80.0 + 2 * max(step))
             if kind == "empty":
-                yield empty
-                continue
-            if kind == "full" and repeat:
+                yield "empty", empty
+            elif kind == "full" and repeat:
                 key = tissue.look(box, _REPEATS)
                 if key not in cache:
                     cache[key] = _encode(tissue.render((x, y), step, (tile, tile)), quality)
-                yield cache[key]
-                continue
-            yield _encode(tissue.render((x, y), step, (tile, tile)), quality)
+                yield key, cache[key]
+            else:
+                yield None, _encode(tissue.render((x, y), step, (tile, tile)), quality)
 
 
 def _encode(rgb: np.ndarray, quality: int) -> bytes:
@@ -115,21 +102,26 @@ def _encode(rgb: np.ndarray, quality: int) -> bytes:
     return data.tobytes()
 
 
-def _tags(
-    vendor: str, slide: tuple[int, int], size: tuple[int, int], mpp: float | None, index: int, quality: int
-) -> dict[str, Any]:
-    """Page tags from which OpenSlide takes vendor, levels and resolution."""
+def _page(
+    vendor: str,
+    slide: tuple[int, int],
+    size: tuple[int, int],
+    tile: int,
+    mpp: float | None,
+    index: int,
+    quality: int,
+) -> Page:
+    """The page from whose tags OpenSlide takes vendor, level and resolution."""
     if vendor == "aperio":
         shape = f"{slide[0]}x{slide[1]}" + (f" -> {size[0]}x{size[1]}" if index else "")
-        text = f"Aperio Image Library v12.0.0\n{shape} [0,0 {slide[0]}x{slide[1]}] (256x256) JPEG/RGB Q={quality}"
+        text = f"Aperio Image Library v12.0.0\n{shape} [0,0 {slide[0]}x{slide[1]}] ({tile}x{tile}) JPEG/RGB Q={quality}"
         if mpp is not None:
             text += f"|AppMag = {10 / mpp:g}|MPP = {mpp:g}"
-        return {"description": text, "subfiletype": 0}
-    tags: dict[str, Any] = {"subfiletype": 1 if index else 0}
+        return Page(size, tile, description=text)
+    resolution = None
     if mpp is not None:
-        per_cm = [1e4 / (mpp * whole / part) for whole, part in zip(slide, size, strict=True)]
-        tags |= {"resolution": tuple(per_cm), "resolutionunit": "CENTIMETER"}
-    return tags
+        resolution = (1e4 * size[0] / (mpp * slide[0]), 1e4 * size[1] / (mpp * slide[1]))
+    return Page(size, tile, pixels_per_cm=resolution, reduced=index > 0)
 
 
 def _factors(width: int, height: int, levels: str | Sequence[float]) -> list[float]:
@@ -159,11 +151,3 @@ def _check(width: int, height: int, fragments: int, mpp: float | None, tile: int
         raise SettingsError(f'vendor must be "aperio" or "generic", not {vendor!r}')
     if not 1 <= quality <= 100:
         raise SettingsError(f"quality must be 1 to 100, not {quality}")
-
-
-def _tifffile() -> Any:
-    try:
-        import tifffile
-    except ImportError as exc:
-        raise BackendError('making slides needs tifffile: pip install "exaonepath[synthetic]"') from exc
-    return tifffile

@@ -6,6 +6,7 @@ import logging
 import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import cv2
@@ -101,7 +102,7 @@ def assert_same(tissue, contours, holes):
     for ours, theirs in zip(tissue.contours, contours, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert [len(group) for group in tissue.holes] == [len(group) for group in holes]
-    for ours, theirs in zip(sum(tissue.holes, []), sum(holes, []), strict=True):
+    for ours, theirs in zip(chain(*tissue.holes), chain(*holes), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
