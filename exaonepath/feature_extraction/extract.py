@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from exaonepath import __version__
-from exaonepath.errors import BackendError, DataFileError, OutputCollisionError, SettingsError
+from exaonepath.errors import BackendError, DataFileError, DeviceError, OutputCollisionError, SettingsError
 from exaonepath.feature_extraction.partial import Block, PartialFile
 from exaonepath.feature_extraction.preprocessing import PreprocessingConfig, normalise
 from exaonepath.feature_extraction.reader import PatchBatch, PatchFailure, PatchReader
@@ -97,7 +97,8 @@ def extract_features(
         DataFileError: the coordinates file is broken, or belongs to another slide.
         OutputCollisionError: the output is one of the inputs, or holds the features of another slide.
         OutputError: the output cannot be written (what was done is kept).
-        BackendError: the encoder gave NaN or infinity.
+        BackendError: the encoder gave NaN or infinity, or a batch does not fit into the device's memory.
+        DeviceError: no such device.
     """
     if dtype not in _DTYPES:
         raise SettingsError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -174,7 +175,10 @@ class _Encoder:
 
     def __enter__(self) -> _Encoder:
         self._was_training = self._module.training
-        self._module.to(self._device).eval()
+        try:
+            self._module.to(self._device).eval()
+        except (RuntimeError, AssertionError) as exc:  # torch built without CUDA asserts
+            raise DeviceError(f"the patch encoder cannot be moved to {self._device}: {exc}") from exc
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -183,9 +187,15 @@ class _Encoder:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Features, float32 [b, D], of images uint8 [b, crop, crop, 3]."""
         half = self._dtype != torch.float32
-        with torch.inference_mode(), torch.autocast(self._device.type, self._dtype, enabled=half):
-            batch = torch.from_numpy(images).to(self._device)
-            features = self._module(normalise(batch, self._preprocessing))
+        try:
+            with torch.inference_mode(), torch.autocast(self._device.type, self._dtype, enabled=half):
+                batch = torch.from_numpy(images).to(self._device)
+                features = self._module(normalise(batch, self._preprocessing))
+        except torch.OutOfMemoryError as exc:
+            raise BackendError(
+                f"{len(images)} patches at once do not fit into the memory of {self._device}; use a smaller batch size "
+                f"(what was done is kept): {exc}"
+            ) from exc
         if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):
             got = list(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
             raise SettingsError(f"the patch encoder must return a tensor [{len(images)}, D] for this batch, got {got}")

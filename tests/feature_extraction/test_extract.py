@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from exaonepath.errors import BackendError, DataFileError, OutputCollisionError, OutputError, SettingsError
+from exaonepath.errors import BackendError, DataFileError, DeviceError, OutputCollisionError, OutputError, SettingsError
 from exaonepath.feature_extraction import extract
 from exaonepath.feature_extraction.partial import PartialFile
 from exaonepath.feature_extraction.preprocessing import PreprocessingConfig, normalise
@@ -206,6 +206,31 @@ def test_encoder_that_returns_no_tensor(run):
 
     with pytest.raises(SettingsError, match="got dict"):
         run(encoder=Wrong())
+
+
+def test_a_batch_too_large_for_the_device(run):
+    class Hungry(torch.nn.Module):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("tried to allocate")
+
+    with pytest.raises(BackendError, match=r"8 patches at once .* smaller batch size"):
+        run(encoder=Hungry())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu(run):
+    with pytest.raises(DeviceError, match="cuda"):
+        run(device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gpu_gives_the_features_of_the_cpu(run, tmp_path, dtype):
+    exact = read_features(run().path).features
+    got = read_features(run(out_h5=tmp_path / "gpu.h5", device="cuda", dtype=dtype).path).features
+    # float32: TF32 products at worst; bfloat16: one rounding of inputs, weights and output
+    assert np.linalg.norm(got - exact) < 3 * 2**-9 * np.linalg.norm(exact)
 
 
 # Interruption

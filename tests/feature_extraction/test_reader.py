@@ -187,3 +187,14 @@ def test_impossible_arguments(slide, coords, options, says):
 def test_coordinates_of_the_wrong_shape(slide):
     with pytest.raises(DataFileError, match=r"\[N, 2\]"):
         PatchReader(slide, np.zeros((4, 3), np.int32), 256)
+
+
+def test_closing_the_slide_waits_for_reads_in_other_threads(slide_path, coords):
+    """OpenSlide would crash if a handle were closed under a reader; what comes after the close is told as unreadable."""
+    slide = SlideImage(slide_path)
+    batches = iter(PatchReader(slide, np.tile(coords, (5, 1)), 256, batch_size=4, num_workers=4))
+    assert next(batches).failures == ()
+    slide.close()
+    failures = [failure for batch in batches for failure in batch.failures]
+    assert failures
+    assert all("was closed" in failure.reason for failure in failures)
