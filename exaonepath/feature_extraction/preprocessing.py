@@ -126,9 +126,9 @@ class ReadWindow(NamedTuple):
     span: _Span
     crop: int
 
-    def finish(self, pixels: np.ndarray) -> np.ndarray:
-        """Turn the part's pixels, uint8 [size, size, 3 or 4], into uint8 [crop, crop, 3]; alpha is dropped."""
-        return _resize(pixels, self.span, self.span, self.crop)
+    def finish(self, part: Image.Image) -> np.ndarray:
+        """Turn the part, an RGB or RGBA image of `size` x `size`, into uint8 [crop, crop, 3]; alpha is dropped."""
+        return _resize(part, self.span, self.span, self.crop)
 
 
 def read_window(patch_size: int, config: PreprocessingConfig) -> ReadWindow:
@@ -153,27 +153,23 @@ def resize_and_crop(image: np.ndarray, config: PreprocessingConfig) -> np.ndarra
     if height == width:
         window = read_window(height, config)
         end = window.offset + window.size
-        return window.finish(image[window.offset : end, window.offset : end])
+        return window.finish(Image.fromarray(np.ascontiguousarray(image[window.offset : end, window.offset : end])))
     # Newer Pillow runs its two passes in the order that is cheaper for the given shape, and they round in between: a
     # shape that is not square keeps its result only when it is resized whole.
     shorter = min(height, width)
     rows = _whole(height, config.resize * height // shorter, config.crop)
     columns = _whole(width, config.resize * width // shorter, config.crop)
-    return _resize(image, rows, columns, config.crop)
+    return _resize(Image.fromarray(np.ascontiguousarray(image)), rows, columns, config.crop)
 
 
-def _resize(pixels: np.ndarray, rows: _Span, columns: _Span, crop: int) -> np.ndarray:
-    height, width = pixels.shape[:2]
+def _resize(image: Image.Image, rows: _Span, columns: _Span, crop: int) -> np.ndarray:
+    # Without alpha before anything else: Pillow would multiply the colours by it while resizing.
+    image = image.convert("RGB")
     size, box = (columns.size, rows.size), (columns.box_start, rows.box_start, columns.box_stop, rows.box_stop)
-    if size != (width, height) or box != (0, 0, width, height):
-        if pixels.shape[2] == 4:
-            # PIL would premultiply RGBA by alpha. "RGBX" has the same layout, so it is taken without a copy.
-            image = Image.frombuffer("RGBX", (width, height), np.ascontiguousarray(pixels), "raw", "RGBX", 0, 1)
-        else:
-            image = Image.fromarray(np.ascontiguousarray(pixels))
-        pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=box))
+    if size != image.size or box != (0, 0, *image.size):
+        image = image.resize(size, Image.Resampling.BILINEAR, box=box)
     top, left = rows.crop_start, columns.crop_start
-    return pixels[top : top + crop, left : left + crop, :3]
+    return np.asarray(image)[top : top + crop, left : left + crop]
 
 
 def normalise(images: torch.Tensor, config: PreprocessingConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:

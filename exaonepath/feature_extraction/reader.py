@@ -125,7 +125,10 @@ class PatchReader:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Generator[PatchBatch, None, None]:
-        self.slide.set_cache_bytes(_CACHE_BYTES)
+        with self.slide.tile_cache(_CACHE_BYTES):
+            yield from self._batches()
+
+    def _batches(self) -> Generator[PatchBatch, None, None]:
         batches = (self.indices[at : at + self.batch_size] for at in range(0, len(self.indices), self.batch_size))
         stop = threading.Event()
         if not self.num_workers:
@@ -162,12 +165,12 @@ class PatchReader:
             index = int(job.rows[at])
             x, y = int(self.coords[index, 0]), int(self.coords[index, 1])
             try:
-                pixels = self.slide.read_region((x + offset, y + offset), 0, (size, size))
+                part = self.slide.read_image((x + offset, y + offset), 0, (size, size))
             except SlideReadError as exc:
                 logger.warning("patch %d at (%d, %d) cannot be read: %s", index, x, y, exc)
                 job.failures[at] = PatchFailure(index, x, y, str(exc))
             else:
-                job.images[at] = self._window.finish(pixels)
+                job.images[at] = self._window.finish(part)
 
 
 class _Job:

@@ -115,7 +115,7 @@ class SlideImage:
         Raises:
             SlideReadError: the region cannot be read, also not through a fresh handle.
         """
-        return np.asarray(self._read_image(location, level, size))
+        return np.asarray(self.read_image(location, level, size))
 
     def read_strips(
         self, location: tuple[int, int], level: int, size: tuple[int, int], rows: int
@@ -124,11 +124,12 @@ class SlideImage:
 
         For large regions: turning an image into an array copies it, here a strip at a time.
         """
-        image = self._read_image(location, level, size)
+        image = self.read_image(location, level, size)
         for top in range(0, size[1], rows):
             yield np.asarray(image.crop((0, top, size[0], min(top + rows, size[1]))))
 
-    def _read_image(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+    def read_image(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+        """`read_region` as a Pillow image (RGBA): for what goes on in Pillow, it saves two copies of the pixels."""
         with self._reading() as handle:
             try:
                 return handle.read_region(location, level, size)
