@@ -78,6 +78,11 @@ class LevelReader:
         step_x, step_y = self._piece_size(factor)
         for top in range(0, height, step_y):
             bottom = min(top + step_y, height)
+            if step_x >= width:
+                # Each strip spans the level: the consumer need not hold a whole cell beside ours.
+                for piece in self._pieces(top, bottom, width, step_x, factor):
+                    yield Band(piece.y, piece.y + len(piece.pixels), iter([piece]))
+                continue
             yield Band(top // factor, bottom // factor, self._pieces(top, bottom, width, step_x, factor))
 
     def _pieces(self, top: int, bottom: int, width: int, step_x: int, factor: int) -> Iterator[Piece]:

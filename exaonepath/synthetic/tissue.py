@@ -74,13 +74,15 @@ class Tissue:
         grid = (origin, step, size)
         zoom = min(step)
         rough, grain = self._roughness(*grid)
-        glands, lumens = self._glands.sample(*grid), self._lumens.sample(*grid)
+        glands = self._glands.sample(*grid)
         outline = self._outline.sample(*grid) + (6.0 * rough + 14.0 * glands) * min(1.0, self._map_scale)
         body = np.clip(outline / max(3.0, zoom) + 0.5, 0, 1)
-        epithelium = _step(self._region.sample(*grid) + 0.35 * glands, 0.15, 0.55)
-        gap = _step(lumens + 0.5 * self._region.sample(*grid), 1.75, 1.75 + max(0.15, zoom / 160)) * _step(
-            outline, 60, 160
-        )
+        if not body.any():
+            return np.broadcast_to(np.round(BACKGROUND).astype(np.uint8), (*body.shape, 3))
+        region = self._region.sample(*grid)
+        epithelium = _step(region + 0.35 * glands, 0.15, 0.55)
+        gap = _step(self._lumens.sample(*grid) + 0.5 * region, 1.75, 1.75 + max(0.15, zoom / 160))
+        gap *= _step(outline, 60, 160)
         stroma = 1 - epithelium
         fibres = self._fibres.sample(*grid)
         haematoxylin = epithelium * (0.20 + 0.62 * self._dense.sample(*grid))
