@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -49,7 +50,7 @@ class ExaonePathPreTrainedModel(PreTrainedModel):
             )
         except ExaonePathError:
             raise
-        except OSError as exc:
+        except (OSError, SafetensorError) as exc:
             raise WeightsError(f"no usable safetensors weights at {where}: {exc}") from exc
         _check_loading(where, info)
         return (model, info) if want_info else model

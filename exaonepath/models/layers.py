@@ -113,7 +113,7 @@ class Attention(nn.Module):
 
     def split(self, qkv: Tensor) -> Tensor:
         """[T, 3E] to [T, 3, H, D]."""
-        return qkv.view(qkv.shape[0], 3, self.heads, -1)
+        return qkv.unflatten(1, (3, self.heads, qkv.shape[1] // (3 * self.heads)))
 
 
 class SwiGLU(nn.Module):

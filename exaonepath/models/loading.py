@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
 from exaonepath.errors import SettingsError, WeightsError
 from exaonepath.models.composite import ExaonePathModel
@@ -114,7 +114,7 @@ def _pretrained(cls: type[M], component: str, weights: str, options: dict[str, A
     try:
         if root.is_dir() and not (root / "config.json").is_file() and (root / f"{component}-encoder").is_dir():
             return cls.from_pretrained(source, subfolder=f"{component}-encoder", **options)
-        config = _config(source)
+        config = _config(source, component)
         if config.get("model_type") == cls.config_class.model_type:
             return cls.from_pretrained(source, **options)
         if config.get("model_type") == ExaonePathModel.config_class.model_type:
@@ -139,13 +139,24 @@ def _not_found(weights: str) -> str:
     )
 
 
-def _config(source: str) -> dict[str, Any]:
+def _config(source: str, component: str) -> dict[str, Any]:
     """The root config.json as a dict; empty where the repository has none (only subfolders)."""
-    path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
-    if path is None:
-        return {}
+    if Path(source).is_dir():
+        path = Path(source) / "config.json"
+        if not path.is_file():
+            return {}
+    else:
+        try:
+            path = Path(hf_hub_download(source, "config.json"))
+        except LocalEntryNotFoundError:
+            # No connection. A cached encoder subfolder is enough; otherwise asking again would only wait again.
+            if isinstance(try_to_load_from_cache(source, f"{component}-encoder/config.json"), str):
+                return {}
+            raise
+        except EntryNotFoundError:
+            return {}
     try:
-        config: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as exc:
         raise WeightsError(f"{path} is not valid JSON: {exc}") from exc
     return config
@@ -168,7 +179,8 @@ def randomize(model: nn.Module, seed: int) -> None:
     tissue apart, as a random projection does.
     """
     for name, parameter in model.named_parameters():
-        generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+        # torch's CPU generator looks at 32 bits of a seed: both have to be mixed into those.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         leaf = name.rsplit(".", 1)[-1]
         if parameter.ndim == 1:
             parameter.fill_(1.0 if leaf == "weight" else 0.0)

@@ -41,7 +41,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, eager: bool) -> Tensor:
         batch, tokens, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, _HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(x).view(batch, tokens, 3, _HEADS, _DIM // _HEADS).permute(2, 0, 3, 1, 4).unbind(0)
         if eager:
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
             out = (

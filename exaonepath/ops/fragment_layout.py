@@ -123,7 +123,7 @@ class FragmentLayout:
         """Put packed tokens [T, E] back into the caller's order: [B, N, E], prefix tokens dropped, 0 where masked."""
         out = packed.new_zeros((self.batch * self._row, packed.shape[-1]))
         out = out.index_copy(0, self.source, packed)
-        return out.view(self.batch, self._row, -1)[:, self.n_prefix :]
+        return out.view(self.batch, self._row, packed.shape[-1])[:, self.n_prefix :]
 
 
 def build_fragment_layout(

@@ -1,0 +1,36 @@
+# Two commands do everything on a fresh machine with Python, a C++ compiler and a package index:
+#   make demo    encode a real slide and draw what came out
+#   make test    the test suite
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint bench wheel clean
+
+demo: $(INSTALLED)
+	$(BIN)/exaonepath demo --out demo-output
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/pytest bench/ --benchmark-only
+
+wheel: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build --wheel --outdir dist .
+
+# The virtual environment is made again whenever what it is made of changes.
+$(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo-output exaonepath/_C*.so *.egg-info

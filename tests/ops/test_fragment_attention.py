@@ -1,0 +1,164 @@
+"""Every backend against float64 over the shapes that bite, with gradients."""
+
+import pytest
+import torch
+
+from exaonepath.errors import BackendError, SettingsError
+from exaonepath.ops import Rotation, Segments, cpu_attention, fragment_attention, rotary_periods
+from exaonepath.reference.fragment_attention import dense_fragment_attention, rotate
+
+SHAPES = {
+    "one token": [1],
+    "one fragment": [37],
+    "odd sizes": [1, 2, 3, 63, 129, 5, 64, 65],
+    "many tiny": [3] * 200,
+    "tiny and giant": [1, 2, 700, 1, 3, 2],
+    "prefix, then fragments": [8, 130, 8, 1, 8, 255],
+}
+
+
+def segments(lengths):
+    return Segments.from_lengths(torch.tensor(lengths, dtype=torch.int64))
+
+
+def inputs(lengths, dtype=torch.float64, heads=2, dim=16, seed=0, rope=True):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = sum(lengths)
+    qkv = torch.randn(tokens, 3, heads, dim, generator=generator).mul(1.5).to(dtype)
+    rotation = None
+    if rope:
+        coords = torch.randint(0, 150_000, (tokens, 2), generator=generator)
+        rotation = Rotation.from_coords(coords, rotary_periods(dim), 256)
+    return qkv, segments(lengths), rotation
+
+
+def exact(qkv, segs, rotation):
+    q, k, v = qkv.double().unbind(1)
+    if rotation is not None:
+        q, k = (rotate(t, rotation.positions, rotation.periods) for t in (q, k))
+    return dense_fragment_attention(q, k, v, segs.ids(), qkv.shape[-1] ** -0.5)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("rope", [True, False])
+def test_float64_is_exact(name, backend, rope):
+    qkv, segs, rotation = inputs(SHAPES[name], rope=rope)
+    out = fragment_attention(qkv, segs, rotation, backend=backend)
+    assert out.shape == (qkv.shape[0], 2, 16)
+    assert torch.allclose(out, exact(qkv, segs, rotation), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [[8, 600, 33], [1500], [2] * 50 + [513]])
+def test_error_is_within_twice_that_of_dense_torch(dtype, lengths):
+    qkv, segs, rotation = inputs(lengths, dtype, heads=3, dim=64)
+    truth = exact(qkv, segs, rotation)
+    q, k, v = qkv.unbind(1)
+    cos, sin = rotation.cos_sin()
+    from exaonepath.ops import apply_rotation
+
+    plain = dense_fragment_attention(apply_rotation(q, cos, sin), apply_rotation(k, cos, sin), v, segs.ids(), 64**-0.5)
+    ours = fragment_attention(qkv, segs, rotation)
+    assert ours.dtype == dtype
+    for norm in (lambda e: e.abs().max(), lambda e: e.square().mean().sqrt()):
+        # DESIGN's rule; the last bit of the output dtype is allowed where torch happens to be luckier than it.
+        allowed = 2 * norm(plain.double() - truth) + torch.finfo(dtype).eps * norm(truth)
+        assert norm(ours.double() - truth) <= allowed
+
+
+def test_long_segments_take_the_tiled_path_and_stay_exact():
+    qkv, segs, rotation = inputs([1300, 8, 520], torch.float32, heads=2, dim=32)
+    if not cpu_attention.can_attend(qkv, 1300):
+        pytest.skip("this torch has no float32 oneDNN product")
+    ours = fragment_attention(qkv, segs, rotation)
+    truth = exact(qkv, segs, rotation)
+    assert (ours.double() - truth).norm() <= 2e-6 * truth.norm()
+
+
+@pytest.mark.parametrize("name", ["one token", "odd sizes", "many tiny", "tiny and giant"])
+def test_gradients_match_the_dense_ones(name):
+    qkv, segs, rotation = inputs(SHAPES[name])
+    grads = []
+    weight = torch.randn(qkv.shape[0], 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for run in (lambda t: fragment_attention(t, segs, rotation), lambda t: exact(t, segs, rotation)):
+        leaf = qkv.clone().requires_grad_()
+        (run(leaf) * weight).sum().backward()
+        grads.append(leaf.grad)
+    assert torch.allclose(*grads, rtol=0, atol=1e-10)
+
+
+def test_gradcheck():
+    qkv, segs, rotation = inputs([1, 4, 2], heads=1, dim=4)
+    leaf = qkv.requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: fragment_attention(t, segs, rotation), (leaf,))
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_no_token_at_all(requires_grad):
+    qkv = torch.zeros(0, 3, 2, 16, requires_grad=requires_grad)
+    out = fragment_attention(qkv, segments([]))
+    assert out.shape == (0, 2, 16)
+    if requires_grad:
+        out.sum().backward()
+        assert qkv.grad.shape == qkv.shape
+
+
+def test_nothing_leaks_between_segments():
+    """Changing one segment, to NaN even, leaves every other segment bit for bit the same."""
+    lengths = [5, 600, 3, 3, 130]
+    qkv, segs, rotation = inputs(lengths, torch.float32)
+    before = fragment_attention(qkv, segs, rotation)
+    bounds = segs.offsets.tolist()
+    for i in range(len(lengths)):
+        changed = qkv.clone()
+        changed[bounds[i] : bounds[i + 1]] = float("nan")
+        after = fragment_attention(changed, segs, rotation)
+        rest = torch.ones(qkv.shape[0], dtype=torch.bool)
+        rest[bounds[i] : bounds[i + 1]] = False
+        assert torch.equal(after[rest], before[rest])
+        assert after[~rest].isnan().all()
+
+
+def test_result_of_a_segment_does_not_depend_on_its_neighbours():
+    long, short = 600, 3
+    qkv, _, rotation = inputs([long, short, short], torch.float32)
+    alone = fragment_attention(qkv[:long], segments([long]), Rotation(rotation.positions[:long], rotation.periods))
+    assert torch.equal(fragment_attention(qkv, segments([long, short, short]), rotation)[:long], alone)
+
+
+def test_non_contiguous_tokens_and_untouched_input():
+    qkv, segs, rotation = inputs([40, 7, 520], torch.float32)
+    strided = torch.empty(qkv.shape[0], 2, *qkv.shape[1:])[:, 0]
+    strided.copy_(qkv)
+    before = strided.clone()
+    assert torch.equal(fragment_attention(strided, segs, rotation), fragment_attention(qkv, segs, rotation))
+    assert torch.equal(strided, before)
+    assert torch.equal(
+        fragment_attention(strided.clone(), segs, rotation, overwrite_qkv=True), fragment_attention(qkv, segs, rotation)
+    )
+
+
+def test_repeat_runs_are_bit_identical():
+    qkv, segs, rotation = inputs([900, 3, 3, 140], torch.float32)
+    first = fragment_attention(qkv, segs, rotation)
+    for _ in range(3):
+        assert torch.equal(fragment_attention(qkv, segs, rotation), first)
+
+
+def test_bad_input_is_refused():
+    qkv, segs, rotation = inputs([5, 3])
+    with pytest.raises(SettingsError, match="unknown attention backend"):
+        fragment_attention(qkv, segs, backend="flash")
+    with pytest.raises(BackendError, match="triton"):
+        fragment_attention(qkv, segs, backend="triton")
+    with pytest.raises(SettingsError, match=r"\[T, 3, H, D\]"):
+        fragment_attention(qkv[:, 0], segs)
+    with pytest.raises(SettingsError, match=r"\[T, 3, H, D\]"):
+        fragment_attention(qkv.long(), segs)
+    with pytest.raises(SettingsError, match="cover 8 tokens"):
+        fragment_attention(qkv[:7], segs)
+    with pytest.raises(SettingsError, match="rotation is for 8 tokens"):
+        fragment_attention(qkv[:7], segments([7]), rotation)
+    with pytest.raises(SettingsError, match="head dimension 64"):
+        fragment_attention(qkv, segs, Rotation(rotation.positions, rotary_periods(64)))
