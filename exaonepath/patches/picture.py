@@ -14,6 +14,7 @@ from exaonepath.patches.slide import SlideImage
 from exaonepath.storage import atomic_path
 
 LONGEST_SIDE = 4096
+_SMALL_CACHE = 8 << 20
 _GREEN, _BLUE = (0, 255, 0), (0, 0, 255)
 
 
@@ -26,7 +27,9 @@ def draw_tissue(slide: SlideImage, tissue: Tissue, line_thickness: int = 100) ->
         line_thickness: of the outlines, in level-0 pixels; at most 1/150 of the picture's longest side is drawn.
     """
     longest = max(slide.level_dimensions[tissue.seg_level])
-    picture = np.ascontiguousarray(slide.thumbnail(min(longest, LONGEST_SIDE)))
+    # A thumbnail is read from left to right, top to bottom: few tiles are met twice.
+    with slide.tile_cache(_SMALL_CACHE):
+        picture = slide.thumbnail(min(longest, LONGEST_SIDE))
     scale = np.array([picture.shape[1], picture.shape[0]]) / slide.dimensions
     wanted = round(line_thickness * float(np.sqrt(scale.prod())))
     # On a small slide without a pyramid, lines of 100 level-0 pixels would hide the tissue.
@@ -40,12 +43,12 @@ def draw_tissue(slide: SlideImage, tissue: Tissue, line_thickness: int = 100) ->
 
 
 def write_picture(path: str | os.PathLike[str], picture: np.ndarray) -> None:
-    """Write an RGB picture [h, w, 3] as JPEG, whole or not at all.
+    """Write an RGB picture [h, w, 3] as JPEG, whole or not at all. The array's channels are reversed on the way.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    ok, data = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    ok, data = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR, dst=picture))
     if not ok:
         raise OutputError(f"cannot write {path}: OpenCV could not encode it as JPEG")
     with atomic_path(path) as temporary:

@@ -129,7 +129,7 @@ def patchfy(
         folder = ensure_folder(out)
         h5_path = folder / "patches" / f"{slide.name}.h5"
         mask_path = folder / "masks" / f"{slide.name}.jpg"
-        stored = _stored(h5_path, slide, settings)
+        stored = _stored(h5_path, slide, settings) if save_h5 or save_mask else None
         if stored is not None and auto_skip and save_h5:
             if not save_mask or mask_path.is_file():
                 logger.info("%s: %d patches taken from %s", slide.path, len(stored), h5_path)

@@ -58,6 +58,11 @@ class SegmentationSettings:
     max_seg_pixels: int | None = MAX_SEG_PIXELS
 
     def __post_init__(self) -> None:
+        for name in ("mthresh", "close", "max_n_holes"):
+            value = getattr(self, name)
+            if value != int(value):
+                raise SettingsError(f"{name} must be a whole number, not {value!r}")
+            object.__setattr__(self, name, int(value))
         if not 0 <= self.sthresh <= 255:
             raise SettingsError(f"sthresh is a saturation and must be 0 to 255, not {self.sthresh}")
         if not 0 <= self.mthresh <= 254:

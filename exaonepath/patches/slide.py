@@ -26,7 +26,7 @@ from exaonepath.errors import SlideOpenError, SlideReadError
 logger = logging.getLogger(__name__)
 
 DEFAULT_MPP = 0.5
-_BLOCK = 2048  # side of what a thumbnail reads at a time, in pixels
+_BLOCK = 1024  # side of what a thumbnail reads at a time, in pixels
 _DEFAULT_CACHE = 32 << 20  # OpenSlide's own
 _SAMPLE_BLOCKS, _SAMPLE_BYTES = 64, 1 << 16
 
@@ -160,7 +160,8 @@ class SlideImage:
         """
         full = max(self.dimensions)
         shrink = max(1.0, full / max(1, longest_side))
-        level = self.get_best_level_for_downsample(shrink)
+        # Levels are rarely an exact factor: one that is a hair smaller than asked for beats reading 16 times as much.
+        level = self.get_best_level_for_downsample(1.01 * shrink)
         (w, h), scale = self.level_dimensions[level], self.scalar_downsamples[level]
         width, height = (max(1, round(side / shrink)) for side in self.dimensions)
         width, height = min(width, w), min(height, h)

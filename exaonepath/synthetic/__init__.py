@@ -4,6 +4,5 @@ For tests, demos and benchmarks; nothing here has diagnostic meaning.
 """
 
 from exaonepath.synthetic.slide import make_slide
-from exaonepath.synthetic.tissue import Tissue
 
-__all__ = ["Tissue", "make_slide"]
+__all__ = ["make_slide"]
