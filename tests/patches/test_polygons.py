@@ -41,7 +41,7 @@ COORDINATE = st.one_of(st.integers(-12, 12), st.integers(-60, 60))
 OUTLINE = st.lists(st.tuples(COORDINATE, COORDINATE), min_size=1, max_size=14).map(lambda v: np.array(v, np.int32))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     pieces=st.lists(st.tuples(OUTLINE, st.lists(OUTLINE, max_size=3)), max_size=4),
     patch=st.integers(1, 30),
@@ -60,7 +60,7 @@ def test_grid_equals_point_by_point(pieces, patch, step, chunk):
     assert coords.dtype == owners.dtype == np.int32
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(outline=OUTLINE, x=st.integers(-30, 5), y=st.integers(-30, 5), step=st.integers(1, 4))
 def test_locate_equals_point_polygon_test(outline, x, y, step):
     grids = Grids(*(np.array([v]) for v in (x, y, 30, 30)), step, step)
