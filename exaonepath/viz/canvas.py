@@ -1,0 +1,177 @@
+"""The pixels of the pictures: the part of the slide that has tissue, and the embeddings' colours on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from exaonepath.patches import SlideImage
+from exaonepath.viz.colors import to_oklab, to_srgb
+
+_MARGIN = 0.03  # around the tissue, of its longer side
+_LONGEST_THUMBNAIL = 6000  # of the whole slide; bounds memory where the tissue is a small part of it
+_GLASS = 0.97  # OKLab lightness of empty glass, about
+_TINT = 0.22  # how much of the colour pixels without stain get
+_TEXTURE = 0.75  # how much of the tissue's own light and dark stays
+_BACKGROUND = 1.0
+_NEAR = 0.55  # width of the blending of neighbouring patches, in steps
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A part of the slide as pixels.
+
+    Attributes:
+        image: uint8 RGB [h, w, 3].
+        origin: (x, y) of its top left corner at level 0.
+        scale: (x, y) picture pixels per level-0 pixel.
+    """
+
+    image: np.ndarray
+    origin: tuple[float, float]
+    scale: tuple[float, float]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.image.shape[1], self.image.shape[0]
+
+    def points(self, level0: np.ndarray) -> np.ndarray:
+        """Picture positions float [P, 2] of level-0 positions [P, 2]; pixel i spans i to i + 1."""
+        return (np.asarray(level0, np.float64) - self.origin) * self.scale
+
+
+def view(slide: SlideImage, boxes: Sequence[np.ndarray], longest: int) -> Canvas:
+    """The slide cropped to what `boxes` (each level-0 points [P, 2]) cover, `longest` pixels on the longer side.
+
+    Without points: the whole slide.
+
+    Raises:
+        SlideReadError: the slide cannot be read.
+    """
+    full = np.array(slide.dimensions, np.float64)
+    low, high = np.zeros(2), full
+    points = [box for box in boxes if len(box)]
+    if points:
+        low = np.min([box.min(axis=0) for box in points], axis=0).astype(np.float64)
+        high = np.max([box.max(axis=0) for box in points], axis=0).astype(np.float64)
+        margin = _MARGIN * (high - low).max()
+        low, high = np.clip(low - margin, 0, full), np.clip(high + margin, 0, full)
+        if (high - low).min() < 1:
+            low, high = np.zeros(2), full
+    wanted = min(longest * full.max() / (high - low).max(), _LONGEST_THUMBNAIL)
+    picture = slide.thumbnail(round(wanted))
+    scale = np.array([picture.shape[1], picture.shape[0]]) / full
+    x0, y0 = np.floor(low * scale).astype(int)
+    x1, y1 = np.maximum(np.ceil(high * scale).astype(int), (x0 + 1, y0 + 1))
+    crop = np.ascontiguousarray(picture[y0:y1, x0:x1])
+    return Canvas(crop, (x0 / scale[0], y0 / scale[1]), (float(scale[0]), float(scale[1])))
+
+
+def tissue_mask(canvas: Canvas, contours: Sequence[np.ndarray], holes: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """float32 [h, w], 1 inside the tissue and 0 outside and in its holes, with a soft edge of about a pixel."""
+    width, height = canvas.size
+    mask: np.ndarray = np.zeros((height, width), np.uint8)
+    # Contour by contour, each hole after its own: an island inside a hole is a contour of its own and stays.
+    for contour, inside in zip(contours, holes, strict=True):
+        one = _filled(canvas, [contour], 255)
+        if len(inside):
+            one = cv2.subtract(one, _filled(canvas, inside, 255))
+        cv2.max(mask, one, dst=mask)
+    return cv2.GaussianBlur(mask, (0, 0), 0.7).astype(np.float32) / 255
+
+
+def _filled(canvas: Canvas, outlines: Sequence[np.ndarray], value: int) -> np.ndarray:
+    width, height = canvas.size
+    mask: np.ndarray = np.zeros((height, width), np.uint8)
+    # OpenCV's fixed point: 4 bits below the pixel, so that outlines do not snap to the pixel grid.
+    polygons = [np.round((canvas.points(outline) - 0.5) * 16).astype(np.int32) for outline in outlines]
+    for polygon in polygons:
+        cv2.fillPoly(mask, [polygon], value, lineType=cv2.LINE_AA, shift=4)
+    return mask
+
+
+def grid_step(coords: np.ndarray, patch_size: int) -> int:
+    """Distance between neighbouring patches, in level-0 pixels, as their coordinates int [N, 2] tell it."""
+    gaps = []
+    for along, across in ((0, 1), (1, 0)):
+        ordered = coords[np.lexsort((coords[:, along], coords[:, across]))].astype(np.int64)
+        same_line = np.diff(ordered[:, across]) == 0
+        gap = np.diff(ordered[:, along])[same_line]
+        gaps.append(gap[gap > 0])
+    found = np.concatenate(gaps)
+    return int(np.median(found)) if len(found) else int(patch_size)
+
+
+def color_field(canvas: Canvas, centres: np.ndarray, lab: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Colours of patches spread over the picture: at each pixel the mean of the patches around it, nearer ones more.
+
+    Time and memory depend on the picture alone, not on the number of patches.
+
+    Args:
+        canvas: the picture.
+        centres: float [N, 2], of the patches, at level 0.
+        lab: OKLab [N, 3]; a patch with NaN takes the colour of its neighbours.
+        step: distance between neighbouring patches at level 0.
+
+    Returns:
+        OKLab float32 [h, w, 3], and how near the patches are, float32 [h, w]: 1 among them, 0 beyond their reach.
+    """
+    width, height = canvas.size
+    # Worked out at a few pixels per step: the field is smooth, and a wide blur of a large picture takes seconds.
+    pitch = step * float(np.sqrt(canvas.scale[0] * canvas.scale[1]))
+    shrink = max(1.0, pitch / 8)
+    small = max(1, round(width / shrink)), max(1, round(height / shrink))
+    factor = np.array(small) / (width, height)
+    sums = np.zeros((small[1], small[0], 5), np.float32)
+    at = np.clip(np.floor(canvas.points(centres) * factor).astype(int), 0, np.array(small) - 1)
+    known = np.isfinite(lab).all(axis=1)[:, None]
+    weights = np.concatenate([np.where(known, lab, 0), known, np.ones_like(known)], axis=1).astype(np.float32)
+    np.add.at(sums, (at[:, 1], at[:, 0]), weights)
+    pitch_small = max(pitch * float(np.sqrt(factor.prod())), 1.0)
+    near = _blurred(sums, _NEAR * pitch_small)
+    # Among patches on a grid the blurred density is 1 per step squared; a lone patch reaches 0.5.
+    cover = np.clip((near[..., 4] * pitch_small**2 - 0.04) / 0.22, 0, 1)
+    # Where no patch with a colour is near, farther ones decide.
+    mixed = near[..., :4]
+    for reach, share in ((1.2, 1e-2), (4.0, 1e-5)):
+        mixed = mixed + np.float32(share) * _blurred(sums[..., :4], reach * pitch_small)
+    field = mixed[..., :3] / np.maximum(mixed[..., 3:], 1e-20)
+    field = cv2.resize(field, (width, height), interpolation=cv2.INTER_CUBIC)
+    return field, cv2.resize(cover, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def _blurred(values: np.ndarray, sigma: float) -> np.ndarray:
+    # OpenCV blurs at most four channels at a time.
+    parts = [values[..., i : i + 1] for i in range(values.shape[-1])]
+    blurred = [cv2.GaussianBlur(part, (0, 0), sigma, borderType=cv2.BORDER_CONSTANT) for part in parts]
+    return np.stack(blurred, axis=-1)
+
+
+def restain(image: np.ndarray, field: np.ndarray, cover: np.ndarray) -> np.ndarray:
+    """The tissue as if it had been stained with the field's colours.
+
+    Args:
+        image: the slide, uint8 RGB [h, w, 3].
+        field: OKLab float32 [h, w, 3].
+        cover: float32 [h, w]; 0 leaves the pixel grey.
+
+    Returns:
+        uint8 RGB [h, w, 3].
+    """
+    light = to_oklab(image)[..., 0]
+    stain = np.clip((_GLASS - light) / 0.16, 0, 1)
+    stained = (cover > 0.5) & (stain > 0.9)
+    middle = float(np.median(light[stained])) if stained.any() else 0.7
+    grey = np.stack([np.clip(1 - 0.45 * (_GLASS - light), 0, 1), np.zeros_like(light), np.zeros_like(light)], axis=-1)
+    amount = (_TINT + (1 - _TINT) * stain)[..., None]
+    dyed = field.copy()
+    dyed[..., 0] += _TEXTURE * (light - middle)
+    # Very dark pixels (ink, folds) keep some lightness, or their colour would not show.
+    dyed[..., 0] = np.clip(dyed[..., 0], 0.30, 0.95)
+    glass = np.array([_BACKGROUND, 0, 0], np.float32)
+    dyed = glass + (dyed - glass) * amount
+    return to_srgb(grey + (dyed - grey) * cover[..., None])

@@ -1,0 +1,93 @@
+"""Example patches for the colours: a few groups of alike embeddings, and what their patches look like."""
+
+from __future__ import annotations
+
+import logging
+
+import cv2
+import numpy as np
+
+from exaonepath.errors import SlideReadError
+from exaonepath.patches import SlideImage
+
+logger = logging.getLogger(__name__)
+
+_ROUNDS = 25
+_MOST = 20_000  # more patches than this are thinned out evenly before they are grouped
+
+
+def exemplars(scores: np.ndarray, coords: np.ndarray, patch_size: int, groups: int, each: int) -> list[np.ndarray]:
+    """Patches that stand for the colours of the picture.
+
+    Args:
+        scores: float [N, 3], principal scores (finite).
+        coords: int [N, 2], corners at level 0.
+        patch_size: level-0 pixels; patches of one group do not overlap on the slide where that can be had.
+        groups, each: most groups, and most patches in one.
+
+    Returns:
+        For each group the indices of its patches, int64, the most typical first; groups in the order of their first
+        component. Fewer where there are fewer distinct patches.
+    """
+    chosen = np.arange(0, len(scores), max(1, -(-len(scores) // _MOST)))
+    points = np.clip(scores[chosen], -1.5, 1.5)
+    centres = _centres(points, groups)
+    label = _nearest(points, centres)
+    result = []
+    for group in np.argsort(centres[:, 0], kind="stable"):
+        members = chosen[label == group]
+        distance = ((scores[members] - centres[group]) ** 2).sum(axis=1)
+        members = members[np.argsort(distance, kind="stable")]
+        result.append(_apart(members, coords, patch_size, each))
+    return [group for group in result if len(group)]
+
+
+def read_tile(slide: SlideImage, corner: np.ndarray, patch_size: int, side: int) -> np.ndarray:
+    """One patch as uint8 RGB [side, side, 3]; grey where it cannot be read (the reader of patches has said why)."""
+    # From the level that has about the wanted resolution: 24 patches shall not cost 24 full-size reads.
+    level = slide.get_best_level_for_downsample(max(1.0, patch_size / side))
+    down = slide.level_downsamples[level]
+    size = max(1, round(patch_size / down[0])), max(1, round(patch_size / down[1]))
+    try:
+        pixels = slide.read_region((int(corner[0]), int(corner[1])), level, size)
+    except SlideReadError as exc:
+        logger.warning("%s; shown grey in the picture", exc)
+        return np.full((side, side, 3), 200, np.uint8)
+    return cv2.resize(np.ascontiguousarray(pixels[..., :3]), (side, side), interpolation=cv2.INTER_AREA)
+
+
+def _centres(points: np.ndarray, groups: int) -> np.ndarray:
+    """k-means, started from points that are far from each other: deterministic, and no colour is left out."""
+    first = int(((points - np.median(points, axis=0)) ** 2).sum(axis=1).argmin())
+    centres = [points[first]]
+    gap = ((points - centres[0]) ** 2).sum(axis=1)
+    while len(centres) < groups and gap.max() > 1e-9:
+        centres.append(points[int(gap.argmax())])
+        gap = np.minimum(gap, ((points - centres[-1]) ** 2).sum(axis=1))
+    found = np.array(centres)
+    for _ in range(_ROUNDS):
+        label = _nearest(points, found)
+        moved = np.array(
+            [points[label == k].mean(axis=0) if (label == k).any() else found[k] for k in range(len(found))]
+        )
+        if np.allclose(moved, found, atol=1e-6):
+            break
+        found = moved
+    return found
+
+
+def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    return ((points[:, None] - centres) ** 2).sum(axis=2).argmin(axis=1)
+
+
+def _apart(members: np.ndarray, coords: np.ndarray, patch_size: int, each: int) -> np.ndarray:
+    """The first `each` members that do not overlap; where there are not so many, overlapping ones fill up."""
+    taken: list[int] = []
+    for index in members:
+        gaps = np.abs(coords[taken].astype(np.int64) - coords[index].astype(np.int64)).max(axis=1) if taken else []
+        if not taken or min(gaps) >= patch_size:
+            taken.append(int(index))
+        if len(taken) == each:
+            break
+    rest = [int(index) for index in members[: 4 * each] if int(index) not in taken]
+    return np.array((taken + rest)[:each], np.int64)
