@@ -106,7 +106,9 @@ def grid_step(coords: np.ndarray, patch_size: int) -> int:
     return int(np.median(found)) if len(found) else int(patch_size)
 
 
-def color_field(canvas: Canvas, centres: np.ndarray, lab: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+def color_field(
+    canvas: Canvas, centres: np.ndarray, lab: np.ndarray, patch_size: int, step: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Colours of patches spread over the picture: at each pixel the mean of the patches around it, nearer ones more.
 
     Time and memory depend on the picture alone, not on the number of patches.
@@ -115,40 +117,38 @@ def color_field(canvas: Canvas, centres: np.ndarray, lab: np.ndarray, step: int)
         canvas: the picture.
         centres: float [N, 2], of the patches, at level 0.
         lab: OKLab [N, 3]; a patch with NaN takes the colour of its neighbours.
-        step: distance between neighbouring patches at level 0.
+        patch_size, step: side of a patch, and distance between neighbouring ones, at level 0.
 
     Returns:
-        OKLab float32 [h, w, 3], and how near the patches are, float32 [h, w]: 1 among them, 0 beyond their reach.
+        OKLab float32 [h, w, 3], and float32 [h, w]: 1 where a patch is, or its cell of the grid where patches stand
+        apart; 0 elsewhere.
     """
     width, height = canvas.size
     # Worked out at a few pixels per step: the field is smooth, and a wide blur of a large picture takes seconds.
-    pitch = step * float(np.sqrt(canvas.scale[0] * canvas.scale[1]))
-    shrink = max(1.0, pitch / 8)
+    unit = float(np.sqrt(canvas.scale[0] * canvas.scale[1]))  # pixels per level-0 pixel
+    shrink = max(1.0, step * unit / 8)
     small = max(1, round(width / shrink)), max(1, round(height / shrink))
     factor = np.array(small) / (width, height)
-    sums = np.zeros((small[1], small[0], 5), np.float32)
+    sums = np.zeros((small[1], small[0], 4), np.float32)
     at = np.clip(np.floor(canvas.points(centres) * factor).astype(int), 0, np.array(small) - 1)
     known = np.isfinite(lab).all(axis=1)[:, None]
-    weights = np.concatenate([np.where(known, lab, 0), known, np.ones_like(known)], axis=1).astype(np.float32)
-    np.add.at(sums, (at[:, 1], at[:, 0]), weights)
-    pitch_small = max(pitch * float(np.sqrt(factor.prod())), 1.0)
-    near = _blurred(sums, _NEAR * pitch_small)
-    # Among patches on a grid the blurred density is 1 per step squared; a lone patch reaches 0.5.
-    cover = np.clip((near[..., 4] * pitch_small**2 - 0.04) / 0.22, 0, 1)
+    np.add.at(sums, (at[:, 1], at[:, 0]), np.concatenate([np.where(known, lab, 0), known], axis=1).astype(np.float32))
+    unit *= float(np.sqrt(factor.prod()))
+    pitch, reach = max(step * unit, 1.0), max(step * unit, patch_size * unit, 1.0)
     # Where no patch with a colour is near, farther ones decide.
-    mixed = near[..., :4]
-    for reach, share in ((1.2, 1e-2), (4.0, 1e-5)):
-        mixed = mixed + np.float32(share) * _blurred(sums[..., :4], reach * pitch_small)
-    field = mixed[..., :3] / np.maximum(mixed[..., 3:], 1e-20)
+    mixed = np.zeros_like(sums)
+    for sigma, share in ((_NEAR * pitch, 1.0), (1.2 * pitch, 1e-2), (max(4 * pitch, reach), 1e-5)):
+        mixed += np.float32(share) * cv2.GaussianBlur(sums, (0, 0), sigma, borderType=cv2.BORDER_CONSTANT)
+    field: np.ndarray = mixed[..., :3] / np.maximum(mixed[..., 3:], 1e-20)
+
+    marks: np.ndarray = np.zeros((small[1], small[0]), np.uint8)
+    marks[at[:, 1], at[:, 0]] = 255
+    side = round(reach) | 1
+    cv2.dilate(marks, np.ones((1, side), np.uint8), dst=marks)
+    cv2.dilate(marks, np.ones((side, 1), np.uint8), dst=marks)
+    cover = cv2.GaussianBlur(marks, (0, 0), max(0.5, 0.1 * pitch)).astype(np.float32) / 255
     field = cv2.resize(field, (width, height), interpolation=cv2.INTER_CUBIC)
     return field, cv2.resize(cover, (width, height), interpolation=cv2.INTER_LINEAR)
-
-
-def _blurred(values: np.ndarray, sigma: float) -> np.ndarray:
-    # OpenCV blurs at most four channels at a time.
-    parts = [values[..., i : i + 1] for i in range(values.shape[-1])]
-    blurred = [cv2.GaussianBlur(part, (0, 0), sigma, borderType=cv2.BORDER_CONSTANT) for part in parts]
-    return np.stack(blurred, axis=-1)
 
 
 def restain(image: np.ndarray, field: np.ndarray, cover: np.ndarray) -> np.ndarray:

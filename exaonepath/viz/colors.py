@@ -95,13 +95,14 @@ def project(embedding: np.ndarray) -> Projection:
 
 def score_colors(scores: np.ndarray) -> np.ndarray:
     """Colours uint8 [N, 3] of principal scores [N, 3]; NaN rows are grey."""
-    colors = to_srgb(score_oklab(np.nan_to_num(scores)))
-    colors[np.isnan(scores).any(axis=1)] = _MISSING
+    colors = np.full((len(scores), 3), _MISSING, np.uint8)
+    known = ~np.isnan(scores).any(axis=1)
+    colors[known] = to_srgb(score_oklab(scores[known]))
     return colors
 
 
 def score_oklab(scores: np.ndarray) -> np.ndarray:
-    """OKLab [N, 3] of principal scores [N, 3]."""
+    """OKLab [N, 3] of finite principal scores [N, 3]. Depends on all of them: colours go by rank in part."""
     # Outliers saturate; a hard clip would give the patches beyond it one and the same colour.
     soft = (1 - _EVEN) * np.tanh(1.1 * scores) + _EVEN * _ranks(scores)
     x, y = soft[:, 0], soft[:, 1]
@@ -116,6 +117,8 @@ def score_oklab(scores: np.ndarray) -> np.ndarray:
 def _ranks(scores: np.ndarray) -> np.ndarray:
     """Ranks of each column, -1 to 1 and equal for equal scores; near 0 in a column that hardly varies."""
     ranks = np.zeros_like(scores)
+    if not len(scores):
+        return ranks
     for column, values in enumerate(scores.T):
         ordered = np.sort(values)
         middle = (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right") - 1) / 2

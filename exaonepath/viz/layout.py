@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _SIDE, _GAP, _LABEL = 0.40, 0.32, 0.36  # margin, space between panels, room for a panel's heading
 _TITLE, _CAPTION_LINE, _BOTTOM = 1.0, 0.205, 0.24
 _PORTRAIT, _WIDE = 1.10, 3.0  # width over height up to which, and from which, the panels are arranged differently
 _TILE_GAP = 0.09
+_NARROWEST = 9.0
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,23 @@ class Layout:
     tiles_heading: Box
     caption: float
 
-
-def arrange(aspect: float, caption_lines: int) -> Layout:
-    """Places for a slide of `aspect` = width / height."""
-    if aspect < _PORTRAIT:
-        return _portrait(aspect, caption_lines)
-    return _landscape(aspect, caption_lines)
+    @property
+    def large(self) -> tuple[Box, Box]:
+        """The two large panels."""
+        return self.slide, self.embedding
 
 
-def _portrait(aspect: float, caption_lines: int) -> Layout:
+def arrange(aspect: float, caption_lines: int, details: bool = True) -> Layout:
+    """Places for a slide of `aspect` = width / height; without `details` no room is kept for scatter and tiles."""
+    layout = _portrait(aspect) if aspect < _PORTRAIT else _landscape(aspect)
+    width, bottom = layout.size
+    if not details:
+        right, below = max(b.left + b.width for b in layout.large), max(b.top + b.height for b in layout.large)
+        width, bottom = max(right + _SIDE, _NARROWEST), below + 0.16
+    return replace(layout, size=(width, bottom + caption_lines * _CAPTION_LINE + _BOTTOM), caption=bottom)
+
+
+def _portrait(aspect: float) -> Layout:
     """Both panels side by side, the details in a column to their right."""
     height = 6.0
     # Very tall slides become strips; below this width their headings would run into each other.
@@ -65,7 +74,7 @@ def _portrait(aspect: float, caption_lines: int) -> Layout:
     area = Box(left, tiles_top, column, top + height - tiles_top)
     bottom = top + height + 0.16
     return Layout(
-        (left + column + _SIDE, bottom + _caption_height(caption_lines)),
+        (left + column + _SIDE, bottom),
         slide,
         embedding,
         scatter,
@@ -75,7 +84,7 @@ def _portrait(aspect: float, caption_lines: int) -> Layout:
     )
 
 
-def _landscape(aspect: float, caption_lines: int) -> Layout:
+def _landscape(aspect: float) -> Layout:
     """The details in a row beneath; the panels side by side, or one above the other for a wide slide."""
     total = 11.6
     top = _TITLE + _LABEL
@@ -95,7 +104,7 @@ def _landscape(aspect: float, caption_lines: int) -> Layout:
     area = Box(left, row, _SIDE + total - left, side + 0.2)
     bottom = row + side + 0.42
     return Layout(
-        (total + 2 * _SIDE, bottom + _caption_height(caption_lines)),
+        (total + 2 * _SIDE, bottom),
         slide,
         embedding,
         scatter,
@@ -119,7 +128,3 @@ def _tiles(area: Box, *, groups_down: bool, groups: int, each: int) -> list[list
     if groups_down:
         return [[place(group, k) for k in range(each)] for group in range(groups)]
     return [[place(k, group) for k in range(each)] for group in range(groups)]
-
-
-def _caption_height(lines: int) -> float:
-    return lines * _CAPTION_LINE + _BOTTOM

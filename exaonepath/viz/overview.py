@@ -21,7 +21,7 @@ from exaonepath.viz.layout import Box, Layout, arrange
 
 _SEEN = 0.75  # part of a patch that must lie on the slide for its colour to be shown: outside, the encoder sees black
 _TRIAL = 400  # pixels
-_ROOM_FOR_NOTE = 4.0  # inches
+_ROOM_FOR_NOTE, _ROOM_FOR_NOTICE = 4.0, 2.6  # inches
 _TITLE_CHARACTERS_PER_INCH = 5.8
 _CAPTION_SIZE, _CAPTION_CHARACTERS_PER_INCH = 9.5, 13.0
 
@@ -71,10 +71,11 @@ def draw_overview(
     coords, embedding = np.asarray(coords), np.asarray(embedding)
     _check(contours, holes, coords, patch_size_level0, embedding, colors)
     # The panels' size follows from the view's shape, which a small picture tells.
-    subject = contours if len(coords) else []
+    details = len(coords) > 0
+    subject = contours if details else []
     width, height = view(slide, subject, _TRIAL).size
-    lines = _wrapped(caption, arrange(width / height, 0).size[0])
-    layout = arrange(width / height, len(lines))
+    lines = _wrapped(caption, arrange(width / height, 0, details).size[0])
+    layout = arrange(width / height, len(lines), details)
     canvas = view(slide, subject, round(max(layout.slide.width, layout.slide.height) * dpi))
     scene = _Scene(slide, canvas, contours, holes, coords, patch_size_level0)
     figure = figure_class(figsize=layout.size, dpi=dpi, facecolor="white")
@@ -139,7 +140,7 @@ def _embedding_panels(
     lab[shown] = score_oklab(scores) if colors is None else to_oklab(colors[shown])
     rgb = score_colors(scores) if colors is None else colors[shown]
 
-    field, cover = color_field(canvas, scene.coords + size / 2, lab, grid_step(scene.coords, size))
+    field, cover = color_field(canvas, scene.coords + size / 2, lab, size, grid_step(scene.coords, size))
     if scene.contours:
         cover = cover * tissue_mask(canvas, scene.contours, scene.holes)
     axes = _axes(figure, layout, layout.embedding)
@@ -167,10 +168,15 @@ def _embedding_panels(
 def _nothing(figure: Any, layout: Layout) -> None:
     axes = _axes(figure, layout, layout.embedding)
     axes.set(xticks=[], yticks=[], facecolor="#f6f7f9")
+    x, align = 0.5, "center"
+    if layout.embedding.width < _ROOM_FOR_NOTICE:  # beside a very tall slide: no frame, text from its left edge on
+        axes.set_axis_off()
+        x, align = 0.0, "left"
     for spine in axes.spines.values():
         spine.set(color=panels.HAIRLINE, linewidth=0.8)
-    axes.text(0.5, 0.53, "No tissue found", ha="center", color=panels.INK, size=13, weight="bold")
-    axes.text(0.5, 0.47, "so there are no patches to embed", ha="center", va="top", color=panels.MUTED, size=9.5)
+    centre = {"xy": (x, 0.5), "xycoords": "axes fraction", "textcoords": "offset points", "ha": align}
+    axes.annotate("No tissue found", xytext=(0, 3), va="bottom", color=panels.INK, size=13, weight="bold", **centre)
+    axes.annotate("so there are no patches to embed", xytext=(0, -5), va="top", color=panels.MUTED, size=9.5, **centre)
 
 
 def _texts(figure: Any, layout: Layout, title: str, subtitle: str, caption: list[str]) -> None:

@@ -84,7 +84,7 @@ def scale_bar(axes: Any, canvas: Canvas, mpp: float, points_per_pixel: float, *,
     glow = [withStroke(linewidth=3.2, foreground="white", alpha=0.85)]
     axes.plot([x, x + pixels], [y, y], color=INK, linewidth=2.4, solid_capstyle="butt", path_effects=glow)
     note = label + (" (pixel size assumed)" if assumed else "")
-    axes.annotate(note, (x, y), (0, 4), textcoords="offset points", color=INK, size=9.5, path_effects=glow)
+    axes.annotate(note, (x, y), (0, 5), textcoords="offset points", color=INK, size=9.5, path_effects=glow)
 
 
 def nice_length(most: float) -> float:
