@@ -6,11 +6,6 @@ process, their results are compared before anything is timed, and segmentation o
 
 from __future__ import annotations
 
-import ctypes
-import re
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -70,11 +65,9 @@ def grid_patch_by_patch(contours, holes, patch, step):
 @pytest.mark.parametrize(
     ("patches", "size", "fragments"), [(57_000, (104_000, 57_000), 3), (30_000, (73_000, 42_000), 1)]
 )
-def test_grid(benchmark, patches, size, fragments):
+def test_grid(compare, patches, size, fragments):
     contours, holes = tissue(patches, *size, fragments)
-    start = time.perf_counter()
     expected, owners = grid_patch_by_patch(contours, holes, 256, 256)
-    baseline = time.perf_counter() - start
     assert 0.9 * patches < len(expected) < 1.1 * patches
 
     def ours():
@@ -83,19 +76,15 @@ def test_grid(benchmark, patches, size, fragments):
     coords, contour_index = ours()
     np.testing.assert_array_equal(coords, expected)
     np.testing.assert_array_equal(contour_index, owners)
-    benchmark.group = f"grid of {patches} patches"
-    benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
-    seconds = benchmark.stats.stats.median
-    benchmark.extra_info.update(
+    compare(
+        f"grid of {patches} patches",
+        ours,
+        lambda: grid_patch_by_patch(contours, holes, 256, 256),
+        rounds=2,
         patches=len(coords),
         contours=len(contours),
         vertices=sum(map(len, contours)),
-        seconds=round(seconds, 4),
-        baseline_seconds=round(baseline, 2),
-        ratio=round(baseline / seconds, 1),
-        peak_mb=peak_mb(ours),
     )
-    assert baseline / seconds >= 50
 
 
 def segment_at_once(path: Path) -> list[np.ndarray]:
@@ -124,7 +113,7 @@ def segment_at_once(path: Path) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(("size", "factor"), [((60_000, 40_000), 16), ((12_000, 8_000), 3.19)], ids=["16x", "3.19x"])
-def test_segmentation(benchmark, tmp_path, size, factor):
+def test_segmentation(benchmark, compare, tmp_path, size, factor):
     """Levels of 9.4 Mpx. At 3.19x a whole cell of OpenSlide's must be held to get the same pixels: the worst case."""
     path = make_slide(tmp_path / "slide.svs", *size, fragments=1, levels=(1, factor))
 
@@ -136,45 +125,11 @@ def test_segmentation(benchmark, tmp_path, size, factor):
         return segment_at_once(path)
 
     assert all(np.array_equal(one, two) for one, two in zip(ours(), theirs(), strict=True))
-    baseline: list[float] = []
-
-    def time_baseline() -> None:
-        start = time.perf_counter()
-        theirs()
-        baseline.append(time.perf_counter() - start)
-
     with SlideImage(path) as slide:
         pixels = int(np.prod(slide.level_dimensions[1]))
-    benchmark.group = f"segmentation of a {size[0]} x {size[1]} slide, {factor}x"
-    benchmark.pedantic(ours, setup=time_baseline, rounds=5)
-    seconds, baseline_seconds = benchmark.stats.stats.median, statistics.median(baseline)
-    peak, baseline_peak = peak_mb(ours), peak_mb(theirs)
-    benchmark.extra_info.update(
-        megapixels=round(pixels / 1e6, 2),
-        seconds=round(seconds, 3),
-        baseline_seconds=round(baseline_seconds, 3),
-        ratio=round(baseline_seconds / seconds, 2),
-        peak_mb=peak,
-        baseline_peak_mb=baseline_peak,
-    )
-    if peak is not None and baseline_peak is not None:
-        benchmark.extra_info.update(
-            bytes_per_pixel=round(peak * 1e6 / pixels, 2),
-            baseline_bytes_per_pixel=round(baseline_peak * 1e6 / pixels, 2),
-        )
+    group = f"segmentation of a {size[0]} x {size[1]} slide, {factor}x"
+    compare(group, ours, theirs, rounds=5, megapixels=round(pixels / 1e6, 2))
+    peak = benchmark.extra_info["peak_mb"]
+    if peak is not None:
+        benchmark.extra_info.update(bytes_per_pixel=round(peak * 1e6 / pixels, 2))
         assert peak * 1e6 <= 8 * pixels
-
-
-def peak_mb(work: Callable[[], object]) -> float | None:
-    """Growth of the process's resident memory during `work`, in MB: the kernel's own high-water mark, Linux only."""
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    # What earlier work has freed but the allocator kept would hide the growth.
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        reset.write_text("5")
-    except OSError:
-        return None
-    before = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
-    work()
-    return round((int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before) * 1024 / 1e6, 1)

@@ -7,13 +7,8 @@ the reader reads in the caller's. "All cores" is compared with the same loop, so
 
 from __future__ import annotations
 
-import ctypes
-import os
-import statistics
-import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +73,7 @@ def exhaust(batches: Iterator[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("threads", ["one thread", "all cores"])
 @pytest.mark.parametrize("patch", [256, 506])
-def test_reading(benchmark, slide_path, patch, threads):
+def test_reading(benchmark, compare, slide_path, patch, threads):
     with SlideImage(slide_path) as slide:
         width, height = slide.dimensions
     # 77: patches do not fall together with tiles, as in practice
@@ -95,52 +90,6 @@ def test_reading(benchmark, slide_path, patch, threads):
     pairs = zip(obvious_loop(slide_path, coords, patch), prefetching(slide_path, coords, patch, workers), strict=True)
     assert all(torch.equal(one, two) for one, two in pairs)
 
-    baseline: list[float] = []
-
-    def time_baseline() -> None:
-        start = time.perf_counter()
-        theirs()
-        baseline.append(time.perf_counter() - start)
-
-    benchmark.group = f"reading {patch} px"
-    benchmark.pedantic(ours, setup=time_baseline, rounds=ROUNDS)
-    seconds, baseline_seconds = benchmark.stats.stats.median, statistics.median(baseline)
-    benchmark.extra_info.update(
-        patches=len(coords),
-        threads=max(workers, 1),
-        patches_per_second=round(len(coords) / seconds),
-        baseline_patches_per_second=round(len(coords) / baseline_seconds),
-        ratio=round(baseline_seconds / seconds, 2),
-        peak_mb=peak_mb(ours),
-        baseline_peak_mb=peak_mb(theirs),
-    )
-
-
-def peak_mb(work: Callable[[], object]) -> float | None:
-    """Growth of the process's resident memory during `work`, sampled, in MB; None where /proc is absent."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        return None
-
-    def resident() -> int:
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    # What earlier work has freed but the allocator kept would hide the growth.
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
-    begin = highest = resident()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.wait(0.002):
-            highest = max(highest, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        work()
-    finally:
-        done.set()
-        watcher.join()
-    return round((highest - begin) / 1e6, 1)
+    compare(f"reading {patch} px", ours, theirs, rounds=ROUNDS, patches=len(coords), threads=max(workers, 1))
+    rate = round(len(coords) / benchmark.stats.stats.median)
+    benchmark.extra_info.update(patches_per_second=rate)

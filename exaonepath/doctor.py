@@ -27,7 +27,7 @@ _PACKAGES = (
     "huggingface_hub",
     "safetensors",
 )
-_EXTRAS = {"viz": ("matplotlib", "shapely"), "synthetic": ("tifffile",)}
+_EXTRAS = {"viz": ("matplotlib", "shapely"), "synthetic": ("tifffile", "imagecodecs")}
 
 
 @dataclass(frozen=True)

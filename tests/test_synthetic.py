@@ -141,8 +141,8 @@ def test_big_tiff(tmp_path, monkeypatch):
 
 
 def test_other_readers_agree(tmp_path):
-    tifffile = pytest.importorskip("tifffile")
-    pytest.importorskip("imagecodecs")
+    import tifffile
+
     path = make_slide(tmp_path / "s.svs", 900, 700, fragments=1)
     with tifffile.TiffFile(path) as file, openslide.OpenSlide(path) as slide:
         assert file.is_svs
@@ -150,7 +150,3 @@ def test_other_readers_agree(tmp_path):
             ours = np.asarray(slide.read_region((0, 0), level, slide.level_dimensions[level]))[..., :3]
             # The two decoders may round colours and smooth chroma differently.
             assert np.abs(page.asarray().astype(int) - ours).mean() < 2
-
-
-def test_equal_tiles_are_stored_once(tmp_path):
-    assert make_slide(tmp_path / "s.svs", 20000, 10000, fragments=0).stat().st_size < 100_000

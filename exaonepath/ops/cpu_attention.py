@@ -2,10 +2,13 @@
 
 torch's own CPU flash kernel reaches 170 GFLOP/s on two Zen 5 cores (in float32 and bfloat16 alike); two oneDNN products
 around torch's softmax reach 240, since a block of rows stays in cache. Scores and softmax are float32 for every input
-dtype. Below `MIN_LENGTH` the flash kernel is as fast, and it serves wherever oneDNN does not.
+dtype. Below `MIN_LENGTH` the flash kernel is as fast, and it serves wherever oneDNN does not, as well as for half
+precision on processors with AMX, whose tiles it uses.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,10 +27,17 @@ def can_attend(qkv: Tensor, length: int) -> bool:
         qkv.device.type == "cpu"
         and qkv.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and length >= MIN_LENGTH
+        and (qkv.dtype == torch.float32 or not _has_amx())
         and not (torch.is_grad_enabled() and qkv.requires_grad)
         and not torch.compiler.is_compiling()
         and onednn_available()
     )
+
+
+@cache
+def _has_amx() -> bool:
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe is not None and probe())
 
 
 def attend_segment(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:

@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import cv2
 import numpy as np
 
 from exaonepath.errors import BackendError, SettingsError
 from exaonepath.storage import atomic_path
-from exaonepath.synthetic.tiff import Page, TiffWriter
 from exaonepath.synthetic.tissue import BACKGROUND, Tissue
 
 _SMALLEST_LEVEL = 512
@@ -56,24 +57,44 @@ def make_slide(
     Raises:
         SettingsError: an argument cannot be used.
         OutputError: the file cannot be written.
+        BackendError: tifffile (extra `synthetic`) is not installed.
     """
     factors = _factors(width, height, levels)
     _check(width, height, fragments, mpp, tile, vendor, quality)
     sizes = [(max(1, int(width / factor)), max(1, int(height / factor))) for factor in factors]
     tissue = Tissue(width, height, fragments, holes, mpp or 0.5, seed)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        writer = TiffWriter(file, big=width * height > _BIG_PIXELS)
+    tifffile = _tifffile()
+    with atomic_path(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=width * height > _BIG_PIXELS) as writer:
         for index, size in enumerate(sizes):
             step = (width / size[0], height / size[1])
-            page = _page(vendor, (width, height), size, tile, mpp, index, quality)
-            writer.write(page, _tiles(tissue, size, step, tile, quality))
+            writer.write(
+                _tiles(tissue, size, step, tile, quality),
+                shape=(size[1], size[0], 3),
+                dtype=np.uint8,
+                tile=(tile, tile),
+                photometric="ycbcr",
+                subsampling=(2, 2),
+                compression="jpeg",
+                metadata=None,
+                software=False,
+                **_tags(vendor, (width, height), size, tile, mpp, index, quality),
+            )
     return Path(path)
+
+
+def _tifffile() -> ModuleType:
+    try:
+        import imagecodecs  # noqa: F401  tifffile asks for it, also for tiles that are JPEG already
+        import tifffile
+    except ImportError as exc:
+        raise BackendError(f"synthetic slides need tifffile ({exc}): pip install 'exaonepath[synthetic]'") from exc
+    return tifffile
 
 
 def _tiles(
     tissue: Tissue, size: tuple[int, int], step: tuple[float, float], tile: int, quality: int
-) -> Iterator[tuple[object, bytes]]:
-    """(key, JPEG) of the tiles of one level, row by row: background, and a huge level's interior, come from a cache."""
+) -> Iterator[bytes]:
+    """JPEG tiles of one level, row by row: background, and a huge level's interior, come from a cache."""
     columns, rows = -(-size[0] // tile), -(-size[1] // tile)
     repeat = columns * rows > _UNIQUE_TILES
     empty = _encode(np.broadcast_to(np.round(BACKGROUND).astype(np.uint8), (tile, tile, 3)), quality)
@@ -84,14 +105,14 @@ def _tiles(
             box = (x, y, x + tile * step[0], y + tile * step[1])
             kind = tissue.coverage(box, margin=80.0 + 2 * max(step))
             if kind == "empty":
-                yield "empty", empty
+                yield empty
             elif kind == "full" and repeat:
                 key = tissue.look(box, _REPEATS)
                 if key not in cache:
                     cache[key] = _encode(tissue.render((x, y), step, (tile, tile)), quality)
-                yield key, cache[key]
+                yield cache[key]
             else:
-                yield None, _encode(tissue.render((x, y), step, (tile, tile)), quality)
+                yield _encode(tissue.render((x, y), step, (tile, tile)), quality)
 
 
 def _encode(rgb: np.ndarray, quality: int) -> bytes:
@@ -102,7 +123,7 @@ def _encode(rgb: np.ndarray, quality: int) -> bytes:
     return data.tobytes()
 
 
-def _page(
+def _tags(
     vendor: str,
     slide: tuple[int, int],
     size: tuple[int, int],
@@ -110,18 +131,19 @@ def _page(
     mpp: float | None,
     index: int,
     quality: int,
-) -> Page:
-    """The page from whose tags OpenSlide takes vendor, level and resolution."""
+) -> dict[str, Any]:
+    """The tags from which OpenSlide takes vendor, level and resolution, as arguments of tifffile."""
     if vendor == "aperio":
         shape = f"{slide[0]}x{slide[1]}" + (f" -> {size[0]}x{size[1]}" if index else "")
         text = f"Aperio Image Library v12.0.0\n{shape} [0,0 {slide[0]}x{slide[1]}] ({tile}x{tile}) JPEG/RGB Q={quality}"
         if mpp is not None:
             text += f"|AppMag = {10 / mpp:g}|MPP = {mpp:g}"
-        return Page(size, tile, description=text)
-    resolution = None
+        return {"description": text}
+    tags: dict[str, Any] = {"subfiletype": 1 if index else 0}
     if mpp is not None:
-        resolution = (1e4 * size[0] / (mpp * slide[0]), 1e4 * size[1] / (mpp * slide[1]))
-    return Page(size, tile, pixels_per_cm=resolution, reduced=index > 0)
+        tags["resolution"] = (1e4 * size[0] / (mpp * slide[0]), 1e4 * size[1] / (mpp * slide[1]))
+        tags["resolutionunit"] = "CENTIMETER"
+    return tags
 
 
 def _factors(width: int, height: int, levels: str | Sequence[float]) -> list[float]:

@@ -1,0 +1,150 @@
+"""What every benchmark shares: ours and the baseline interleaved in one run, their peak memory, and a table at the end.
+
+Timings are noisy on shared machines, so what counts is the ratio of two medians taken in turns. A benchmark compares
+results before it times anything; where that check fails, no speed is reported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+Work = Callable[[], object]
+
+
+@pytest.fixture
+def compare(benchmark) -> Callable[..., None]:
+    """Time `ours` against `baseline` in turns, then measure the memory of both.
+
+    `compare(group, ours, baseline, rounds=5, memory_baseline=None, **info)`; `info` lands in the table as it is.
+    """
+
+    def run(group: str, ours: Work, baseline: Work, *, rounds: int = 5, memory: bool = True, **info: Any) -> None:
+        times: list[float] = []
+
+        def time_baseline() -> None:
+            start = time.perf_counter()
+            baseline()
+            times.append(time.perf_counter() - start)
+
+        benchmark.group = group
+        benchmark.pedantic(ours, setup=time_baseline, rounds=rounds)
+        seconds, baseline_seconds = benchmark.stats.stats.median, statistics.median(times)
+        benchmark.extra_info.update(
+            seconds=_round(seconds),
+            baseline_seconds=_round(baseline_seconds),
+            ratio=_round(baseline_seconds / seconds),
+            **info,
+        )
+        if memory:
+            benchmark.extra_info.update(peak_mb=peak_mb(ours), baseline_peak_mb=peak_mb(baseline))
+
+    return run
+
+
+def peak_mb(work: Work) -> float | None:
+    """Growth during `work` of GPU memory where there is a GPU, else of resident memory, in MB; None where unknown."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return round((torch.cuda.max_memory_reserved() - before) / 1e6, 1)
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    # What earlier work has freed but the allocator kept would hide the growth.
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        reset.write_text("5")  # the kernel's own high-water mark starts again from here
+    except OSError:
+        return None
+    before = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
+    work()
+    return round((int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before) * 1024 / 1e6, 1)
+
+
+@pytest.fixture(name="peak_mb")
+def peak_mb_fixture() -> Callable[[Work], float | None]:
+    """`peak_mb` for benchmarks with a comparison of their own."""
+    return peak_mb
+
+
+@pytest.fixture(scope="session")
+def full() -> bool:
+    """True where EXAONEPATH_BENCH=full asks for the sizes the README quotes (minutes instead of seconds)."""
+    return os.environ.get("EXAONEPATH_BENCH") == "full"
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    """Print the comparison as one table; with EXAONEPATH_BENCH_SAVE=1 append it to bench/results/."""
+    session = getattr(config, "_benchmarksession", None)
+    rows = [bench for bench in getattr(session, "benchmarks", []) if bench.extra_info.get("ratio")]
+    if not rows:
+        return
+    terminalreporter.write_sep("-", "ours against the baseline of the same run")
+    header = f"{'benchmark':<58}{'ours s':>10}{'baseline s':>12}{'ratio':>8}{'ours MB':>10}{'baseline MB':>13}"
+    terminalreporter.write_line(header)
+    for bench in rows:
+        info = bench.extra_info
+        name = f"{bench.group} {'-'.join(str(v) for v in (bench.params or {}).values())}"
+        memory = [info.get("peak_mb"), info.get("baseline_peak_mb")]
+        cells = ["-" if value is None else f"{value:.0f}" for value in memory]
+        terminalreporter.write_line(
+            f"{name[:57]:<58}{info['seconds']:>10}{info['baseline_seconds']:>12}{info['ratio']:>8}"
+            f"{cells[0]:>10}{cells[1]:>13}"
+        )
+    if os.environ.get("EXAONEPATH_BENCH_SAVE") == "1":
+        path = _save(rows)
+        terminalreporter.write_line(f"appended to {path}")
+
+
+def _save(rows: list[Any]) -> Path:
+    """One JSON line a measurement, append-only, with what it takes to read it later."""
+    folder = Path(os.environ.get("OUT", RESULTS))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "pipeline.jsonl"
+    machine = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    with path.open("a") as file:
+        for bench in rows:
+            row = {"benchmark": bench.name, "group": bench.group, **bench.extra_info, **machine}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def _commit() -> str | None:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return done.stdout.strip() or None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor()
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.3g}")
