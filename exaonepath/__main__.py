@@ -1,0 +1,5 @@
+"""`python -m exaonepath` is the `exaonepath` command."""
+
+from exaonepath.cli import main
+
+main()

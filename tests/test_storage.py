@@ -1,0 +1,98 @@
+"""Files appear whole or not at all, and every way an HDF5 file can be broken is one error."""
+
+import errno
+import os
+import stat
+
+import h5py
+import numpy as np
+import pytest
+
+from exaonepath.errors import DataFileError, OutputError
+from exaonepath.storage import atomic_h5, atomic_path, ensure_folder, open_h5, settings_hash, write_text
+
+
+def leftovers(folder):
+    return [p.name for p in folder.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_a_file_appears_whole(tmp_path):
+    target = tmp_path / "a.h5"
+    with atomic_h5(target) as file:
+        file["x"] = np.arange(3)
+        assert not target.exists()
+    with open_h5(target, ["x"]) as file:
+        assert file["x"][:].tolist() == [0, 1, 2]
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, error):
+    target = tmp_path / "a.h5"
+    with atomic_h5(target) as file:
+        file["x"] = 1
+    before = target.read_bytes()
+
+    def interrupted():
+        with atomic_h5(target) as file:
+            file["x"] = 2
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert target.read_bytes() == before
+    assert leftovers(tmp_path) == []
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    write_text(tmp_path / "ours.txt", "x")
+    (tmp_path / "plain.txt").write_text("x")
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ours.txt", "plain.txt")]
+    assert modes[0] == modes[1]
+
+
+def test_full_disk_is_told_and_nothing_stays(tmp_path):
+    with pytest.raises(OutputError, match="disk is full"), atomic_path(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_folder_and_file_in_place_of_folder(tmp_path):
+    with pytest.raises(OutputError, match="does not exist"), atomic_path(tmp_path / "no" / "a"):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file stands where a folder"):
+        ensure_folder(tmp_path / "file" / "sub")
+
+
+def test_folder_without_permission(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(OutputError, match="no permission"):
+        ensure_folder(tmp_path / "out")
+
+
+def test_broken_files_are_one_error(tmp_path):
+    path = tmp_path / "a.h5"
+    with pytest.raises(DataFileError, match="no such file"), open_h5(path):
+        pass
+    path.write_bytes(b"not hdf5 at all")
+    with pytest.raises(DataFileError, match="cannot be read as HDF5"), open_h5(path):
+        pass
+    with h5py.File(path, "w") as file:
+        file["x"] = np.arange(10_000)
+        file.create_group("group")
+    with pytest.raises(DataFileError, match=r"lacks y; it holds \['group', 'x'\]"), open_h5(path, ["x", "y"]):
+        pass
+    with pytest.raises(DataFileError, match="lacks group"), open_h5(path, ["group"]):
+        pass
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(DataFileError, match="corrupt or half written"), open_h5(path):
+        pass
+
+
+def test_settings_hash_knows_values_but_not_order():
+    assert settings_hash({"a": 1, "b": [2, None]}) == settings_hash({"b": [2, None], "a": 1})
+    assert settings_hash({"a": 1}) != settings_hash({"a": 2})
