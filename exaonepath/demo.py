@@ -38,7 +38,7 @@ _FETCH_SECONDS = 60
 _MOST_PATCHES = {"cpu": 280}
 _MOST_PATCHES_ELSEWHERE = 4000
 # From dense, for a fine-grained picture of a small slide, to sparse, for a whole one. In pixels at 0.5 um.
-_STEPS = (96, 112, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+_STEPS = (96, 112, 128, 160, 192, 256, 320, 384, 448, 512, 768, 1024, 1536, 2048, 3072, 4096)
 _FLAT_DOWNSAMPLE = 4  # below it the slide has no level as small as segmentation is meant for
 _CLOSE_MICRONS = 24
 
@@ -233,7 +233,7 @@ def _demo_slide(folder: Path, offline: bool, report: Callable[[str], None]) -> t
             return path, False
     path = slides / _SYNTHETIC_NAME
     if not path.is_file():
-        make_slide(path, 7200, 4800, fragments=3, holes=True, mpp=0.5, seed=3)
+        make_slide(path, 12000, 8000, fragments=3, holes=True, mpp=0.5, seed=3)
     return path, True
 
 
