@@ -27,7 +27,7 @@ _PACKAGES = (
     "huggingface_hub",
     "safetensors",
 )
-_EXTRAS = {"viz": ("matplotlib", "shapely"), "synthetic": ("tifffile", "imagecodecs")}
+_EXTRAS = {"viz": ("matplotlib",), "synthetic": ("tifffile", "imagecodecs")}
 
 
 @dataclass(frozen=True)
