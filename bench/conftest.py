@@ -23,6 +23,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 Work = Callable[[], object]
+_M_MMAP_THRESHOLD = -3  # glibc's mallopt
 
 
 @pytest.fixture
@@ -77,15 +78,22 @@ def peak_mb(work: Work) -> float | None:
         torch.cuda.synchronize()
         return round((torch.cuda.max_memory_reserved() - before) / 1e6, 1)
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    # What earlier work has freed but the allocator kept would hide the growth.
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        # What earlier work freed but glibc kept would hide growth, and its threshold for giving large blocks back at
+        # once, which grows with use, would make the figure depend on which benchmarks ran before.
+        libc.malloc_trim(0)
+        libc.mallopt(_M_MMAP_THRESHOLD, 128 << 10)
     try:
         reset.write_text("5")  # the kernel's own high-water mark starts again from here
     except OSError:
         return None
     before = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
-    work()
+    try:
+        work()
+    finally:
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
     return round((int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before) * 1024 / 1e6, 1)
 
 

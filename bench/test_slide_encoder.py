@@ -61,7 +61,6 @@ def test_slide_encoder(compare, full, device, n, dtype):
         ours,
         dense,
         rounds=1 if large else 3,
-        memory=True,
         patches=n,
         fragments=8,
         dtype=dtype,

@@ -1,6 +1,7 @@
 """What users of the published model type: AutoModel, AutoConfig, subfolder=, component=, strict safetensors."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -216,3 +217,31 @@ print(model(torch.zeros(1, 3, 8)).slide_embedding.shape)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "[1, 24]" in done.stdout
+
+
+def test_from_a_hub_id_out_of_the_cache_with_the_network_off(repository, tmp_path):
+    """The Hub's cache layout by hand: what a machine that downloaded the repository once, and is now offline, has."""
+    repo = tmp_path / "hub" / "models--LGAI-EXAONE--EXAONE-Path-2.5"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(revision)
+    snapshot = repo / "snapshots" / revision
+    snapshot.parent.mkdir()
+    snapshot.symlink_to(repository, target_is_directory=True)
+    code = """
+import exaonepath
+from transformers import AutoModel
+from exaonepath.models.loading import DEFAULT_WEIGHTS, load_slide_encoder, weights_fingerprint
+loaded = load_slide_encoder(DEFAULT_WEIGHTS)
+for how in ({"component": "slide"}, {"subfolder": "slide-encoder"}):
+    for trust in (True, False):
+        model = AutoModel.from_pretrained(DEFAULT_WEIGHTS, trust_remote_code=trust, **how)
+        assert type(model) is exaonepath.ExaonePathSlideEncoderModel
+        assert weights_fingerprint(model) == loaded.fingerprint
+print("loaded")
+"""
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
+    assert done.stdout.strip() == "loaded", done.stderr

@@ -19,14 +19,14 @@ def encoder():
 @pytest.mark.golden
 @pytest.mark.parametrize(("x", "embedding"), [("x", "embedding"), ("y", "embedding_y")])
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_golden(golden, fill_weights, x, embedding, backend):
+def test_golden(golden, fill_weights, x, embedding, backend, device):
     data = golden("patch_encoder")
     model = ExaonePathPatchEncoderModel(ExaonePathPatchEncoderConfig()).eval()
     weights = fill_weights({k: tuple(v.shape) for k, v in model.state_dict().items()}, int(data["weight_seed"]))
     model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
     model.set_attn_implementation(backend)
     with torch.inference_mode():
-        ours = model(torch.from_numpy(data[x])).numpy()
+        ours = model.to(device)(torch.from_numpy(data[x]).to(device)).cpu().numpy()
     assert np.linalg.norm(ours - data[embedding]) <= 2e-5 * np.linalg.norm(data[embedding])
 
 

@@ -32,7 +32,7 @@ def reference_of(model):
 
 
 def relative(ours, truth):
-    ours, truth = (np.asarray(t, dtype=np.float64) for t in (ours, truth))
+    ours, truth = (np.asarray(torch.as_tensor(t).cpu(), dtype=np.float64) for t in (ours, truth))
     return np.linalg.norm(ours - truth) / np.linalg.norm(truth)
 
 
@@ -51,21 +51,21 @@ def load_golden(golden, fill_weights, name):
 
 def golden_errors(data, output, embed_dim):
     mask = data["patch_mask"][..., None]
-    tail = output["patch_embedding"].detach().double().numpy()[..., -embed_dim:] * mask
+    tail = output["patch_embedding"].detach().double().cpu().numpy()[..., -embed_dim:] * mask
     return (
         relative(tail, data["patch_embedding_tail"]),
-        relative(output["slide_embedding"].detach().double().numpy(), data["slide_embedding"]),
+        relative(output["slide_embedding"].detach().double(), data["slide_embedding"]),
     )
 
 
 @pytest.mark.golden
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", GOLDENS)
-def test_golden_float32(golden, fill_weights, name, backend):
+def test_golden_float32(golden, fill_weights, name, backend, device):
     data, model, inputs = load_golden(golden, fill_weights, name)
     model.set_attn_implementation(backend)
     with torch.no_grad():
-        output = model(*inputs)
+        output = model.to(device)(*(None if t is None else t.to(device) for t in inputs))
     padded = ~torch.from_numpy(data["patch_mask"])
     assert (output.patch_embedding[padded][:, model.config.wsi["input_dim"] :] == 0).all()
     # The issue's own limits for float32.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from exaonepath.errors import BackendError, SettingsError
-from exaonepath.ops import Rotation, Segments, cpu_attention, fragment_attention, rotary_periods
+from exaonepath.ops import Rotation, Segments, apply_rotation, cpu_attention, fragment_attention, rotary_periods
 from exaonepath.reference.fragment_attention import dense_fragment_attention, rotate
 
 SHAPES = {
@@ -17,19 +17,19 @@ SHAPES = {
 }
 
 
-def segments(lengths):
-    return Segments.from_lengths(torch.tensor(lengths, dtype=torch.int64))
+def segments(lengths, device="cpu"):
+    return Segments.from_lengths(torch.tensor(lengths, dtype=torch.int64, device=device))
 
 
-def inputs(lengths, dtype=torch.float64, heads=2, dim=16, seed=0, rope=True):
+def inputs(lengths, dtype=torch.float64, heads=2, dim=16, seed=0, rope=True, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     tokens = sum(lengths)
-    qkv = torch.randn(tokens, 3, heads, dim, generator=generator).mul(1.5).to(dtype)
+    qkv = torch.randn(tokens, 3, heads, dim, generator=generator).mul(1.5).to(device, dtype)
     rotation = None
     if rope:
-        coords = torch.randint(0, 150_000, (tokens, 2), generator=generator)
+        coords = torch.randint(0, 150_000, (tokens, 2), generator=generator).to(device)
         rotation = Rotation.from_coords(coords, rotary_periods(dim), 256)
-    return qkv, segments(lengths), rotation
+    return qkv, segments(lengths, device), rotation
 
 
 def exact(qkv, segs, rotation):
@@ -42,8 +42,8 @@ def exact(qkv, segs, rotation):
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("rope", [True, False])
-def test_float64_is_exact(name, backend, rope):
-    qkv, segs, rotation = inputs(SHAPES[name], rope=rope)
+def test_float64_is_exact(name, backend, rope, device):
+    qkv, segs, rotation = inputs(SHAPES[name], rope=rope, device=device)
     out = fragment_attention(qkv, segs, rotation, backend=backend)
     assert out.shape == (qkv.shape[0], 2, 16)
     assert torch.allclose(out, exact(qkv, segs, rotation), rtol=0, atol=1e-10)
@@ -51,13 +51,11 @@ def test_float64_is_exact(name, backend, rope):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lengths", [[8, 600, 33], [1500], [2] * 50 + [513]])
-def test_error_is_within_twice_that_of_dense_torch(dtype, lengths):
-    qkv, segs, rotation = inputs(lengths, dtype, heads=3, dim=64)
+def test_error_is_within_twice_that_of_dense_torch(dtype, lengths, device):
+    qkv, segs, rotation = inputs(lengths, dtype, heads=3, dim=64, device=device)
     truth = exact(qkv, segs, rotation)
     q, k, v = qkv.unbind(1)
     cos, sin = rotation.cos_sin()
-    from exaonepath.ops import apply_rotation
-
     plain = dense_fragment_attention(apply_rotation(q, cos, sin), apply_rotation(k, cos, sin), v, segs.ids(), 64**-0.5)
     ours = fragment_attention(qkv, segs, rotation)
     assert ours.dtype == dtype
@@ -77,10 +75,12 @@ def test_long_segments_take_the_tiled_path_and_stay_exact():
 
 
 @pytest.mark.parametrize("name", ["one token", "odd sizes", "many tiny", "tiny and giant"])
-def test_gradients_match_the_dense_ones(name):
-    qkv, segs, rotation = inputs(SHAPES[name])
+def test_gradients_match_the_dense_ones(name, device):
+    qkv, segs, rotation = inputs(SHAPES[name], device=device)
     grads = []
-    weight = torch.randn(qkv.shape[0], 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    weight = torch.randn(qkv.shape[0], 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(
+        device
+    )
     for run in (lambda t: fragment_attention(t, segs, rotation), lambda t: exact(t, segs, rotation)):
         leaf = qkv.clone().requires_grad_()
         (run(leaf) * weight).sum().backward()
@@ -104,10 +104,10 @@ def test_no_token_at_all(requires_grad):
         assert qkv.grad.shape == qkv.shape
 
 
-def test_nothing_leaks_between_segments():
+def test_nothing_leaks_between_segments(device):
     """Changing one segment, to NaN even, leaves every other segment bit for bit the same."""
     lengths = [5, 600, 3, 3, 130]
-    qkv, segs, rotation = inputs(lengths, torch.float32)
+    qkv, segs, rotation = inputs(lengths, torch.float32, device=device)
     before = fragment_attention(qkv, segs, rotation)
     bounds = segs.offsets.tolist()
     for i in range(len(lengths)):
@@ -139,8 +139,8 @@ def test_non_contiguous_tokens_and_untouched_input():
     )
 
 
-def test_repeat_runs_are_bit_identical():
-    qkv, segs, rotation = inputs([900, 3, 3, 140], torch.float32)
+def test_repeat_runs_are_bit_identical(device):
+    qkv, segs, rotation = inputs([900, 3, 3, 140], torch.float32, device=device)
     first = fragment_attention(qkv, segs, rotation)
     for _ in range(3):
         assert torch.equal(fragment_attention(qkv, segs, rotation), first)
