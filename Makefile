@@ -22,12 +22,13 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/pytest bench/ --benchmark-only
 
+# The wheel is built from the source distribution, so that neither can lack a file.
 wheel: $(INSTALLED)
 	rm -rf dist
-	$(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/python -m build --outdir dist .
 
 # The virtual environment is made again whenever what it is made of changes.
-$(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
+$(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt exaonepath/version.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@

@@ -21,7 +21,7 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
             self._cmake(target)
-        except (OSError, subprocess.CalledProcessError) as exc:
+        except (ImportError, OSError, subprocess.CalledProcessError) as exc:
             if os.environ.get("EXAONEPATH_REQUIRE_EXTENSION") == "1":
                 raise
             print(f"warning: the C++ extension was not built ({exc}); the torch backends will serve", file=sys.stderr)

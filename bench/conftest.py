@@ -30,25 +30,25 @@ _M_MMAP_THRESHOLD = -3  # glibc's mallopt
 def compare(benchmark) -> Callable[..., None]:
     """Time `ours` against `baseline` in turns, then measure the memory of both.
 
-    `compare(group, ours, baseline, rounds=5, **info)`; `info` lands in the table as it is. With one round, memory is
-    measured in the timed run itself: such work takes minutes.
+    `compare(group, ours, baseline, rounds=5, device="cpu", **info)`; `info` lands in the table as it is. With one
+    round, memory is measured in the timed run itself: such work takes minutes.
     """
 
-    def run(group: str, ours: Work, baseline: Work, *, rounds: int = 5, **info: Any) -> None:
+    def run(group: str, ours: Work, baseline: Work, *, rounds: int = 5, device: str = "cpu", **info: Any) -> None:
         times: list[float] = []
         peaks: dict[str, float | None] = {}
 
         def time_baseline() -> None:
             start = time.perf_counter()
             if rounds == 1:
-                peaks["baseline_peak_mb"] = peak_mb(baseline)
+                peaks["baseline_peak_mb"] = peak_mb(baseline, device, tidy=False)
             else:
                 baseline()
             times.append(time.perf_counter() - start)
 
         def run_ours() -> None:
             if rounds == 1:
-                peaks["peak_mb"] = peak_mb(ours)
+                peaks["peak_mb"] = peak_mb(ours, device, tidy=False)
             else:
                 ours()
 
@@ -62,15 +62,19 @@ def compare(benchmark) -> Callable[..., None]:
             **info,
         )
         if rounds > 1:
-            peaks = {"peak_mb": peak_mb(ours), "baseline_peak_mb": peak_mb(baseline)}
+            peaks = {"peak_mb": peak_mb(ours, device), "baseline_peak_mb": peak_mb(baseline, device)}
         benchmark.extra_info.update(peaks)
 
     return run
 
 
-def peak_mb(work: Work) -> float | None:
-    """Growth during `work` of GPU memory where there is a GPU, else of resident memory, in MB; None where unknown."""
-    if torch.cuda.is_available():
+def peak_mb(work: Work, device: str, *, tidy: bool = True) -> float | None:
+    """Growth of `device`'s memory during `work`, in MB; None where the system does not tell.
+
+    `tidy` keeps glibc's allocator from making the figure depend on what ran before; it costs time, so a timed run
+    goes without.
+    """
+    if device == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
         torch.cuda.reset_peak_memory_stats()
@@ -80,9 +84,9 @@ def peak_mb(work: Work) -> float | None:
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
-        # What earlier work freed but glibc kept would hide growth, and its threshold for giving large blocks back at
-        # once, which grows with use, would make the figure depend on which benchmarks ran before.
-        libc.malloc_trim(0)
+        libc.malloc_trim(0)  # what earlier work freed but glibc kept would hide growth
+    if tidy and hasattr(libc, "mallopt"):
+        # The size from which blocks are given back at once grows with use: set it, until this is measured.
         libc.mallopt(_M_MMAP_THRESHOLD, 128 << 10)
     try:
         reset.write_text("5")  # the kernel's own high-water mark starts again from here
@@ -92,15 +96,9 @@ def peak_mb(work: Work) -> float | None:
     try:
         work()
     finally:
-        if hasattr(libc, "mallopt"):
+        if tidy and hasattr(libc, "mallopt"):
             libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
     return round((int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before) * 1024 / 1e6, 1)
-
-
-@pytest.fixture(name="peak_mb")
-def peak_mb_fixture() -> Callable[[Work], float | None]:
-    """`peak_mb` for benchmarks with a comparison of their own."""
-    return peak_mb
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +110,19 @@ def full() -> bool:
 def pytest_terminal_summary(terminalreporter, config) -> None:
     """Print the comparison as one table; with EXAONEPATH_BENCH_SAVE=1 append it to bench/results/."""
     session = getattr(config, "_benchmarksession", None)
-    rows = [bench for bench in getattr(session, "benchmarks", []) if bench.extra_info.get("ratio")]
+    benchmarks = getattr(session, "benchmarks", [])
+    errors = [bench for bench in benchmarks if "slide_error" in bench.extra_info]
+    if errors:
+        terminalreporter.write_sep("-", "relative error against float64, ours and the dense mask in the same dtype")
+        terminalreporter.write_line(f"{'golden':<58}{'slide':>10}{'dense':>10}{'patches':>10}{'dense':>10}")
+        for bench in errors:
+            info = bench.extra_info
+            keys = ("slide_error", "dense_slide_error", "patch_error", "dense_patch_error")
+            name = f"{info['golden']} {bench.group.split()[-1]}"
+            terminalreporter.write_line(f"{name:<58}" + "".join(f"{info[key]:>10.1e}" for key in keys))
+    rows = [bench for bench in benchmarks if bench.extra_info.get("ratio")]
+    if errors or rows:
+        _maybe_save(terminalreporter, errors + rows)
     if not rows:
         return
     terminalreporter.write_sep("-", "ours against the baseline of the same run")
@@ -127,9 +137,11 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
             f"{name[:57]:<58}{info['seconds']:>10}{info['baseline_seconds']:>12}{info['ratio']:>8}"
             f"{cells[0]:>10}{cells[1]:>13}"
         )
+
+
+def _maybe_save(terminalreporter, rows: list[Any]) -> None:
     if os.environ.get("EXAONEPATH_BENCH_SAVE") == "1":
-        path = _save(rows)
-        terminalreporter.write_line(f"appended to {path}")
+        terminalreporter.write_line(f"appended {len(rows)} rows to {_save(rows)}")
 
 
 def _save(rows: list[Any]) -> Path:

@@ -38,5 +38,11 @@ def test_patch_encoder(compare, device, dtype, baseline_batch):
     one, two = ours(), plain()
     assert (one - two).norm() <= (3e-2 if half else 1e-4) * two.norm()
     compare(
-        f"patch encoder {device}, baseline batch {baseline_batch}", ours, plain, rounds=3, patches=BATCH, dtype=dtype
+        f"patch encoder {device}, baseline batch {baseline_batch}",
+        ours,
+        plain,
+        rounds=3,
+        device=device,
+        patches=BATCH,
+        dtype=dtype,
     )

@@ -6,8 +6,6 @@ process, their results are compared before anything is timed, and segmentation o
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import cv2
 import numpy as np
 import openslide
@@ -15,6 +13,7 @@ import pytest
 
 from exaonepath.patches import SegmentationSettings, SlideImage, segment_tissue
 from exaonepath.patches.grid import patch_grid
+from exaonepath.reference.patches import grid_by_points, segment_at_once
 from exaonepath.synthetic import make_slide
 
 SCALE = 16  # downsample of the level the outlines below come from
@@ -39,35 +38,13 @@ def tissue(seed: int, width: int, height: int, fragments: int) -> tuple[list[np.
     return [scaled[i] for i in outer], [[scaled[j] for j in big if hierarchy[0, j, 3] == i] for i in outer]
 
 
-def grid_patch_by_patch(contours, holes, patch, step):
-    coords, owners = [], []
-    half = patch // 2
-    shift = int(half * 0.5)
-    for index, contour in enumerate(contours):
-        x0, y0, w, h = cv2.boundingRect(contour)
-        for y in np.arange(y0, y0 + h, step):
-            for x in np.arange(x0, x0 + w, step):
-                cx, cy = float(x + half), float(y + half)
-                probes = (
-                    (cx + a, cy + b) for a, b in ((shift, shift), (-shift, -shift), (shift, -shift), (-shift, shift))
-                )
-                if not any(cv2.pointPolygonTest(contour, probe, False) >= 0 for probe in probes):
-                    continue
-                centre = (float(x + patch / 2), float(y + patch / 2))
-                if any(cv2.pointPolygonTest(hole, centre, False) > 0 for hole in holes[index]):
-                    continue
-                coords.append((x, y))
-                owners.append(index)
-    return np.array(coords, np.int32), np.array(owners, np.int32)
-
-
 # Slides that give about 57,000 and 30,000 patches; the second has longer outlines for each patch.
 @pytest.mark.parametrize(
     ("patches", "size", "fragments"), [(57_000, (104_000, 57_000), 3), (30_000, (73_000, 42_000), 1)]
 )
 def test_grid(compare, patches, size, fragments):
     contours, holes = tissue(patches, *size, fragments)
-    expected, owners = grid_patch_by_patch(contours, holes, 256, 256)
+    expected, owners = grid_by_points(contours, holes, 256, (256, 256))
     assert 0.9 * patches < len(expected) < 1.1 * patches
 
     def ours():
@@ -79,37 +56,12 @@ def test_grid(compare, patches, size, fragments):
     compare(
         f"grid of {patches} patches",
         ours,
-        lambda: grid_patch_by_patch(contours, holes, 256, 256),
+        lambda: grid_by_points(contours, holes, 256, (256, 256)),
         rounds=2,
         patches=len(coords),
         contours=len(contours),
         vertices=sum(map(len, contours)),
     )
-
-
-def segment_at_once(path: Path) -> list[np.ndarray]:
-    """The level read whole, every intermediate image kept whole, the Laplacian in float64."""
-    with openslide.OpenSlide(path) as slide:
-        level = slide.get_best_level_for_downsample(64)
-        size, (w0, h0) = slide.level_dimensions[level], slide.dimensions
-        image = np.array(slide.read_region((0, 0), level, size))
-    w, h = size
-    rgb = image[..., :3].copy()
-    for a, b in (((0, 0), (w, 20)), ((0, h - 20), (w, h)), ((0, 0), (20, h)), ((w - 20, 0), (w, h))):
-        cv2.rectangle(rgb, a, b, (255, 255, 255), -1)
-    laplacian = cv2.convertScaleAbs(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGBA2GRAY), cv2.CV_64F))
-    rgb[laplacian <= 15] = 255
-    blurred = cv2.medianBlur(cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV)[..., 1], 7)
-    _, mask = cv2.threshold(blurred, 8, 255, cv2.THRESH_BINARY)
-    mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((4, 4), np.uint8))
-    outlines, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    unit = max(1, int(512**2 / (w0 / w * h0 / h)))
-    areas = [cv2.contourArea(outline) for outline in outlines]
-    for i, parent in enumerate(hierarchy[0, :, 3]):
-        if parent >= 0:
-            areas[parent] -= areas[i]
-    kept = [o for o, area, p in zip(outlines, areas, hierarchy[0, :, 3], strict=True) if p < 0 and area >= unit]
-    return [(outline[:, 0] * (w0 / w, h0 / h)).astype(np.int32) for outline in kept]
 
 
 @pytest.mark.parametrize(("size", "factor"), [((60_000, 40_000), 16), ((12_000, 8_000), 3.19)], ids=["16x", "3.19x"])
@@ -122,7 +74,11 @@ def test_segmentation(benchmark, compare, tmp_path, size, factor):
             return segment_tissue(slide, SegmentationSettings()).contours
 
     def theirs() -> list[np.ndarray]:
-        return segment_at_once(path)
+        with openslide.OpenSlide(path) as slide:
+            level = slide.get_best_level_for_downsample(64)
+            (w, h), (w0, h0) = slide.level_dimensions[level], slide.dimensions
+            image = np.array(slide.read_region((0, 0), level, (w, h)))
+        return segment_at_once(image, (w0 / w, h0 / h), SegmentationSettings())[0]
 
     assert all(np.array_equal(one, two) for one, two in zip(ours(), theirs(), strict=True))
     with SlideImage(path) as slide:

@@ -5,6 +5,7 @@ checkpoints builds these classes.
 """
 
 from exaonepath.errors import ExaonePathError
+from exaonepath.feature_extraction import extract_features, read_features
 from exaonepath.models import (
     ExaonePathConfig,
     ExaonePathModel,
@@ -13,6 +14,9 @@ from exaonepath.models import (
     ExaonePathSlideEncoderConfig,
     ExaonePathSlideEncoderModel,
 )
+from exaonepath.models.loading import load_patch_encoder, load_slide_encoder
+from exaonepath.patches import SlideImage, patchfy
+from exaonepath.pipeline import encode_slide, read_embedding
 from exaonepath.version import __version__
 
 __all__ = [
@@ -23,5 +27,13 @@ __all__ = [
     "ExaonePathPatchEncoderModel",
     "ExaonePathSlideEncoderConfig",
     "ExaonePathSlideEncoderModel",
+    "SlideImage",
     "__version__",
+    "encode_slide",
+    "extract_features",
+    "load_patch_encoder",
+    "load_slide_encoder",
+    "patchfy",
+    "read_embedding",
+    "read_features",
 ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,19 +16,35 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 
+from exaonepath.demo import run_demo
+from exaonepath.doctor import examine
 from exaonepath.errors import ExaonePathError
+from exaonepath.feature_extraction.command import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_UNREADABLE,
+    interruptible,
+    note_random,
+    run_features,
+    say,
+    say_result,
+    say_unreadable,
+    set_up_logging,
+)
+from exaonepath.feature_extraction.preprocessing import PreprocessingConfig
+from exaonepath.feature_extraction.progress import progress_bar
+from exaonepath.models import loading
+from exaonepath.models.device import resolve_device, resolve_dtype
+from exaonepath.models.loading import DEFAULT_WEIGHTS
+from exaonepath.patches import patchfy
+from exaonepath.pipeline import encode_slide, find_slides
+from exaonepath.slide_embedding import embed_features_file
+from exaonepath.storage import ensure_folder
 from exaonepath.version import __version__
 
-EXIT_ERROR, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 3, 130
-DEFAULT_WEIGHTS = "LGAI-EXAONE/EXAONE-Path-2.5"
-
 logger = logging.getLogger(__name__)
-# Results go to stdout, everything said about the work to stderr: a pipe gets results alone.
-_out = Console(soft_wrap=True, highlight=False)
-_err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 app = typer.Typer(
     name="exaonepath",
@@ -50,9 +65,13 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Patches in one call of the 
 Workers = Annotated[int | None, typer.Option("--num-workers", min=0, help="Reading threads; default: one per core.")]
 PatchSize = Annotated[int, typer.Option(help="Side of a patch, in pixels at 0.5 um per pixel.")]
 StepSize = Annotated[int | None, typer.Option(help="Distance between patches; default: the patch size.")]
-PatchLevel = Annotated[int, typer.Option(help="Pyramid level the grid is laid for.")]
+PatchLevel = Annotated[
+    int, typer.Option(help="Pyramid level the grid is laid for; the original's option, 0 for nearly everyone.")
+]
 Otsu = Annotated[bool, typer.Option("--otsu", help="Otsu's threshold in place of a fixed one.")]
-SegDownsample = Annotated[float, typer.Option(help="Shrink the image that is segmented, for flat slides.")]
+SegDownsample = Annotated[
+    float, typer.Option(help="Shrink the image that is segmented: for flat (single-level) slides, 4 to 16.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo finished work.")]
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: everything.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
@@ -70,27 +89,29 @@ def _guarded(command: F) -> F:
 
     @functools.wraps(command)
     def run(*args: Any, verbose: int = 0, quiet: bool = False, **kwargs: Any) -> None:
-        _set_up_logging(verbose, quiet)
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        set_up_logging(verbose, quiet)
         try:
-            command(*args, verbose=verbose, quiet=quiet, **kwargs)
+            with interruptible():
+                command(*args, verbose=verbose, quiet=quiet, **kwargs)
         except ExaonePathError as exc:
-            if verbose:
-                logger.exception("failed")
-            _say_error(exc)
+            _tell(exc, verbose)
             raise typer.Exit(EXIT_ERROR) from exc
         except KeyboardInterrupt as exc:
-            _err.print("interrupted; finished work is kept: the same command resumes")
+            say("interrupted; finished work is kept: the same command resumes")
             raise typer.Exit(EXIT_INTERRUPTED) from exc
-        finally:
-            signal.signal(signal.SIGTERM, previous)
 
     return run  # type: ignore[return-value]
 
 
+def _tell(exc: ExaonePathError, verbose: int) -> None:
+    if verbose:
+        logger.error("failed", exc_info=exc)
+    say(f"error: {exc}")
+
+
 def _show_version(value: bool) -> None:
     if value:
-        _out.print(__version__)
+        typer.echo(__version__)
         raise typer.Exit
 
 
@@ -121,13 +142,11 @@ def encode(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Slides to embeddings, all stages. Finished stages are kept, an interrupted run resumes."""
-    from exaonepath.feature_extraction.preprocessing import PreprocessingConfig
-    from exaonepath.models.device import resolve_device, resolve_dtype
-    from exaonepath.models.loading import load_patch_encoder, load_slide_encoder
-    from exaonepath.pipeline import encode_slide, find_slides
-    from exaonepath.storage import ensure_folder
+    """Slides to embeddings, all stages; finished stages are kept, an interrupted run resumes.
 
+    Writes <out>/embeddings/<id>.h5, and on the way <out>/patches/<id>.h5, <id>_features.h5 and <out>/masks/<id>.jpg.
+    Example: exaonepath encode slides/ --out results --device cuda
+    """
     files = find_slides(slides)
     target = resolve_device(device)
     resolve_dtype(dtype, target)
@@ -135,42 +154,31 @@ def encode(
     patching = _patching(patch_size, step_size, patch_level, otsu, seg_downsample)
     ensure_folder(out)
     with _status("loading weights", quiet):
-        patch_encoder = load_patch_encoder(weights, device=target)
-        slide_encoder = load_slide_encoder(weights, device=target)
-    _announce_random(patch_encoder.is_random, weights, quiet)
+        patch_encoder = loading.load_patch_encoder(weights, device=target)
+        slide_encoder = loading.load_slide_encoder(weights, device=target)
+    note_random(patch_encoder.is_random, weights, quiet)
 
-    status = 0
-    for file in files:
-        try:
-            with _progress(f"{file.name}", quiet) as progress:
-                result = encode_slide(
-                    file,
-                    out,
-                    patch_encoder,
-                    slide_encoder,
-                    patching=patching,
-                    preprocessing=preprocessing,
-                    batch_size=batch_size,
-                    num_workers=num_workers,
-                    dtype=dtype,
-                    overwrite=overwrite,
-                    progress=progress,
-                )
-        except ExaonePathError as exc:
-            # One bad slide must not cost a lab the other hundred.
-            if verbose:
-                logger.exception("%s failed", file)
-            _say_error(exc)
-            status = EXIT_ERROR
-            continue
-        _print_result(str(result.embedding_path), f"{result.n_patches} patches", "slide" in result.reused, quiet)
-        if result.n_failed:
-            _err.print(
-                f"{result.n_failed} patches of {file} could not be read; they are listed in {result.features_path}"
+    def encode_one(file: Path) -> int:
+        with progress_bar(file.name, disable=quiet) as progress:
+            result = encode_slide(
+                file,
+                out,
+                patch_encoder,
+                slide_encoder,
+                patching=patching,
+                preprocessing=preprocessing,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                dtype=dtype,
+                overwrite=overwrite,
+                progress=progress,
             )
-            status = status or EXIT_UNREADABLE
-    if status:
-        raise typer.Exit(status)
+        say_result(result.embedding_path, f"{result.n_patches} patches", "slide" in result.reused, quiet)
+        if result.n_failed:
+            say_unreadable(result.n_failed, result.n_patches + result.n_failed, file, result.features_path)
+        return EXIT_UNREADABLE if result.n_failed else 0
+
+    _each(files, encode_one, verbose)
 
 
 @app.command()
@@ -188,27 +196,15 @@ def patch(
     quiet: Quiet = False,
 ) -> None:
     """Find tissue and lay the patch grid: <out>/patches/<id>.h5 and <out>/masks/<id>.jpg."""
-    from exaonepath.patches import patchfy
-    from exaonepath.pipeline import find_slides
+    arguments = _patching(patch_size, step_size, patch_level, otsu, seg_downsample)
 
-    failed = False
-    for file in find_slides(slides):
-        try:
-            path, coords, _ = patchfy(
-                file,
-                out,
-                **_patching(patch_size, step_size, patch_level, otsu, seg_downsample),
-                auto_skip=not overwrite,
-            )
-        except ExaonePathError as exc:
-            if verbose:
-                logger.exception("%s failed", file)
-            _say_error(exc)
-            failed = True
-            continue
-        _print_result(str(path), f"{len(coords)} patches", False, quiet)
-    if failed:
-        raise typer.Exit(EXIT_ERROR)
+    def patch_one(file: Path) -> int:
+        path, coords, _ = patchfy(file, out, **arguments, overwrite=overwrite)
+        assert path is not None
+        say_result(path, f"{len(coords)} patches", False, quiet)
+        return 0
+
+    _each(find_slides(slides), patch_one, verbose)
 
 
 @app.command()
@@ -228,39 +224,21 @@ def features(
     quiet: Quiet = False,
 ) -> None:
     """Patch features of one slide."""
-    from exaonepath.feature_extraction.extract import extract_features
-    from exaonepath.feature_extraction.preprocessing import PreprocessingConfig
-    from exaonepath.models.device import resolve_device, resolve_dtype
-    from exaonepath.models.loading import load_patch_encoder
-    from exaonepath.patches import SlideImage
-
-    target = resolve_device(device)
-    compute = resolve_dtype(dtype, target)
-    preprocessing = PreprocessingConfig(resize=resize)
-    with SlideImage(slide) as opened:
-        with _status("loading weights", quiet):
-            encoder = load_patch_encoder(weights, device=target)
-        _announce_random(encoder.is_random, weights, quiet)
-        with _progress(slide.name, quiet) as progress:
-            result = extract_features(
-                opened,
-                patches,
-                out,
-                encoder.model,
-                weights=encoder.weights,
-                weights_fingerprint=encoder.fingerprint,
-                preprocessing=preprocessing,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                device=target,
-                dtype=compute,
-                progress=progress,
-                overwrite=overwrite,
-            )
-    _print_result(str(result.path), f"{result.n_features} patches", result.reused, quiet)
-    if result.failures:
-        _err.print(f"{len(result.failures)} patches of {slide} could not be read; they are listed in {result.path}")
-        raise typer.Exit(EXIT_UNREADABLE)
+    status = run_features(
+        slide,
+        patches,
+        out,
+        weights=weights,
+        device=device,
+        dtype=dtype,
+        resize=resize,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    if status:
+        raise typer.Exit(status)
 
 
 @app.command("slide")
@@ -276,36 +254,29 @@ def slide_stage(
     quiet: Quiet = False,
 ) -> None:
     """Slide embedding from a features file."""
-    from exaonepath.models.device import resolve_device, resolve_dtype
-    from exaonepath.models.loading import load_slide_encoder
-    from exaonepath.slide_embedding import embed_features_file
-
     target = resolve_device(device)
     compute = resolve_dtype(dtype, target)
     with _status("loading weights", quiet):
-        encoder = load_slide_encoder(weights, device=target)
-    _announce_random(encoder.is_random, weights, quiet)
+        encoder = loading.load_slide_encoder(weights, device=target)
+    note_random(encoder.is_random, weights, quiet)
     with _status("slide encoder", quiet):
         path, reused = embed_features_file(features_file, out, encoder, dtype=compute, overwrite=overwrite)
-    _print_result(str(path), "", reused, quiet)
+    say_result(path, "", reused, quiet)
 
 
 @app.command()
 @_guarded
 def doctor(verbose: Verbose = 0, quiet: Quiet = False) -> None:
     """Versions, devices, and which backends serve here and why."""
-    from exaonepath.doctor import examine
-
     findings = examine()
+    console = Console(soft_wrap=True, highlight=False)
     topic = ""
     for finding in findings if not quiet else []:
         if finding.topic != topic:
             topic = finding.topic
-            _out.print(f"[bold]{topic}[/bold]")
+            console.print(f"[bold]{topic}[/bold]")
         mark = {True: "[green]ok[/green]", False: "[red]!![/red]", None: "  "}[finding.ok]
-        _out.print(f"  {mark} {finding.name:<24}{escape(finding.value)}")
-    if any(finding.ok is False and finding.topic == "backends" for finding in findings):
-        raise typer.Exit(EXIT_ERROR)
+        console.print(f"  {mark} {finding.name:<24}{escape(finding.value)}")
 
 
 @app.command()
@@ -324,19 +295,32 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Encode a real slide and draw what came out."""
-    from exaonepath.demo import run_demo
 
     def report(line: str) -> None:
         if not quiet:
-            _err.print(line)
+            say(line)
 
-    with _progress("encoding patches", quiet) as progress:
+    with progress_bar("encoding patches", disable=quiet) as progress:
         result = run_demo(
             out, weights=weights, slide=slide, device=device, offline=offline, progress=progress, report=report
         )
-    _announce_random(weights.startswith("random:"), weights, quiet)
+    note_random(weights.startswith("random:"), weights, quiet)
     for path, meaning in result.files:
-        _out.print(f"{path}  {meaning}", markup=False)
+        say_result(path, meaning, False, False)
+
+
+def _each(files: list[Path], work: Callable[[Path], int], verbose: int) -> None:
+    """Work through files: one bad slide must not cost a lab the other hundred. Exits with the worst status."""
+    statuses = set()
+    for file in files:
+        try:
+            statuses.add(work(file))
+        except ExaonePathError as exc:
+            _tell(exc, verbose)
+            statuses.add(EXIT_ERROR)
+    for status in (EXIT_ERROR, EXIT_UNREADABLE):
+        if status in statuses:
+            raise typer.Exit(status)
 
 
 def _patching(
@@ -351,56 +335,10 @@ def _patching(
     }
 
 
-def _print_result(path: str, what: str, reused: bool, quiet: bool) -> None:
-    if quiet:
-        return
-    note = ", ".join(filter(None, [what, "already there" if reused else ""]))
-    _out.print(f"{path}  {note}".rstrip(), markup=False)
-
-
-def _announce_random(is_random: bool, weights: str, quiet: bool) -> None:
-    if is_random and not quiet:
-        _err.print(f"note: {weights} are random weights, for trying out: the embeddings carry no pathology")
-
-
-def _say_error(exc: BaseException) -> None:
-    _err.print(f"error: {exc}", markup=False)
-
-
-@contextmanager
-def _progress(description: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    from exaonepath.feature_extraction.progress import progress_bar
-
-    with progress_bar(description, disable=quiet) as progress:
-        yield progress
-
-
 @contextmanager
 def _status(text: str, quiet: bool) -> Iterator[None]:
     if quiet or not sys.stderr.isatty():
         yield
         return
-    with _err.status(text):
+    with Console(stderr=True).status(text):
         yield
-
-
-def _set_up_logging(verbose: int, quiet: bool) -> None:
-    from huggingface_hub.utils import disable_progress_bars
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging as transformers_logging
-
-    level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    handler: logging.Handler
-    if sys.stderr.isatty():
-        handler = RichHandler(console=_err, show_path=False, show_time=False)
-    else:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
-    if level > logging.DEBUG:
-        # Its reports repeat, at length, what our own errors say in one line; its bars would land in batch logs.
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        hub_logging.set_verbosity_error()
-    if quiet or not sys.stderr.isatty():
-        disable_progress_bars()

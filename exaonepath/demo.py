@@ -19,7 +19,7 @@ from exaonepath.errors import ExaonePathError
 from exaonepath.models.device import resolve_device
 from exaonepath.models.loading import DEFAULT_WEIGHTS, load_patch_encoder, load_slide_encoder
 from exaonepath.patches import PatchSettings, SegmentationSettings, SlideImage, Tissue, read_patches, segment_tissue
-from exaonepath.patches.grid import patch_grid
+from exaonepath.patches.pipeline import plan_grid
 from exaonepath.pipeline import encode_slide, read_embedding
 from exaonepath.storage import atomic_path, ensure_folder
 from exaonepath.synthetic import make_slide
@@ -161,8 +161,7 @@ def plan(slide: SlideImage, most: int) -> tuple[Tissue, dict[str, Any], int]:
     chosen, count = _STEPS[-1], 0
     # Coarse grids first: on a whole slide the dense ones would have a million patches.
     for step in reversed(_STEPS):
-        patch, distance = PatchSettings(step_size=step).effective(slide)
-        n = len(patch_grid(tissue.contours, tissue.holes, patch, (distance, distance)).coords)
+        n = len(plan_grid(slide, tissue, PatchSettings(step_size=step)).coords)
         if n > most and count:
             break
         chosen, count = step, n

@@ -102,6 +102,11 @@ def _extension() -> Finding:
         )
     info = extension.build_info()
     cuda = f"CUDA {info['cuda']}" if info["cuda"] else "no CUDA half (no nvcc at build time)"
+    devices = extension.cuda_devices()
+    if info["cuda"]:
+        cuda += f", sees {len(devices)} GPU(s)"
+        if len(devices) != (torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            cuda += f" where torch sees {torch.cuda.device_count()}: check driver and CUDA_VISIBLE_DEVICES"
     if info["version"] != __version__:
         return Finding(
             "backends", "C++ extension", f"built for version {info['version']}, this is {__version__}: reinstall", False

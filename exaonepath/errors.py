@@ -22,7 +22,11 @@ class DeviceError(SettingsError):
 
 
 class BackendError(ExaonePathError, RuntimeError):
-    """The requested compute backend cannot run here, or not on this input."""
+    """A computation cannot run here or not on this input, ran out of memory, or gave NaN."""
+
+
+class MissingDependencyError(BackendError):
+    """An optional package is needed for this and not installed; the message names the extra that brings it."""
 
 
 class SlideError(ExaonePathError):
@@ -51,6 +55,10 @@ class OutputCollisionError(OutputError):
 
 class DataFileError(ExaonePathError):
     """An input HDF5 file is corrupt, incomplete, lacks a dataset, or its datasets do not fit together."""
+
+
+class FileBusyError(ExaonePathError, OSError):
+    """An HDF5 file is there but cannot be opened now: locked by another process, or not readable by this user."""
 
 
 class WeightsError(ExaonePathError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,14 +11,15 @@ from typing import Any
 
 import torch
 
-from exaonepath.errors import OutputCollisionError, SlideOpenError
+from exaonepath.errors import OutputCollisionError, SettingsError, SlideOpenError
 from exaonepath.feature_extraction.extract import extract_features
 from exaonepath.feature_extraction.preprocessing import PreprocessingConfig
 from exaonepath.models.device import resolve_dtype
-from exaonepath.models.loading import LoadedEncoder
+from exaonepath.models.loading import DEFAULT_WEIGHTS, LoadedEncoder, load_patch_encoder, load_slide_encoder
 from exaonepath.models.patch_encoder import ExaonePathPatchEncoderModel
 from exaonepath.models.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.patches import SlideImage, patchfy
+from exaonepath.patches.slide import opened
 from exaonepath.slide_embedding import SlideEmbedding, embed_features_file, read_embedding
 
 __all__ = ["EncodeResult", "SlideEmbedding", "encode_slide", "find_slides", "output_paths", "read_embedding"]
@@ -72,8 +74,8 @@ def output_paths(out: str | os.PathLike[str], name: str) -> OutputPaths:
 def encode_slide(
     slide: str | os.PathLike[str] | SlideImage,
     out: str | os.PathLike[str],
-    patch_encoder: LoadedEncoder[ExaonePathPatchEncoderModel],
-    slide_encoder: LoadedEncoder[ExaonePathSlideEncoderModel],
+    patch_encoder: LoadedEncoder[ExaonePathPatchEncoderModel] | str = DEFAULT_WEIGHTS,
+    slide_encoder: LoadedEncoder[ExaonePathSlideEncoderModel] | str = DEFAULT_WEIGHTS,
     *,
     patching: Mapping[str, Any] | None = None,
     preprocessing: PreprocessingConfig | None = None,
@@ -88,8 +90,9 @@ def encode_slide(
     Args:
         slide: slide file, or an open slide (which stays open).
         out: output folder: `patches/<id>.h5`, `patches/<id>_features.h5`, `embeddings/<id>.h5`, `masks/<id>.jpg`.
-        patch_encoder, slide_encoder: from `exaonepath.models.loading`.
-        patching: keyword arguments of `patchfy` (patch_size, step_size, ...).
+        patch_encoder, slide_encoder: from `exaonepath.models.loading`, or what to load (a Hub id, a directory,
+            "random:SEED"); load them yourself to encode many slides.
+        patching: keyword arguments of `patchfy` (patch_size, step_size, ...); without step_size, patches touch.
         preprocessing: resize, crop, mean and std of the patch encoder.
         batch_size: patches in one call of the patch encoder.
         num_workers: reading threads; None: one per core.
@@ -98,51 +101,43 @@ def encode_slide(
         progress: called with (patches done, patches in all) during feature extraction.
 
     Raises:
+        SettingsError: an unknown key in `patching`.
         ExaonePathError: see `patchfy`, `extract_features` and `embed_features_file`. Finished stages are kept.
     """
-    if not isinstance(slide, SlideImage):
-        with SlideImage(slide) as opened:
-            return encode_slide(
-                opened,
-                out,
-                patch_encoder,
-                slide_encoder,
-                patching=patching,
-                preprocessing=preprocessing,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                dtype=dtype,
-                overwrite=overwrite,
-                progress=progress,
-            )
-    paths = output_paths(out, slide.name)
-    patchfy(slide, out, **{"auto_skip": not overwrite, **(patching or {})})
-    extraction = extract_features(
-        slide,
-        paths.patches,
-        paths.features,
-        patch_encoder.model,
-        weights=patch_encoder.weights,
-        weights_fingerprint=patch_encoder.fingerprint,
-        preprocessing=preprocessing,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=patch_encoder.device,
-        dtype=resolve_dtype(dtype, patch_encoder.device),
-        progress=progress,
-        overwrite=overwrite,
-    )
-    _, slide_reused = embed_features_file(
-        paths.features,
-        paths.embedding,
-        slide_encoder,
-        dtype=resolve_dtype(dtype, slide_encoder.device),
-        overwrite=overwrite,
-    )
+    arguments = _patching(patching or {})
+    if isinstance(patch_encoder, str):
+        patch_encoder = load_patch_encoder(patch_encoder, device="auto")
+    if isinstance(slide_encoder, str):
+        slide_encoder = load_slide_encoder(slide_encoder, device="auto")
+    with opened(slide) as image:
+        paths = output_paths(out, image.name)
+        patchfy(image, out, **arguments, overwrite=overwrite)
+        extraction = extract_features(
+            image,
+            paths.patches,
+            paths.features,
+            patch_encoder.model,
+            weights=patch_encoder.weights,
+            weights_fingerprint=patch_encoder.fingerprint,
+            preprocessing=preprocessing,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            device=patch_encoder.device,
+            dtype=resolve_dtype(dtype, patch_encoder.device),
+            progress=progress,
+            overwrite=overwrite,
+        )
+        _, slide_reused = embed_features_file(
+            paths.features,
+            paths.embedding,
+            slide_encoder,
+            dtype=resolve_dtype(dtype, slide_encoder.device),
+            overwrite=overwrite,
+        )
     reused = [name for name, done in (("features", extraction.reused), ("slide", slide_reused)) if done]
     return EncodeResult(
-        slide.name,
-        slide.path,
+        image.name,
+        image.path,
         paths.patches,
         paths.features,
         paths.embedding,
@@ -150,6 +145,16 @@ def encode_slide(
         len(extraction.failures),
         tuple(reused),
     )
+
+
+def _patching(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    allowed = set(inspect.signature(patchfy).parameters) - {"wsi", "out", "save_h5", "auto_skip", "overwrite"}
+    unknown = sorted(set(arguments) - allowed)
+    if unknown:
+        raise SettingsError(f"patching: {', '.join(unknown)} cannot be set here; known: {', '.join(sorted(allowed))}")
+    if "patch_size" in arguments and "step_size" not in arguments:
+        return {**arguments, "step_size": arguments["patch_size"]}
+    return dict(arguments)
 
 
 def find_slides(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:

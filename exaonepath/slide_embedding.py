@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from exaonepath.errors import BackendError, DataFileError, OutputCollisionError, OutputError
+from exaonepath.errors import BackendError, DataFileError
 from exaonepath.feature_extraction.store import FeatureSet, read_features
+from exaonepath.models.device import inference
 from exaonepath.models.loading import LoadedEncoder
 from exaonepath.models.slide_encoder import ExaonePathSlideEncoderModel
-from exaonepath.storage import atomic_h5, ensure_folder, open_h5, settings_hash
+from exaonepath.storage import atomic_h5, check_owner, ensure_folder, open_h5, refuse_input_as_output, settings_hash
 from exaonepath.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -55,7 +57,8 @@ def embed_slide(
 
     Raises:
         DataFileError: the features have no coordinates, or the wrong width.
-        BackendError: the encoder gave NaN or infinity.
+        DeviceError: a dtype other than float32, bfloat16 and float16.
+        BackendError: the encoder gave NaN or infinity, or ran out of memory.
     """
     width = encoder.model.config.wsi["input_dim"]
     if features.coords is None:
@@ -63,7 +66,7 @@ def embed_slide(
     if features.features.shape[1] != width:
         raise DataFileError(f"features are {features.features.shape[1]} wide, the slide encoder takes {width}")
     device = encoder.device
-    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with inference(device, dtype, f"a slide of {len(features.features)} patches"):
         output = encoder.model(
             torch.from_numpy(features.features)[None].to(device),
             None,
@@ -103,8 +106,7 @@ def embed_features_file(
         OutputError: the output cannot be written.
     """
     out, source = Path(out_path), Path(features_path)
-    if out.exists() and source.exists() and out.samefile(source):
-        raise OutputCollisionError(f"{out} is the features file itself; choose another output")
+    refuse_input_as_output(out, [source])
     features = read_features(source, expected_dim=encoder.model.config.wsi["input_dim"])
     digest = hashlib.sha256(features.features.tobytes())
     for array in (features.coords, features.contour_index):
@@ -115,8 +117,7 @@ def embed_features_file(
         "dtype": str(dtype).removeprefix("torch."),
     }
     key = settings_hash(attrs)
-    fingerprint = features.attrs.get("slide_fingerprint")
-    if not overwrite and _is_finished(out, key, fingerprint):
+    if _is_finished(out, key, features.attrs, overwrite):
         logger.info("%s is up to date", out)
         return out, True
     ensure_folder(out.parent)
@@ -131,15 +132,11 @@ def embed_features_file(
         "n_failed": len(features.failures),
         "exaonepath_version": __version__,
     }
-    if fingerprint is not None:
-        attrs["slide_fingerprint"] = fingerprint
-    try:
-        with atomic_h5(out) as file:
-            for name in _DATASETS:
-                file[name] = getattr(embedding, name)
-            file.attrs.update({**attrs, "complete": True})
-    except RuntimeError as exc:  # HDF5 reports a full disk met while closing like this
-        raise OutputError(f"cannot write {out}: {exc}; check that the disk is not full and run again") from exc
+    attrs |= {name: features.attrs[name] for name in ("slide_fingerprint", "slide_path") if name in features.attrs}
+    with atomic_h5(out) as file:
+        for name in _DATASETS:
+            file[name] = getattr(embedding, name)
+        file.attrs.update({**attrs, "complete": True})
     return out, False
 
 
@@ -152,10 +149,7 @@ def read_embedding(path: str | os.PathLike[str]) -> SlideEmbedding:
     with open_h5(path, _DATASETS) as file:
         if not file.attrs.get("complete", False):
             raise DataFileError(f"{path} is half written: delete it and run the slide stage again")
-        try:
-            arrays = {name: file[name][()] for name in _DATASETS}
-        except OSError as exc:
-            raise DataFileError(f"{path}: data cannot be read ({exc}); delete it and run the stage again") from exc
+        arrays = {name: file[name][()] for name in _DATASETS}
         attrs = dict(file.attrs)
     n = len(arrays["patch_embedding"])
     if not n == len(arrays["coords"]) == len(arrays["contour_index"]):
@@ -163,15 +157,16 @@ def read_embedding(path: str | os.PathLike[str]) -> SlideEmbedding:
     return SlideEmbedding(**arrays, attrs=attrs)
 
 
-def _is_finished(out: Path, key: str, fingerprint: str | None) -> bool:
+def _is_finished(out: Path, key: str, slide: Mapping[str, Any], overwrite: bool) -> bool:
     if not out.exists():
         return False
     try:
         with open_h5(out, _DATASETS) as file:
-            other = file.attrs.get("slide_fingerprint")
-            if other is not None and fingerprint is not None and other != fingerprint:
-                raise OutputCollisionError(f"{out} holds the embedding of another slide; choose another output")
-            return bool(file.attrs.get("complete", False)) and file.attrs.get("settings_hash") == key
+            origin = (slide.get("slide_fingerprint"), slide.get("slide_path"))
+            if not check_owner(out, file.attrs, *origin, overwrite=overwrite):
+                return False
+            finished = bool(file.attrs.get("complete", False)) and file.attrs.get("settings_hash") == key
+            return finished and not overwrite
     except DataFileError as exc:
         logger.warning("%s; computing it again", exc)
         return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,11 +19,15 @@ from typing import Any
 
 import h5py
 
-from exaonepath.errors import DataFileError, OutputError
+from exaonepath.errors import DataFileError, ExaonePathError, FileBusyError, OutputCollisionError, OutputError
+
+logger = logging.getLogger(__name__)
 
 # Only readable by setting it, which is process wide: done once, at import, not while other threads create files.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+
+_BUSY = {errno.EACCES, errno.EPERM, errno.EAGAIN, errno.ENOLCK, errno.EBUSY, errno.ESTALE}
 
 
 def ensure_folder(folder: str | os.PathLike[str]) -> Path:
@@ -59,7 +64,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(path)
         _sync(path.parent)
     except OSError as exc:
-        if isinstance(exc, OutputError):
+        if isinstance(exc, ExaonePathError):
             raise
         raise output_error(path, exc) from exc
     finally:
@@ -69,8 +74,13 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
 @contextmanager
 def atomic_h5(target: str | os.PathLike[str]) -> Iterator[h5py.File]:
     """`atomic_path` for an HDF5 file opened for writing."""
-    with atomic_path(target) as temporary, h5py.File(temporary, "w") as file:
-        yield file
+    with atomic_path(target) as temporary:
+        try:
+            with h5py.File(temporary, "w") as file:
+                yield file
+        except RuntimeError as exc:
+            # HDF5 reports some failed writes (a full disk met while closing) as RuntimeError.
+            raise OutputError(f"cannot write {target}: {exc}; check that the disk is not full and run again") from exc
 
 
 def write_text(target: str | os.PathLike[str], text: str) -> None:
@@ -83,22 +93,65 @@ def write_text(target: str | os.PathLike[str], text: str) -> None:
 def open_h5(path: str | os.PathLike[str], required: Iterable[str] = ()) -> Iterator[h5py.File]:
     """Open an HDF5 file for reading and check that the `required` datasets are there.
 
-    Raises `DataFileError` when the file is missing, is not HDF5, is truncated, or lacks a dataset.
+    Raises:
+        DataFileError: the file is missing, is not HDF5, is truncated, lacks a dataset, or a damaged part of it shows
+            while the block reads it.
+        FileBusyError: the file is there, but another process holds it, or it may not be read.
     """
     path = Path(path)
     if not path.is_file():
         raise DataFileError(f"{path}: no such file")
     try:
-        file = h5py.File(path, "r")
-    except OSError as exc:
+        with h5py.File(path, "r") as file:
+            missing = [name for name in required if not isinstance(file.get(name), h5py.Dataset)]
+            if missing:
+                raise DataFileError(f"{path} lacks {', '.join(missing)}; it holds {sorted(file) or 'nothing'}")
+            yield file
+    except ExaonePathError:
+        raise
+    except (OSError, RuntimeError) as exc:
+        if getattr(exc, "errno", None) in _BUSY:
+            raise FileBusyError(f"{path} cannot be opened now ({exc}); is another process using it?") from exc
         raise DataFileError(
             f"{path} cannot be read as HDF5 ({exc}); it is corrupt or half written: delete it and run the stage again"
         ) from exc
-    with file:
-        missing = [name for name in required if not isinstance(file.get(name), h5py.Dataset)]
-        if missing:
-            raise DataFileError(f"{path} lacks {', '.join(missing)}; it holds {sorted(file) or 'nothing'}")
-        yield file
+
+
+def check_owner(
+    path: Path, attrs: Mapping[str, Any], fingerprint: str | None, slide_path: str | None, *, overwrite: bool
+) -> bool:
+    """Whether a stored result is of the slide at hand, by what its attributes say.
+
+    Args:
+        path: the stored file.
+        attrs: its attributes `slide_fingerprint` and `slide_path`; a file without them counts as ours.
+        fingerprint, slide_path: the slide at hand, None where unknown.
+        overwrite: the user asked to start over.
+
+    Returns:
+        False where the result is stale: the slide was replaced under the same path, or overwriting was asked for.
+
+    Raises:
+        OutputCollisionError: the result belongs to a different slide, which would lose it.
+    """
+    stored = attrs.get("slide_fingerprint")
+    if stored is None or fingerprint is None or stored == fingerprint:
+        return True
+    origin = attrs.get("slide_path")
+    if overwrite or (origin is not None and origin == slide_path):
+        logger.warning("%s was made from other content than %s holds now: doing it again", path, slide_path)
+        return False
+    raise OutputCollisionError(
+        f"{path} holds the result of a different slide{f', {origin}' if origin else ''}; two slides of one name need "
+        "output folders of their own (or ask to overwrite)"
+    )
+
+
+def refuse_input_as_output(out: Path, inputs: Iterable[Path]) -> None:
+    """Raise `OutputCollisionError` where the output file is one of the inputs."""
+    for path in inputs:
+        if out.exists() and path.exists() and out.samefile(path):
+            raise OutputCollisionError(f"{out} is an input of this command; choose another output file")
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:

@@ -1,3 +1,3 @@
-"""The version, apart from everything heavy, so that any module may import it."""
+"""The version: read by the build without importing the package, and by every module that stamps a file."""
 
 __version__ = "0.1.0"

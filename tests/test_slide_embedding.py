@@ -72,9 +72,9 @@ def test_another_slides_embedding_is_not_overwritten(write, encoder, tmp_path):
     out = tmp_path / "out.h5"
     embed_features_file(write(attrs={"slide_fingerprint": "one"}.items()), out, encoder)
     before = out.read_bytes()
-    with pytest.raises(OutputCollisionError, match="another slide"):
+    with pytest.raises(OutputCollisionError, match="a different slide"):
         embed_features_file(write(attrs={"slide_fingerprint": "two"}.items()), out, encoder)
-    with pytest.raises(OutputCollisionError, match="features file itself"):
+    with pytest.raises(OutputCollisionError, match="input of this command"):
         embed_features_file(tmp_path / "f.h5", tmp_path / "f.h5", encoder)
     assert out.read_bytes() == before
 

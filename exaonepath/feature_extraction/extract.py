@@ -18,14 +18,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from exaonepath import __version__
-from exaonepath.errors import BackendError, DataFileError, DeviceError, OutputCollisionError, SettingsError
+from exaonepath.errors import BackendError, DataFileError, DeviceError, SettingsError
 from exaonepath.feature_extraction.partial import Block, PartialFile
 from exaonepath.feature_extraction.preprocessing import PreprocessingConfig, normalise
 from exaonepath.feature_extraction.reader import PatchBatch, PatchFailure, PatchReader
 from exaonepath.feature_extraction.store import read_failures, write_features
+from exaonepath.models.device import inference
 from exaonepath.patches import PatchSet, SlideImage, read_patches
-from exaonepath.storage import canonical_json, ensure_folder, open_h5, settings_hash
+from exaonepath.patches.slide import opened
+from exaonepath.storage import (
+    canonical_json,
+    check_owner,
+    ensure_folder,
+    open_h5,
+    refuse_input_as_output,
+    settings_hash,
+)
+from exaonepath.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +114,8 @@ def extract_features(
     preprocessing = preprocessing or PreprocessingConfig()
     out = Path(out_h5)
     with ExitStack() as stack:
-        if not isinstance(slide, SlideImage):
-            slide = stack.enter_context(SlideImage(slide))
-        _refuse_input_as_output(out, (slide.path, Path(patches_h5)))
+        slide = stack.enter_context(opened(slide))
+        refuse_input_as_output(out, (slide.path, Path(patches_h5)))
         patches = read_patches(patches_h5)
         _check_same_slide(slide, patches, patches_h5)
         ensure_folder(out.parent)
@@ -119,9 +127,14 @@ def extract_features(
             "dtype": str(dtype).removeprefix("torch."),
         }
         key = settings_hash({**attrs, "coords": _digest(patches.coords), "contours": _digest(patches.contour_index)})
-        attrs |= {"settings_hash": key, "weights": weights, "exaonepath_version": __version__}
+        attrs |= {
+            "settings_hash": key,
+            "slide_path": str(slide.path.resolve()),
+            "weights": weights,
+            "exaonepath_version": __version__,
+        }
 
-        retry = None if overwrite else _stored_failures(out, key, attrs["slide_fingerprint"])
+        retry = _stored_failures(out, key, slide, overwrite)
         n = len(patches.coords)
         if retry == ():
             logger.info("%s is up to date", out)
@@ -186,16 +199,10 @@ class _Encoder:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Features, float32 [b, D], of images uint8 [b, crop, crop, 3]."""
-        half = self._dtype != torch.float32
-        try:
-            with torch.inference_mode(), torch.autocast(self._device.type, self._dtype, enabled=half):
-                batch = torch.from_numpy(images).to(self._device)
-                features = self._module(normalise(batch, self._preprocessing))
-        except torch.OutOfMemoryError as exc:
-            raise BackendError(
-                f"{len(images)} patches at once do not fit into the memory of {self._device}; use a smaller batch size "
-                f"(what was done is kept): {exc}"
-            ) from exc
+        advice = "; use a smaller batch size (what was done is kept)"
+        with inference(self._device, self._dtype, f"a batch of {len(images)} patches", advice):
+            batch = torch.from_numpy(images).to(self._device)
+            features = self._module(normalise(batch, self._preprocessing))
         if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):
             got = list(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
             raise SettingsError(f"the patch encoder must return a tensor [{len(images)}, D] for this batch, got {got}")
@@ -256,17 +263,16 @@ def _merged(
         yield block.indices, block.features
 
 
-def _stored_failures(out: Path, key: str, slide_fingerprint: str) -> tuple[PatchFailure, ...] | None:
+def _stored_failures(out: Path, key: str, slide: SlideImage, overwrite: bool) -> tuple[PatchFailure, ...] | None:
     """The failures of a finished file made with these settings; None where there is no such file."""
     if not out.exists():
         return None
     try:
         with open_h5(out, ("features", "coords", "contour_index")) as file:
-            other = file.attrs.get("slide_fingerprint")
-            if other is not None and other != slide_fingerprint:
-                raise OutputCollisionError(
-                    f"{out} holds the features of another slide; choose another output, or ask to overwrite it"
-                )
+            if not check_owner(out, file.attrs, slide.fingerprint(), str(slide.path.resolve()), overwrite=overwrite):
+                return None
+            if overwrite:
+                return None
             if file.attrs.get("settings_hash") == key and file.attrs.get("complete", False):
                 return read_failures(out, file)
             logger.info("%s was made with other settings; extracting again", out)
@@ -290,12 +296,6 @@ def _check_same_slide(slide: SlideImage, patches: PatchSet, path: str | os.PathL
             f"{path}: {int(outside.sum())} patches lie outside {slide.path}, which is {width} x {height} "
             f"(patch {first} at {tuple(corner[first].tolist())}); the coordinates belong to another slide"
         )
-
-
-def _refuse_input_as_output(out: Path, inputs: tuple[Path, ...]) -> None:
-    for path in inputs:
-        if out.exists() and path.exists() and out.samefile(path):
-            raise OutputCollisionError(f"{out} is an input of this command; choose another file for the features")
 
 
 def _digest(values: np.ndarray) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from exaonepath.errors import DataFileError, OutputError
+from exaonepath.errors import DataFileError
 from exaonepath.feature_extraction.reader import PatchFailure
 from exaonepath.storage import atomic_h5, open_h5
 
@@ -60,14 +60,11 @@ def read_features(
         attrs = {key: _plain(value) for key, value in file.attrs.items()}
         if not attrs.get("complete", True):
             raise DataFileError(f"{path} is marked as not complete; run the features stage again")
-        try:
-            features = _features(path, file["features"], expected_dim)
-            n = len(features)
-            coords = _integers(path, file["coords"], (n, 2)) if "coords" in file else None
-            contours = _integers(path, file["contour_index"], (n,)) if "contour_index" in file else None
-            failures = read_failures(path, file)
-        except OSError as exc:  # a damaged chunk shows only when it is read
-            raise DataFileError(f"{path}: data cannot be read ({exc}); delete it and run the stage again") from exc
+        features = _features(path, file["features"], expected_dim)
+        n = len(features)
+        coords = _integers(path, file["coords"], (n, 2)) if "coords" in file else None
+        contours = _integers(path, file["contour_index"], (n,)) if "contour_index" in file else None
+        failures = read_failures(path, file)
     return FeatureSet(features, coords, np.zeros(n, np.int32) if contours is None else contours, attrs, failures)
 
 
@@ -100,27 +97,24 @@ def write_features(
     """
     failures = sorted(failures, key=lambda failure: failure.index)
     kept = np.setdiff1d(np.arange(len(coords), dtype=np.int64), [failure.index for failure in failures])
-    try:
-        with atomic_h5(path) as file:
-            features = file.create_dataset("features", (len(kept), dim), "<f4")
-            written = 0
-            for indices, rows in blocks:
-                at = np.searchsorted(kept, indices)
-                written += len(indices)
-                # Slices are what HDF5 is fast at; a block falls apart only where recovered patches go in between.
-                for run in np.split(np.arange(len(at)), np.flatnonzero(np.diff(at) != 1) + 1):
-                    if len(run):
-                        features[at[run[0]] : at[run[0]] + len(run)] = rows[run[0] : run[-1] + 1]
-            if written != len(kept):
-                raise DataFileError(f"{path}: {written} feature rows for {len(kept)} readable patches; run it again")
-            file["coords"] = coords[kept].astype("<i4")
-            file["contour_index"] = contour_index[kept].astype("<i4")
-            file["failed_index"] = np.array([failure.index for failure in failures], "<i8")
-            file["failed_coords"] = np.array([(f.x, f.y) for f in failures], "<i4").reshape(-1, 2)
-            file.create_dataset("failed_reason", data=[f.reason for f in failures], dtype=h5py.string_dtype())
-            file.attrs.update({**attrs, "n_features": len(kept), "n_failed": len(failures), "complete": True})
-    except RuntimeError as exc:  # HDF5 reports a full disk met while closing like this
-        raise OutputError(f"cannot write {path}: {exc}; check that the disk is not full and run again") from exc
+    with atomic_h5(path) as file:
+        features = file.create_dataset("features", (len(kept), dim), "<f4")
+        written = 0
+        for indices, rows in blocks:
+            at = np.searchsorted(kept, indices)
+            written += len(indices)
+            # Slices are what HDF5 is fast at; a block falls apart only where recovered patches go in between.
+            for run in np.split(np.arange(len(at)), np.flatnonzero(np.diff(at) != 1) + 1):
+                if len(run):
+                    features[at[run[0]] : at[run[0]] + len(run)] = rows[run[0] : run[-1] + 1]
+        if written != len(kept):
+            raise DataFileError(f"{path}: {written} feature rows for {len(kept)} readable patches; run it again")
+        file["coords"] = coords[kept].astype("<i4")
+        file["contour_index"] = contour_index[kept].astype("<i4")
+        file["failed_index"] = np.array([failure.index for failure in failures], "<i8")
+        file["failed_coords"] = np.array([(f.x, f.y) for f in failures], "<i4").reshape(-1, 2)
+        file.create_dataset("failed_reason", data=[f.reason for f in failures], dtype=h5py.string_dtype())
+        file.attrs.update({**attrs, "n_features": len(kept), "n_failed": len(failures), "complete": True})
     return len(kept)
 
 

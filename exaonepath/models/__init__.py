@@ -1,7 +1,5 @@
 """The encoders as Hugging Face models, and their registration with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel
-
 from exaonepath.models.composite import ExaonePathModel
 from exaonepath.models.configuration import (
     ExaonePathConfig,
@@ -9,6 +7,7 @@ from exaonepath.models.configuration import (
     ExaonePathSlideEncoderConfig,
 )
 from exaonepath.models.patch_encoder import ExaonePathPatchEncoderModel
+from exaonepath.models.registration import register
 from exaonepath.models.slide_encoder import ExaonePathSlideEncoderModel, SlideEncoderOutput
 
 __all__ = [
@@ -21,11 +20,4 @@ __all__ = [
     "SlideEncoderOutput",
 ]
 
-# transformers prefers a class registered locally over the repository's own code, with or without trust_remote_code.
-for _config, _model in (
-    (ExaonePathPatchEncoderConfig, ExaonePathPatchEncoderModel),
-    (ExaonePathSlideEncoderConfig, ExaonePathSlideEncoderModel),
-    (ExaonePathConfig, ExaonePathModel),
-):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
+register()

@@ -31,10 +31,9 @@ WSI_DEFAULTS: dict[str, Any] = {
     "pos_embed_rope_base": 10_000,
     "pos_embed_rope_min_period": None,
     "pos_embed_rope_max_period": None,
-    "pos_embed_rope_dtype": "fp32",
 }
-# Present in published checkpoints, without any effect.
-WSI_IGNORED = {"aggregate", "attn_type", "out_l2_norm"}
+# Known keys without any effect. Ours keeps periods in float32 whatever `pos_embed_rope_dtype` says.
+WSI_IGNORED = {"aggregate", "attn_type", "out_l2_norm", "pos_embed_rope_dtype"}
 
 FFN_ALIGN = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
 NORM_LAYERS = ("layernorm", "rmsnorm")
@@ -64,11 +63,7 @@ def complete_wsi_cfg(wsi_cfg: Mapping[str, Any]) -> dict[str, Any]:
             f"wsi_cfg: embed_dim {cfg['embed_dim']} over num_heads {cfg['num_heads']} must be a head dimension "
             "divisible by 4 (2D RoPE)"
         )
-    for key, choices in (
-        ("ffn_layer", tuple(FFN_ALIGN)),
-        ("norm_layer", NORM_LAYERS),
-        ("pos_embed_rope_dtype", ("fp32", "fp16", "bf16")),
-    ):
+    for key, choices in (("ffn_layer", tuple(FFN_ALIGN)), ("norm_layer", NORM_LAYERS)):
         if cfg[key] not in choices:
             raise ConfigError(f"wsi_cfg[{key!r}] must be one of {', '.join(choices)}, got {cfg[key]!r}")
     for key in ("attn_drop", "ffn_drop"):
@@ -105,7 +100,7 @@ class ExaonePathPatchEncoderConfig(PretrainedConfig):
         self.patch_size = patch_size
         self.img_size = sides
         self.extra_kwargs: dict[str, Any] = {}
-        super().__init__(**kwargs)
+        super().__init__(**_local(kwargs))
 
     @property
     def hidden_size(self) -> int:
@@ -121,7 +116,7 @@ class ExaonePathSlideEncoderConfig(PretrainedConfig):
     def __init__(self, wsi_cfg: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.wsi_cfg = dict(wsi_cfg or {})
         complete_wsi_cfg(self.wsi_cfg)
-        super().__init__(**kwargs)
+        super().__init__(**_local(kwargs))
 
     @property
     def wsi(self) -> dict[str, Any]:
@@ -151,7 +146,7 @@ class ExaonePathConfig(PretrainedConfig):
         self.slide_encoder_config = _plain(slide_encoder_config)
         self.patch_encoder_subfolder = patch_encoder_subfolder
         self.slide_encoder_subfolder = slide_encoder_subfolder
-        super().__init__(**kwargs)
+        super().__init__(**_local(kwargs))
 
     def patch_encoder(self) -> ExaonePathPatchEncoderConfig:
         """Configuration of the patch encoder."""
@@ -166,3 +161,8 @@ def _plain(config: dict[str, Any] | PretrainedConfig | None) -> dict[str, Any]:
     if isinstance(config, PretrainedConfig):
         config = config.to_diff_dict()
     return {k: v for k, v in (config or {}).items() if k not in ("model_type", "transformers_version")}
+
+
+def _local(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without `auto_map`: it points to a repository's own code, and this class is what stands in for that."""
+    return {key: value for key, value in fields.items() if key != "auto_map"}

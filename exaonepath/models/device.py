@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-from exaonepath.errors import DeviceError
+from exaonepath.errors import BackendError, DeviceError
 
 _DTYPES = {
     "float32": torch.float32,
@@ -43,15 +46,30 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto" (bfloat16 on CUDA, float32 elsewhere) or a dtype's name to the dtype.
+    """ "auto" (bfloat16 on CUDA devices that compute in it, float32 elsewhere), a name, or a dtype, to the dtype.
 
     Raises:
-        DeviceError: unknown name, or a dtype the device cannot compute in.
+        DeviceError: not one of float32, bfloat16, float16.
     """
-    if isinstance(name, torch.dtype):
-        return name
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in _DTYPES:
+        half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if half else torch.float32
+    dtype = name if isinstance(name, torch.dtype) else _DTYPES.get(name)
+    if dtype not in set(_DTYPES.values()):
         raise DeviceError(f"unknown dtype {name!r}; use auto, float32, bfloat16 or float16")
-    return _DTYPES[name]
+    return dtype
+
+
+@contextmanager
+def inference(device: torch.device, dtype: torch.dtype, what: str, advice: str = "") -> Iterator[None]:
+    """Inference mode with autocast to `dtype`; running out of memory becomes a `BackendError` that says on `what`.
+
+    Raises:
+        DeviceError: a dtype other than float32, bfloat16 and float16.
+    """
+    resolve_dtype(dtype, device)
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            yield
+    except torch.OutOfMemoryError as exc:
+        raise BackendError(f"{what} does not fit into the memory of {device}{advice}: {exc}") from exc

@@ -15,8 +15,7 @@ from exaonepath.models.configuration import FFN_ALIGN, ExaonePathSlideEncoderCon
 from exaonepath.models.layers import Block, LayerNorm, Linear, RMSNorm, RopePeriods, compute_dtype, stream_dtype
 from exaonepath.ops import FragmentLayout, Rotation, build_fragment_layout
 
-_EMBED_EPS = 1e-5
-NORM_EPS = {"layernorm": 1e-5, "rmsnorm": 1e-5}
+_EPS = 1e-5  # of every norm, layer norm or RMS norm
 
 
 @dataclass
@@ -45,7 +44,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, input_dim: int, embed_dim: int, use_norm: bool) -> None:
         super().__init__()
         self.proj = Linear(input_dim, embed_dim)
-        self.norm = LayerNorm(embed_dim, eps=_EMBED_EPS) if use_norm else nn.Identity()
+        self.norm = LayerNorm(embed_dim, eps=_EPS) if use_norm else nn.Identity()
 
     def forward(self, features: Tensor, dtype: torch.dtype, stream: torch.dtype) -> Tensor:
         out: Tensor = self.norm(self.proj(features.to(dtype)).to(stream))
@@ -66,10 +65,9 @@ class SlideTransformer(nn.Module):
         self.patch_embed = PatchEmbed(cfg["input_dim"], dim, cfg["embed_use_norm"])
         self.rope_embed = RopePeriods(dim // cfg["num_heads"], cfg)
         norm = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[cfg["norm_layer"]]
-        eps = NORM_EPS[cfg["norm_layer"]]
         hidden = ffn_hidden(dim, cfg["ffn_ratio"], cfg["ffn_layer"])
-        self.blocks = nn.ModuleList(Block(cfg, hidden, norm, eps) for _ in range(cfg["depth"]))
-        self.norm = norm(dim, eps=eps)
+        self.blocks = nn.ModuleList(Block(cfg, hidden, norm, _EPS) for _ in range(cfg["depth"]))
+        self.norm = norm(dim, eps=_EPS)
 
     def forward(self, features: Tensor, layout: FragmentLayout, coords: Tensor | None, backend: str) -> Tensor:
         """features [B, N, C] to the encoder's output [B, N, E], 0 at padded patches."""

@@ -21,14 +21,14 @@ _MIN_ROWS, _MAX_ROWS = 64, 512
 MIN_LENGTH = 512
 
 
-def can_attend(qkv: Tensor, length: int) -> bool:
-    """Whether `attend_segment` should serve a segment of `length` tokens of packed `qkv` [T, 3, H, D]."""
+def can_attend(q: Tensor, length: int) -> bool:
+    """Whether `attend_segment` should serve a segment of `length` tokens, q being the packed queries [T, H, D]."""
     return (
-        qkv.device.type == "cpu"
-        and qkv.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        q.device.type == "cpu"
+        and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and length >= MIN_LENGTH
-        and (qkv.dtype == torch.float32 or not _has_amx())
-        and not (torch.is_grad_enabled() and qkv.requires_grad)
+        and (q.dtype == torch.float32 or not _has_amx())
+        and not (torch.is_grad_enabled() and q.requires_grad)
         and not torch.compiler.is_compiling()
         and onednn_available()
     )

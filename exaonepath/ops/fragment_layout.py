@@ -7,7 +7,8 @@ on the same order: the sort is paid once a forward pass, in `build_fragment_layo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -34,6 +35,7 @@ class Segments:
 
     offsets: Tensor
     lengths: tuple[int, ...]
+    _derived: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def from_lengths(lengths: Tensor) -> Segments:
@@ -48,15 +50,16 @@ class Segments:
         """T, the number of packed tokens."""
         return sum(self.lengths)
 
-    @property
-    def max_length(self) -> int:
-        """Length of the longest segment; 0 when there is none."""
-        return max(self.lengths, default=0)
-
     def ids(self) -> Tensor:
         """int64 [T]: the segment of every packed token."""
         lengths = self.offsets.diff()
         return torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
+
+    def cached(self, name: str, make: Callable[[Segments], Tensor]) -> Tensor:
+        """`make(self)`, made once: what a backend derives from the segments serves every layer."""
+        if name not in self._derived:
+            self._derived[name] = make(self)
+        return self._derived[name]
 
     @cached_property
     def equal_length_groups(self) -> list[tuple[slice | Tensor, int, int]]:

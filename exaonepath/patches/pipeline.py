@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from exaonepath.errors import DataFileError, OutputCollisionError, SettingsError, SlideSkippedError
+from exaonepath.errors import DataFileError, SettingsError, SlideSkippedError
 from exaonepath.patches.grid import PatchGrid, patch_grid
 from exaonepath.patches.picture import draw_tissue, write_picture
 from exaonepath.patches.segmentation import MAX_SEG_PIXELS, SegmentationSettings, Tissue, segment_tissue
-from exaonepath.patches.slide import SlideImage
+from exaonepath.patches.slide import SlideImage, opened
 from exaonepath.patches.store import PatchSet, read_patches, stored_origin, write_patches
-from exaonepath.storage import ensure_folder, settings_hash, write_text
+from exaonepath.storage import check_owner, ensure_folder, settings_hash, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +84,7 @@ def patchfy(
     line_thickness: int = 100,
     seg_downsample: float = 1.0,
     max_seg_pixels: int | None = MAX_SEG_PIXELS,
+    overwrite: bool = False,
 ) -> tuple[Path | None, np.ndarray, np.ndarray]:
     """Find the tissue of a slide and the patches on it.
 
@@ -103,6 +103,7 @@ def patchfy(
         sthresh, mthresh, use_otsu, close, a_t, a_h, max_n_holes, seg_downsample, max_seg_pixels: see
             `SegmentationSettings`.
         line_thickness: of the contours in the picture, in level-0 pixels.
+        overwrite: redo finished work, and replace the result of a different slide of the same name.
 
     Returns:
         The path of the HDF5 file (None without `save_h5`), coords int32 [N, 2] as (x, y) at level 0, and contour_index
@@ -119,9 +120,9 @@ def patchfy(
         sthresh, mthresh, use_otsu, close, a_t, a_h, max_n_holes, seg_downsample, max_seg_pixels
     )
     settings = PatchSettings(patch_size, step_size, patch_level, segmentation)
-    if line_thickness <= 0:
-        raise SettingsError(f"line_thickness must be positive, not {line_thickness}")
-    with _opened(wsi) as slide:
+    if not isinstance(line_thickness, Real) or line_thickness <= 0:
+        raise SettingsError(f"line_thickness must be a positive number, not {line_thickness!r}")
+    with opened(wsi) as slide:
         if not 0 <= patch_level < len(slide.level_dimensions):
             raise SettingsError(
                 f"{slide.path} has no level {patch_level}: levels are 0 to {len(slide.level_dimensions) - 1}"
@@ -129,8 +130,8 @@ def patchfy(
         folder = ensure_folder(out)
         h5_path = folder / "patches" / f"{slide.name}.h5"
         mask_path = folder / "masks" / f"{slide.name}.jpg"
-        stored = _stored(h5_path, slide, settings) if save_h5 or save_mask else None
-        if stored is not None and auto_skip and save_h5:
+        stored = _stored(h5_path, slide, settings, overwrite) if save_h5 or save_mask else None
+        if stored is not None and auto_skip and save_h5 and not overwrite:
             if not save_mask or mask_path.is_file():
                 logger.info("%s: %d patches taken from %s", slide.path, len(stored), h5_path)
                 return h5_path, stored.coords, stored.contour_index
@@ -138,7 +139,7 @@ def patchfy(
         for path in ([h5_path] if save_h5 else []) + ([mask_path] if save_mask else []):
             ensure_folder(path.parent)
         tissue = _segment(slide, segmentation, folder)
-        grid = _grid(slide, tissue, settings)
+        grid = plan_grid(slide, tissue, settings)
         # The HDF5 file comes last: where it is, everything else is too.
         if save_mask:
             write_picture(mask_path, draw_tissue(slide, tissue, line_thickness))
@@ -151,16 +152,7 @@ def patchfy(
         return (h5_path if save_h5 else None), grid.coords, grid.contour_index
 
 
-@contextmanager
-def _opened(wsi: str | os.PathLike[str] | SlideImage) -> Iterator[SlideImage]:
-    if isinstance(wsi, SlideImage):
-        yield wsi
-        return
-    with SlideImage(wsi) as slide:
-        yield slide
-
-
-def _stored(path: Path, slide: SlideImage, settings: PatchSettings) -> PatchSet | None:
+def _stored(path: Path, slide: SlideImage, settings: PatchSettings, overwrite: bool) -> PatchSet | None:
     """The patches on disk where they are this slide's and these settings'; None where the work is to be done.
 
     Raises:
@@ -177,13 +169,8 @@ def _stored(path: Path, slide: SlideImage, settings: PatchSettings) -> PatchSet 
     if stored.slide_fingerprint is None:
         logger.warning("%s does not say which slide and settings made it: patching %s again", path, slide.path)
         return None
-    if stored.slide_fingerprint != slide.fingerprint():
-        if origin != str(slide.path.resolve()):
-            raise OutputCollisionError(
-                f"{path} holds the patches of a different slide, {origin}; {slide.path} has the same name: give "
-                "each its own output folder, or rename one"
-            )
-        logger.warning("%s has changed since %s was written: patching it again", slide.path, path)
+    attrs = {"slide_fingerprint": stored.slide_fingerprint, "slide_path": origin}
+    if not check_owner(path, attrs, slide.fingerprint(), str(slide.path.resolve()), overwrite=overwrite):
         return None
     new = settings.as_json()
     if stored.settings_hash != settings_hash(new):
@@ -205,7 +192,8 @@ def _segment(slide: SlideImage, settings: SegmentationSettings, folder: Path) ->
     return tissue
 
 
-def _grid(slide: SlideImage, tissue: Tissue, settings: PatchSettings) -> PatchGrid:
+def plan_grid(slide: SlideImage, tissue: Tissue, settings: PatchSettings) -> PatchGrid:
+    """The patches that `patchfy` lays over tissue already found, nothing written."""
     patch, step = settings.effective(slide)
     scale_x, scale_y = (int(d) for d in slide.level_downsamples[settings.patch_level])
     return patch_grid(tissue.contours, tissue.holes, patch * scale_x, (step * scale_x, step * scale_y))

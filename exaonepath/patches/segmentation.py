@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import cv2
@@ -58,6 +59,12 @@ class SegmentationSettings:
     max_seg_pixels: int | None = MAX_SEG_PIXELS
 
     def __post_init__(self) -> None:
+        for name in ("sthresh", "mthresh", "close", "a_t", "a_h", "max_n_holes", "seg_downsample", "max_seg_pixels"):
+            value = getattr(self, name)
+            if name == "max_seg_pixels" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+                raise SettingsError(f"{name} must be a finite number, not {value!r}")
         for name in ("mthresh", "close", "max_n_holes"):
             value = getattr(self, name)
             if value != int(value):
@@ -71,11 +78,11 @@ class SegmentationSettings:
             raise SettingsError(f"close is the side of the closing in pixels and must be 0 to 4096, not {self.close}")
         for name in ("a_t", "a_h"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if value < 0:
                 raise SettingsError(f"{name} is an area and must be a number >= 0, not {value}")
         if self.max_n_holes < 0:
             raise SettingsError(f"max_n_holes must be >= 0, not {self.max_n_holes}")
-        if not (math.isfinite(self.seg_downsample) and self.seg_downsample >= 1):
+        if self.seg_downsample < 1:
             raise SettingsError(f"seg_downsample must be a number >= 1, not {self.seg_downsample}")
 
 

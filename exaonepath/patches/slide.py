@@ -181,15 +181,21 @@ class SlideImage:
         """Hash that identifies the slide's content: file size, 64 blocks spread over the file, OpenSlide's quickhash.
 
         Reads 4 MiB at most, so it is cheap for a file of any size, and survives copying and renaming.
+
+        Raises:
+            SlideOpenError: the file is gone or unreadable by now.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256()
-            size = self.path.stat().st_size
-            digest.update(f"{size}:{self.properties.get('openslide.quickhash-1', '')}".encode())
-            with self.path.open("rb") as file:
-                for i in range(_SAMPLE_BLOCKS):
-                    file.seek((size - 1) * i // _SAMPLE_BLOCKS)
-                    digest.update(file.read(_SAMPLE_BYTES))
+            try:
+                size = self.path.stat().st_size
+                digest.update(f"{size}:{self.properties.get('openslide.quickhash-1', '')}".encode())
+                with self.path.open("rb") as file:
+                    for i in range(_SAMPLE_BLOCKS):
+                        file.seek((size - 1) * i // _SAMPLE_BLOCKS)
+                        digest.update(file.read(_SAMPLE_BYTES))
+            except OSError as exc:
+                raise SlideOpenError(f"{self.path} cannot be read any more: {exc}") from exc
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -258,6 +264,16 @@ class SlideImage:
     def __repr__(self) -> str:
         w, h = self.dimensions
         return f"SlideImage({str(self.path)!r}, {w} x {h}, {len(self.level_dimensions)} levels, mpp={self.mpp:g})"
+
+
+@contextmanager
+def opened(slide: str | os.PathLike[str] | SlideImage) -> Iterator[SlideImage]:
+    """The slide itself where it is open already (it stays open), else the file, opened for the `with` block."""
+    if isinstance(slide, SlideImage):
+        yield slide
+        return
+    with SlideImage(slide) as image:
+        yield image
 
 
 def _open(path: Path) -> openslide.OpenSlide:

@@ -12,7 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from exaonepath.errors import DataFileError, OutputError
+from exaonepath.errors import DataFileError
 from exaonepath.patches.slide import SlideImage
 from exaonepath.storage import atomic_h5, canonical_json, open_h5, settings_hash
 from exaonepath.version import __version__
@@ -67,35 +67,30 @@ def write_patches(
     Raises:
         OutputError: the file cannot be written.
     """
-    path = Path(path)
-    try:
-        with atomic_h5(path) as file:
-            stored = file.create_dataset("coords", data=np.asarray(coords, np.int32).reshape(-1, 2))
-            size = slide.level_dimensions[patch_level]
-            stored.attrs.update(
-                patch_size=patch_size,
-                patch_level=patch_level,
-                downsample=slide.level_downsamples[patch_level],
-                downsampled_level_dim=size,
-                level_dim=size,
-                name=slide.name,
-            )
-            index = file.create_dataset("contour_index", data=np.asarray(contour_index, np.int32))
-            index.attrs["name"] = slide.name
-            file.attrs.update(
-                n_coords=len(coords),
-                settings=canonical_json(settings),
-                settings_hash=settings_hash(settings),
-                slide_fingerprint=slide.fingerprint(),
-                slide_path=str(slide.path.resolve()),
-                mpp=slide.mpp,
-                mpp_source=slide.mpp_source,
-                exaonepath_version=__version__,
-            )
-            file.attrs["complete"] = True
-    except RuntimeError as exc:
-        # HDF5 reports some failed writes (a full disk met while closing) as RuntimeError.
-        raise OutputError(f"cannot write {path}: {exc}; check that the disk is not full and run again") from exc
+    with atomic_h5(path) as file:
+        stored = file.create_dataset("coords", data=np.asarray(coords, np.int32).reshape(-1, 2))
+        size = slide.level_dimensions[patch_level]
+        stored.attrs.update(
+            patch_size=patch_size,
+            patch_level=patch_level,
+            downsample=slide.level_downsamples[patch_level],
+            downsampled_level_dim=size,
+            level_dim=size,
+            name=slide.name,
+        )
+        index = file.create_dataset("contour_index", data=np.asarray(contour_index, np.int32))
+        index.attrs["name"] = slide.name
+        file.attrs.update(
+            n_coords=len(coords),
+            settings=canonical_json(settings),
+            settings_hash=settings_hash(settings),
+            slide_fingerprint=slide.fingerprint(),
+            slide_path=str(slide.path.resolve()),
+            mpp=slide.mpp,
+            mpp_source=slide.mpp_source,
+            exaonepath_version=__version__,
+        )
+        file.attrs["complete"] = True
 
 
 def read_patches(path: str | os.PathLike[str]) -> PatchSet:
@@ -109,7 +104,7 @@ def read_patches(path: str | os.PathLike[str]) -> PatchSet:
     with open_h5(path, required=["coords"]) as file:
         try:
             return _parse(path, file)
-        except (OSError, RuntimeError, ValueError, TypeError) as exc:
+        except (ValueError, TypeError) as exc:
             raise DataFileError(
                 f"{path} cannot be read ({exc}); it is damaged: delete it and run patchfy again"
             ) from exc

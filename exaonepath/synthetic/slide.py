@@ -12,7 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from exaonepath.errors import BackendError, SettingsError
+from exaonepath.errors import BackendError, MissingDependencyError, SettingsError
 from exaonepath.storage import atomic_path
 from exaonepath.synthetic.tissue import BACKGROUND, Tissue
 
@@ -57,7 +57,7 @@ def make_slide(
     Raises:
         SettingsError: an argument cannot be used.
         OutputError: the file cannot be written.
-        BackendError: tifffile (extra `synthetic`) is not installed.
+        MissingDependencyError: tifffile (extra `synthetic`) is not installed.
     """
     factors = _factors(width, height, levels)
     _check(width, height, fragments, mpp, tile, vendor, quality)
@@ -87,7 +87,9 @@ def _tifffile() -> ModuleType:
         import imagecodecs  # noqa: F401  tifffile asks for it, also for tiles that are JPEG already
         import tifffile
     except ImportError as exc:
-        raise BackendError(f"synthetic slides need tifffile ({exc}): pip install 'exaonepath[synthetic]'") from exc
+        raise MissingDependencyError(
+            f"synthetic slides need tifffile ({exc}): pip install 'exaonepath[synthetic]'"
+        ) from exc
     return tifffile
 
 

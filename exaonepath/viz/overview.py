@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from exaonepath.errors import BackendError, SettingsError
+from exaonepath.errors import MissingDependencyError, SettingsError
 from exaonepath.patches import SlideImage
 from exaonepath.storage import atomic_path
 from exaonepath.viz import panels
@@ -61,7 +61,7 @@ def draw_overview(
         The path of the picture.
 
     Raises:
-        BackendError: matplotlib is not installed.
+        MissingDependencyError: matplotlib is not installed.
         SettingsError: arrays that do not fit together.
         SlideReadError: the slide cannot be read.
         OutputError: the picture cannot be written.
@@ -237,10 +237,10 @@ def _check(
 
 
 def require_matplotlib() -> Any:
-    """Matplotlib's Figure class; raises `BackendError` where matplotlib is not installed."""
+    """Matplotlib's Figure class; raises `MissingDependencyError` where matplotlib is not installed."""
     try:
         # The Figure class alone draws with Agg and registers nothing globally, unlike pyplot.
         from matplotlib.figure import Figure
     except ImportError as exc:
-        raise BackendError('drawing pictures needs matplotlib: pip install "exaonepath[viz]"') from exc
+        raise MissingDependencyError('drawing pictures needs matplotlib: pip install "exaonepath[viz]"') from exc
     return Figure

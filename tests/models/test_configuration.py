@@ -35,7 +35,6 @@ def test_published_slide_config_is_taken_with_its_keys_without_effect():
         ({"norm_layer": "batchnorm"}, "norm_layer"),
         ({"attn_drop": 1.0}, "attn_drop"),
         ({"ffn_ratio": 0}, "ffn_ratio"),
-        ({"pos_embed_rope_dtype": "int8"}, "pos_embed_rope_dtype"),
     ],
 )
 def test_impossible_slide_configs_are_refused_by_name(wsi_cfg, message):

@@ -13,27 +13,7 @@ from exaonepath.patches import grid as grid_module
 from exaonepath.patches import polygons as polygons_module
 from exaonepath.patches.grid import patch_grid
 from exaonepath.patches.polygons import Grids, Polygons, locate
-
-
-def grid_by_points(contours, holes, patch, step):
-    """The patch grid as SPEC states it: one patch at a time."""
-    coords, owners = [], []
-    for index, contour in enumerate(contours):
-        x0, y0, w, h = cv2.boundingRect(contour)
-        shift = int(patch // 2 * 0.5)
-        for y in range(y0, y0 + h, step[1]):
-            for x in range(x0, x0 + w, step[0]):
-                cx, cy = x + patch // 2, y + patch // 2
-                corners = [(cx + i * shift, cy + j * shift) for i in (-1, 1) for j in (-1, 1)]
-                if not any(cv2.pointPolygonTest(contour, (float(a), float(b)), False) >= 0 for a, b in corners):
-                    continue
-                centre = (x + patch / 2, y + patch / 2)
-                if any(cv2.pointPolygonTest(hole, centre, False) > 0 for hole in holes[index]):
-                    continue
-                coords.append((x, y))
-                owners.append(index)
-    return np.array(coords, np.int32).reshape(-1, 2), np.array(owners, np.int32)
-
+from exaonepath.reference.patches import grid_by_points
 
 # Few distinct values: vertices coincide, edges are horizontal or vertical, outlines touch and cross themselves, and
 # test points fall on them.

@@ -17,42 +17,8 @@ import pytest
 from exaonepath.errors import SettingsError, SlideReadError, SlideSkippedError
 from exaonepath.patches import SegmentationSettings, SlideImage, levels, segment_tissue, segmentation
 from exaonepath.patches.levels import LevelReader
+from exaonepath.reference.patches import segment_at_once
 from exaonepath.synthetic import make_slide
-
-
-def segment_at_once(image, scale, settings):
-    """SPEC 4, steps 4 to 11, on the whole RGBA image; also the mask before the contours."""
-    s = settings.seg_downsample
-    if s > 1:
-        image = cv2.resize(image, (int(image.shape[1] / s), int(image.shape[0] / s)), interpolation=cv2.INTER_AREA)
-    h, w = image.shape[:2]
-    rgb = image[..., :3].copy()
-    for a, b in (((0, 0), (w, 20)), ((0, h - 20), (w, h)), ((0, 0), (20, h)), ((w - 20, 0), (w, h))):
-        cv2.rectangle(rgb, a, b, (255, 255, 255), -1)
-    grey = cv2.cvtColor(image, cv2.COLOR_RGBA2GRAY)
-    rgb[cv2.convertScaleAbs(cv2.Laplacian(grey, cv2.CV_64F)) <= 15] = 255
-    blurred = cv2.medianBlur(cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV)[..., 1], settings.mthresh | 1)
-    kind = cv2.THRESH_BINARY + (cv2.THRESH_OTSU if settings.use_otsu else 0)
-    _, mask = cv2.threshold(blurred, settings.sthresh, 255, kind)
-    if settings.close > 0:
-        mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((settings.close, settings.close), np.uint8))
-    outlines, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    sx, sy = scale[0] * s, scale[1] * s
-    unit = max(1, int(512**2 / (sx * sy)))
-    contours, holes = [], []
-    for i, outline in enumerate(outlines):
-        if hierarchy[0][i][3] != -1:
-            continue
-        inside = [outlines[j] for j in range(len(outlines)) if hierarchy[0][j][3] == i]
-        area = cv2.contourArea(outline) - sum(cv2.contourArea(hole) for hole in inside)
-        if area <= 0 or area < settings.a_t * unit:
-            continue
-        inside = sorted(inside, key=cv2.contourArea, reverse=True)[: settings.max_n_holes]
-        contours.append((outline[:, 0] * (sx, sy)).astype(np.int32))
-        holes.append(
-            [(k[:, 0] * (sx, sy)).astype(np.int32) for k in inside if cv2.contourArea(k) > settings.a_h * unit]
-        )
-    return contours, holes
 
 
 class ArraySlide:
