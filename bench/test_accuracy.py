@@ -50,9 +50,9 @@ def test_accuracy(benchmark, name, dtype):
         pairs = ((slide.double().numpy(), data["slide_embedding"]), (tail, data["patch_embedding_tail"]))
         return [float(f"{np.linalg.norm(a - b) / np.linalg.norm(b):.2g}") for a, b in pairs]
 
+    benchmark.group = f"accuracy {dtype}"
     ours = errors(*benchmark(lambda: run(lambda: model(*inputs).to_tuple())))
     dense = errors(*run(lambda: reference(state, config, *inputs, dtype=torch.float32, attention=sdpa_dense_mask)))
-    benchmark.group = f"accuracy {dtype}"
     benchmark.extra_info.update(
         golden=name, slide_error=ours[0], patch_error=ours[1], dense_slide_error=dense[0], dense_patch_error=dense[1]
     )

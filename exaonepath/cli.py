@@ -20,7 +20,7 @@ from rich.markup import escape
 
 from exaonepath.demo import run_demo
 from exaonepath.doctor import examine
-from exaonepath.errors import ExaonePathError
+from exaonepath.errors import ExaonePathError, SlideOpenError
 from exaonepath.feature_extraction.command import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
@@ -147,11 +147,14 @@ def encode(
     Writes <out>/embeddings/<id>.h5, and on the way <out>/patches/<id>.h5, <id>_features.h5 and <out>/masks/<id>.jpg.
     Example: exaonepath encode slides/ --out results --device cuda
     """
-    files = find_slides(slides)
+    problems: list[SlideOpenError] = []
+    files = find_slides(slides, problems)
     target = resolve_device(device)
     resolve_dtype(dtype, target)
     preprocessing = PreprocessingConfig(resize=resize)
     patching = _patching(patch_size, step_size, patch_level, otsu, seg_downsample)
+    if not files:
+        raise problems[0]
     ensure_folder(out)
     with _status("loading weights", quiet):
         patch_encoder = loading.load_patch_encoder(weights, device=target)
@@ -178,7 +181,7 @@ def encode(
             say_unreadable(result.n_failed, result.n_patches + result.n_failed, file, result.features_path)
         return EXIT_UNREADABLE if result.n_failed else 0
 
-    _each(files, encode_one, verbose)
+    _each(files, encode_one, problems, verbose)
 
 
 @app.command()
@@ -204,7 +207,8 @@ def patch(
         say_result(path, f"{len(coords)} patches", False, quiet)
         return 0
 
-    _each(find_slides(slides), patch_one, verbose)
+    problems: list[SlideOpenError] = []
+    _each(find_slides(slides, problems), patch_one, problems, verbose)
 
 
 @app.command()
@@ -309,9 +313,11 @@ def demo(
         say_result(path, meaning, False, False)
 
 
-def _each(files: list[Path], work: Callable[[Path], int], verbose: int) -> None:
+def _each(files: list[Path], work: Callable[[Path], int], problems: list[SlideOpenError], verbose: int) -> None:
     """Work through files: one bad slide must not cost a lab the other hundred. Exits with the worst status."""
-    statuses = set()
+    statuses = {EXIT_ERROR} if problems else set()
+    for problem in problems:
+        _tell(problem, verbose)
     for file in files:
         try:
             statuses.add(work(file))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from exaonepath.ops.cpu_linear import onednn_available
+from exaonepath.ops.triton_attention import triton_available
 from exaonepath.version import __version__
 
 _PACKAGES = (
@@ -115,9 +116,8 @@ def _extension() -> Finding:
 
 
 def _attention() -> Finding:
-    return Finding(
-        "backends", "attention", 'sdpa on every device ("triton" is not built yet; "eager" is for tests)', True
-    )
+    here = "can run here" if triton_available() else "needs triton and an NVIDIA GPU of compute capability 8.0"
+    return Finding("backends", "attention", f'sdpa; attn_implementation="triton" {here} (not the default yet)', True)
 
 
 def _linear() -> Finding:

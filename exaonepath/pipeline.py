@@ -157,30 +157,46 @@ def _patching(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return dict(arguments)
 
 
-def find_slides(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+def find_slides(paths: Iterable[str | os.PathLike[str]], problems: list[SlideOpenError] | None = None) -> list[Path]:
     """Slide files named on a command line; a folder stands for the slides directly inside it, in name order.
+
+    Args:
+        paths: files and folders.
+        problems: where given, a missing path or an empty folder is put here instead of being raised.
 
     Raises:
         SlideOpenError: a path does not exist, or a folder holds no slide.
-        OutputCollisionError: two slides have one stem, and would write the same files.
+        OutputCollisionError: two slides would write the same files.
     """
     slides: list[Path] = []
+    problems_here: list[SlideOpenError] = [] if problems is None else problems
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SLIDE_SUFFIXES and p.is_file())
             if not inside:
-                raise SlideOpenError(f"{path} holds no slide file ({', '.join(sorted(SLIDE_SUFFIXES))})")
+                problems_here.append(
+                    SlideOpenError(f"{path} holds no slide file ({', '.join(sorted(SLIDE_SUFFIXES))})")
+                )
             slides += inside
         elif path.exists():
             slides.append(path)
         else:
-            raise SlideOpenError(f"{path}: no such file")
+            problems_here.append(SlideOpenError(f"{path}: no such file"))
+    if problems is None and problems_here:
+        raise problems_here[0]
     by_stem: dict[str, Path] = {}
     for slide in slides:
-        other = by_stem.setdefault(slide.stem, slide)
-        if other is not slide and other.resolve() != slide.resolve():
+        first = by_stem.setdefault(slide.stem, slide)
+        if first is not slide and first.resolve() != slide.resolve():
             raise OutputCollisionError(
-                f"{other} and {slide} have one stem and would write the same files; rename one, or encode them into "
-                "different output folders"
+                f"{first} and {slide} have one stem and would write the same files; rename one, or encode "
+                "them into different output folders"
+            )
+    for stem, slide in by_stem.items():
+        other = by_stem.get(f"{stem}_features")
+        if other is not None:
+            raise OutputCollisionError(
+                f"the features of {slide} and the patches of {other} would be one file; rename one, or encode "
+                "them into different output folders"
             )
     return list(by_stem.values())

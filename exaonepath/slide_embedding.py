@@ -13,12 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from exaonepath.errors import BackendError, DataFileError
+from exaonepath.errors import BackendError, DataFileError, OutputCollisionError
 from exaonepath.feature_extraction.store import FeatureSet, read_features
 from exaonepath.models.device import inference
 from exaonepath.models.loading import LoadedEncoder
 from exaonepath.models.slide_encoder import ExaonePathSlideEncoderModel
-from exaonepath.storage import atomic_h5, check_owner, ensure_folder, open_h5, refuse_input_as_output, settings_hash
+from exaonepath.storage import (
+    atomic_h5,
+    check_owner,
+    ensure_folder,
+    open_h5,
+    refuse_foreign,
+    refuse_input_as_output,
+    settings_hash,
+)
 from exaonepath.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -117,7 +125,7 @@ def embed_features_file(
         "dtype": str(dtype).removeprefix("torch."),
     }
     key = settings_hash(attrs)
-    if _is_finished(out, key, features.attrs, overwrite):
+    if _is_finished(out, key, attrs["features_sha256"], features.attrs, overwrite):
         logger.info("%s is up to date", out)
         return out, True
     ensure_folder(out.parent)
@@ -127,7 +135,7 @@ def embed_features_file(
     attrs |= {
         "settings_hash": key,
         "weights": encoder.weights,
-        "random_weights": encoder.is_random,
+        "random_weights": encoder.is_random or str(features.attrs.get("weights", "")).startswith("random:"),
         "n_patches": len(features.features),
         "n_failed": len(features.failures),
         "exaonepath_version": __version__,
@@ -157,12 +165,20 @@ def read_embedding(path: str | os.PathLike[str]) -> SlideEmbedding:
     return SlideEmbedding(**arrays, attrs=attrs)
 
 
-def _is_finished(out: Path, key: str, slide: Mapping[str, Any], overwrite: bool) -> bool:
+def _is_finished(out: Path, key: str, digest: str, slide: Mapping[str, Any], overwrite: bool) -> bool:
+    refuse_foreign(out, "slide_embedding")
     if not out.exists():
         return False
     try:
         with open_h5(out, _DATASETS) as file:
             origin = (slide.get("slide_fingerprint"), slide.get("slide_path"))
+            known = [attrs.get("slide_fingerprint") is not None for attrs in (file.attrs, slide)]
+            if known[0] != known[1] and file.attrs.get("features_sha256") != digest and not overwrite:
+                # Features of the original do not say of which slide they are: nothing tells that this is the same one.
+                raise OutputCollisionError(
+                    f"{out} was made from other features, perhaps of another slide; name another output, or ask to "
+                    "overwrite it"
+                )
             if not check_owner(out, file.attrs, *origin, overwrite=overwrite):
                 return False
             finished = bool(file.attrs.get("complete", False)) and file.attrs.get("settings_hash") == key

@@ -109,7 +109,8 @@ def open_h5(path: str | os.PathLike[str], required: Iterable[str] = ()) -> Itera
             yield file
     except ExaonePathError:
         raise
-    except (OSError, RuntimeError) as exc:
+    # What a damaged file makes HDF5 say: it is told by no one type, and not only while opening.
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as exc:
         if getattr(exc, "errno", None) in _BUSY:
             raise FileBusyError(f"{path} cannot be opened now ({exc}); is another process using it?") from exc
         raise DataFileError(
@@ -145,6 +146,33 @@ def check_owner(
         f"{path} holds the result of a different slide{f', {origin}' if origin else ''}; two slides of one name need "
         "output folders of their own (or ask to overwrite)"
     )
+
+
+def refuse_foreign(path: Path, marker: str, foreign: Iterable[str] = ()) -> None:
+    """Refuse to replace what is no result of the same stage: a slide, a text, the file of another stage.
+
+    Our files appear whole, so what is there and is not HDF5, or lacks `marker`, or holds a dataset of `foreign`, was
+    never an earlier result. A damaged HDF5 file may be.
+
+    Raises:
+        OutputCollisionError: something else is there. OutputError: a folder is.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; name a file to write")
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    other = OutputCollisionError(
+        f"{path} is there already and is no earlier result of this stage; name another output, or delete it"
+    )
+    if not h5py.is_hdf5(path):
+        raise other
+    try:
+        with open_h5(path) as file:
+            names = set(file)
+    except DataFileError:
+        return
+    if names and (marker not in names or names & set(foreign)):
+        raise other
 
 
 def refuse_input_as_output(out: Path, inputs: Iterable[Path]) -> None:
@@ -188,4 +216,7 @@ def output_error(path: Path, exc: OSError) -> OutputError:
         advice = "a file stands where a folder is needed"
     else:
         advice = "check the output folder"
-    return OutputError(f"cannot write {path}: {exc.strerror or exc} ({advice})")
+    reason = " ".join((exc.strerror or str(exc)).split())  # HDF5 tells whole paragraphs
+    if exc.errno == errno.ENOSPC or "No space left" in reason:
+        reason = "No space left on device"
+    return OutputError(f"cannot write {path}: {reason} ({advice})")

@@ -1,6 +1,7 @@
 """The command line as scripts see it: results on stdout, one line per error on stderr, exit codes."""
 
 import fcntl
+import os
 import signal
 import subprocess
 import sys
@@ -160,6 +161,73 @@ def test_a_result_in_use_is_not_taken_for_a_broken_one(run, slide, tmp_path):
 def test_encode_slide_takes_only_what_patchfy_can_be_told_here(slide, tmp_path, patching):
     with pytest.raises(SettingsError, match="cannot be set here"):
         pipeline.encode_slide(slide, tmp_path, "random:0", "random:0", patching=patching)
+
+
+def test_a_missing_slide_does_not_cost_the_others(run, slide, tmp_path):
+    done = run("encode", slide, tmp_path / "nope.svs", "--out", tmp_path / "out", "--weights", "random:0")
+    assert done.exit_code == 1
+    assert "nope.svs: no such file" in done.stderr
+    assert (tmp_path / "out" / "embeddings" / "one.h5").is_file()
+
+
+def test_one_slides_features_would_be_anothers_patches(run, slide, tmp_path):
+    for name in ("a.svs", "a_features.svs"):
+        (tmp_path / name).write_bytes(slide.read_bytes())
+    both = run(
+        "encode", tmp_path / "a.svs", tmp_path / "a_features.svs", "--out", tmp_path / "o", "--weights", "random:0"
+    )
+    assert both.exit_code == 1
+    assert "would be one file" in both.stderr
+    assert run("encode", tmp_path / "a.svs", "--out", tmp_path / "o", "--weights", "random:0").exit_code == 0
+    before = (tmp_path / "o" / "patches" / "a_features.h5").read_bytes()
+    late = run("patch", tmp_path / "a_features.svs", "--out", tmp_path / "o")
+    assert late.exit_code == 1
+    assert "no earlier result of this stage" in late.stderr
+    assert (tmp_path / "o" / "patches" / "a_features.h5").read_bytes() == before
+
+
+@pytest.mark.parametrize("victim", ["slide.svs", "patches.h5", "notes.txt"])
+@pytest.mark.parametrize("stage", ["features", "slide"])
+def test_a_wrong_out_does_not_destroy_what_is_there(run, slide, tmp_path, victim, stage):
+    assert run("encode", slide, "--out", tmp_path / "o", "--weights", "random:0").exit_code == 0
+    patches, stored = (tmp_path / "o" / "patches" / name for name in ("one.h5", "one_features.h5"))
+    target = tmp_path / victim
+    content = {"slide.svs": slide.read_bytes(), "patches.h5": patches.read_bytes(), "notes.txt": b"important"}[victim]
+    target.write_bytes(content)
+    inputs = (slide, patches) if stage == "features" else (stored,)
+    for overwrite in ((), ("--overwrite",)):
+        done = run(stage, *inputs, "--out", target, "--weights", "random:0", *overwrite)
+        assert done.exit_code == 1
+        assert "no earlier result of this stage" in done.stderr
+        assert target.read_bytes() == content
+    folder = run(stage, *inputs, "--out", tmp_path, "--weights", "random:0")
+    assert "is a folder" in folder.stderr
+
+
+def test_a_pipe_is_no_slide(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe.svs")
+    done = run("patch", tmp_path / "pipe.svs", "--out", tmp_path / "o")
+    assert done.exit_code == 1
+    assert "neither a file nor a folder" in done.stderr
+
+
+def test_a_full_disk_is_one_line_and_the_work_is_kept(slide, tmp_path):
+    """A limit on the size of files stands for the full disk: the kernel refuses the write that passes it."""
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    arguments = ["encode", str(slide), "--out", str(tmp_path / "o"), "--weights", "random:0", "--batch-size", "1"]
+    code = f"import sys; sys.argv[1:] = {arguments!r}; from exaonepath.cli import main; {limit}main()"
+    assert subprocess.run(
+        [sys.executable, "-m", "exaonepath", "patch", str(slide), "--out", str(tmp_path / "o")],
+        cwd=tmp_path,
+        check=True,
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line and not line.startswith("note:")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: cannot write ")
+    assert (tmp_path / "o" / "patches" / ".one_features.h5.part").stat().st_size > 0
 
 
 def test_unreadable_patches_are_told_by_the_exit_status(run, slide, tmp_path, monkeypatch):

@@ -79,6 +79,16 @@ def test_another_slides_embedding_is_not_overwritten(write, encoder, tmp_path):
     assert out.read_bytes() == before
 
 
+def test_features_that_do_not_say_whose_they_are_do_not_replace_a_known_embedding(write, encoder, tmp_path):
+    out = tmp_path / "out.h5"
+    embed_features_file(write(attrs={"slide_fingerprint": "one"}.items()), out, encoder)
+    before = out.read_bytes()
+    with pytest.raises(OutputCollisionError, match="perhaps of another slide"):
+        embed_features_file(write(n=12), out, encoder)
+    assert out.read_bytes() == before
+    assert not embed_features_file(write(n=12), out, encoder, overwrite=True)[1]
+
+
 def test_no_patches_is_a_result(write, encoder, tmp_path, caplog):
     path, _ = embed_features_file(write(n=0), tmp_path / "out.h5", encoder)
     embedding = read_embedding(path)
@@ -95,6 +105,8 @@ def test_no_patches_is_a_result(write, encoder, tmp_path, caplog):
         ({"coords": None}, "lacks coords"),
         ({"features": np.zeros((30, 512), np.float32)}, "512 wide, the model takes 768"),
         ({"coords": np.zeros((29, 2), np.int32)}, "29 rows in coords but 30"),
+        ({"coords": np.full((30, 2), 2**33)}, "coords holds values beyond 32 bits"),
+        ({"contour_index": np.full(30, 2**33)}, "contour_index holds values beyond 32 bits"),
         ({"contour_index": np.zeros(31, np.int32)}, "31 rows in contour_index but 30"),
         ({"features": np.full((30, 768), np.nan, np.float32)}, "NaN or infinity"),
     ],

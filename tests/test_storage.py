@@ -93,6 +93,27 @@ def test_broken_files_are_one_error(tmp_path):
         pass
 
 
+def test_any_way_a_damaged_file_fails_is_a_data_error(tmp_path):
+    """Bytes flipped at random all over a small file: HDF5 answers with half a dozen exception types."""
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["x"] = np.arange(500)
+        file.create_dataset("y", data=np.arange(500), chunks=(50,), compression="gzip")
+        file.attrs["n"] = 3
+    whole = bytearray(path.read_bytes())
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = whole.copy()
+        for at in rng.integers(8, len(whole), rng.integers(1, 20)):
+            damaged[at] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            with open_h5(path, ["x", "y"]) as file:
+                file["x"][:], file["y"][:], dict(file.attrs)
+        except DataFileError:
+            pass
+
+
 def test_settings_hash_knows_values_but_not_order():
     assert settings_hash({"a": 1, "b": [2, None]}) == settings_hash({"b": [2, None], "a": 1})
     assert settings_hash({"a": 1}) != settings_hash({"a": 2})

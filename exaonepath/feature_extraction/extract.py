@@ -31,6 +31,7 @@ from exaonepath.storage import (
     check_owner,
     ensure_folder,
     open_h5,
+    refuse_foreign,
     refuse_input_as_output,
     settings_hash,
 )
@@ -147,6 +148,10 @@ def extract_features(
             out.with_name(f".{out.name}.part"), {"settings": key, "rows": _digest(rows)}, fresh=overwrite
         )
         stack.callback(partial.close)
+        if retry is None and not overwrite and _stored_failures(out, key, slide, False) == ():
+            # Another process had the partial file until now, and has finished the work.
+            partial.remove()
+            return ExtractionResult(out, n, n, (), reused=True, resumed_from=0)
         resumed_from = int(np.searchsorted(rows, partial.stop))
         if resumed_from:
             logger.info("%s: resuming after %d of %d patches", out, resumed_from, len(rows))
@@ -265,6 +270,7 @@ def _merged(
 
 def _stored_failures(out: Path, key: str, slide: SlideImage, overwrite: bool) -> tuple[PatchFailure, ...] | None:
     """The failures of a finished file made with these settings; None where there is no such file."""
+    refuse_foreign(out, "features", ("slide_embedding",))
     if not out.exists():
         return None
     try:

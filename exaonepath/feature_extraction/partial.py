@@ -13,6 +13,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -70,13 +71,8 @@ class PartialFile:
         self.failures: list[PatchFailure] = []
         header = canonical_json({"format": _FORMAT, **settings}).encode() + b"\n"
         self._begin = len(header)
+        self._file = _open_locked(path)
         try:
-            # "a+b" neither empties the file before it is locked, nor fails where it is not there yet.
-            self._file: BinaryIO = path.open("a+b")
-        except OSError as exc:
-            raise output_error(path, exc) from exc
-        try:
-            _lock(self._file, path)
             self._file.seek(0)
             found = self._file.readline(_MAX_HEADER)
             if found and (found != header or fresh):
@@ -85,18 +81,16 @@ class PartialFile:
                 self._recover()
             else:
                 self._file.truncate(0)
-                self._file.write(header)
-                self._file.flush()
+                _write(self._file, header)
         except OSError as exc:
             self._file.close()
-            raise exc if isinstance(exc, OutputError) else output_error(path, exc) from exc
+            raise output_error(path, exc) from exc
 
     def append(self, block: Block) -> None:
         """Add one batch and hand it to the operating system; raises `OutputError` when that fails."""
         data = _pack(block)
         try:
-            self._file.write(data)
-            self._file.flush()
+            _write(self._file, data)
         except OSError as exc:
             raise output_error(self.path, exc) from exc
         self._count(block)
@@ -166,7 +160,34 @@ def _unpack(file: BinaryIO) -> Block | None:
     return Block(indices, features, failures, stop)
 
 
-def _lock(file: BinaryIO, path: Path) -> None:
+def _open_locked(path: Path) -> FileIO:
+    """The file, opened and locked, and still the one that the path names."""
+    while True:
+        try:
+            # "a+b" neither empties the file before it is locked, nor fails where it is not there yet. Unbuffered: a
+            # full disk shows in the write that meets it, not when the file is closed.
+            file: FileIO = path.open("a+b", buffering=0)
+        except OSError as exc:
+            raise output_error(path, exc) from exc
+        try:
+            _lock(file, path)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # whoever had the lock has finished, and removed what was opened here
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _lock(file: FileIO, path: Path) -> None:
     if fcntl is None:
         return
     try:

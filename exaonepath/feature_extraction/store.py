@@ -147,7 +147,11 @@ def _integers(path: Path, dataset: h5py.Dataset, shape: tuple[int, ...]) -> np.n
         raise DataFileError(f"{path}: {name} must be integers {wanted}, got {_describe(dataset)}")
     if len(dataset) != shape[0]:
         raise DataFileError(f"{path}: {len(dataset)} rows in {name} but {shape[0]} in features; they must be equal")
-    return dataset[:].astype(np.int32)
+    values = dataset[:]
+    limits = np.iinfo(np.int32)
+    if values.size and (values.min() < limits.min or values.max() > limits.max):
+        raise DataFileError(f"{path}: {name} holds values beyond 32 bits")
+    return values.astype(np.int32)
 
 
 def read_failures(path: Path, file: h5py.File) -> tuple[PatchFailure, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,8 @@ class ExaonePathPreTrainedModel(PreTrainedModel):
     """Base of the encoders. `from_pretrained` reads safetensors only, and every key has to fit."""
 
     _supports_sdpa = True
+    # What `component=` may call this model.
+    component_names: ClassVar[tuple[str, ...]] = ()
     # Follows from the config; published checkpoints carry it, and then it is read.
     _keys_to_ignore_on_load_missing = [r"rope_embed\.periods$"]  # noqa: RUF012  transformers' own convention
 
@@ -35,6 +37,16 @@ class ExaonePathPreTrainedModel(PreTrainedModel):
         """
         if kwargs.pop("use_safetensors", None) is False or kwargs.pop("ignore_mismatched_sizes", False):
             raise WeightsError("exaonepath loads safetensors only, and never weights whose shapes do not match")
+        for name in ("component", "encoder_type", "component_subfolder"):
+            # With subfolder=, AutoModel comes here directly: a component that says the same is no contradiction.
+            value = kwargs.pop(name, None)
+            if (
+                value is not None
+                and name != "component_subfolder"
+                and cls.component_names
+                and value not in cls.component_names
+            ):
+                raise SettingsError(f"{name}={value!r} was asked for, but the configuration there is of {cls.__name__}")
         want_info = kwargs.pop("output_loading_info", False)
         where = str(pretrained_model_name_or_path)
         if kwargs.get("subfolder"):
@@ -63,8 +75,6 @@ class ExaonePathPreTrainedModel(PreTrainedModel):
             raise SettingsError(
                 f"attn_implementation={requested_attention!r} is not one of {', '.join(ATTENTION_BACKENDS)}"
             )
-        if requested_attention == "triton":
-            raise SettingsError('attn_implementation="triton" is reserved and not built yet; use "sdpa" or "eager"')
         return requested_attention
 
     @torch.no_grad()

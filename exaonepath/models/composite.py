@@ -15,16 +15,6 @@ from exaonepath.models.configuration import ExaonePathConfig
 from exaonepath.models.patch_encoder import ExaonePathPatchEncoderModel
 from exaonepath.models.slide_encoder import ExaonePathSlideEncoderModel, SlideEncoderOutput
 
-_COMPONENTS = {
-    "patch": "patch",
-    "patch-encoder": "patch",
-    "patch_encoder": "patch",
-    "slide": "slide",
-    "slide-encoder": "slide",
-    "slide_encoder": "slide",
-    "wsi": "slide",
-}
-
 
 class ExaonePathModel(ExaonePathPreTrainedModel):
     """Both encoders side by side. `from_pretrained(..., component="patch" | "slide")` returns one of them alone."""
@@ -136,6 +126,7 @@ class ExaonePathModel(ExaonePathPreTrainedModel):
 
 
 _CLASSES: dict[str, Any] = {"patch": ExaonePathPatchEncoderModel, "slide": ExaonePathSlideEncoderModel}
+_COMPONENTS = {name: part for part, cls in _CLASSES.items() for name in cls.component_names}
 
 
 def _component(component: str | None, encoder_type: str | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,15 @@ FFN_ALIGN = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
 NORM_LAYERS = ("layernorm", "rmsnorm")
 
 _INTEGERS = ("input_dim", "embed_dim", "depth", "num_heads", "n_storage_tokens", "nope_interval", "patch_size")
+_BOOLEANS = ("qkv_bias", "proj_bias", "ffn_bias", "embed_use_norm")
+_NUMBERS = (
+    "ffn_ratio",
+    "attn_drop",
+    "ffn_drop",
+    "pos_embed_rope_base",
+    "pos_embed_rope_min_period",
+    "pos_embed_rope_max_period",
+)
 
 
 def complete_wsi_cfg(wsi_cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,6 +57,8 @@ def complete_wsi_cfg(wsi_cfg: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: an unknown key, or a value that no encoder can be built from.
     """
+    if not isinstance(wsi_cfg, Mapping):
+        raise ConfigError(f"wsi_cfg must be a mapping, got {wsi_cfg!r}")
     known = set(WSI_DEFAULTS) | WSI_IGNORED
     for key in wsi_cfg:
         if key not in known:
@@ -58,6 +70,12 @@ def complete_wsi_cfg(wsi_cfg: Mapping[str, Any]) -> dict[str, Any]:
         lowest = 0 if key in ("depth", "n_storage_tokens") else 1
         if isinstance(cfg[key], bool) or not isinstance(cfg[key], int) or cfg[key] < lowest:
             raise ConfigError(f"wsi_cfg[{key!r}] must be an integer >= {lowest}, got {cfg[key]!r}")
+    for key in _BOOLEANS:
+        if not isinstance(cfg[key], bool):
+            raise ConfigError(f"wsi_cfg[{key!r}] must be true or false, got {cfg[key]!r}")
+    for key in _NUMBERS:
+        if not (_is_number(cfg[key]) or (cfg[key] is None and key.startswith("pos_embed"))):
+            raise ConfigError(f"wsi_cfg[{key!r}] must be a number, got {cfg[key]!r}")
     if cfg["embed_dim"] % cfg["num_heads"] or (cfg["embed_dim"] // cfg["num_heads"]) % 4:
         raise ConfigError(
             f"wsi_cfg: embed_dim {cfg['embed_dim']} over num_heads {cfg['num_heads']} must be a head dimension "
@@ -92,7 +110,7 @@ class ExaonePathPatchEncoderConfig(PretrainedConfig):
             raise ConfigError(f"image_encoder must be 'vitb', got {image_encoder!r}")
         if extra_kwargs:
             raise ConfigError(f"unknown keys in extra_kwargs: {', '.join(sorted(extra_kwargs))}")
-        if not isinstance(patch_size, int) or patch_size < 1:
+        if isinstance(patch_size, bool) or not isinstance(patch_size, int) or patch_size < 1:
             raise ConfigError(f"patch_size must be a positive integer, got {patch_size!r}")
         if len(sides) != 2 or any(side < patch_size or side % patch_size for side in sides):
             raise ConfigError(f"img_size must be two multiples of patch_size {patch_size}, got {img_size!r}")
@@ -100,7 +118,7 @@ class ExaonePathPatchEncoderConfig(PretrainedConfig):
         self.patch_size = patch_size
         self.img_size = sides
         self.extra_kwargs: dict[str, Any] = {}
-        super().__init__(**_local(kwargs))
+        super().__init__(**_local(kwargs, "image_encoder", "patch_size", "img_size", "extra_kwargs"))
 
     @property
     def hidden_size(self) -> int:
@@ -114,9 +132,9 @@ class ExaonePathSlideEncoderConfig(PretrainedConfig):
     model_type = "exaonepath_slide_encoder"
 
     def __init__(self, wsi_cfg: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        complete_wsi_cfg({} if wsi_cfg is None else wsi_cfg)
         self.wsi_cfg = dict(wsi_cfg or {})
-        complete_wsi_cfg(self.wsi_cfg)
-        super().__init__(**_local(kwargs))
+        super().__init__(**_local(kwargs, "wsi_cfg"))
 
     @property
     def wsi(self) -> dict[str, Any]:
@@ -146,7 +164,15 @@ class ExaonePathConfig(PretrainedConfig):
         self.slide_encoder_config = _plain(slide_encoder_config)
         self.patch_encoder_subfolder = patch_encoder_subfolder
         self.slide_encoder_subfolder = slide_encoder_subfolder
-        super().__init__(**_local(kwargs))
+        super().__init__(
+            **_local(
+                kwargs,
+                "patch_encoder_config",
+                "slide_encoder_config",
+                "patch_encoder_subfolder",
+                "slide_encoder_subfolder",
+            )
+        )
 
     def patch_encoder(self) -> ExaonePathPatchEncoderConfig:
         """Configuration of the patch encoder."""
@@ -163,6 +189,16 @@ def _plain(config: dict[str, Any] | PretrainedConfig | None) -> dict[str, Any]:
     return {k: v for k, v in (config or {}).items() if k not in ("model_type", "transformers_version")}
 
 
-def _local(fields: dict[str, Any]) -> dict[str, Any]:
-    """Without `auto_map`: it points to a repository's own code, and this class is what stands in for that."""
+def _local(fields: dict[str, Any], *own: str) -> dict[str, Any]:
+    """What transformers is left to deal with, without `auto_map`: it points to a repository's own code, and this class
+    is what stands in for that. transformers keeps any key; a misspelt one of ours must not be lost in there.
+    """
+    for key in fields:
+        close = difflib.get_close_matches(key, own, n=1, cutoff=0.8)
+        if close:
+            raise ConfigError(f"unknown key {key!r}; did you mean {close[0]!r}?")
     return {key: value for key, value in fields.items() if key != "auto_map"}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -164,7 +164,7 @@ def _config(source: str, component: str) -> dict[str, Any]:
 
 def _random_model(cls: type[M], weights: str, options: dict[str, Any]) -> M:
     text = weights[len(_RANDOM) :]
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise SettingsError(f"random weights are written random:SEED with a whole number, got {weights!r}")
     model: M = cls._from_config(cls.config_class(), **options)
     randomize(model, int(text))

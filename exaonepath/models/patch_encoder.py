@@ -131,6 +131,7 @@ class ExaonePathPatchEncoderModel(ExaonePathPreTrainedModel):
     config_class = ExaonePathPatchEncoderConfig
     base_model_prefix = "patch_encoder"
     main_input_name = "pixel_values"
+    component_names = ("patch", "patch-encoder", "patch_encoder")
     _no_split_modules = ["VitBlock"]  # noqa: RUF012
 
     def __init__(self, config: ExaonePathPatchEncoderConfig) -> None:

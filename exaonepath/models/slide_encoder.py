@@ -128,6 +128,7 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
     config_class = ExaonePathSlideEncoderConfig
     base_model_prefix = "slide_encoder"
     main_input_name = "patch_features"
+    component_names = ("slide", "slide-encoder", "slide_encoder", "wsi")
     _no_split_modules = ["Block"]  # noqa: RUF012
 
     def __init__(self, config: ExaonePathSlideEncoderConfig) -> None:

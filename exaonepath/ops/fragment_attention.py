@@ -1,7 +1,8 @@
 """Attention over packed tokens, restricted to contiguous segments, with the 2D rotation applied on the way.
 
 One operation, several backends, one result: `eager` is the dense mask written out (tests), `sdpa` calls torch's
-attention segment by segment (any device), `triton` is a reserved name. Only `eager` allocates anything of size T x T.
+attention segment by segment (any device), `triton` is one fused kernel (CUDA). Only `eager` allocates anything of size
+T x T.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exaonepath.errors import BackendError, SettingsError
+from exaonepath.errors import SettingsError
 from exaonepath.ops import cpu_attention
 from exaonepath.ops.fragment_layout import Segments
 from exaonepath.ops.rotary import Rotation, apply_rotation, rotate_inplace
+from exaonepath.ops.triton_attention import triton_attention
 from exaonepath.reference.fragment_attention import dense_fragment_attention
 
 ATTENTION_BACKENDS = ("sdpa", "eager", "triton")
@@ -34,7 +36,8 @@ def fragment_attention(
         qkv: [T, 3, H, D] packed queries, keys and values, floating point, last dimension contiguous.
         segments: which tokens attend to each other; covers all T tokens.
         rotation: 2D rotation of queries and keys (RoPE blocks); None leaves them as they are (NoPE blocks).
-        backend: "sdpa", "eager" (holds T x T, for tests), or "triton" (not available yet).
+        backend: "sdpa", "eager" (holds T x T, for tests), or "triton" (CUDA; float32, float16 or bfloat16; head
+            dimension 32, 64 or 128).
         scale: factor on the scores; default D ** -0.5.
         overwrite_qkv: without autograd, rotate inside `qkv` instead of in a copy; its contents are lost to the caller.
 
@@ -47,8 +50,6 @@ def fragment_attention(
     """
     if backend not in ATTENTION_BACKENDS:
         raise SettingsError(f"unknown attention backend {backend!r}; choose one of {', '.join(ATTENTION_BACKENDS)}")
-    if backend == "triton":
-        raise BackendError('the "triton" attention backend is not built yet; use "sdpa"')
     if qkv.ndim != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
         raise SettingsError(f"qkv must be floating point [T, 3, H, D], got {qkv.dtype} {list(qkv.shape)}")
     if segments.n_tokens != qkv.shape[0]:
@@ -61,6 +62,8 @@ def fragment_attention(
             f"but qkv is {list(qkv.shape)}"
         )
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
+    if backend == "triton":
+        return triton_attention(qkv, segments, rotation, scale)
     q, k, v = qkv.unbind(1)
     if rotation is not None:
         cos, sin = rotation.cos_sin(torch.promote_types(qkv.dtype, torch.float32))

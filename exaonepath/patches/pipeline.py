@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from numbers import Real
@@ -17,7 +18,7 @@ from exaonepath.patches.picture import draw_tissue, write_picture
 from exaonepath.patches.segmentation import MAX_SEG_PIXELS, SegmentationSettings, Tissue, segment_tissue
 from exaonepath.patches.slide import SlideImage, opened
 from exaonepath.patches.store import PatchSet, read_patches, stored_origin, write_patches
-from exaonepath.storage import check_owner, ensure_folder, settings_hash, write_text
+from exaonepath.storage import check_owner, ensure_folder, refuse_foreign, settings_hash, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def patchfy(
         sthresh, mthresh, use_otsu, close, a_t, a_h, max_n_holes, seg_downsample, max_seg_pixels
     )
     settings = PatchSettings(patch_size, step_size, patch_level, segmentation)
-    if not isinstance(line_thickness, Real) or line_thickness <= 0:
+    if not isinstance(line_thickness, Real) or not 0 < line_thickness < math.inf:
         raise SettingsError(f"line_thickness must be a positive number, not {line_thickness!r}")
     with opened(wsi) as slide:
         if not 0 <= patch_level < len(slide.level_dimensions):
@@ -158,6 +159,7 @@ def _stored(path: Path, slide: SlideImage, settings: PatchSettings, overwrite: b
     Raises:
         OutputCollisionError: the file belongs to a different slide.
     """
+    refuse_foreign(path, "coords", ("features", "slide_embedding"))
     if not path.exists():
         return None
     try:

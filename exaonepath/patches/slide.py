@@ -21,7 +21,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from exaonepath.errors import SlideOpenError, SlideReadError
+from exaonepath.errors import SettingsError, SlideOpenError, SlideReadError
 
 logger = logging.getLogger(__name__)
 
@@ -272,6 +272,8 @@ def opened(slide: str | os.PathLike[str] | SlideImage) -> Iterator[SlideImage]:
     if isinstance(slide, SlideImage):
         yield slide
         return
+    if not isinstance(slide, str | os.PathLike):
+        raise SettingsError(f"a slide is given by its path or as a SlideImage, not as {type(slide).__name__}")
     with SlideImage(slide) as image:
         yield image
 
@@ -279,6 +281,8 @@ def opened(slide: str | os.PathLike[str] | SlideImage) -> Iterator[SlideImage]:
 def _open(path: Path) -> openslide.OpenSlide:
     if not path.exists():
         raise SlideOpenError(f"{path}: no such file")
+    if not (path.is_file() or path.is_dir()):  # a pipe would be waited on for ever
+        raise SlideOpenError(f"{path} is neither a file nor a folder; it cannot be a slide")
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as exc:

@@ -357,15 +357,20 @@ def test_other_patches_are_other_features(run, write_patches, coords, what):
     assert not run(patches_h5=path).reused
 
 
-def test_a_broken_or_foreign_output_is_replaced(run, tmp_path, caplog):
+def test_a_damaged_output_is_replaced_and_a_foreign_one_is_not(run, tmp_path, caplog):
     out = tmp_path / "out.h5"
-    out.write_bytes(b"half a file")
+    run()
+    out.write_bytes(out.read_bytes()[:2000])
     assert not run().reused
     assert "extracting again" in caplog.text
+    assert run().reused
     with h5py.File(out, "w") as file:
         file["something"] = [1]
-    assert not run().reused
-    assert run().reused
+    for foreign in (out.read_bytes(), b"somebody's notes"):
+        out.write_bytes(foreign)
+        with pytest.raises(OutputCollisionError, match="no earlier result"):
+            run()
+        assert out.read_bytes() == foreign
 
 
 def test_features_of_another_slide_are_not_overwritten(run, tmp_path, pixels):

@@ -160,3 +160,24 @@ def test_blocks_that_do_not_cover_the_patches_leave_no_file(tmp_path):
     with pytest.raises(DataFileError, match="3 feature rows for 5"):
         write_features(tmp_path / "out.h5", blocks, np.zeros((5, 2), np.int32), np.zeros(5, np.int32), 7, [], {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_partial_file_removed_by_its_owner_is_not_written_to_by_the_next(tmp_path):
+    """The next process opened the file before the owner removed it, and gets the lock afterwards."""
+    from exaonepath.feature_extraction import partial
+
+    path = tmp_path / ".f.part"
+    owner = partial.PartialFile(path, {"a": 1})
+    locked = partial._lock
+
+    def lock_after_the_owner_has_gone(file, where):
+        if not owner._file.closed:
+            owner.remove()
+        locked(file, where)
+
+    with pytest.MonkeyPatch.context() as patcher:
+        patcher.setattr(partial, "_lock", lock_after_the_owner_has_gone)
+        late = partial.PartialFile(path, {"a": 1})
+    assert path.exists()
+    assert late._file.fileno() >= 0
+    late.close()

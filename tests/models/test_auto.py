@@ -65,6 +65,7 @@ def broken(repository, tmp_path):
         ({"component": "slide", "component_subfolder": "slide-encoder"}, exaonepath.ExaonePathSlideEncoderModel),
         ({"subfolder": "patch-encoder"}, exaonepath.ExaonePathPatchEncoderModel),
         ({"subfolder": "slide-encoder"}, exaonepath.ExaonePathSlideEncoderModel),
+        ({"subfolder": "slide-encoder", "component": "wsi"}, exaonepath.ExaonePathSlideEncoderModel),
         ({}, exaonepath.ExaonePathModel),
     ],
 )
@@ -170,8 +171,8 @@ def test_unknown_config_key_is_named(repository, tmp_path):
     [
         {"component": "rna"},
         {"component": "patch", "encoder_type": "slide"},
+        {"component": "patch", "subfolder": "slide-encoder"},
         {"component_subfolder": "patch-encoder"},
-        {"component": "slide", "attn_implementation": "triton"},
         {"component": "slide", "attn_implementation": "flash_attention_2"},
     ],
 )
@@ -201,6 +202,8 @@ def test_random_weights_are_the_same_in_every_process(tmp_path):
     assert other.stdout.strip() == ours.fingerprint
     with pytest.raises(SettingsError, match="random:SEED"):
         load_slide_encoder("random:")
+    with pytest.raises(SettingsError, match="random:SEED"):
+        load_slide_encoder("random:\u00b2")
 
 
 def test_importing_is_enough_and_constructors_need_no_network(tmp_path):

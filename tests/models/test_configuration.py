@@ -35,6 +35,11 @@ def test_published_slide_config_is_taken_with_its_keys_without_effect():
         ({"norm_layer": "batchnorm"}, "norm_layer"),
         ({"attn_drop": 1.0}, "attn_drop"),
         ({"ffn_ratio": 0}, "ffn_ratio"),
+        ({"ffn_ratio": "4"}, "ffn_ratio"),
+        ({"attn_drop": None}, "attn_drop"),
+        ({"qkv_bias": "no"}, "qkv_bias"),
+        ({"pos_embed_rope_base": "x"}, "pos_embed_rope_base"),
+        (["depth"], "mapping"),
     ],
 )
 def test_impossible_slide_configs_are_refused_by_name(wsi_cfg, message):
@@ -47,6 +52,7 @@ def test_impossible_slide_configs_are_refused_by_name(wsi_cfg, message):
     [
         {"image_encoder": "vitl"},
         {"patch_size": 0},
+        {"patch_size": True},
         {"img_size": [224, 225]},
         {"img_size": [224]},
         {"extra_kwargs": {"foo": 1}},
@@ -55,6 +61,13 @@ def test_impossible_slide_configs_are_refused_by_name(wsi_cfg, message):
 def test_impossible_patch_configs_are_refused(fields):
     with pytest.raises(ConfigError):
         ExaonePathPatchEncoderConfig(**fields)
+
+
+def test_a_misspelt_field_is_not_lost_among_those_of_transformers():
+    with pytest.raises(ConfigError, match="did you mean 'wsi_cfg'"):
+        ExaonePathSlideEncoderConfig(wsi_cgf={"depth": 1})
+    with pytest.raises(ConfigError, match="did you mean 'patch_encoder_config'"):
+        ExaonePathConfig(patch_encoder_confg={})
 
 
 def test_patch_config_defaults():
