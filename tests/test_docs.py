@@ -49,6 +49,11 @@ def test_snippets_run(document, workplace):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_no_placeholder_is_left(document):
+    assert not re.search(r"\b[A-Z]+_TABLE\b|\bTODO\b|\bTBD\b", document.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
 def test_links_and_pictures_are_there(document):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
         assert (document.parent / target).exists(), f"{document.name} points to {target}"

@@ -55,11 +55,14 @@ def segment_at_once(
     outlines, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     sx, sy = scale[0] * s, scale[1] * s
     unit = max(1, int(512**2 / (sx * sy)))
+    children: dict[int, list[np.ndarray]] = {}
+    for i, outline in enumerate(outlines):
+        children.setdefault(int(hierarchy[0][i][3]), []).append(outline)
     contours, holes = [], []
     for i, outline in enumerate(outlines):
         if hierarchy[0][i][3] != -1:
             continue
-        inside = [outlines[j] for j in range(len(outlines)) if hierarchy[0][j][3] == i]
+        inside = children.get(i, [])
         area = cv2.contourArea(outline) - sum(cv2.contourArea(hole) for hole in inside)
         if area <= 0 or area < settings.a_t * unit:
             continue
