@@ -1,7 +1,8 @@
-"""Frozen launch settings of the kernels, per architecture and dtype. Tuned in bench/, never at run time.
+"""Frozen launch settings of the kernels, per architecture, dtype and head dimension. Never chosen at run time.
 
-Starting points, not measured yet: block sizes that fit the shared memory of each architecture at head dimension 64
-(99 KB on sm_86/89/120, 163 on sm_80, 227 on sm_90/100).
+Each row is the largest of the tried settings that compiles ahead of time without spilling a register and fits the
+shared memory of its architectures (99 KB on sm_86/89/120, 163 on sm_80, 227 on sm_90/100), by ptxas;
+`tests/ops/test_triton_compile.py` holds them to it. None has been timed on a card yet.
 """
 
 from __future__ import annotations
@@ -29,18 +30,39 @@ class AttentionConfig:
     precision: str
 
 
-def attention_config(capability: tuple[int, int] | None, itemsize: int, head_dim: int) -> AttentionConfig:
-    """Settings for a compute capability (None: the interpreter on a CPU), bytes per element, and head dimension."""
-    if capability is None:
-        small = LaunchConfig(32, 32, 4, 1)
-        return AttentionConfig(small, small, small, "ieee")
-    big_memory = capability[0] in (9, 10) or capability == (8, 0)
-    stages = 2 if head_dim > 64 or capability[0] == 12 else 3
-    if itemsize == 4:
-        config = LaunchConfig(64, 32, 4, 2)
-        return AttentionConfig(config, config, config, "tf32x3")
-    forward = LaunchConfig(
-        128, 128 if capability[0] == 9 and head_dim <= 64 else 64, 4 if head_dim <= 64 else 8, stages
+_Row = tuple[int, int, int, int]
+
+
+def _config(forward: _Row, query_gradient: _Row, key_gradient: _Row, precision: str = "tf32x3") -> AttentionConfig:
+    return AttentionConfig(
+        LaunchConfig(*forward), LaunchConfig(*query_gradient), LaunchConfig(*key_gradient), precision
     )
-    backward = LaunchConfig(64, 128 if big_memory and head_dim <= 64 else 64, 4, 2)
-    return AttentionConfig(forward, backward, backward, "tf32x3")
+
+
+# By (bytes per element, head dimension). Large: sm_90 and sm_100.
+_LARGE = {
+    (2, 32): _config((128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+    (2, 64): _config((128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+    (2, 128): _config((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
+    (4, 32): _config((64, 32, 8, 2), (64, 16, 8, 2), (16, 64, 8, 2)),
+    (4, 64): _config((64, 32, 4, 2), (64, 32, 8, 2), (16, 16, 4, 1)),
+    (4, 128): _config((64, 32, 8, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+# sm_80, 86, 89 and 120.
+_SMALL = {
+    (2, 32): _config((128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+    (2, 64): _config((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
+    (2, 128): _config((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+    (4, 32): _config((64, 32, 8, 2), (64, 16, 8, 2), (16, 64, 8, 2)),
+    (4, 64): _config((64, 32, 8, 2), (64, 16, 8, 2), (16, 16, 4, 1)),
+    (4, 128): _config((32, 32, 4, 2), (16, 16, 4, 1), (32, 16, 8, 1)),
+}
+# The interpreter on a CPU: small tiles, so that small tests meet every kind of tile.
+_INTERPRETER = _config((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), "ieee")
+
+
+def attention_config(capability: tuple[int, int] | None, itemsize: int, head_dim: int) -> AttentionConfig:
+    """Settings for a compute capability (None: the interpreter), bytes per element, and head dimension."""
+    if capability is None:
+        return _INTERPRETER
+    return (_LARGE if capability[0] in (9, 10) else _SMALL)[itemsize, head_dim]
