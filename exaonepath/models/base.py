@@ -37,15 +37,11 @@ class ExaonePathPreTrainedModel(PreTrainedModel):
         """
         if kwargs.pop("use_safetensors", None) is False or kwargs.pop("ignore_mismatched_sizes", False):
             raise WeightsError("exaonepath loads safetensors only, and never weights whose shapes do not match")
-        for name in ("component", "encoder_type", "component_subfolder"):
+        kwargs.pop("component_subfolder", None)
+        for name in ("component", "encoder_type"):
             # With subfolder=, AutoModel comes here directly: a component that says the same is no contradiction.
             value = kwargs.pop(name, None)
-            if (
-                value is not None
-                and name != "component_subfolder"
-                and cls.component_names
-                and value not in cls.component_names
-            ):
+            if value is not None and value not in cls.component_names:
                 raise SettingsError(f"{name}={value!r} was asked for, but the configuration there is of {cls.__name__}")
         want_info = kwargs.pop("output_loading_info", False)
         where = str(pretrained_model_name_or_path)

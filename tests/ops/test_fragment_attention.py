@@ -67,7 +67,7 @@ def test_error_is_within_twice_that_of_dense_torch(dtype, lengths, device):
 
 def test_long_segments_take_the_tiled_path_and_stay_exact():
     qkv, segs, rotation = inputs([1300, 8, 520], torch.float32, heads=2, dim=32)
-    if not cpu_attention.can_attend(qkv, 1300):
+    if not cpu_attention.can_attend(qkv[:, 0], 1300):
         pytest.skip("this torch has no float32 oneDNN product")
     ours = fragment_attention(qkv, segs, rotation)
     truth = exact(qkv, segs, rotation)
