@@ -1,0 +1,71 @@
+// The fused elementwise pass of the all-pairwise sigmoid loss: logits in, dL/d(logit) out, and the sums the loss needs.
+//
+// The caller forms a tile of products with a matrix library, calls the pass, and forms the gradients of the embeddings
+// from what it left, so that no matrix of all pairs is ever kept. For every element (k, l) of a tile
+//     s = scale * dots[k, l] + bias          y = (row_ids[k] == col_ids[l])
+//     loss += y ? pos_weight * softplus(-s) : softplus(s)
+//     g     = y ? -pos_weight * sigmoid(-s) : sigmoid(s)           unnormalised dL/ds
+// with softplus(x) = max(x, 0) + log1p(exp(-|x|)). Rows that are missing a modality are taken out before.
+//
+// Everything is added to `sums`, kSigmoidSums doubles:
+//     [loss, sum g, sum g * dots, count of positives, sum s over positives, sum s over negatives, unused, unused]
+// Sums run in float32 over a few dozen elements, then in float64, in an order that the shape alone decides: results are
+// bit-identical on repeat, on the CPU for any number of threads. NaN and infinity pass into loss and g.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace exaonepath {
+
+constexpr int kSigmoidSums = 8;
+
+// In place: `dots` holds the products on entry and g on return. Nothing is kept between calls.
+//   dots     [rows, cols] float32, row k at dots + k * ld, ld >= cols; need not be aligned beyond a float
+//   row_ids  [rows]       patient of each row           col_ids  [cols]   patient of each column
+//   sums     [8]          added to
+//   threads  >= 1         at most this many, the calling one included
+// An empty tile touches nothing. Throws std::invalid_argument on sizes or null pointers that cannot be.
+void sigmoid_pass_cpu(float* dots, std::int64_t rows, std::int64_t cols, std::int64_t ld, const std::int64_t* row_ids,
+                      const std::int64_t* col_ids, double scale, double bias, double pos_weight, double* sums,
+                      int threads);
+
+// Instruction sets this build was given, best first, less those the CPU or its system lacks: "avx512", "avx2", "sse2"
+// on x86-64, "generic" elsewhere (NEON on aarch64). sigmoid_pass_cpu uses the first.
+std::vector<std::string> sigmoid_cpu_isas();
+
+// sigmoid_pass_cpu with one of sigmoid_cpu_isas() in place of the first, for tests. Throws std::invalid_argument on any
+// other name.
+void sigmoid_pass_cpu_with(const std::string& isa, float* dots, std::int64_t rows, std::int64_t cols, std::int64_t ld,
+                           const std::int64_t* row_ids, const std::int64_t* col_ids, double scale, double bias,
+                           double pos_weight, double* sums, int threads);
+
+#ifdef EXAONEPATH_WITH_CUDA
+
+// How the gradient is stored. float16 holds 6e-8 to 65504 only: sigmoid(-17) is already zero there and a pos_weight
+// above 65504 infinite; bfloat16 has float32's range.
+enum class GradKind : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+
+// Doubles that sigmoid_pass_cuda needs as its workspace for a tile of this size.
+std::int64_t sigmoid_workspace_cuda(std::int64_t rows, std::int64_t cols);
+
+// Queues the pass on `stream` of device number `device` and returns; all pointers are device memory there.
+//   dots       [rows, cols] float32, row stride ld_dots >= cols
+//   grad       [rows, cols] of grad_kind, row stride ld_grad >= cols; float32 may be `dots` itself (then the same stride)
+//   row_ids    [rows]       col_ids [cols]
+//   params     [3] double   scale, bias, pos_weight: on the device, so that learned ones need no synchronisation
+//   workspace  [sigmoid_workspace_cuda(rows, cols)] double, contents irrelevant
+//   sums       [8] double   added to, in stream order
+// Fastest where both base pointers are 16-byte aligned and both strides multiples of 4; right everywhere.
+// exp and 1/x are the hardware's approximations (about 2 ulp each), results below 1.2e-38 are flushed to zero.
+// An empty tile launches nothing. Throws std::invalid_argument on impossible arguments, std::runtime_error with CUDA's
+// own message where a call fails.
+void sigmoid_pass_cuda(const float* dots, void* grad, GradKind grad_kind, std::int64_t rows, std::int64_t cols,
+                       std::int64_t ld_dots, std::int64_t ld_grad, const std::int64_t* row_ids,
+                       const std::int64_t* col_ids, const double* params, double* workspace, double* sums, int device,
+                       void* stream);
+
+#endif
+
+}  // namespace exaonepath
