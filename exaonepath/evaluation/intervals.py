@@ -1,0 +1,135 @@
+"""Confidence intervals by the bootstrap over patients.
+
+Rows of one patient (several slides) are not independent, so patients are drawn, never rows. Intervals are percentiles
+of the resampled statistic (Efron & Tibshirani 1993, chapter 13); where predictions enter, the fitted models are held
+fixed: the interval tells how much the test patients matter, not how much the training patients do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from exaonepath.errors import SettingsError
+
+LEVEL = 0.95
+_RESAMPLES = 1000
+_FEWEST_DEFINED = 0.5  # share of resamples in which the statistic must exist for an interval to be given
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval.
+
+    Attributes:
+        value: the statistic on all rows; NaN where it does not exist.
+        low, high: limits of the 95 % interval; NaN where it does not exist.
+        n: patients (or runs) it rests on.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types; what does not exist is null."""
+        return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in asdict(self).items()}
+
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".3f"
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], float],
+    patients: Sequence[Any] | np.ndarray,
+    *,
+    strata: Sequence[Any] | np.ndarray | None = None,
+    resamples: int = _RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Interval of any statistic of rows.
+
+    Args:
+        statistic: of row indices int64 [n]; NaN where it does not exist (a resample with one class, say).
+        patients: patient of each row [N].
+        strata: [N]; patients are drawn within the stratum of their first row, so that no class vanishes.
+        resamples: number of draws.
+        seed: of the draws.
+    """
+    groups, members = _members(patients)
+    if not len(groups):
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    blocks = [np.arange(len(groups))]
+    if strata is not None:
+        label = np.unique(np.asarray(strata)[[rows[0] for rows in members]], return_inverse=True)[1]
+        blocks = [np.flatnonzero(label == value) for value in range(label.max() + 1)]
+    generator = np.random.default_rng(seed)
+    values = np.empty(resamples)
+    for k in range(resamples):
+        drawn = np.concatenate([generator.choice(block, len(block)) for block in blocks])
+        values[k] = statistic(np.concatenate([members[g] for g in drawn]))
+    value = float(statistic(np.arange(len(patients))))
+    return Estimate(value, *_percentiles(values), len(groups))
+
+
+def bootstrap_mean(
+    values: np.ndarray,
+    patients: Sequence[Any] | np.ndarray,
+    *,
+    resamples: int = _RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Interval of the mean of per-row values float [N]; what `bootstrap` gives, as one matrix product."""
+    values = np.asarray(values, np.float64)
+    group = np.unique(np.asarray(patients), return_inverse=True)[1]
+    if not len(values):
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    n = int(group.max()) + 1
+    sums, counts = np.bincount(group, values, n), np.bincount(group, minlength=n)
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
+    means = (weights @ sums) / (weights @ counts)
+    return Estimate(float(values.mean()), *_percentiles(means), n)
+
+
+def across_runs(values: Sequence[float]) -> Estimate:
+    """Mean over runs (seeds) with Student's interval; a single run has none."""
+    numbers = np.asarray(values, np.float64)
+    n = len(numbers)
+    if not n:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    mean = float(numbers.mean())
+    if n < 2:
+        return Estimate(mean, math.nan, math.nan, n)
+    from scipy.stats import t
+
+    half = float(t.ppf((1 + LEVEL) / 2, n - 1) * numbers.std(ddof=1) / math.sqrt(n))
+    return Estimate(mean, mean - half, mean + half, n)
+
+
+def check_rows(**columns: Any) -> int:
+    """Length that all the named columns share; raises `SettingsError` that tells the lengths where they differ."""
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise SettingsError(f"columns must have one row per sample, got lengths {told}")
+    return next(iter(lengths.values()))
+
+
+def _members(patients: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    names, group = np.unique(np.asarray(patients), return_inverse=True)
+    order = np.argsort(group, kind="stable")
+    return names, np.split(order, np.cumsum(np.bincount(group, minlength=len(names)))[:-1]) if len(names) else []
+
+
+def _percentiles(values: np.ndarray) -> tuple[float, float]:
+    defined = values[np.isfinite(values)]
+    if len(defined) < _FEWEST_DEFINED * len(values):
+        return math.nan, math.nan
+    low, high = np.quantile(defined, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return float(low), float(high)
