@@ -1,19 +1,8 @@
 #include "device_info.h"
 
-#include <cuda_runtime.h>
-
-#include <stdexcept>
+#include "cuda_check.h"
 
 namespace exaonepath {
-namespace {
-
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) {
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-  }
-}
-
-}  // namespace
 
 std::vector<DeviceInfo> cuda_devices() {
   int count = 0;

@@ -52,7 +52,8 @@ std::int64_t sigmoid_workspace_cuda(std::int64_t rows, std::int64_t cols);
 
 // Queues the pass on `stream` of device number `device` and returns; all pointers are device memory there.
 //   dots       [rows, cols] float32, row stride ld_dots >= cols
-//   grad       [rows, cols] of grad_kind, row stride ld_grad >= cols; float32 may be `dots` itself (then the same stride)
+//   grad       [rows, cols] of grad_kind, row stride ld_grad >= cols; no part of `dots`, except that float32 may be
+//              `dots` itself with the same stride
 //   row_ids    [rows]       col_ids [cols]
 //   params     [3] double   scale, bias, pos_weight: on the device, so that learned ones need no synchronisation
 //   workspace  [sigmoid_workspace_cuda(rows, cols)] double, contents irrelevant
