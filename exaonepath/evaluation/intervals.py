@@ -71,9 +71,10 @@ def bootstrap(
         blocks = [np.flatnonzero(label == value) for value in range(label.max() + 1)]
     generator = np.random.default_rng(seed)
     values = np.empty(resamples)
+    single = np.concatenate(members) if len(members) == len(patients) else None  # one row per patient
     for k in range(resamples):
-        drawn = np.concatenate([generator.choice(block, len(block)) for block in blocks])
-        values[k] = statistic(np.concatenate([members[g] for g in drawn]))
+        drawn = np.concatenate([block[generator.integers(0, len(block), len(block))] for block in blocks])
+        values[k] = statistic(np.concatenate([members[g] for g in drawn]) if single is None else single[drawn])
     value = float(statistic(np.arange(len(patients))))
     return Estimate(value, *_percentiles(values), len(groups))
 

@@ -1,0 +1,267 @@
+"""Probes: how much of a label a frozen embedding holds, by simple models under cross-validation.
+
+Folds never split a patient; every choice (standardisation, penalty, k) is made inside the training part of a fold.
+Predictions of all folds are pooled; intervals are a bootstrap over patients with the fitted probes held fixed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from exaonepath.errors import MissingDependencyError, SettingsError
+from exaonepath.evaluation.intervals import Estimate, bootstrap, check_rows
+from exaonepath.evaluation.retrieval import unit_rows
+
+Columns = Sequence[Any] | np.ndarray
+
+FOLDS = 5
+_INVERSE_PENALTIES = (1e-3, 3e-2, 1.0)
+_RIDGE_PENALTIES = tuple(10.0**k for k in range(-2, 5))
+_NEIGHBOURS = (1, 5, 20)
+_INNER_FOLDS = 3
+
+
+@dataclass(frozen=True)
+class ProbeScores:
+    """Out-of-fold quality of a classifier.
+
+    Attributes:
+        balanced_accuracy: mean recall over classes; chance is 1 / classes.
+        auroc: area under the ROC curve, macro average one against the rest; chance is 0.5. NaN where a fold lacks it.
+        chance: 1 / classes.
+        classes: the labels, sorted.
+        n: samples that have a label.
+    """
+
+    balanced_accuracy: Estimate
+    auroc: Estimate
+    chance: float
+    classes: tuple[str, ...]
+    n: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "balanced_accuracy": self.balanced_accuracy.as_dict(),
+            "auroc": self.auroc.as_dict(),
+            "chance": self.chance,
+            "classes": list(self.classes),
+            "n": self.n,
+        }
+
+
+@dataclass(frozen=True)
+class RegressionScores:
+    """Out-of-fold quality of a regression.
+
+    Attributes:
+        r2: 1 - residual over total variance (below 0: worse than the mean).
+        spearman: rank correlation of prediction and truth.
+        n: samples that have a value.
+    """
+
+    r2: Estimate
+    spearman: Estimate
+    n: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"r2": self.r2.as_dict(), "spearman": self.spearman.as_dict(), "n": self.n}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small fits on one BLAS thread: waking a second one takes ten times what it saves, more so on a busy machine."""
+    try:
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    except ImportError as exc:
+        raise MissingDependencyError('probes need scikit-learn: pip install "exaonepath[train]"') from exc
+    with threadpool_limits(1):
+        yield
+
+
+@one_thread()
+def linear_probe(
+    embedding: Any, labels: Columns, patients: Columns | None = None, *, folds: int = FOLDS, seed: int = 0
+) -> ProbeScores:
+    """Logistic regression on the standardised embedding; its penalty chosen by an inner cross-validation.
+
+    Args:
+        embedding: [n, d].
+        labels: class of each row; None and NaN rows are left out.
+        patients: patient of each row; None: every row its own.
+        folds: of the stratified, patient-wise cross-validation; fewer where the rarest class has fewer patients.
+        seed: of folds and intervals.
+
+    Raises:
+        SettingsError: fewer than two classes with two patients each.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    def fit(x: np.ndarray, y: np.ndarray, groups: np.ndarray, penalty: float) -> Any:
+        return LogisticRegression(C=penalty, max_iter=200, tol=1e-3, class_weight="balanced").fit(x, y)
+
+    return _classify(embedding, labels, patients, folds, seed, _INVERSE_PENALTIES, fit, standardise=True)
+
+
+@one_thread()
+def knn_probe(
+    embedding: Any, labels: Columns, patients: Columns | None = None, *, folds: int = FOLDS, seed: int = 0
+) -> ProbeScores:
+    """k nearest neighbours by cosine similarity, k chosen by an inner cross-validation; arguments of `linear_probe`."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    def fit(x: np.ndarray, y: np.ndarray, groups: np.ndarray, k: float) -> Any:
+        # On unit vectors Euclidean and cosine neighbours are the same.
+        return KNeighborsClassifier(min(int(k), len(y))).fit(x, y)
+
+    return _classify(embedding, labels, patients, folds, seed, _NEIGHBOURS, fit, standardise=False)
+
+
+@one_thread()
+def ridge_probe(
+    embedding: Any, values: Columns, patients: Columns | None = None, *, folds: int = FOLDS, seed: int = 0
+) -> RegressionScores:
+    """Ridge regression of a number on the standardised embedding; arguments of `linear_probe`.
+
+    Raises:
+        SettingsError: fewer than `folds` patients have a value, or it is constant.
+    """
+    from scipy.stats import spearmanr
+    from sklearn.linear_model import RidgeCV
+    from sklearn.model_selection import GroupKFold
+    from sklearn.preprocessing import StandardScaler
+
+    x, groups = probe_inputs(embedding, values, patients)
+    y = np.asarray(values, np.float64)
+    keep = np.isfinite(y)
+    x, y, groups = x[keep], y[keep], groups[keep]
+    if len(np.unique(groups)) < max(folds, 2) or np.ptp(y) == 0:
+        raise SettingsError(f"a ridge probe needs {max(folds, 2)} patients or more and a value that varies")
+    predicted = np.empty(len(y))
+    for train, test in GroupKFold(folds, shuffle=True, random_state=seed).split(x, y, groups):
+        scaler = StandardScaler().fit(x[train])
+        model = RidgeCV(_RIDGE_PENALTIES).fit(scaler.transform(x[train]), y[train])
+        predicted[test] = model.predict(scaler.transform(x[test]))
+
+    def r2(rows: np.ndarray) -> float:
+        total = np.square(y[rows] - y[rows].mean()).sum()
+        return 1 - float(np.square(y[rows] - predicted[rows]).sum() / total) if total else math.nan
+
+    def spearman(rows: np.ndarray) -> float:
+        return float(spearmanr(y[rows], predicted[rows]).statistic) if np.ptp(predicted[rows]) else math.nan
+
+    return RegressionScores(
+        bootstrap(r2, groups, seed=seed), bootstrap(spearman, groups, seed=seed, resamples=200), len(y)
+    )
+
+
+def _classify(
+    embedding: Any,
+    labels: Columns,
+    patients: Columns | None,
+    folds: int,
+    seed: int,
+    choices: Sequence[float],
+    fit: Any,
+    *,
+    standardise: bool,
+) -> ProbeScores:
+    from sklearn.preprocessing import StandardScaler
+
+    x, groups = probe_inputs(embedding, labels, patients)
+    known = np.array([label is not None and label == label for label in labels])  # NaN is not itself
+    names = np.array([str(label) for label in np.asarray(labels, object)[known]])
+    x, groups = x[known], groups[known]
+    classes, y = np.unique(names, return_inverse=True)
+    folds = _usable_folds(y, groups, folds)
+    if not standardise:
+        x = unit_rows(x, "embedding")
+    probability = np.zeros((len(y), len(classes)))
+    for train, test in stratified_folds(y, groups, folds, seed):
+        scaler = StandardScaler(with_mean=standardise, with_std=standardise).fit(x[train])
+        inside, outside = scaler.transform(x[train]), scaler.transform(x[test])
+        best = _best_choice(inside, y[train], groups[train], choices, fit, seed)
+        model = fit(inside, y[train], groups[train], best)
+        probability[np.ix_(test, model.classes_)] = model.predict_proba(outside)
+    predicted = probability.argmax(axis=1)
+
+    right = predicted == y
+
+    def balanced(rows: np.ndarray) -> float:
+        return _balanced_accuracy(y[rows], right[rows])
+
+    def auroc(rows: np.ndarray) -> float:
+        return float(np.mean([_auc(probability[rows, c], y[rows] == c) for c in range(len(classes))]))
+
+    return ProbeScores(
+        bootstrap(balanced, groups, strata=y, seed=seed),
+        bootstrap(auroc, groups, strata=y, seed=seed),
+        1 / len(classes),
+        tuple(classes.tolist()),
+        len(y),
+    )
+
+
+def _best_choice(
+    x: np.ndarray, y: np.ndarray, groups: np.ndarray, choices: Sequence[float], fit: Any, seed: int
+) -> float:
+    """The choice with the best inner out-of-fold balanced accuracy; the middle one where there are too few patients."""
+    fewest = min(len(np.unique(groups[y == c])) for c in np.unique(y))
+    if fewest < 2:
+        return choices[len(choices) // 2]
+    scores = np.zeros(len(choices))
+    for train, test in stratified_folds(y, groups, min(_INNER_FOLDS, fewest), seed):
+        for k, choice in enumerate(choices):
+            model = fit(x[train], y[train], groups[train], choice)
+            scores[k] += _balanced_accuracy(y[test], model.predict(x[test]) == y[test])
+    return choices[int(scores.argmax())]
+
+
+def stratified_folds(y: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> Any:
+    """(train, test) row indices of folds that keep the classes' shares and never split a group."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    return StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(y, y, groups)
+
+
+def _balanced_accuracy(truth: np.ndarray, right: np.ndarray) -> float:
+    """Mean over the classes that occur in `truth` of the share that is right."""
+    count = np.bincount(truth)
+    return float((np.bincount(truth, right)[count > 0] / count[count > 0]).mean())
+
+
+def _auc(score: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the ROC curve by rank sums (Mann-Whitney), ties counting half; NaN where one side is empty."""
+    from scipy.stats import rankdata
+
+    n = int(positive.sum())
+    if not 0 < n < len(score):
+        return math.nan
+    return float((rankdata(score)[positive].sum() - n * (n + 1) / 2) / (n * (len(score) - n)))
+
+
+def _usable_folds(y: np.ndarray, groups: np.ndarray, folds: int) -> int:
+    if folds < 2:
+        raise SettingsError(f"cross-validation needs two folds or more, got {folds}")
+    fewest = [len(np.unique(groups[y == c])) for c in range(int(y.max(initial=-1)) + 1)]
+    if len(fewest) < 2 or min(fewest) < 2:
+        raise SettingsError(
+            f"a probe needs two classes or more with two patients each; patients per class are {fewest}"
+        )
+    return min(folds, *fewest)
+
+
+def probe_inputs(embedding: Any, labels: Columns, patients: Columns | None) -> tuple[np.ndarray, np.ndarray]:
+    """Checked embedding float64 [n, d] and patient codes int64 [n]."""
+    unit_rows(embedding, "embedding")  # shape and finiteness
+    x = np.array(embedding, np.float64)
+    groups = np.arange(len(x)) if patients is None else np.unique(np.asarray(patients), return_inverse=True)[1]
+    check_rows(embedding=x, labels=labels, patients=groups)
+    return x, groups
