@@ -269,7 +269,8 @@ void sigmoid_pass_cuda(const float* dots, void* grad, GradKind grad_kind, std::i
   }
   const CurrentDevice current(device);
   const auto queue = static_cast<cudaStream_t>(stream);
-  const Tile tile{dots, row_ids, col_ids, params, workspace, rows, cols, ld_dots, ld_grad, blocks, ceil_div(cols, kCols)};
+  const Tile tile{dots,    row_ids, col_ids, params, workspace,           rows, cols,
+                  ld_dots, ld_grad, blocks,  ceil_div(cols, kCols)};
   switch (grad_kind) {
     case GradKind::kFloat32: launch<float>(tile, grad, queue); break;
     case GradKind::kFloat16: launch<__half>(tile, grad, queue); break;

@@ -13,6 +13,7 @@ constexpr int kSegment = kWidth * kVectors;
 
 typedef float Floats __attribute__((vector_size(EXAONEPATH_VECTOR_BYTES)));
 typedef std::int32_t Ints __attribute__((vector_size(EXAONEPATH_VECTOR_BYTES)));
+typedef std::uint32_t Bits __attribute__((vector_size(EXAONEPATH_VECTOR_BYTES)));
 typedef double Doubles __attribute__((vector_size(2 * EXAONEPATH_VECTOR_BYTES)));
 
 // Full vectors lie where the caller's memory has them, with the alignment of a float.
@@ -67,7 +68,7 @@ inline Activation activation(Floats t) {
   const Floats q = (all(0.1666652063f) * r + all(0.4999999345f)) + r2 * q_high;
   const Floats exp_r = all(1.0f) + (q * r2 + r);
   // 2^(n + 64), then 2^-64: the one rounding of a subnormal result is the last product's.
-  const Floats power = (Floats)(((Ints)shifted << 23) + ((127 + 64) << 23));
+  const Floats power = (Floats)(((Bits)shifted << 23) + ((127u + 64u) << 23));
   const Floats z = exp_r * power * all(5.42101086242752217e-20f);
 
   // log1p(z) = z + z^2 P(z) on [0, 1]: minimax, 5.1e-9 relative
