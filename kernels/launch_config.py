@@ -30,6 +30,18 @@ class AttentionConfig:
     precision: str
 
 
+@dataclass(frozen=True)
+class RotateConfig:
+    """Tokens and heads a program of the rotation works on, and its warps."""
+
+    tokens: int
+    heads: int
+    num_warps: int
+
+
+# 32 tokens by 4 heads: enough loads in flight, and the angles are read once for four heads.
+ROTATE = RotateConfig(32, 4, 4)
+
 _Row = tuple[int, int, int, int]
 
 

@@ -39,7 +39,8 @@ def fragment_attention(
         backend: "sdpa", "eager" (holds T x T, for tests), or "triton" (CUDA; float32, float16 or bfloat16; head
             dimension 32, 64 or 128).
         scale: factor on the scores; default D ** -0.5.
-        overwrite_qkv: without autograd, rotate inside `qkv` instead of in a copy; its contents are lost to the caller.
+        overwrite_qkv: without autograd, rotate inside `qkv` instead of in a copy, and maybe put the result where the
+            queries were; its contents are lost to the caller.
 
     Returns:
         [T, H, D] in qkv's dtype. Differentiable in qkv.
@@ -54,16 +55,13 @@ def fragment_attention(
         raise SettingsError(f"qkv must be floating point [T, 3, H, D], got {qkv.dtype} {list(qkv.shape)}")
     if segments.n_tokens != qkv.shape[0]:
         raise SettingsError(f"segments cover {segments.n_tokens} tokens, but qkv holds {qkv.shape[0]}")
-    if rotation is not None and (
-        rotation.positions.shape != (qkv.shape[0], 2) or rotation.periods.numel() * 4 != qkv.shape[3]
-    ):
-        raise SettingsError(
-            f"rotation is for {rotation.positions.shape[0]} tokens of head dimension {4 * rotation.periods.numel()}, "
-            f"but qkv is {list(qkv.shape)}"
-        )
+    if segments.offsets.device != qkv.device:
+        raise SettingsError(f"segments are on {segments.offsets.device}, but qkv is on {qkv.device}")
+    if rotation is not None:
+        rotation.require(qkv.shape[0], qkv.shape[3], qkv.device)
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
     if backend == "triton":
-        return triton_attention(qkv, segments, rotation, scale)
+        return triton_attention(qkv, segments, rotation, scale, overwrite_qkv)
     q, k, v = qkv.unbind(1)
     if rotation is not None:
         cos, sin = rotation.cos_sin(torch.promote_types(qkv.dtype, torch.float32))

@@ -7,9 +7,9 @@ on the same order: the sort is paid once a forward pass, in `build_fragment_layo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -31,35 +31,47 @@ class Segments:
     Attributes:
         offsets: int64 [S + 1] on the tokens' device, ascending from 0 to T; segment s is offsets[s]:offsets[s + 1].
         lengths: the S lengths on the host, all positive; kept so that no layer has to synchronise with the device.
+        n_tokens: T, the number of packed tokens.
+
+    Raises:
+        SettingsError: offsets and lengths do not fit together.
     """
 
     offsets: Tensor
     lengths: tuple[int, ...]
-    _derived: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    n_tokens: int = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.offsets.dtype != torch.int64 or self.offsets.ndim != 1:
+            raise SettingsError(
+                f"segment offsets must be int64 [S + 1], got {self.offsets.dtype} {list(self.offsets.shape)}"
+            )
+        if self.offsets.numel() != len(self.lengths) + 1:
+            raise SettingsError(
+                f"{len(self.lengths)} segment lengths need {len(self.lengths) + 1} offsets, got {self.offsets.numel()}"
+            )
+        if any(length <= 0 for length in self.lengths):
+            raise SettingsError("segment lengths must be positive; use Segments.from_lengths, which drops empty ones")
+        # Read where that costs no synchronisation. What runs on a GPU goes by the lengths, never by these numbers.
+        if self.offsets.device.type == "cpu" and self.offsets.tolist() != [0, *accumulate(self.lengths)]:
+            raise SettingsError("segment offsets must ascend from 0 by the segment lengths; use Segments.from_lengths")
+        object.__setattr__(self, "n_tokens", sum(self.lengths))
 
     @staticmethod
     def from_lengths(lengths: Tensor) -> Segments:
         """Segments from int64 [S] lengths; empty segments are dropped (they hold no token)."""
-        lengths = lengths[lengths > 0]
-        offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=lengths.device)
-        torch.cumsum(lengths, 0, out=offsets[1:])
-        return Segments(offsets, tuple(lengths.tolist()))
-
-    @property
-    def n_tokens(self) -> int:
-        """T, the number of packed tokens."""
-        return sum(self.lengths)
+        numbers: list[int] = lengths.tolist()
+        if min(numbers, default=0) < 0:
+            raise SettingsError(f"a segment cannot hold {min(numbers)} tokens")
+        kept = tuple(number for number in numbers if number)
+        offsets = torch.zeros(len(kept) + 1, dtype=torch.int64, device=lengths.device)
+        torch.cumsum(lengths[lengths > 0], 0, out=offsets[1:])
+        return Segments(offsets, kept)
 
     def ids(self) -> Tensor:
         """int64 [T]: the segment of every packed token."""
         lengths = self.offsets.diff()
         return torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
-
-    def cached(self, name: str, make: Callable[[Segments], Tensor]) -> Tensor:
-        """`make(self)`, made once: what a backend derives from the segments serves every layer."""
-        if name not in self._derived:
-            self._derived[name] = make(self)
-        return self._derived[name]
 
     @cached_property
     def equal_length_groups(self) -> list[tuple[slice | Tensor, int, int]]:

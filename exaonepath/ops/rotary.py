@@ -72,6 +72,16 @@ class Rotation:
         positions = (coords.to(torch.float64) + patch_size // 2) / patch_size
         return Rotation(positions, periods.to(positions.device, torch.float64))
 
+    def require(self, tokens: int, head_dim: int, device: torch.device) -> None:
+        """Raise SettingsError unless this is a rotation of `tokens` tokens of `head_dim` dimensions on `device`."""
+        if self.positions.shape != (tokens, 2) or self.periods.numel() * 4 != head_dim:
+            raise SettingsError(
+                f"rotation is for {self.positions.shape[0]} tokens of head dimension {4 * self.periods.numel()}, "
+                f"but there are {tokens} of head dimension {head_dim}"
+            )
+        if self.positions.device != device or self.periods.device != device:
+            raise SettingsError(f"rotation is on {self.positions.device}, but the tokens are on {device}")
+
     def cos_sin(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """cos and sin, each [T, D/2]: the D/4 angles of x, then those of y. Made once, used by every layer."""
         if dtype not in self._tables:

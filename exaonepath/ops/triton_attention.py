@@ -1,177 +1,326 @@
-"""The fused Triton kernels as torch operations: allocation, launches, autograd, and fakes for torch.compile."""
+"""The fused Triton kernels as torch operations: checks, allocation, launches, autograd, and fakes for torch.compile.
+
+The operators take tensors only; what the kernels need beyond them (tile lists, launch settings, whether the machine can
+run them at all) is looked up inside, at run time, so that a compiled graph neither breaks nor specialises on a slide.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 import os
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from exaonepath.errors import BackendError
-from exaonepath.kernels.launch_config import AttentionConfig, attention_config
+from exaonepath.errors import BackendError, SettingsError
+from exaonepath.kernels.launch_config import ROTATE, AttentionConfig, attention_config
 from exaonepath.ops.fragment_layout import Segments
 from exaonepath.ops.rotary import Rotation
-from exaonepath.ops.tiles import tile_schedule, token_bounds
+from exaonepath.ops.tiles import TileSchedules, schedules
 
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_TOKENS = 2**31 - 256  # token numbers are 32-bit inside the kernels
-_ROW_BLOCK = 64
+# Keys met by more tiles than this are rotated once beforehand, others as they are read.
+_VISITS_IN_LOOP = 2.0
 
 
-def why_not(qkv: Tensor) -> str | None:
-    """Why the kernels cannot serve this input, or None where they can."""
-    if qkv.dtype not in DTYPES:
-        return f"the triton kernels take float32, float16 and bfloat16, not {qkv.dtype}"
-    if qkv.shape[3] not in HEAD_DIMS:
-        return f"the triton kernels take head dimensions {', '.join(map(str, HEAD_DIMS))}, not {qkv.shape[3]}"
-    if qkv.shape[0] > _MAX_TOKENS:
-        return f"{qkv.shape[0]} tokens are more than the triton kernels can number"
+def unsuited(dtype: torch.dtype, head_dim: int, tokens: int) -> str | None:
+    """Why the kernels cannot take such input on any machine, or None where they can."""
+    if dtype not in DTYPES:
+        return f"the triton kernels take float32, float16 and bfloat16, not {dtype}"
+    if head_dim not in HEAD_DIMS:
+        return f"the triton kernels take head dimensions {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
+    if tokens > _MAX_TOKENS:
+        return f"{tokens} tokens are more than the triton kernels can number"
+    return None
+
+
+def unable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this device of this machine, or None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; install the triton that belongs to your torch"
-    if qkv.device.type == "cpu":
+    if device.type == "cpu":
         return None if _interpreted() else "the triton kernels need a CUDA device"
-    if qkv.device.type != "cuda":
-        return f"the triton kernels need a CUDA device, not {qkv.device}"
-    major, minor = torch.cuda.get_device_capability(qkv.device)
+    if device.type != "cuda":
+        return f"the triton kernels need a CUDA device, not {device}"
+    major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"the triton kernels need compute capability 8.0, this GPU has {major}.{minor}"
 
 
 def triton_available() -> bool:
-    """Whether the kernels could serve half precision on this machine's GPU."""
-    return torch.cuda.is_available() and why_not(torch.empty((1, 3, 1, 64), dtype=torch.float16, device="cuda")) is None
+    """Whether the kernels can run on this machine's GPU."""
+    return torch.cuda.is_available() and unable(torch.device("cuda")) is None
 
 
-def triton_attention(qkv: Tensor, segments: Segments, rotation: Rotation | None, scale: float) -> Tensor:
+def triton_attention(
+    qkv: Tensor, segments: Segments, rotation: Rotation | None, scale: float, overwrite_qkv: bool = False
+) -> Tensor:
     """`fragment_attention` through the kernels; arguments as there, checked by the caller.
 
     Raises:
         BackendError: the kernels cannot run here, or not on this input.
     """
-    reason = why_not(qkv)
-    if reason is not None:
-        raise BackendError(f'{reason}; use the "sdpa" backend')
+    _refuse(unsuited(qkv.dtype, qkv.shape[3], qkv.shape[0]))
     if qkv.shape[0] == 0:
         return qkv[:, 0] * 1
-    if qkv.stride(3) != 1 or qkv.stride(0) != qkv.shape[1] * qkv.shape[2] * qkv.shape[3]:
-        qkv = qkv.contiguous()  # gradients share the strides of qkv, and are dense
-    config = _config(qkv)
-    if rotation is None:
-        cos = sin = qkv.new_empty(0, dtype=torch.float32)
-    else:
-        cos, sin = rotation.cos_sin(torch.float32)
-    tables = [
-        segments.cached("bounds", token_bounds),
-        *(
-            segments.cached(f"tiles{block}", partial(tile_schedule, block=block))
-            for block in (config.forward.block_m, config.query_gradient.block_m, config.key_gradient.block_n)
-        ),
-    ]
+    offsets = _known_offsets(segments)
+    cos, sin = _tables(qkv, rotation)
     training = torch.is_grad_enabled() and qkv.requires_grad
-    out: Tensor = _forward(qkv, cos, sin, *tables, scale, training)[0]
+    if qkv.stride(3) != 1 or (training and not qkv.is_contiguous()):
+        qkv = qkv.contiguous()
+    if overwrite_qkv and not training:
+        q, k, v = qkv.unbind(1)
+        in_loop = rotation is not None and _turns_keys_in_loop(qkv, segments)
+        if rotation is not None and not in_loop:
+            _rotate_rows(k, cos, sin, 0)
+        _attend_rows(q, k, v, cos, sin, offsets, 0, in_loop, scale)
+        return q
+    out: Tensor = _forward(qkv, cos, sin, offsets, scale, training)[0]
     return out
+
+
+def triton_attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, first_row: int, rotation: Rotation | None, scale: float
+) -> None:
+    """Attention of some query rows against all keys of their segments, written over the queries. No autograd.
+
+    Args:
+        q: [R, H, D] queries of packed tokens first_row .. first_row + R, last dimension contiguous; rotated on the way
+            where `rotation` is given, and overwritten with the result.
+        k, v: [T, H, D], last dimension contiguous, not shared with q; keys rotated already (`triton_rotate_rows`).
+        segments: cover all T tokens.
+        rotation: of all T tokens, or None.
+        scale: positive factor on the scores.
+
+    Raises:
+        SettingsError: shapes, dtypes, devices or strides do not fit.
+        BackendError: the kernels cannot run here, or not on this input.
+    """
+    _check_rows(q, k.shape[0], first_row, rotation)
+    if k.shape != v.shape or k.shape[1:] != q.shape[1:] or not q.dtype == k.dtype == v.dtype:
+        raise SettingsError(
+            f"queries, keys and values do not fit: {list(q.shape)} {q.dtype}, {list(k.shape)} {k.dtype}, "
+            f"{list(v.shape)} {v.dtype}"
+        )
+    if segments.n_tokens != k.shape[0]:
+        raise SettingsError(f"segments cover {segments.n_tokens} tokens, but there are {k.shape[0]} keys")
+    if not q.device == k.device == v.device == segments.offsets.device:
+        raise SettingsError("queries, keys, values and segments must be on one device")
+    if k.stride(2) != 1 or v.stride(2) != 1:
+        raise SettingsError("the last dimension of keys and values must be contiguous")
+    if q.shape[0]:
+        _attend_rows(q, k, v, *_tables(q, rotation), _known_offsets(segments), first_row, False, scale)
+
+
+def triton_rotate_rows(k: Tensor, rotation: Rotation, first_row: int) -> None:
+    """Rotate heads [R, H, D] of packed tokens first_row .. first_row + R in place, by one kernel. No autograd.
+
+    Raises:
+        SettingsError: shapes, devices or strides do not fit.
+        BackendError: the kernels cannot run here, or not on this input.
+    """
+    _check_rows(k, rotation.positions.shape[0], first_row, rotation)
+    if k.shape[0]:
+        _rotate_rows(k, *_tables(k, rotation), first_row)
+
+
+def _check_rows(x: Tensor, tokens: int, first_row: int, rotation: Rotation | None) -> None:
+    if x.ndim != 3 or x.stride(2) != 1:
+        raise SettingsError(f"rows must be [R, H, D] with a contiguous last dimension, got {list(x.shape)}")
+    _refuse(unsuited(x.dtype, x.shape[2], tokens))
+    if first_row < 0 or first_row + x.shape[0] > tokens:
+        raise SettingsError(f"rows {first_row} to {first_row + x.shape[0]} are not all among {tokens} tokens")
+    if rotation is not None:
+        rotation.require(tokens, x.shape[2], x.device)
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise BackendError(f'{reason}; use the "sdpa" backend')
+
+
+def _known_offsets(segments: Segments) -> Tensor:
+    if not torch.compiler.is_compiling():
+        schedules(segments.offsets, segments)  # from the host's lengths, so that no operator has to read the device
+    return segments.offsets
+
+
+def _turns_keys_in_loop(qkv: Tensor, segments: Segments) -> bool:
+    if torch.compiler.is_compiling():
+        return False  # the same numbers either way, and a graph shall not depend on the lengths
+    block = _config(qkv).forward.block_m
+    return schedules(segments.offsets, segments).visits(block) <= _VISITS_IN_LOOP
+
+
+def _tables(x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+    if rotation is None:
+        nothing = x.new_empty(0, dtype=torch.float32)
+        return nothing, nothing
+    return rotation.cos_sin(torch.float32)
+
+
+def _config(x: Tensor) -> AttentionConfig:
+    """Launch settings for [..., D] on its device; refuses a device the kernels cannot run on."""
+    _refuse(unable(x.device))
+    capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
+    return attention_config(capability, x.element_size(), x.shape[-1])
+
+
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, cos: Tensor, sin: Tensor, known: TileSchedules,
+    first_row: int, turn_queries: bool, turn_keys: bool, scale: float,
+) -> None:  # fmt: skip
+    from exaonepath.kernels.fragment_attention import forward_kernel
+
+    config = _config(q)
+    launch = config.forward
+    tiles = known.tiles(launch.block_m, first_row, q.shape[0])
+    with _on(q):
+        forward_kernel[(tiles.shape[0], q.shape[1])](
+            q, k, v, out, lse, cos if turn_queries else None, sin if turn_queries else None, known.bounds, tiles,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], first_row, known.n_tokens,
+            scale / math.log(2),
+            D=q.shape[2], BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, TURN_Q=turn_queries, TURN_K=turn_keys,
+            STORE_LSE=lse is not None, PRECISION=config.precision,
+            # Segments short enough for their keys to be turned in the loop have nothing to pipeline.
+            STAGES=1 if turn_keys else launch.num_stages,
+            num_warps=launch.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _launch_rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, first_row: int, turned: int) -> None:
+    """out [R, H, D] = x with its first `turned` heads rotated."""
+    from exaonepath.kernels.rotate import rotate_kernel
+
+    rows, heads, dim = x.shape
+    with _on(x):
+        rotate_kernel[(-(-rows // ROTATE.tokens), -(-heads // ROTATE.heads))](
+            x, out, cos, sin, *x.stride()[:2], *out.stride()[:2], first_row, rows, heads, turned,
+            D=dim, BLOCK=ROTATE.tokens, HEADS=ROTATE.heads, BACK=False, num_warps=ROTATE.num_warps,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("exaonepath::attend_rows", mutates_args=("q",))
+def _attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, first_row: int, turn_keys: bool,
+    scale: float,
+) -> None:  # fmt: skip
+    known = schedules(offsets)
+    _launch_forward(q, k, v, q, None, cos, sin, known, first_row, cos.numel() > 0, turn_keys, scale)
+
+
+@_attend_rows.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, first_row: int, turn_keys: bool,
+    scale: float,
+) -> None:  # fmt: skip
+    return None
+
+
+@torch.library.custom_op("exaonepath::rotate_rows", mutates_args=("x",))
+def _rotate_rows(x: Tensor, cos: Tensor, sin: Tensor, first_row: int) -> None:
+    _config(x)
+    _launch_rotate(x, x, cos, sin, first_row, x.shape[1])
+
+
+@_rotate_rows.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, first_row: int) -> None:
+    return None
 
 
 @torch.library.custom_op("exaonepath::fragment_attention", mutates_args=())
 def _forward(
-    qkv: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor, tiles_m: Tensor, tiles_q: Tensor, tiles_k: Tensor,
-    scale: float, training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """out [T, H, D], lse [H, T], and for training the rotated qkv (empty where nothing was rotated)."""
-    from exaonepath.kernels.fragment_attention import forward_kernel, rotate_kernel
-
+    qkv: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, scale: float, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [T, H, D]; for training lse [H, T] and, where there is a rotation, the rotated qkv. Else those are empty."""
     tokens, _, heads, dim = qkv.shape
-    config = _config(qkv)
+    known, config = schedules(offsets), _config(qkv)
     rope = cos.numel() > 0
-    turned = torch.empty_like(qkv) if training and rope else qkv.new_empty(0)
     out = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty((heads, tokens), dtype=torch.float32, device=qkv.device)
-    launch = config.forward
-    with _on(qkv):
-        if turned.numel():
-            rotate_kernel[(-(-tokens // _ROW_BLOCK), heads)](
-                qkv, turned, cos, sin, *qkv.stride()[:3], tokens, D=dim, BLOCK=_ROW_BLOCK
-            )
-            qkv, rope = turned, False
-        forward_kernel[(tiles_m.shape[0], heads)](
-            qkv, out, lse, cos, sin, bounds, tiles_m, *qkv.stride()[:3], out.stride(0), tokens, scale / math.log(2),
-            D=dim, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, ROPE=rope, PRECISION=config.precision,
-            STAGES=launch.num_stages, num_warps=launch.num_warps,
-        )  # fmt: skip
+    lse = torch.empty((heads, tokens) if training else 0, dtype=torch.float32, device=qkv.device)
+    turned = torch.empty_like(qkv) if training and rope else qkv.new_empty(0)
+    q, k, v = qkv.unbind(1)
+    turn_queries = rope and not training
+    turn_keys = turn_queries and known.visits(config.forward.block_m) <= _VISITS_IN_LOOP
+    if training and rope:
+        _launch_rotate(qkv.flatten(1, 2), turned.flatten(1, 2), cos, sin, 0, 2 * heads)
+        q, k, v = turned.unbind(1)
+    elif rope and not turn_keys:
+        k = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=qkv.device)
+        _launch_rotate(qkv[:, 1], k, cos, sin, 0, heads)
+    _launch_forward(q, k, v, out, lse if training else None, cos, sin, known, 0, turn_queries, turn_keys, scale)
     return out, lse, turned
 
 
 @_forward.register_fake
 def _(
-    qkv: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor, tiles_m: Tensor, tiles_q: Tensor, tiles_k: Tensor,
-    scale: float, training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    qkv: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, scale: float, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens, _, heads, dim = qkv.shape
+    lse = qkv.new_empty((heads, tokens) if training else 0, dtype=torch.float32)
     turned = torch.empty_like(qkv) if training and cos.numel() else qkv.new_empty(0)
-    return qkv.new_empty((tokens, heads, dim)), qkv.new_empty((heads, tokens), dtype=torch.float32), turned
+    return qkv.new_empty((tokens, heads, dim)), lse, turned
 
 
 @torch.library.custom_op("exaonepath::fragment_attention_backward", mutates_args=())
 def _backward(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor, tiles_q: Tensor,
-    tiles_k: Tensor, scale: float,
-) -> Tensor:  # fmt: skip
-    from exaonepath.kernels.fragment_attention import delta_kernel, key_gradient_kernel, query_gradient_kernel
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, scale: float
+) -> Tensor:
+    """Gradient of qkv [T, 3, H, D]; `qkv` is the rotated one where there is a rotation."""
+    from exaonepath.kernels.fragment_attention_backward import key_gradient_kernel, query_gradient_kernel
 
     tokens, _, heads, dim = qkv.shape
-    config = _config(qkv)
+    known, config = schedules(offsets), _config(qkv)
+    turn_back = cos.numel() > 0
     dout = dout.contiguous()
-    dqkv = torch.empty_strided(qkv.shape, qkv.stride(), dtype=qkv.dtype, device=qkv.device)
+    dqkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
+    tables = (cos, sin) if turn_back else (None, None)
+    shape = (*qkv.stride()[:3], *dout.stride()[:2], tokens, scale, scale / math.log(2))
     with _on(qkv):
-        delta_kernel[(-(-tokens // _ROW_BLOCK), heads)](
-            out, dout, delta, tokens, out.stride(0), D=dim, BLOCK=_ROW_BLOCK
-        )
-        for kernel, tiles, launch in (
-            (query_gradient_kernel, tiles_q, config.query_gradient),
-            (key_gradient_kernel, tiles_k, config.key_gradient),
-        ):
-            kernel[(tiles.shape[0], heads)](
-                qkv, dqkv, dout, lse, delta, cos, sin, bounds, tiles, *qkv.stride()[:3], dout.stride(0), tokens,
-                scale, scale / math.log(2),
-                D=dim, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, TURN_BACK=cos.numel() > 0,
-                PRECISION=config.precision, STAGES=launch.num_stages, num_warps=launch.num_warps,
-            )  # fmt: skip
+        launch = config.query_gradient
+        tiles = known.tiles(launch.block_m)
+        query_gradient_kernel[(tiles.shape[0], heads)](  # first: it leaves delta for the other
+            qkv, dqkv, out, dout, lse, delta, *tables, known.bounds, tiles, *shape,
+            D=dim, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, TURN_BACK=turn_back, PRECISION=config.precision,
+            STAGES=launch.num_stages, num_warps=launch.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+        launch = config.key_gradient
+        tiles = known.tiles(launch.block_n)
+        key_gradient_kernel[(tiles.shape[0], heads)](
+            qkv, dqkv, dout, lse, delta, *tables, known.bounds, tiles, *shape,
+            D=dim, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, TURN_BACK=turn_back, PRECISION=config.precision,
+            STAGES=launch.num_stages, num_warps=launch.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
     return dqkv
 
 
 @_backward.register_fake
 def _(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor, tiles_q: Tensor,
-    tiles_k: Tensor, scale: float,
-) -> Tensor:  # fmt: skip
-    return torch.empty_strided(qkv.shape, qkv.stride(), dtype=qkv.dtype, device=qkv.device)
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, scale: float
+) -> Tensor:
+    return torch.empty_like(qkv)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    qkv, cos, sin, bounds, _, tiles_q, tiles_k, scale, _ = inputs
+    qkv, cos, sin, offsets, scale, _ = inputs
     out, lse, turned = output
     # The rotated copy takes qkv's place: whoever made qkv is then free to let go of it.
-    ctx.save_for_backward(turned if turned.numel() else qkv, out, lse, cos, sin, bounds, tiles_q, tiles_k)
+    ctx.save_for_backward(turned if turned.numel() else qkv, out, lse, cos, sin, offsets)
     ctx.scale = scale
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     dqkv = None if dout is None else _backward(dout, *ctx.saved_tensors, ctx.scale)
-    return (dqkv, *(None,) * 8)
+    return (dqkv, *(None,) * 5)
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
-
-
-def _config(qkv: Tensor) -> AttentionConfig:
-    capability = torch.cuda.get_device_capability(qkv.device) if qkv.device.type == "cuda" else None
-    return attention_config(capability, qkv.element_size(), qkv.shape[3])
 
 
 def _on(tensor: Tensor) -> Any:

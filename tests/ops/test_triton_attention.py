@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from exaonepath.errors import BackendError
+from exaonepath.errors import BackendError, SettingsError
 from exaonepath.ops import Rotation, Segments, fragment_attention, rotary_periods
 from exaonepath.ops import triton_attention as kernels
 from exaonepath.reference.fragment_attention import dense_fragment_attention, rotate
@@ -70,6 +70,43 @@ def test_head_dimensions(dim, device):
     assert relative(leaf.grad, reference.grad) <= 3e-6
 
 
+@pytest.mark.parametrize("rope", [True, False])
+@pytest.mark.parametrize("lengths", [[8, 150, 8, 1], [3] * 30, [1]])
+def test_rows_at_a_time_in_place_equal_the_whole(lengths, rope, device):
+    """The encoder's way: keys and values in one buffer, keys rotated in place, queries overwritten by the result."""
+    qkv, segments, rotation = inputs(lengths, rope=rope, device=device)
+    tokens = qkv.shape[0]
+    truth = exact(qkv, segments, rotation)
+    kv = qkv[:, 1:].clone()
+    for start, stop in ((0, tokens // 3), (tokens // 3, tokens)):
+        if rope:
+            kernels.triton_rotate_rows(kv[start:stop, 0], rotation, start)
+    for first in range(0, tokens, 47):
+        rows = torch.full((min(47, tokens - first), 2, 2, 32), float("nan"), device=device)
+        q = rows[:, 1]  # strided
+        q.copy_(qkv[first : first + 47, 0])
+        kernels.triton_attend_rows(q, kv[:, 0], kv[:, 1], segments, first, rotation, 32**-0.5)
+        assert relative(q, truth[first : first + 47]) <= 1e-6  # as the whole in one go
+        assert rows[:, 0].isnan().all()
+
+
+def test_rows_refuse_what_does_not_fit(device):
+    qkv, segments, rotation = inputs([9, 3], device=device)
+    q, k, v = (t.clone() for t in qkv.unbind(1))
+    for arguments, message in (
+        ((q, k, v, segments, 1, rotation), "rows 1 to 13 are not all among 12 tokens"),
+        ((q, k, v[1:], segments, 0, rotation), "do not fit"),
+        ((q, k.half(), v, segments, 0, rotation), "do not fit"),
+        ((q, k[:11], v[:11], segments, 0, None), "not all among 11"),
+        ((q[:5], k[:11], v[:11], segments, 0, None), "segments cover 12 tokens, but there are 11 keys"),
+        ((q.mT.contiguous().mT, k, v, segments, 0, rotation), "contiguous last dimension"),
+        ((q, k, v.mT.contiguous().mT, segments, 0, rotation), "must be contiguous"),
+        ((q[:3], k, v, segments, 0, Rotation(rotation.positions[:5], rotation.periods)), "rotation is for 5 tokens"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            kernels.triton_attend_rows(*arguments, 1.0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [[4096], [8, 700, 33] * 5, [3] * 2000])
@@ -124,16 +161,13 @@ def test_strided_input_repeat_runs_and_no_token(device):
 
 
 def test_the_operators_pass_opcheck(device):
-    from exaonepath.ops.tiles import tile_schedule, token_bounds
-
     qkv, segments, rotation = inputs([9, 3, 20], heads=1, device=device)
-    blocks = kernels._config(qkv)
-    tiles = [
-        tile_schedule(segments, b)
-        for b in (blocks.forward.block_m, blocks.query_gradient.block_m, blocks.key_gradient.block_n)
-    ]
-    arguments = (qkv, *rotation.cos_sin(), token_bounds(segments), *tiles, 32**-0.5)
+    tables = rotation.cos_sin()
+    arguments = (qkv, *tables, segments.offsets, 32**-0.5)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    q, k, v = (t.clone() for t in qkv.unbind(1))
+    torch.library.opcheck(kernels._attend_rows, (q[5:], k, v, *tables, segments.offsets, 5, False, 32**-0.5))
+    torch.library.opcheck(kernels._rotate_rows, (k[5:], *tables, 5))
     torch.library.opcheck(kernels._forward, (*arguments, False), test_utils=checks)
     torch.library.opcheck(kernels._forward, (arguments[0].requires_grad_(), *arguments[1:], True), test_utils=checks)
 

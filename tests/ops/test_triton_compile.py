@@ -34,16 +34,18 @@ POINTERS = {
 def compile_kernel(name: str, architecture: int, dtype: str, head_dim: int) -> tuple[int, int, int]:
     """(shared memory in bytes, registers, bytes of spill stores) of one kernel with its own launch settings."""
     import triton
-    from exaonepath.kernels import fragment_attention
+    from exaonepath.kernels import fragment_attention, fragment_attention_backward
     from exaonepath.kernels.launch_config import attention_config
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     config = attention_config(divmod(architecture, 10), 4 if dtype == "fp32" else 2, head_dim)
     launch = getattr(config, KERNELS[name])
-    kernel = getattr(fragment_attention, name)
+    forward = name == "forward_kernel"
+    kernel = getattr(fragment_attention if forward else fragment_attention_backward, name)
     constants = {"D": head_dim, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "PRECISION": config.precision}
-    constants |= {"STAGES": launch.num_stages, "ROPE" if name == "forward_kernel" else "TURN_BACK": True}
+    flags = {"TURN_Q": True, "TURN_K": False, "STORE_LSE": True} if forward else {"TURN_BACK": True}
+    constants |= {"STAGES": launch.num_stages, **flags}
 
     def kind(argument: str) -> str:
         if argument in constants:

@@ -1,0 +1,141 @@
+"""Backward of the fragment attention: dQ by tiles of queries, dK and dV by tiles of keys; deterministic, no atomics.
+
+Queries and keys come turned (training rotates them once, into the buffer backward needs anyway), and the gradients are
+turned back in the epilogue (TURN_BACK). The mask is symmetric, so both passes run over the same kind of tile list.
+Scores of the second are formed transposed, S' = K Q', so that no product has to be transposed after it was made.
+
+Shapes behind the pointers: qkv and dqkv [T, 3, H, D] with equal strides; out and dout [T, H, D] contiguous; cos and sin
+float32 [T, D/2]; lse and delta float32 [H, T]; bounds int32 [T, 2]; tiles int32 [W, 4].
+"""
+
+import triton
+import triton.language as tl
+from exaonepath.kernels.blocks import load_bounds, load_rows, load_tile, store_rows, unmasked_end, wide, within
+
+
+@triton.jit
+def _store_gradient(
+    p_x, p_cos, p_sin, first, exists, s_token, g, BLOCK: tl.constexpr, D: tl.constexpr, TURN_BACK: tl.constexpr
+):
+    """Store the float32 gradient of a turned query or key, turned back (the transpose of a rotation is its inverse)."""
+    if TURN_BACK:
+        HALF: tl.constexpr = D // 2
+        a, b = tl.split(tl.permute(tl.reshape(g, [BLOCK, 2, HALF]), [0, 2, 1]))
+        o = wide(first) * HALF + (tl.arange(0, BLOCK) * HALF)[:, None] + tl.arange(0, HALF)[None, :]
+        cos = tl.load(p_cos + o, mask=exists[:, None], other=1.0)
+        sin = tl.load(p_sin + o, mask=exists[:, None], other=0.0)
+        store_rows(p_x, first, exists, s_token, tl.fma(b, sin, a * cos), BLOCK, HALF)
+        store_rows(p_x + HALF, first, exists, s_token, tl.fma(-a, sin, b * cos), BLOCK, HALF)
+    else:
+        store_rows(p_x, first, exists, s_token, g, BLOCK, D)
+
+
+@triton.jit
+def _query_gradient_step(
+    p_k, p_v, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What one block of keys adds to the gradient of a tile of turned queries."""
+    keys = start + tl.arange(0, BLOCK_N)
+    there = keys < end
+    k = load_rows(p_k, start, there, s_token, BLOCK_N, D, MASKED)
+    v = load_rows(p_v, start, there, s_token, BLOCK_N, D, MASKED)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    p = tl.exp2(tl.fma(s, scale_log2, -lse[:, None]))  # [BM, BN]
+    if MASKED:
+        p = tl.where(within(keys, lo, hi), p, 0.0)
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    ds = (p * (dp - delta[:, None])).to(k.dtype)
+    return tl.dot(ds, k, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def query_gradient_kernel(
+    p_qkv, p_dqkv, p_out, p_dout, p_lse, p_delta, p_cos, p_sin, p_bounds, p_tiles, s_token, s_slot, s_head,
+    s_out_token, s_out_head, n_tokens, scale, scale_log2,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TURN_BACK: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of queries and one head, and delta = rowsum(out * dout) for the other kernel; grid (W, H)."""
+    head = tl.program_id(1).to(tl.int64)
+    first, last, begin, end, exists = load_tile(p_tiles, BLOCK_M)
+    lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)
+    p_q = p_qkv + head * s_head
+    p_k, p_v = p_q + s_slot, p_q + 2 * s_slot
+    dout = load_rows(p_dout + head * s_out_head, first, exists, s_out_token, BLOCK_M, D, True)
+    out = load_rows(p_out + head * s_out_head, first, exists, s_out_token, BLOCK_M, D, True)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    o_row = head * n_tokens + wide(first) + tl.arange(0, BLOCK_M)
+    tl.store(p_delta + o_row, delta, mask=exists)
+    lse = tl.load(p_lse + o_row, mask=exists, other=0.0)
+    q = load_rows(p_q, first, exists, s_token, BLOCK_M, D, True)
+    dq = tl.zeros([BLOCK_M, D], tl.float32)
+    plain = unmasked_end(p_bounds, first, last, begin, end, BLOCK_N)
+    for start in tl.range(begin, plain, BLOCK_N, num_stages=STAGES):
+        dq = _query_gradient_step(
+            p_k, p_v, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2, D, BLOCK_N, False, PRECISION
+        )
+    for start in tl.range(plain, end, BLOCK_N, num_stages=STAGES):
+        dq = _query_gradient_step(
+            p_k, p_v, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2, D, BLOCK_N, True, PRECISION
+        )
+    p_dq = p_dqkv + head * s_head
+    _store_gradient(p_dq, p_cos, p_sin, first, exists, s_token, dq * scale, BLOCK_M, D, TURN_BACK)
+
+
+@triton.jit
+def _key_gradient_step(
+    p_q, p_dout, p_lse, p_delta, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token, scale_log2,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What one block of queries adds to the gradients of a tile of turned keys and of values."""
+    rows = start + tl.arange(0, BLOCK_M)
+    there = rows < end
+    q = load_rows(p_q, start, there, s_token, BLOCK_M, D, MASKED)
+    dout = load_rows(p_dout, start, there, s_out_token, BLOCK_M, D, MASKED)
+    p_l, p_d = p_lse + wide(start) + tl.arange(0, BLOCK_M), p_delta + wide(start) + tl.arange(0, BLOCK_M)
+    if MASKED:
+        lse, delta = tl.load(p_l, mask=there, other=0.0), tl.load(p_d, mask=there, other=0.0)
+    else:
+        lse, delta = tl.load(p_l), tl.load(p_d)
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    p = tl.exp2(tl.fma(s, scale_log2, -lse[None, :]))  # [BN, BM]
+    if MASKED:
+        p = tl.where(within(rows, lo, hi), p, 0.0)  # a key meets the queries of its own interval
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    ds = (p * (dp - delta[None, :])).to(q.dtype)
+    return tl.dot(ds, q, dk, input_precision=PRECISION), dv
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def key_gradient_kernel(
+    p_qkv, p_dqkv, p_dout, p_lse, p_delta, p_cos, p_sin, p_bounds, p_tiles, s_token, s_slot, s_head, s_out_token,
+    s_out_head, n_tokens, scale, scale_log2,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TURN_BACK: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of BLOCK_N keys and one head; grid (W, H), tiles made for BLOCK_N."""
+    head = tl.program_id(1).to(tl.int64)
+    first, last, begin, end, exists = load_tile(p_tiles, BLOCK_N)
+    lo, hi = load_bounds(p_bounds, first, exists, BLOCK_N)
+    p_q = p_qkv + head * s_head
+    k = load_rows(p_q + s_slot, first, exists, s_token, BLOCK_N, D, True)
+    v = load_rows(p_q + 2 * s_slot, first, exists, s_token, BLOCK_N, D, True)
+    p_do, p_l, p_d = p_dout + head * s_out_head, p_lse + head * n_tokens, p_delta + head * n_tokens
+    dk = tl.zeros([BLOCK_N, D], tl.float32)
+    dv = tl.zeros([BLOCK_N, D], tl.float32)
+    plain = unmasked_end(p_bounds, first, last, begin, end, BLOCK_M)
+    for start in tl.range(begin, plain, BLOCK_M, num_stages=STAGES):
+        dk, dv = _key_gradient_step(
+            p_q, p_do, p_l, p_d, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token, scale_log2,
+            D, BLOCK_M, False, PRECISION,
+        )  # fmt: skip
+    for start in tl.range(plain, end, BLOCK_M, num_stages=STAGES):
+        dk, dv = _key_gradient_step(
+            p_q, p_do, p_l, p_d, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token, scale_log2,
+            D, BLOCK_M, True, PRECISION,
+        )  # fmt: skip
+    p_dk = p_dqkv + head * s_head + s_slot
+    _store_gradient(p_dk, p_cos, p_sin, first, exists, s_token, dk * scale, BLOCK_N, D, TURN_BACK)
+    store_rows(p_dk + s_slot, first, exists, s_token, dv, BLOCK_N, D)
