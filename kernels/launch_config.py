@@ -22,12 +22,17 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Settings of the three kernels; `precision` is what float32 products run in."""
+    """Settings of the three kernels.
+
+    `precision` is what float32 products run in. `dense_from`: one single segment of at least so many tokens is left to
+    torch's own attention by the backend "auto"; None: never, or not measured.
+    """
 
     forward: LaunchConfig
     query_gradient: LaunchConfig
     key_gradient: LaunchConfig
     precision: str
+    dense_from: int | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 segments.
 """
 
-from exaonepath.ops.fragment_attention import ATTENTION_BACKENDS, fragment_attention
+from exaonepath.ops.fragment_attention import ATTENTION_BACKENDS, fragment_attention, resolve_backend
 from exaonepath.ops.fragment_layout import FragmentLayout, Segments, build_fragment_layout
 from exaonepath.ops.rotary import Rotation, apply_rotation, rotary_periods
 
@@ -16,5 +16,6 @@ __all__ = [
     "apply_rotation",
     "build_fragment_layout",
     "fragment_attention",
+    "resolve_backend",
     "rotary_periods",
 ]

@@ -7,18 +7,68 @@ T x T.
 
 from __future__ import annotations
 
+import logging
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from exaonepath.errors import SettingsError
+from exaonepath.kernels.launch_config import attention_config
 from exaonepath.ops import cpu_attention
 from exaonepath.ops.fragment_layout import Segments
 from exaonepath.ops.rotary import Rotation, apply_rotation, rotate_inplace
-from exaonepath.ops.triton_attention import triton_attention
+from exaonepath.ops.triton_attention import triton_attention, unable, unsuited
 from exaonepath.reference.fragment_attention import dense_fragment_attention
 
-ATTENTION_BACKENDS = ("sdpa", "eager", "triton")
+logger = logging.getLogger(__name__)
+
+ATTENTION_BACKENDS = ("auto", "sdpa", "eager", "triton")
+
+_told: set[str] = set()
+
+
+def resolve_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, segments: Segments | None = None
+) -> str:
+    """The backend that will run: the one that was asked for, or for "auto" the best that can.
+
+    "auto" is triton on a CUDA device the kernels can run on and sdpa elsewhere; a CUDA device they cannot serve is told
+    once, at WARNING. Where torch's own kernel measured faster on one long segment, that segment goes there.
+
+    Args:
+        backend: one of ATTENTION_BACKENDS.
+        device, dtype, head_dim: of the queries.
+        segments: what will be attended in; None where that is not known yet.
+
+    Raises:
+        SettingsError: unknown backend.
+    """
+    if backend not in ATTENTION_BACKENDS:
+        raise SettingsError(f"unknown attention backend {backend!r}; choose one of {', '.join(ATTENTION_BACKENDS)}")
+    if backend != "auto":
+        return backend
+    if device.type != "cuda" or not _kernels_serve(device, dtype, head_dim):
+        return "sdpa"
+    dense_from = _dense_from(device, dtype, head_dim)
+    if dense_from is not None and segments is not None and len(segments.lengths) == 1:
+        return "sdpa" if segments.n_tokens >= dense_from else "triton"
+    return "triton"
+
+
+@torch.compiler.assume_constant_result
+def _kernels_serve(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    reason = unsuited(dtype, head_dim, 0) or unable(device)
+    if reason is not None and reason not in _told:
+        _told.add(reason)
+        logger.warning("%s; attention runs through torch's scaled_dot_product_attention", reason)
+    return reason is None
+
+
+@torch.compiler.assume_constant_result
+def _dense_from(device: torch.device, dtype: torch.dtype, head_dim: int) -> int | None:
+    return attention_config(torch.cuda.get_device_capability(device), dtype.itemsize, head_dim).dense_from
 
 
 def fragment_attention(
@@ -26,7 +76,7 @@ def fragment_attention(
     segments: Segments,
     rotation: Rotation | None = None,
     *,
-    backend: str = "sdpa",
+    backend: str = "auto",
     scale: float | None = None,
     overwrite_qkv: bool = False,
 ) -> Tensor:
@@ -36,9 +86,9 @@ def fragment_attention(
         qkv: [T, 3, H, D] packed queries, keys and values, floating point, last dimension contiguous.
         segments: which tokens attend to each other; covers all T tokens.
         rotation: 2D rotation of queries and keys (RoPE blocks); None leaves them as they are (NoPE blocks).
-        backend: "sdpa", "eager" (holds T x T, for tests), or "triton" (CUDA; float32, float16 or bfloat16; head
-            dimension 32, 64 or 128).
-        scale: factor on the scores; default D ** -0.5.
+        backend: "triton" (CUDA; float32, float16 or bfloat16; head dimension 32, 64 or 128), "sdpa", "eager" (holds
+            T x T, for tests), or "auto", as `resolve_backend` tells.
+        scale: positive factor on the scores; default D ** -0.5.
         overwrite_qkv: without autograd, rotate inside `qkv` instead of in a copy, and maybe put the result where the
             queries were; its contents are lost to the caller.
 
@@ -46,11 +96,9 @@ def fragment_attention(
         [T, H, D] in qkv's dtype. Differentiable in qkv.
 
     Raises:
-        SettingsError: shapes, dtype or segments do not fit, or the backend is unknown.
+        SettingsError: shapes, dtype, devices, segments or scale do not fit, or the backend is unknown.
         BackendError: the backend cannot run here.
     """
-    if backend not in ATTENTION_BACKENDS:
-        raise SettingsError(f"unknown attention backend {backend!r}; choose one of {', '.join(ATTENTION_BACKENDS)}")
     if qkv.ndim != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
         raise SettingsError(f"qkv must be floating point [T, 3, H, D], got {qkv.dtype} {list(qkv.shape)}")
     if segments.n_tokens != qkv.shape[0]:
@@ -60,6 +108,9 @@ def fragment_attention(
     if rotation is not None:
         rotation.require(qkv.shape[0], qkv.shape[3], qkv.device)
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
+    if not 0 < scale < math.inf:
+        raise SettingsError(f"scale must be a positive finite number, got {scale}")
+    backend = resolve_backend(backend, qkv.device, qkv.dtype, qkv.shape[3], segments)
     if backend == "triton":
         return triton_attention(qkv, segments, rotation, scale, overwrite_qkv)
     q, k, v = qkv.unbind(1)

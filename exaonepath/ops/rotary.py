@@ -14,6 +14,9 @@ from torch import Tensor
 
 from exaonepath.errors import SettingsError
 
+# Rows of the tables made at once: the float64 angles on the way are several times the size of the tables.
+_TABLE_ROWS = 1 << 16
+
 
 def rotary_periods(
     head_dim: int,
@@ -68,7 +71,16 @@ class Rotation:
 
     @staticmethod
     def from_coords(coords: Tensor, periods: Tensor, patch_size: int) -> Rotation:
-        """Rotation of patches at level-0 pixels [T, 2]: position is the patch centre, in units of `patch_size`."""
+        """Rotation of patches at level-0 pixels [T, 2]: position is the patch centre, in units of `patch_size`.
+
+        Raises:
+            SettingsError: a coordinate or a period is not finite, or a period is not positive.
+        """
+        if coords.is_floating_point() and not bool(coords.isfinite().all()):
+            bad = int((~coords.isfinite()).any(-1).nonzero()[0])
+            raise SettingsError(f"coordinates must be finite; row {bad} holds {coords[bad].tolist()}")
+        if not bool((periods.isfinite() & (periods > 0)).all()):
+            raise SettingsError(f"RoPE periods must be positive and finite, got {periods.tolist()}")
         positions = (coords.to(torch.float64) + patch_size // 2) / patch_size
         return Rotation(positions, periods.to(positions.device, torch.float64))
 
@@ -85,10 +97,20 @@ class Rotation:
     def cos_sin(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """cos and sin, each [T, D/2]: the D/4 angles of x, then those of y. Made once, used by every layer."""
         if dtype not in self._tables:
-            turns = (self.positions[:, :, None] / self.periods).flatten(1)
-            angles = (turns - turns.round()).mul_(2 * math.pi)
-            self._tables[dtype] = (angles.cos().to(dtype), angles.sin_().to(dtype))
+            if torch.compiler.is_compiling():
+                self._tables[dtype] = self._angles(self.positions, dtype)  # a graph would unroll the loop
+                return self._tables[dtype]
+            cos, sin = self.positions.new_empty((2, self.positions.shape[0], 2 * self.periods.numel()), dtype=dtype)
+            for start in range(0, cos.shape[0], _TABLE_ROWS):
+                rows = slice(start, start + _TABLE_ROWS)
+                cos[rows], sin[rows] = self._angles(self.positions[rows], dtype)
+            self._tables[dtype] = (cos, sin)
         return self._tables[dtype]
+
+    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        turns = (positions[:, :, None] / self.periods).flatten(1)
+        angles = (turns - turns.round()).mul_(2 * math.pi)
+        return angles.cos().to(dtype), angles.sin_().to(dtype)
 
 
 def apply_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,11 +1,24 @@
 """Every backend against float64 over the shapes that bite, with gradients."""
 
+import dataclasses
+import importlib
+
 import pytest
 import torch
 
 from exaonepath.errors import SettingsError
-from exaonepath.ops import Rotation, Segments, apply_rotation, cpu_attention, fragment_attention, rotary_periods
+from exaonepath.ops import (
+    Rotation,
+    Segments,
+    apply_rotation,
+    cpu_attention,
+    fragment_attention,
+    resolve_backend,
+    rotary_periods,
+)
 from exaonepath.reference.fragment_attention import dense_fragment_attention, rotate
+
+module = importlib.import_module("exaonepath.ops.fragment_attention")  # the name `ops` exports is the function
 
 SHAPES = {
     "one token": [1],
@@ -160,3 +173,52 @@ def test_bad_input_is_refused():
         fragment_attention(qkv[:7], segments([7]), rotation)
     with pytest.raises(SettingsError, match="head dimension 64"):
         fragment_attention(qkv, segs, Rotation(rotation.positions, rotary_periods(64)))
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(SettingsError, match="positive finite"):
+            fragment_attention(qkv, segs, scale=scale)
+    elsewhere = Segments(segs.offsets.to("meta"), segs.lengths)
+    with pytest.raises(SettingsError, match="segments are on meta, but qkv is on cpu"):
+        fragment_attention(qkv, elsewhere)
+    with pytest.raises(SettingsError, match="rotation is on meta, but the tokens are on cpu"):
+        fragment_attention(qkv, segs, Rotation(rotation.positions.to("meta"), rotation.periods))
+
+
+class Card:
+    """What resolve_backend asks of a CUDA machine, answered without one."""
+
+    def __init__(self, monkeypatch, capability):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(module, "_told", set())
+
+
+def test_auto_takes_the_kernels_on_a_card_that_can_run_them(monkeypatch):
+    pytest.importorskip("triton")
+    Card(monkeypatch, (9, 0))
+    cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
+    assert resolve_backend("auto", cuda, torch.bfloat16, 64) == "triton"
+    assert resolve_backend("auto", cpu, torch.bfloat16, 64) == "sdpa"
+    for named in ("sdpa", "eager", "triton"):
+        assert resolve_backend(named, cpu, torch.float64, 7) == named
+    with pytest.raises(SettingsError, match="unknown attention backend 'flash'; choose one of auto, sdpa"):
+        resolve_backend("flash", cpu, torch.float32, 64)
+
+
+def test_auto_says_once_why_it_takes_sdpa_on_a_card(monkeypatch, caplog):
+    pytest.importorskip("triton")
+    Card(monkeypatch, (7, 5))
+    cuda = torch.device("cuda:0")
+    for _ in range(3):
+        assert resolve_backend("auto", cuda, torch.float16, 64) == "sdpa"
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "compute capability 8.0, this GPU has 7.5" in caplog.text
+    assert resolve_backend("auto", cuda, torch.float16, 48) == "sdpa"
+    assert "head dimensions 32, 64, 128, not 48" in caplog.text
+
+
+def test_auto_leaves_one_long_segment_to_torch_where_that_measured_faster(monkeypatch):
+    pytest.importorskip("triton")
+    Card(monkeypatch, (9, 0))
+    measured = dataclasses.replace(module.attention_config((9, 0), 2, 64), dense_from=100)
+    monkeypatch.setattr(module, "attention_config", lambda *_: measured)
+    for lengths, chosen in (([99], "triton"), ([100], "sdpa"), ([100, 1], "triton")):
+        assert resolve_backend("auto", torch.device("cuda:0"), torch.bfloat16, 64, segments(lengths)) == chosen

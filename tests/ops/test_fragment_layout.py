@@ -59,6 +59,25 @@ def test_unpacking_restores_the_callers_order(case):
     assert torch.equal(rows.sort().values, mask.flatten().nonzero().flatten())
 
 
+@pytest.mark.parametrize(
+    ("offsets", "lengths", "message"),
+    [
+        ([0, 3, 2], (3, -1), "must be positive"),
+        ([0, 3, 3], (3, 0), "must be positive"),
+        ([0, 3, 6], (3, 2), "ascend from 0 by the segment lengths"),
+        ([1, 4, 6], (3, 2), "ascend from 0 by the segment lengths"),
+        ([0, 3], (3, 2), "2 segment lengths need 3 offsets, got 2"),
+        ([[0, 3]], (3,), "int64"),
+        ([0.0, 3.0], (3,), "int64"),
+    ],
+)
+def test_segments_that_do_not_fit_together_are_refused(offsets, lengths, message):
+    with pytest.raises(SettingsError, match=message):
+        Segments(torch.tensor(offsets), lengths)
+    with pytest.raises(SettingsError, match="cannot hold -2 tokens"):
+        Segments.from_lengths(torch.tensor([3, -2, 5]))
+
+
 def test_stable_inside_a_fragment():
     contour = torch.tensor([[1, 0, 1, 0, 1]])
     layout = build_fragment_layout(1, torch.ones(1, 5, dtype=torch.bool), contour)

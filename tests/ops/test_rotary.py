@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from exaonepath.errors import SettingsError
-from exaonepath.ops import Rotation, apply_rotation, rotary_periods
+from exaonepath.ops import Rotation, apply_rotation, rotary, rotary_periods
 from exaonepath.ops.rotary import rotate_inplace
 from exaonepath.reference.fragment_attention import rotate
 
@@ -41,6 +41,25 @@ def test_periods_follow_the_definition():
 def test_impossible_periods_are_refused(arguments):
     with pytest.raises(SettingsError):
         rotary_periods(**arguments)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_positions_and_periods_must_be_finite(bad):
+    with pytest.raises(SettingsError, match=r"row 1 holds \[3\.0, "):
+        rotation([[1.0, 2.0], [3.0, bad]])
+    with pytest.raises(SettingsError, match="periods must be positive and finite"):
+        Rotation.from_coords(torch.zeros(2, 2), torch.tensor([1.0, bad]), 256)
+    with pytest.raises(SettingsError, match="periods must be positive and finite"):
+        Rotation.from_coords(torch.zeros(2, 2), torch.tensor([1.0, 0.0]), 256)
+
+
+def test_tables_made_in_parts_are_the_same(monkeypatch):
+    coords = torch.randint(0, 100_000, (100, 2), generator=torch.Generator().manual_seed(2)).tolist()
+    whole = rotation(coords).cos_sin()
+    monkeypatch.setattr(rotary, "_TABLE_ROWS", 7)
+    for ours, theirs in zip(rotation(coords).cos_sin(), whole, strict=True):
+        assert torch.equal(ours, theirs)
+    assert Rotation(torch.zeros(0, 2, dtype=torch.float64), rotary_periods(64)).cos_sin()[0].shape == (0, 32)
 
 
 def test_one_angle_by_hand():
