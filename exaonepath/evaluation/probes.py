@@ -7,7 +7,7 @@ Predictions of all folds are pooled; intervals are a bootstrap over patients wit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -102,12 +102,7 @@ def linear_probe(
     Raises:
         SettingsError: fewer than two classes with two patients each.
     """
-    from sklearn.linear_model import LogisticRegression
-
-    def fit(x: np.ndarray, y: np.ndarray, groups: np.ndarray, penalty: float) -> Any:
-        return LogisticRegression(C=penalty, max_iter=200, tol=1e-3, class_weight="balanced").fit(x, y)
-
-    return _classify(embedding, labels, patients, folds, seed, _INVERSE_PENALTIES, fit, standardise=True)
+    return _classify(embedding, labels, patients, folds, seed, _INVERSE_PENALTIES, _logistic, standardise=True)
 
 
 @one_thread()
@@ -115,13 +110,45 @@ def knn_probe(
     embedding: Any, labels: Columns, patients: Columns | None = None, *, folds: int = FOLDS, seed: int = 0
 ) -> ProbeScores:
     """k nearest neighbours by cosine similarity, k chosen by an inner cross-validation; arguments of `linear_probe`."""
-    from sklearn.neighbors import KNeighborsClassifier
+    return _classify(embedding, labels, patients, folds, seed, _NEIGHBOURS, _nearest, standardise=False)
 
-    def fit(x: np.ndarray, y: np.ndarray, groups: np.ndarray, k: float) -> Any:
-        # On unit vectors Euclidean and cosine neighbours are the same.
-        return KNeighborsClassifier(min(int(k), len(y))).fit(x, y)
 
-    return _classify(embedding, labels, patients, folds, seed, _NEIGHBOURS, fit, standardise=False)
+@dataclass(frozen=True)
+class FittedProbe:
+    """A linear probe fitted once, to be scored on other patients; made by `fit_probe`.
+
+    Attributes:
+        classes: [K] labels, sorted.
+        predict: rows [m, d] to class probabilities [m, K].
+    """
+
+    classes: np.ndarray
+    predict: Callable[[np.ndarray], np.ndarray]
+
+    @one_thread()
+    def score(self, embedding: Any, labels: Columns, *, seed: int = 0) -> ProbeScores:
+        """Scores on patients that the fit did not see, one row each; rows without a label are left out.
+
+        Raises:
+            SettingsError: a class that the fit did not know.
+        """
+        x, wanted, groups = _labelled(embedding, labels, None)
+        if unknown := sorted(set(wanted) - set(self.classes)):
+            raise SettingsError(f"test patients have classes that no training patient has: {unknown}")
+        return _scores(np.searchsorted(self.classes, wanted), self.predict(x), groups, self.classes, seed)
+
+
+@one_thread()
+def fit_probe(embedding: Any, labels: Columns, *, seed: int = 0) -> FittedProbe:
+    """`linear_probe`'s model fitted on all rows (one a patient), its penalty chosen by cross-validation.
+
+    Raises:
+        SettingsError: fewer than two classes with two patients each.
+    """
+    x, names, groups = _labelled(embedding, labels, None)
+    classes, y = np.unique(names, return_inverse=True)
+    _usable_folds(y, groups, FOLDS)
+    return FittedProbe(classes, _fit_chosen(x, y, groups, _INVERSE_PENALTIES, _logistic, seed, len(classes), True))
 
 
 @one_thread()
@@ -173,26 +200,21 @@ def _classify(
     *,
     standardise: bool,
 ) -> ProbeScores:
-    from sklearn.preprocessing import StandardScaler
-
-    x, groups = probe_inputs(embedding, labels, patients)
-    known = np.array([label is not None and label == label for label in labels])  # NaN is not itself
-    names = np.array([str(label) for label in np.asarray(labels, object)[known]])
-    x, groups = x[known], groups[known]
+    x, names, groups = _labelled(embedding, labels, patients)
     classes, y = np.unique(names, return_inverse=True)
     folds = _usable_folds(y, groups, folds)
     if not standardise:
         x = unit_rows(x, "embedding")
     probability = np.zeros((len(y), len(classes)))
     for train, test in stratified_folds(y, groups, folds, seed):
-        scaler = StandardScaler(with_mean=standardise, with_std=standardise).fit(x[train])
-        inside, outside = scaler.transform(x[train]), scaler.transform(x[test])
-        best = _best_choice(inside, y[train], groups[train], choices, fit, seed)
-        model = fit(inside, y[train], groups[train], best)
-        probability[np.ix_(test, model.classes_)] = model.predict_proba(outside)
-    predicted = probability.argmax(axis=1)
+        predict = _fit_chosen(x[train], y[train], groups[train], choices, fit, seed, len(classes), standardise)
+        probability[test] = predict(x[test])
+    return _scores(y, probability, groups, classes, seed)
 
-    right = predicted == y
+
+def _scores(y: np.ndarray, probability: np.ndarray, groups: np.ndarray, classes: np.ndarray, seed: int) -> ProbeScores:
+    """Scores of class probabilities [n, K] of rows whose class is y [n]."""
+    right = probability.argmax(axis=1) == y
 
     def balanced(rows: np.ndarray) -> float:
         return _balanced_accuracy(y[rows], right[rows])
@@ -209,6 +231,51 @@ def _classify(
     )
 
 
+def _logistic(x: np.ndarray, y: np.ndarray, penalty: float) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=penalty, max_iter=200, tol=1e-3, class_weight="balanced").fit(x, y)
+
+
+def _nearest(x: np.ndarray, y: np.ndarray, k: float) -> Any:
+    from sklearn.neighbors import KNeighborsClassifier
+
+    # On unit vectors Euclidean and cosine neighbours are the same.
+    return KNeighborsClassifier(min(int(k), len(y))).fit(x, y)
+
+
+def _labelled(embedding: Any, labels: Columns, patients: Columns | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Embedding, label text and patient code of the rows that have a label."""
+    x, groups = probe_inputs(embedding, labels, patients)
+    known = np.array([label is not None and label == label for label in labels], bool)  # NaN is not itself
+    return x[known], np.array([str(label) for label in np.asarray(labels, object)[known]]), groups[known]
+
+
+def _fit_chosen(
+    x: np.ndarray,
+    y: np.ndarray,
+    groups: np.ndarray,
+    choices: Sequence[float],
+    fit: Any,
+    seed: int,
+    n_classes: int,
+    standardise: bool,
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Fit with the best of `choices`; returns rows [m, d] to class probabilities [m, K]."""
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler(with_mean=standardise, with_std=standardise).fit(x)
+    inside = scaler.transform(x)
+    model = fit(inside, y, _best_choice(inside, y, groups, choices, fit, seed))
+
+    def predict(rows: np.ndarray) -> np.ndarray:
+        out = np.zeros((len(rows), n_classes))
+        out[:, model.classes_] = model.predict_proba(scaler.transform(rows))
+        return out
+
+    return predict
+
+
 def _best_choice(
     x: np.ndarray, y: np.ndarray, groups: np.ndarray, choices: Sequence[float], fit: Any, seed: int
 ) -> float:
@@ -219,7 +286,7 @@ def _best_choice(
     scores = np.zeros(len(choices))
     for train, test in stratified_folds(y, groups, min(_INNER_FOLDS, fewest), seed):
         for k, choice in enumerate(choices):
-            model = fit(x[train], y[train], groups[train], choice)
+            model = fit(x[train], y[train], choice)
             scores[k] += _balanced_accuracy(y[test], model.predict(x[test]) == y[test])
     return choices[int(scores.argmax())]
 

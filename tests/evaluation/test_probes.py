@@ -7,7 +7,7 @@ import pytest
 
 from exaonepath.errors import SettingsError
 from exaonepath.evaluation.intervals import across_runs, bootstrap, bootstrap_mean
-from exaonepath.evaluation.probes import knn_probe, linear_probe, ridge_probe
+from exaonepath.evaluation.probes import fit_probe, knn_probe, linear_probe, ridge_probe
 
 PROBES = [linear_probe, knn_probe]
 
@@ -111,3 +111,13 @@ def test_across_runs():
     assert estimate.value == 2
     assert estimate.high - 2 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert math.isnan(across_runs([1.0]).low)
+
+
+def test_a_probe_fitted_once_is_scored_on_others():
+    x, y = planted(strength=4.0)
+    probe = fit_probe(x[:80], y[:80])
+    score = probe.score(x[80:], y[80:])
+    assert score.n == 40
+    assert score.balanced_accuracy.value > 0.85
+    with pytest.raises(SettingsError, match="type 9"):
+        probe.score(x[:1], ["type 9"])
