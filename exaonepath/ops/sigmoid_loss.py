@@ -11,7 +11,8 @@ forward sweep and scaled in the backward, so the loss is differentiable once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -23,7 +24,6 @@ from exaonepath.ops.sigmoid_loss_checks import check_finite_values, check_inputs
 from exaonepath.ops.sigmoid_loss_engine import choose_engine
 from exaonepath.ops.sigmoid_loss_pairs import (
     STATISTICS,
-    Batch,
     LocalBatch,
     PairwiseInputs,
     pairwise_sigmoid,
@@ -34,11 +34,12 @@ class SigmoidLossResult(NamedTuple):
     """Only `loss` is differentiable. [P] is over the pairs in the order of `combinations(range(M), 2)`."""
 
     loss: Tensor  # []
-    pair_losses: Tensor  # [P] L_ij, 0 where n_ij = 0
+    pair_losses: Tensor  # [P] L_ij, 0 where n_ij = 0; a pair of weight 0 is not computed: NaN
     n_positive: Tensor  # [P] int64, n_ij
     n_valid: Tensor  # [P] int64, rows with modality i times rows with modality j
-    positive_logit: Tensor  # [P] mean of s over the valid positives; NaN where n_ij = 0
-    negative_logit: Tensor  # [P] mean of s over the valid negatives; NaN where there is none, or n_ij = 0
+    missing: Tensor  # [P] share of the B x B cells that are not valid
+    positive_logit: Tensor  # [P] mean of s over the valid positives; NaN where not computed
+    negative_logit: Tensor  # [P] mean of s over the valid negatives; NaN where not computed, or there is none
 
 
 def sigmoid_loss(
@@ -110,6 +111,7 @@ def as_result(loss: Tensor, statistics: Tensor) -> SigmoidLossResult:
         columns["loss"].to(loss.dtype),
         columns["n_positive"].long(),
         columns["n_valid"].long(),
+        (1 - columns["n_valid"] / columns["n_cells"].clamp(min=1)).to(loss.dtype),
         columns["positive_logit"].to(loss.dtype),
         columns["negative_logit"].to(loss.dtype),
     )
@@ -123,26 +125,11 @@ def computing_dtype(inputs: PairwiseInputs) -> torch.dtype:
     return dtype
 
 
-def run_pairs(
-    inputs: PairwiseInputs,
-    batch: Batch,
-    backend: str,
-    dtype: torch.dtype,
-    wants: Sequence[bool],
-    check_finite: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(loss, statistics, gradients in the order of `flat_inputs`), outside autograd and autocast."""
-    with torch.no_grad(), torch.autocast(inputs.patient.device.type, enabled=False):
-        engine = choose_engine(backend, inputs.patient.device, dtype)
-        if check_finite:
-            check_finite_values(inputs)
-        result = pairwise_sigmoid(inputs, engine, batch, wants or None)
-        say_no_valid_pair(result.statistics)
-    if result.gradients is None:
-        return result.loss, result.statistics, []
-    found = result.gradients
-    tensors = [g for g in found.embeddings if g is not None] + found.projections + [found.log_t, found.bias]
-    return result.loss, result.statistics, tensors
+@contextmanager
+def plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """No graph, and no autocast: dtypes have been decided."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 @torch.library.custom_op("exaonepath::sigmoid_loss", mutates_args=())
@@ -174,7 +161,13 @@ def _sigmoid_loss(
         balanced,
         names.split(","),
     )
-    return run_pairs(inputs, LocalBatch(), backend, dtype, wants, check_finite)
+    with plain_arithmetic(patient.device):
+        engine = choose_engine(backend, patient.device, dtype)
+        if check_finite:
+            check_finite_values(inputs)
+        result = pairwise_sigmoid(inputs, engine, LocalBatch(), wants or None)
+        say_no_valid_pair(result.statistics)
+    return result.loss, result.statistics, result.gradients
 
 
 @_sigmoid_loss.register_fake

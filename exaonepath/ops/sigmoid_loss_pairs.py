@@ -30,7 +30,7 @@ from exaonepath.ops.sigmoid_loss_sweep import (
 )
 
 # Columns of the statistics a forward returns for each pair.
-STATISTICS = ("loss", "n_positive", "n_valid", "positive_logit", "negative_logit")
+STATISTICS = ("loss", "n_positive", "n_valid", "n_cells", "positive_logit", "negative_logit")
 # An embedding whose projection is shorter has no direction: its unit vector and its gradient are 0.
 _SHORTEST = 1e-12
 
@@ -56,27 +56,18 @@ class PairwiseInputs:
 
 
 @dataclass
-class PairwiseGradients:
-    """Of the loss, in the inputs' shapes and the accumulator's dtype; None for embeddings that want none."""
-
-    embeddings: list[Tensor | None]
-    projections: list[Tensor]
-    log_t: Tensor
-    bias: Tensor
-
-
-@dataclass
 class PairwiseResult:
     loss: Tensor  # []
-    statistics: Tensor  # [P, 5] float64, see STATISTICS
-    gradients: PairwiseGradients | None
+    statistics: Tensor  # [P, 6] float64, see STATISTICS
+    # In the inputs' shapes and the accumulator's dtype: embeddings that want one, projections, log_t, bias.
+    gradients: list[Tensor]
 
 
 class Batch(Protocol):
     """Who the rows of this process meet: each other, or those of every process."""
 
     def count(self, patient: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
-        """Positives of each pair [P] and rows of each modality [M], int64, from availability [M, B]."""
+        """Positives of each pair [P]; rows of each modality and in all [M + 1], int64, from availability [M, B]."""
 
     def sweep(
         self,
@@ -100,7 +91,7 @@ class LocalBatch:
     """One process holds the whole batch."""
 
     def count(self, patient: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
-        return count_positives(patient, available, patient, available), available.sum(1)
+        return count_positives(patient, available, patient, available), count_rows(available)
 
     def sweep(
         self,
@@ -118,6 +109,11 @@ class LocalBatch:
 
     def total(self, sums: Tensor) -> Tensor:
         return sums
+
+
+def count_rows(available: Tensor) -> Tensor:
+    """Rows that have each modality, then all rows: int64 [M + 1] from availability [M, B]."""
+    return torch.cat([available.sum(1), available.new_full((1,), available.shape[1], dtype=torch.int64)])
 
 
 def count_positives(row_ids: Tensor, row_available: Tensor, column_ids: Tensor, column_available: Tensor) -> Tensor:
@@ -178,40 +174,65 @@ def pairwise_sigmoid(
     Raises:
         SettingsError: exp(t) or the bias of a pair is not finite.
     """
-    device, pairs = inputs.patient.device, inputs.pairs
+    device, dtype, pairs = inputs.patient.device, engine.accumulator, inputs.pairs
     rows = _present_rows(inputs)
     ids = [inputs.patient if r is None else inputs.patient[r] for r in rows]
     scales, biases, n_positive, n_rows = _numbers(inputs, engine, batch)
     weight_sum = math.fsum(w for w, n in zip(inputs.pair_weights, n_positive, strict=True) if n)
-    gradients = None if wants is None else _zero_gradients(inputs, engine, rows, wants)
     sums = torch.zeros((len(pairs), N_SUMS), dtype=torch.float64, device=device)
-    factors = []
+    # Embeddings' gradients are gathered for the rows that are there, and spread out at the end.
+    h_gradients = [
+        torch.zeros((ids_m.numel(), h.shape[1]), dtype=dtype, device=device) if wanted else None
+        for h, ids_m, wanted in zip(inputs.embeddings, ids, wants or [False] * len(ids), strict=True)
+    ]
+    w_gradients: list[Tensor | None] = [None] * len(inputs.projections)
+    factors = [0.0] * len(pairs)
     for index, (i, j) in enumerate(pairs):
         positives, valid = n_positive[index], n_rows[i] * n_rows[j]
-        factors.append(inputs.pair_weights[index] / (weight_sum * positives) if positives and weight_sum else 0.0)
-        if not positives:
+        if not positives or not inputs.pair_weights[index]:
             continue
+        factors[index] = inputs.pair_weights[index] / (weight_sum * positives)
         pos_weight = (valid - positives) / positives if inputs.balanced else (inputs.pos_weight or 1.0)
         constants = PairConstants.build(scales[index], biases[index], pos_weight, device)
         sides = [
             _Side(inputs.embeddings[m], rows[m], inputs.projections[2 * index + position], engine)
             for position, m in enumerate((i, j))
         ]
-        u, v = (side.project() for side in sides)
-        slopes = None if gradients is None else (torch.zeros_like(u), torch.zeros_like(v))
-        batch.sweep(
-            j, u.to(engine.operand), v.to(engine.operand), ids[i], ids[j], constants, engine, sums[index], slopes
-        )
-        if gradients is None or slopes is None:
+        units = [side.project() for side in sides]
+        slopes = None if wants is None else (torch.zeros_like(units[0]), torch.zeros_like(units[1]))
+        u, v = (unit.to(engine.operand) for unit in units)
+        batch.sweep(j, u, v, ids[i], ids[j], constants, engine, sums[index], slopes)
+        if slopes is None:
             continue
         factor = factors[index] * scales[index]
-        for position, (m, side, unit) in enumerate(zip((i, j), sides, (u, v), strict=True)):
-            weight_gradient = side.back(unit, slopes[position], factor, gradients.embeddings[m])
-            gradients.projections[2 * index + position] = weight_gradient.to(engine.accumulator)
-        del u, v, slopes, unit
-    if gradients is not None:
-        _finish_gradients(gradients, inputs, engine, rows, sums, scales, factors)
-    return _result(inputs, engine, batch.total(sums), n_positive, n_rows, weight_sum, gradients)
+        for position, m in enumerate((i, j)):
+            gradient = sides[position].back(units[position], slopes[position], factor, h_gradients[m])
+            w_gradients[2 * index + position] = gradient.to(dtype)
+        del sides, units, slopes, u, v
+    gradients: list[Tensor] = []
+    if wants is not None:
+        gradients += [
+            _spread(gradient, present, len(inputs.patient))
+            for gradient, present in zip(h_gradients, rows, strict=True)
+            if gradient is not None
+        ]
+        gradients += [
+            torch.zeros(w.shape, dtype=dtype, device=device) if gradient is None else gradient
+            for w, gradient in zip(inputs.projections, w_gradients, strict=True)
+        ]
+        weights = sums.new_tensor([[f * s for f, s in zip(factors, scales, strict=True)], factors])
+        gradients += [(sums[:, SUM_G_DOTS] * weights[0]).to(dtype), (sums[:, SUM_G] * weights[1]).to(dtype)]
+    loss, statistics = _summary(inputs, batch.total(sums), n_positive, n_rows, weight_sum)
+    return PairwiseResult(loss.to(dtype), statistics, gradients)
+
+
+def _spread(gradient: Tensor, rows: Tensor | None, n_rows: int) -> Tensor:
+    """[n, E] of the rows that are there to [B, E], zero elsewhere."""
+    if rows is None:
+        return gradient
+    out = gradient.new_zeros((n_rows, gradient.shape[1]))
+    out[rows] = gradient
+    return out
 
 
 def _present_rows(inputs: PairwiseInputs) -> list[Tensor | None]:
@@ -224,7 +245,7 @@ def _present_rows(inputs: PairwiseInputs) -> list[Tensor | None]:
 def _numbers(
     inputs: PairwiseInputs, engine: Engine, batch: Batch
 ) -> tuple[list[float], list[float], list[int], list[int]]:
-    """exp(t), b, positives of each pair and rows of each modality, brought to the host before any sweep starts."""
+    """exp(t), b, positives of each pair, rows of each modality and in all: on the host before any sweep starts."""
     available = inputs.availability
     if available is None:
         available = torch.ones((len(inputs.embeddings), len(inputs.patient)), device=inputs.patient.device).bool()
@@ -241,65 +262,22 @@ def _numbers(
     return scales, biases, positives.tolist(), n_rows.tolist()
 
 
-def _zero_gradients(
-    inputs: PairwiseInputs, engine: Engine, rows: Sequence[Tensor | None], wants: Sequence[bool]
-) -> PairwiseGradients:
-    """Embeddings' gradients are gathered for the rows that are there, and spread out at the end."""
-    device, dtype = inputs.patient.device, engine.accumulator
-    embeddings = [
-        torch.zeros((h.shape[0] if r is None else r.numel(), h.shape[1]), dtype=dtype, device=device)
-        if wanted
-        else None
-        for h, r, wanted in zip(inputs.embeddings, rows, wants, strict=True)
-    ]
-    # Never written into, only replaced: those of pairs without a positive stay an expanded zero until the end.
-    projections = [torch.zeros((), dtype=dtype, device=device).expand(w.shape) for w in inputs.projections]
-    return PairwiseGradients(embeddings, projections, inputs.log_t, inputs.bias)
-
-
-def _finish_gradients(
-    gradients: PairwiseGradients,
-    inputs: PairwiseInputs,
-    engine: Engine,
-    rows: Sequence[Tensor | None],
-    sums: Tensor,
-    scales: Sequence[float],
-    factors: Sequence[float],
-) -> None:
-    for m, (found, present) in enumerate(zip(gradients.embeddings, rows, strict=True)):
-        if found is not None and present is not None:
-            spread = found.new_zeros(inputs.embeddings[m].shape)
-            spread[present] = found
-            gradients.embeddings[m] = spread
-    gradients.projections = [g.contiguous() for g in gradients.projections]
-    weights = sums.new_tensor([factors, [f * s for f, s in zip(factors, scales, strict=True)]]).reshape(2, -1)
-    gradients.bias = (sums[:, SUM_G] * weights[0]).to(engine.accumulator)
-    gradients.log_t = (sums[:, SUM_G_DOTS] * weights[1]).to(engine.accumulator)
-
-
-def _result(
-    inputs: PairwiseInputs,
-    engine: Engine,
-    sums: Tensor,
-    n_positive: Sequence[int],
-    n_rows: Sequence[int],
-    weight_sum: float,
-    gradients: PairwiseGradients | None,
-) -> PairwiseResult:
+def _summary(
+    inputs: PairwiseInputs, sums: Tensor, n_positive: Sequence[int], n_rows: Sequence[int], weight_sum: float
+) -> tuple[Tensor, Tensor]:
+    """The loss, and the columns of STATISTICS."""
     n_valid = [n_rows[i] * n_rows[j] for i, j in inputs.pairs]
-    counts = sums.new_tensor([n_positive, n_valid]).reshape(2, -1)
-    losses = sums[:, LOSS] / counts[0].clamp(min=1)
-    # A pair without a positive is not swept: it has no logits to speak of, and 0 / 0 is what says so.
-    swept = counts[0] > 0
-    statistics = torch.stack(
-        [
-            losses,
-            *counts,
-            sums[:, POSITIVE_LOGITS] / counts[0],
-            torch.where(swept, sums[:, NEGATIVE_LOGITS] / (counts[1] - counts[0]), math.nan),
-        ],
-        dim=1,
-    )
-    weights = sums.new_tensor(list(inputs.pair_weights)) / (weight_sum or 1.0)
-    loss = (losses * weights * swept).sum().to(engine.accumulator)
-    return PairwiseResult(loss, statistics, gradients)
+    counts = sums.new_tensor([n_positive, n_valid, [n_rows[-1] ** 2] * len(n_valid)])
+    positives, valid = counts[0], counts[1]
+    weights = sums.new_tensor(list(inputs.pair_weights))
+    losses = sums[:, LOSS] / positives.clamp(min=1)
+    loss = (losses * weights).sum() / (weight_sum or 1.0)
+    # What was not swept is not known. Without a positive the loss of a pair is 0 by definition, with weight 0 unknown.
+    unknown = (positives == 0) | (weights == 0)
+    logits = [sums[:, POSITIVE_LOGITS] / positives, sums[:, NEGATIVE_LOGITS] / (valid - positives)]
+    columns = [
+        torch.where((positives > 0) & (weights == 0), math.nan, losses),
+        *counts,
+        *[torch.where(unknown, math.nan, mean) for mean in logits],
+    ]
+    return loss, torch.stack(columns, dim=1)
