@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <climits>
+#include <cstring>
 #include <stdexcept>
 
 #include "cuda_check.h"
@@ -22,11 +23,11 @@ constexpr int kRowsAtOnce = 4;  // their loads are all under way before the firs
 constexpr int kUsedSums = 6;
 
 struct Tile {
-  const float* dots;             // [rows, cols], row stride ld_dots
-  const std::int64_t* row_ids;   // [rows]
-  const std::int64_t* col_ids;   // [cols]
-  const double* params;          // [3]
-  double* block_sums;            // [kUsedSums, blocks]
+  const float* dots;            // [rows, cols], row stride ld_dots
+  const std::int64_t* row_ids;  // [rows]
+  const std::int64_t* col_ids;  // [cols]
+  const double* params;         // [3]
+  double* block_sums;           // [kUsedSums, blocks]
   std::int64_t rows, cols, ld_dots, ld_grad;
   std::int64_t blocks, blocks_across;
 };
@@ -93,14 +94,21 @@ __device__ __forceinline__ void store(float* p, float g) { *p = g; }
 __device__ __forceinline__ void store(__half* p, float g) { *p = __float2half_rn(g); }
 __device__ __forceinline__ void store(__nv_bfloat16* p, float g) { *p = __float2bfloat16_rn(g); }
 
+template <typename Pair>
+__device__ __forceinline__ uint2 bits_of(const Pair (&pairs)[2]) {
+  uint2 bits;
+  static_assert(sizeof pairs == sizeof bits, "four halves");
+  memcpy(&bits, pairs, sizeof bits);
+  return bits;
+}
 __device__ __forceinline__ void store4(float* p, const float4& g) { *reinterpret_cast<float4*>(p) = g; }
 __device__ __forceinline__ void store4(__half* p, const float4& g) {
   const __half2 pairs[2] = {__floats2half2_rn(g.x, g.y), __floats2half2_rn(g.z, g.w)};
-  *reinterpret_cast<uint2*>(p) = *reinterpret_cast<const uint2*>(pairs);
+  *reinterpret_cast<uint2*>(p) = bits_of(pairs);
 }
 __device__ __forceinline__ void store4(__nv_bfloat16* p, const float4& g) {
   const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(g.x, g.y), __floats2bfloat162_rn(g.z, g.w)};
-  *reinterpret_cast<uint2*>(p) = *reinterpret_cast<const uint2*>(pairs);
+  *reinterpret_cast<uint2*>(p) = bits_of(pairs);
 }
 
 // A thread's four neighbouring columns, all inside the tile, down the block's rows.
@@ -143,8 +151,8 @@ __device__ __forceinline__ void quads(const Tile& tile, Grad* grad, const std::i
   }
 }
 
-// Columns one by one, a block's width apart from thread to thread's neighbour so that a warp's lie side by side: for
-// what is not aligned, and for the last columns of a tile.
+// A thread's columns one by one, a block's width apart, so that those of a warp lie side by side: for what is not
+// aligned, and for the last columns of a tile.
 template <typename Grad>
 __device__ __forceinline__ void singles(const Tile& tile, Grad* grad, const std::int64_t* row_ids, int rows,
                                         std::int64_t k0, std::int64_t l0, std::int64_t l1, const Loss& loss,
@@ -163,19 +171,20 @@ __global__ void __launch_bounds__(kThreads, 4) sigmoid_pass_kernel(Tile tile, Gr
   __shared__ float params[3];
   __shared__ std::int64_t row_ids[kRows];
   __shared__ float warp_sums[kUsedSums][kWarps];
+  const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t k0 = blockIdx.x / tile.blocks_across * kRows;
   const std::int64_t l0 = blockIdx.x % tile.blocks_across * kCols;
   const int rows = static_cast<int>(min(static_cast<std::int64_t>(kRows), tile.rows - k0));
   const std::int64_t l1 = min(l0 + kCols, tile.cols);
   // Converted once a block: float64 is slow on most cards.
-  if (threadIdx.x < 3) params[threadIdx.x] = static_cast<float>(tile.params[threadIdx.x]);
-  if (threadIdx.x < rows) row_ids[threadIdx.x] = tile.row_ids[k0 + threadIdx.x];
+  if (thread < 3) params[thread] = static_cast<float>(tile.params[thread]);
+  if (thread < rows) row_ids[thread] = tile.row_ids[k0 + thread];
   __syncthreads();
   const Loss loss{params[0], params[1], params[2]};
 
   Sums sums{};
   if (kAligned) {
-    const std::int64_t l = l0 + threadIdx.x * kColsPerThread;
+    const std::int64_t l = l0 + thread * kColsPerThread;
     const std::int64_t whole = l0 + (l1 - l0) / kColsPerThread * kColsPerThread;
     if (l < whole) quads(tile, grad, row_ids, rows, k0, l, loss, sums);
     singles(tile, grad, row_ids, rows, k0, whole, l1, loss, sums);
@@ -188,13 +197,13 @@ __global__ void __launch_bounds__(kThreads, 4) sigmoid_pass_kernel(Tile tile, Gr
     float sum = sums.value[i];
 #pragma unroll
     for (int lane = 16; lane > 0; lane /= 2) sum += __shfl_down_sync(0xffffffffu, sum, lane);
-    if (threadIdx.x % 32 == 0) warp_sums[i][threadIdx.x / 32] = sum;
+    if (thread % 32 == 0) warp_sums[i][thread / 32] = sum;
   }
   __syncthreads();
-  if (threadIdx.x < kUsedSums) {
+  if (thread < kUsedSums) {
     double sum = 0;
-    for (int warp = 0; warp < kWarps; ++warp) sum += warp_sums[threadIdx.x][warp];
-    tile.block_sums[threadIdx.x * tile.blocks + blockIdx.x] = sum;
+    for (int warp = 0; warp < kWarps; ++warp) sum += warp_sums[thread][warp];
+    tile.block_sums[thread * tile.blocks + blockIdx.x] = sum;
   }
 }
 
@@ -202,14 +211,15 @@ __global__ void __launch_bounds__(kThreads, 4) sigmoid_pass_kernel(Tile tile, Gr
 __global__ void __launch_bounds__(kThreads) sigmoid_sums_kernel(const double* block_sums, std::int64_t blocks,
                                                                 double* sums) {
   __shared__ double partial[kThreads];
+  const int thread = static_cast<int>(threadIdx.x);
   double sum = 0;
-  for (std::int64_t i = threadIdx.x; i < blocks; i += kThreads) sum += block_sums[blockIdx.x * blocks + i];
-  partial[threadIdx.x] = sum;
+  for (std::int64_t i = thread; i < blocks; i += kThreads) sum += block_sums[blockIdx.x * blocks + i];
+  partial[thread] = sum;
   for (int half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
-    if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
+    if (thread < half) partial[thread] += partial[thread + half];
   }
-  if (threadIdx.x == 0) sums[blockIdx.x] += partial[0];
+  if (thread == 0) sums[blockIdx.x] += partial[0];
 }
 
 // The caller's current device, put back whatever happens.
@@ -237,9 +247,11 @@ void launch(const Tile& tile, void* grad, cudaStream_t stream) {
   const bool aligned = reinterpret_cast<std::uintptr_t>(tile.dots) % sizeof(float4) == 0 &&
                        reinterpret_cast<std::uintptr_t>(grad) % store_bytes == 0 &&
                        tile.ld_dots % kColsPerThread == 0 && tile.ld_grad % kColsPerThread == 0;
-  const auto kernel = aligned ? sigmoid_pass_kernel<Grad, true> : sigmoid_pass_kernel<Grad, false>;
-  kernel<<<static_cast<unsigned>(tile.blocks), kThreads, 0, stream>>>(tile, static_cast<Grad*>(grad));
-  check(cudaGetLastError(), "sigmoid pass: launch");
+  Grad* typed = static_cast<Grad*>(grad);
+  void* arguments[] = {const_cast<Tile*>(&tile), &typed};
+  check(cudaLaunchKernel(aligned ? sigmoid_pass_kernel<Grad, true> : sigmoid_pass_kernel<Grad, false>,
+                         dim3(static_cast<unsigned>(tile.blocks)), dim3(kThreads), arguments, 0, stream),
+        "sigmoid pass: launch");
 }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return a / b + (a % b != 0); }
@@ -277,8 +289,10 @@ void sigmoid_pass_cuda(const float* dots, void* grad, GradKind grad_kind, std::i
     case GradKind::kBfloat16: launch<__nv_bfloat16>(tile, grad, queue); break;
     default: throw std::invalid_argument("sigmoid pass: unknown kind of gradient");
   }
-  sigmoid_sums_kernel<<<kUsedSums, kThreads, 0, queue>>>(workspace, blocks, sums);
-  check(cudaGetLastError(), "sigmoid pass: launch of the sums");
+  const double* block_sums = workspace;
+  void* arguments[] = {&block_sums, const_cast<std::int64_t*>(&tile.blocks), &sums};
+  check(cudaLaunchKernel(sigmoid_sums_kernel, dim3(kUsedSums), dim3(kThreads), arguments, 0, queue),
+        "sigmoid pass: launch of the sums");
 }
 
 }  // namespace exaonepath

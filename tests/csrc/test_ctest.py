@@ -27,6 +27,7 @@ def test_ctest(tmp_path):
     run(cmake, "-S", str(ROOT), "-B", str(tmp_path), *options)
     run(cmake, "--build", str(tmp_path), "--parallel", "2")
     report = run(ctest, "--test-dir", str(tmp_path), "--verbose")
-    found = re.search(r"(\d+) checks, 0 failed", report)
-    assert found, report
-    assert int(found[1]) > 1000
+    counts = [int(count) for count in re.findall(r"(\d+) checks, 0 failed", report)]
+    # The CPU pass, and the CUDA source under an emulation: no test, or few, would be a green that says nothing.
+    assert len(counts) == 2, report
+    assert min(counts) > 500, report
