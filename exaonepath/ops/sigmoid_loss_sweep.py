@@ -62,29 +62,36 @@ class Pass(Protocol):
 
 
 def torch_pass(dots: Tensor, row_ids: Tensor, column_ids: Tensor, constants: PairConstants, sums: Tensor) -> Tensor:
-    """The pass in plain torch: any device, float32 or float64."""
-    positive = row_ids[:, None] == column_ids[None, :]
-    logits = dots * constants.scale + constants.bias
-    n_positive = positive.sum()
-    positive_logits = torch.where(positive, logits, 0).sum(dtype=torch.float64)
-    all_logits = logits.sum(dtype=torch.float64)
-    # softplus(-s) at positives, softplus(s) elsewhere; logsigmoid is exact where F.softplus cuts off at 20.
-    signed = torch.where(positive, -logits, logits)
-    terms = F.logsigmoid(-signed).neg_()
-    grad = signed.sigmoid_()
-    grad = torch.where(positive, grad * -constants.pos_weight, grad)
-    if constants.pos_weight != 1.0:
-        terms = torch.where(positive, terms * constants.pos_weight, terms)
-    found = [
-        terms.sum(dtype=torch.float64),
-        grad.sum(dtype=torch.float64),
-        (grad * dots).sum(dtype=torch.float64),
-        n_positive.double(),
-        positive_logits,
-        all_logits - positive_logits,
-    ]
-    sums[: len(found)] += torch.stack(found)
+    """The pass in plain torch: any device, float32 or float64.
+
+    Everything counts as negative first, then the few positives are put right at their places: ten times faster than
+    masks over the tile (3.3 and 39 ms for 512 x 2048 on one core).
+    """
+    at = _same(row_ids, column_ids)
+    logits = torch.add(dots.new_tensor(constants.bias), dots, alpha=constants.scale)
+    positive_logits = logits[at]
+    # Overwritten, not corrected by a difference: softplus(s) of a good positive is 10^4 times its true term.
+    terms = F.softplus(logits, threshold=50.0)
+    terms[at] = constants.pos_weight * F.softplus(-positive_logits, threshold=50.0)
+    negative_logits = logits.index_put(at, logits.new_zeros(()))
+    grad = logits.sigmoid_()
+    grad[at] = -constants.pos_weight * (-positive_logits).sigmoid()
+    # Row by row in the tile's own precision (torch adds pairwise), then in float64.
+    found = [terms.sum(1), grad.sum(1), torch.linalg.vecdot(grad, dots), None, positive_logits, negative_logits.sum(1)]
+    sums[: len(found)] += torch.stack(
+        [sums.new_tensor(at[0].numel()) if part is None else part.sum(dtype=torch.float64) for part in found]
+    )
     return grad
+
+
+def _same(row_ids: Tensor, column_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Where row_ids[k] == column_ids[l], as (k, l), without comparing all with all."""
+    ordered, order = column_ids.sort()
+    first = torch.searchsorted(ordered, row_ids)
+    count = torch.searchsorted(ordered, row_ids, right=True) - first
+    k = torch.arange(len(row_ids), device=row_ids.device).repeat_interleave(count)
+    within = torch.arange(len(k), device=k.device) - (count.cumsum(0) - count)[k]
+    return k, order[first[k] + within]
 
 
 def cpu_pass(dots: Tensor, row_ids: Tensor, column_ids: Tensor, constants: PairConstants, sums: Tensor) -> Tensor:
@@ -112,8 +119,6 @@ class CudaPass:
 
     grad_dtype: torch.dtype
 
-    _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # noqa: RUF012  GradKind of csrc/sigmoid_loss.h
-
     def __call__(
         self, dots: Tensor, row_ids: Tensor, column_ids: Tensor, constants: PairConstants, sums: Tensor
     ) -> Tensor:
@@ -126,7 +131,7 @@ class CudaPass:
         extension.sigmoid_pass_cuda(
             dots.data_ptr(),
             grad.data_ptr(),
-            self._KINDS[self.grad_dtype],
+            str(self.grad_dtype).removeprefix("torch."),
             rows,
             columns,
             dots.stride(0),
