@@ -6,24 +6,26 @@ results before it times anything; where that check fails, no speed is reported.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import platform
-import re
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-RESULTS = Path(__file__).parent / "results"
+# The helpers beside this file are no package of the project: they are imported from here, and only here.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import machine, table
+from harness.memory import peak_mb
+from harness.session import Session
+from report import lines
+
 Work = Callable[[], object]
-_M_MMAP_THRESHOLD = -3  # glibc's mallopt
 
 
 @pytest.fixture
@@ -56,9 +58,9 @@ def compare(benchmark) -> Callable[..., None]:
         benchmark.pedantic(run_ours, setup=time_baseline, rounds=rounds)
         seconds, baseline_seconds = benchmark.stats.stats.median, statistics.median(times)
         benchmark.extra_info.update(
-            seconds=_round(seconds),
-            baseline_seconds=_round(baseline_seconds),
-            ratio=_round(baseline_seconds / seconds),
+            seconds=table.rounded(seconds, 3),
+            baseline_seconds=table.rounded(baseline_seconds, 3),
+            ratio=table.rounded(baseline_seconds / seconds, 3),
             **info,
         )
         if rounds > 1:
@@ -68,49 +70,27 @@ def compare(benchmark) -> Callable[..., None]:
     return run
 
 
-def peak_mb(work: Work, device: str, *, tidy: bool = True) -> float | None:
-    """Growth of `device`'s memory during `work`, in MB; None where the system does not tell.
-
-    `tidy` keeps glibc's allocator from making the figure depend on what ran before; it costs time, so a timed run
-    goes without.
-    """
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        torch.cuda.synchronize()
-        return round((torch.cuda.max_memory_reserved() - before) / 1e6, 1)
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # what earlier work freed but glibc kept would hide growth
-    if tidy and hasattr(libc, "mallopt"):
-        # The size from which blocks are given back at once grows with use: set it, until this is measured.
-        libc.mallopt(_M_MMAP_THRESHOLD, 128 << 10)
-    try:
-        reset.write_text("5")  # the kernel's own high-water mark starts again from here
-    except OSError:
-        return None
-    before = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
-    try:
-        work()
-    finally:
-        if tidy and hasattr(libc, "mallopt"):
-            libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-    return round((int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before) * 1024 / 1e6, 1)
+def pytest_configure(config) -> None:
+    config.bench_session = Session()
 
 
 @pytest.fixture(scope="session")
-def full() -> bool:
+def session(pytestconfig) -> Session:
+    """Where benchmarks with tables of their own put their rows."""
+    return pytestconfig.bench_session
+
+
+@pytest.fixture(scope="session")
+def full(session) -> bool:
     """True where EXAONEPATH_BENCH=full asks for the sizes the README quotes (minutes instead of seconds)."""
-    return os.environ.get("EXAONEPATH_BENCH") == "full"
+    return session.full
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
     """Print the comparison as one table; with EXAONEPATH_BENCH_SAVE=1 append it to bench/results/."""
-    session = getattr(config, "_benchmarksession", None)
-    benchmarks = getattr(session, "benchmarks", [])
+    for line in lines(config.bench_session.rows):
+        terminalreporter.write_line(line)
+    benchmarks = getattr(getattr(config, "_benchmarksession", None), "benchmarks", [])
     errors = [bench for bench in benchmarks if "slide_error" in bench.extra_info]
     if errors:
         terminalreporter.write_sep("-", "relative error against float64, ours and the dense mask in the same dtype")
@@ -121,8 +101,8 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
             name = f"{info['golden']} {bench.group.split()[-1]}"
             terminalreporter.write_line(f"{name:<58}" + "".join(f"{info[key]:>10.1e}" for key in keys))
     rows = [bench for bench in benchmarks if bench.extra_info.get("ratio")]
-    if errors or rows:
-        _maybe_save(terminalreporter, errors + rows)
+    if (errors or rows) and os.environ.get("EXAONEPATH_BENCH_SAVE") == "1":
+        terminalreporter.write_line(f"appended {len(errors + rows)} rows to {_save(errors + rows)}")
     if not rows:
         return
     terminalreporter.write_sep("-", "ours against the baseline of the same run")
@@ -139,44 +119,12 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         )
 
 
-def _maybe_save(terminalreporter, rows: list[Any]) -> None:
-    if os.environ.get("EXAONEPATH_BENCH_SAVE") == "1":
-        terminalreporter.write_line(f"appended {len(rows)} rows to {_save(rows)}")
-
-
 def _save(rows: list[Any]) -> Path:
     """One JSON line a measurement, append-only, with what it takes to read it later."""
-    folder = Path(os.environ.get("OUT", RESULTS))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "pipeline.jsonl"
-    machine = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    with path.open("a") as file:
+    path = table.folder() / "pipeline.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = machine.facts()
+    with path.open("a", encoding="utf-8") as file:
         for bench in rows:
-            row = {"benchmark": bench.name, "group": bench.group, **bench.extra_info, **machine}
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"benchmark": bench.name, "group": bench.group, **bench.extra_info, **facts}) + "\n")
     return path
-
-
-def _commit() -> str | None:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return done.stdout.strip() or None
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor()
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.3g}")

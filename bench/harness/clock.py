@@ -1,0 +1,83 @@
+"""Times of several candidates, taken in turns, so that what else the machine does meets all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+# More than the L2 cache of any card so far (H200 and RTX 50: 50 to 128 MB).
+_FLUSH_BYTES = 256 << 20
+
+Step = Callable[[int], object]
+
+
+@dataclass
+class Timed:
+    """One candidate: steps that run one after the other (forward, backward), each timed on its own.
+
+    A step is called with the number of the input set and what the step before it returned.
+    """
+
+    name: str
+    steps: Sequence[Callable[..., object]]
+    seconds: list[list[float]] = field(default_factory=list)
+
+    def quantiles(self, step: int | None = None) -> tuple[float, float, float]:
+        """20, 50 and 80 per cent of the seconds of one step, or of all steps together."""
+        times = np.array(self.seconds)
+        times = times.sum(1) if step is None else times[:, step]
+        low, middle, high = np.quantile(times, (0.2, 0.5, 0.8))
+        return float(low), float(middle), float(high)
+
+
+def time_once(candidate: Timed, inputs: int, device: str) -> float:
+    """Run all steps of a candidate once, keep their seconds, return the sum."""
+    times = _cuda(candidate, inputs) if device == "cuda" else _cpu(candidate, inputs)
+    candidate.seconds.append(times)
+    return sum(times)
+
+
+def rounds_for(seconds: float, budget: float, most: int = 20, least: int = 3) -> int:
+    """How often to repeat what takes this long."""
+    return int(min(most, max(least, budget / max(seconds, 1e-9))))
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _cpu(candidate: Timed, inputs: int) -> list[float]:
+    out: object = None
+    times = []
+    for step in candidate.steps:
+        start = time.perf_counter()
+        out = step(inputs, out)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _cuda(candidate: Timed, inputs: int) -> list[float]:
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(candidate.steps) + 1)]
+    # Cold cache; and while the card clears it, the host queues the launches, so that their cost is not counted twice.
+    _scratch().zero_()
+    events[0].record()
+    out: object = None
+    for step, event in zip(candidate.steps, events[1:], strict=True):
+        out = step(inputs, out)
+        event.record()
+    torch.cuda.synchronize()
+    return [one.elapsed_time(two) / 1e3 for one, two in pairwise(events)]
+
+
+@cache
+def _scratch() -> torch.Tensor:
+    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
