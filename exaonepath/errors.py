@@ -25,6 +25,10 @@ class BackendError(ExaonePathError, RuntimeError):
     """A computation cannot run here or not on this input, ran out of memory, or gave NaN."""
 
 
+class MemoryLimitError(BackendError):
+    """A computation would need more memory than the limit or the device has; refused before anything is allocated."""
+
+
 class MissingDependencyError(BackendError):
     """An optional package is needed for this and not installed; the message names the extra that brings it."""
 

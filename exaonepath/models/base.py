@@ -66,7 +66,7 @@ class ExaonePathPreTrainedModel(PreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """transformers' hook: our backends under their own names, and nothing else."""
         if requested_attention is None:
-            return "sdpa"
+            return "auto"
         if requested_attention not in ATTENTION_BACKENDS:
             raise SettingsError(
                 f"attn_implementation={requested_attention!r} is not one of {', '.join(ATTENTION_BACKENDS)}"

@@ -1,26 +1,24 @@
 """Transformer layers of the slide encoder, over packed tokens [T, E].
 
 The residual stream, norms and softmax statistics stay in float32 whatever the dtype of the weights, autocast included:
-only matrix products run in half precision. Without autograd the layers work on the token buffer in place, a chunk of
-rows at a time, so that no intermediate is wider than the packed queries, keys and values.
+only matrix products run in half precision. Without autograd a block works on the token buffer in place: beside it exist
+the keys and values of all tokens, and for everything else only a chunk of rows (see `memory_plan`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exaonepath.models.row_checkpoint import by_rows
 from exaonepath.ops import Rotation, Segments, fragment_attention
+from exaonepath.ops.attend_rows import RowChunk, attend_rows, cut_rows, rotate_rows
 from exaonepath.ops.cpu_linear import linear
 from exaonepath.ops.rotary import rotary_periods
-
-# Rows worked on at once without autograd: enough to fill the matrix units, small beside the token buffers.
-_CHUNK_ROWS = {"cpu": 2048}
-_CHUNK_ROWS_DEVICE = 16_384
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -127,11 +125,23 @@ class SwiGLU(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.w1(x)
+        return self._apply_layers(x, self.w1, self.w2, self.w3)
+
+    def with_weights(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """This module as a function of inputs in `dtype`, weights cast once (see `projection`)."""
+        if not _is_own(self, SwiGLU):
+            return self
+        w1, w2, w3 = (projection(layer, dtype) for layer in (self.w1, self.w2, self.w3))
+        return lambda x: self._apply_layers(x, w1, w2, w3)
+
+    def _apply_layers(
+        self, x: Tensor, w1: Callable[..., Tensor], w2: Callable[..., Tensor], w3: Callable[..., Tensor]
+    ) -> Tensor:
+        gate = w1(x)
         inplace = not torch.is_grad_enabled()
         gate = F.silu(gate, inplace=inplace)
-        hidden = gate.mul_(self.w2(x)) if inplace else gate * self.w2(x)
-        out: Tensor = self.drop(self.w3(hidden))
+        hidden = gate.mul_(w2(x)) if inplace else gate * w2(x)
+        out: Tensor = self.drop(w3(hidden))
         return out
 
 
@@ -146,33 +156,111 @@ class Block(nn.Module):
         self.norm2 = norm(dim, eps=norm_eps)
         self.mlp = SwiGLU(dim, hidden, cfg["ffn_bias"], cfg["ffn_drop"])
 
-    def forward(self, x: Tensor, segments: Segments, rotation: Rotation | None, backend: str) -> Tensor:
-        """x: residual stream [T, E]; returns the stream after the block (the same buffer when autograd is off)."""
+    def forward(
+        self,
+        x: Tensor,
+        segments: Segments,
+        rotation: Rotation | None,
+        backend: str,
+        chunks: Sequence[RowChunk] | None = None,
+        rows: int | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            x: residual stream [T, E]. Without autograd it is overwritten with the result.
+            segments: which tokens attend to each other.
+            rotation: of queries and keys (RoPE blocks), or None (NoPE blocks).
+            backend: of attention, a resolved one.
+            chunks: without autograd, queries that attend together; None: all at once.
+            rows: rows that go through the linear layers together; None: all at once.
+            recompute: under autograd, keep nothing of the linear layers and compute it again in the backward pass.
+
+        Returns:
+            The stream after the block, [T, E].
+        """
+        rows = max(1, x.shape[0]) if rows is None else rows
         if torch.is_grad_enabled():
-            return self._forward_train(x, segments, rotation, backend)
-        dtype = compute_dtype(self.attn.qkv.weight)
-        qkv = torch.empty((x.shape[0], self.attn.qkv.out_features), dtype=dtype, device=x.device)
-        for rows in _chunks(x):
-            qkv[rows] = self.attn.qkv(self.norm1(x[rows]).to(dtype))
-        out = fragment_attention(self.attn.split(qkv), segments, rotation, backend=backend, overwrite_qkv=True)
-        del qkv
-        for rows in _chunks(x):
-            x[rows] += self.attn.proj_drop(self.attn.proj(out[rows].flatten(1)))
-        del out
-        for rows in _chunks(x):
-            x[rows] += self.mlp(self.norm2(x[rows]).to(dtype))
+            return self._forward_train(x, segments, rotation, backend, rows, recompute)
+        if chunks is None:
+            chunks = cut_rows(segments, max(1, x.shape[0]))
+        return self._forward_inplace(x, segments, rotation, backend, chunks, rows)
+
+    def _forward_inplace(
+        self,
+        x: Tensor,
+        segments: Segments,
+        rotation: Rotation | None,
+        backend: str,
+        chunks: Sequence[RowChunk],
+        rows: int,
+    ) -> Tensor:
+        tokens, width = x.shape
+        heads, dtype = self.attn.heads, compute_dtype(self.attn.qkv.weight)
+        to_queries = projection(self.attn.qkv, dtype, slice(None, width))
+        to_keys_values = projection(self.attn.qkv, dtype, slice(width, None))
+        proj = projection(self.attn.proj, dtype)
+        mlp = self.mlp.with_weights(dtype)
+
+        keys_values = torch.empty((tokens, 2, heads, width // heads), dtype=dtype, device=x.device)
+        largest = max((chunk.count for chunk in chunks), default=0)
+        queries = torch.empty((largest, heads, width // heads), dtype=dtype, device=x.device)
+        at_once = largest == tokens  # queries for all tokens have room: the norm serves them as well
+        for first in range(0, tokens, rows):
+            part = slice(first, first + rows)
+            normed = self.norm1(x[part]).to(dtype)
+            keys_values[part].flatten(1).copy_(to_keys_values(normed))
+            if at_once:
+                queries[part].flatten(1).copy_(to_queries(normed))
+            if rotation is not None:
+                rotate_rows(keys_values[part, 0], rotation, first, backend=backend)
+        k, v = keys_values.unbind(1)
+
+        for chunk in chunks:
+            q = queries[: chunk.count]
+            # Once keys and values exist, a row of the stream is read and written by nobody but itself.
+            stream = x[chunk.first : chunk.first + chunk.count]
+            if not at_once:
+                for target, here in zip(q.split(rows), stream.split(rows), strict=True):
+                    target.flatten(1).copy_(to_queries(self.norm1(here).to(dtype)))
+            attend_rows(q, k, v, segments, chunk, rotation, backend=backend)
+            for attended, here in zip(q.split(rows), stream.split(rows), strict=True):
+                here += self.attn.proj_drop(proj(attended.flatten(1)))
+                here += mlp(self.norm2(here).to(dtype))
         return x
 
-    def _forward_train(self, x: Tensor, segments: Segments, rotation: Rotation | None, backend: str) -> Tensor:
+    def _forward_train(
+        self, x: Tensor, segments: Segments, rotation: Rotation | None, backend: str, rows: int, recompute: bool
+    ) -> Tensor:
         dtype = compute_dtype(self.attn.qkv.weight)
-        qkv = self.attn.split(self.attn.qkv(self.norm1(x).to(dtype)))
-        out = fragment_attention(qkv, segments, rotation, backend=backend).flatten(1)
-        x = x + self.attn.proj_drop(self.attn.proj(out))
-        ffn: Tensor = self.mlp(self.norm2(x).to(dtype))
-        return x + ffn
+
+        def to_qkv(stream: Tensor) -> Tensor:
+            return projection(self.attn.qkv, dtype)(self.norm1(stream).to(dtype))
+
+        def leave(stream: Tensor, attended: Tensor) -> Tensor:
+            stream = stream + self.attn.proj_drop(projection(self.attn.proj, dtype)(attended))
+            ffn: Tensor = self.mlp.with_weights(dtype)(self.norm2(stream).to(dtype))
+            return stream + ffn
+
+        qkv = by_rows(to_qkv, (x,), (self.norm1, self.attn.qkv), rows, recompute)
+        out = fragment_attention(self.attn.split(qkv), segments, rotation, backend=backend).flatten(1)
+        del qkv
+        return by_rows(leave, (x, out), (self.attn.proj, self.norm2, self.mlp), rows, recompute)
 
 
-def _chunks(x: Tensor) -> Iterator[slice]:
-    step = _CHUNK_ROWS.get(x.device.type, _CHUNK_ROWS_DEVICE)
-    for start in range(0, x.shape[0], step):
-        yield slice(start, start + step)
+def projection(module: nn.Module, dtype: torch.dtype, rows: slice = slice(None)) -> Callable[[Tensor], Tensor]:
+    """A linear layer, or some rows of its output, as a function of inputs in `dtype`.
+
+    The weights are cast once, here. A layer that was replaced or hooked (adapters, quantisation) is called as it is.
+    """
+    if not _is_own(module, Linear):
+        return lambda x: module(x)[:, rows]
+    assert isinstance(module, Linear)
+    weight = module.weight[rows].to(dtype)
+    bias = None if module.bias is None else module.bias[rows].to(dtype)
+    return lambda x: linear(x, weight, bias)
+
+
+def _is_own(module: nn.Module, cls: type[nn.Module]) -> bool:
+    return type(module) is cls and not (module._forward_hooks or module._forward_pre_hooks)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from exaonepath.errors import SettingsError
 from exaonepath.models.base import ExaonePathPreTrainedModel
-from exaonepath.models.configuration import FFN_ALIGN, ExaonePathSlideEncoderConfig
-from exaonepath.models.layers import Block, LayerNorm, Linear, RMSNorm, RopePeriods, compute_dtype, stream_dtype
-from exaonepath.ops import FragmentLayout, Rotation, build_fragment_layout
-
-_EPS = 1e-5  # of every norm, layer norm or RMS norm
+from exaonepath.models.configuration import ExaonePathSlideEncoderConfig
+from exaonepath.models.layers import compute_dtype, stream_dtype
+from exaonepath.models.memory_plan import MemoryPlan, Workload, available_memory, parse_memory, plan_memory
+from exaonepath.models.slide_transformer import SlideTransformer, TokenOrder
+from exaonepath.models.slide_transformer import ffn_hidden as ffn_hidden
+from exaonepath.models.streaming import RowReader, RowWriter
+from exaonepath.ops import FragmentLayout, Rotation, Segments, build_fragment_layout
 
 
 @dataclass
@@ -29,81 +31,6 @@ class SlideEncoderOutput(ModelOutput):
 
     patch_embedding: Tensor | None = None
     slide_embedding: Tensor | None = None
-
-
-def ffn_hidden(embed_dim: int, ffn_ratio: float, ffn_layer: str) -> int:
-    """SwiGLU hidden width: two thirds of the plain width, rounded up to the layer's multiple."""
-    align = FFN_ALIGN[ffn_layer]
-    hidden = int(int(embed_dim * ffn_ratio) * 2 / 3)
-    return -(-hidden // align) * align
-
-
-class PatchEmbed(nn.Module):
-    """Linear projection of patch features, with an optional layer norm."""
-
-    def __init__(self, input_dim: int, embed_dim: int, use_norm: bool) -> None:
-        super().__init__()
-        self.proj = Linear(input_dim, embed_dim)
-        self.norm = LayerNorm(embed_dim, eps=_EPS) if use_norm else nn.Identity()
-
-    def forward(self, features: Tensor, dtype: torch.dtype, stream: torch.dtype) -> Tensor:
-        out: Tensor = self.norm(self.proj(features.to(dtype)).to(stream))
-        return out
-
-
-class SlideTransformer(nn.Module):
-    """CLS and storage tokens, then patches; blocks without positions alternate with fragment-wise RoPE blocks."""
-
-    def __init__(self, cfg: dict[str, Any]) -> None:
-        super().__init__()
-        dim = cfg["embed_dim"]
-        self.cfg = cfg
-        self.n_prefix = 1 + cfg["n_storage_tokens"]
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        if cfg["n_storage_tokens"]:
-            self.storage_tokens = nn.Parameter(torch.zeros(1, cfg["n_storage_tokens"], dim))
-        self.patch_embed = PatchEmbed(cfg["input_dim"], dim, cfg["embed_use_norm"])
-        self.rope_embed = RopePeriods(dim // cfg["num_heads"], cfg)
-        norm = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[cfg["norm_layer"]]
-        hidden = ffn_hidden(dim, cfg["ffn_ratio"], cfg["ffn_layer"])
-        self.blocks = nn.ModuleList(Block(cfg, hidden, norm, _EPS) for _ in range(cfg["depth"]))
-        self.norm = norm(dim, eps=_EPS)
-
-    def forward(self, features: Tensor, layout: FragmentLayout, coords: Tensor | None, backend: str) -> Tensor:
-        """features [B, N, C] to the encoder's output [B, N, E], 0 at padded patches."""
-        x, rotation = self._embed(features, layout, coords)
-        for i, block in enumerate(self.blocks):
-            if i % self.cfg["nope_interval"] == 0:
-                x = block(x, layout.slides, None, backend)
-            else:
-                x = block(x, layout.fragments, rotation, backend)
-        return layout.unpack_patches(self.norm(x))
-
-    def _embed(self, features: Tensor, layout: FragmentLayout, coords: Tensor | None) -> tuple[Tensor, Rotation | None]:
-        is_prefix = layout.is_prefix
-        patch_positions = (~is_prefix).nonzero().view(-1)
-        prefix_positions = is_prefix.nonzero().view(-1)
-        rows = layout.patch_rows[patch_positions]
-        weight = self.patch_embed.proj.weight
-        stream = stream_dtype(weight)
-
-        tokens: list[Tensor] = [self.cls_token, *([self.storage_tokens] if self.cfg["n_storage_tokens"] else [])]
-        prefix = torch.cat(tokens, 1)[0].to(stream)
-        prefix = prefix[layout.source[prefix_positions] % (layout.n_prefix + layout.n_patches)]
-        patches = self.patch_embed(features.flatten(0, 1)[rows], compute_dtype(weight), stream)
-        x = prefix.new_zeros((layout.source.numel(), prefix.shape[-1]))
-        x = x.index_copy(0, prefix_positions, prefix).index_copy(0, patch_positions, patches.to(stream))
-        if coords is None:
-            return x, None
-
-        valid_coords = coords.flatten(0, 1)[rows].to(torch.float64)
-        if not torch.isfinite(valid_coords).all():
-            raise SettingsError("patch_coords holds a non-finite value at a valid patch")
-        patch_rotation = Rotation.from_coords(valid_coords, self.rope_embed.exact(), self.cfg["patch_size"])
-        # Position 0 is an angle of 0: prefix tokens come out of the rotation as they went in.
-        positions = patch_rotation.positions.new_zeros((x.shape[0], 2))
-        positions[patch_positions] = patch_rotation.positions
-        return x, Rotation(positions, patch_rotation.periods)
 
 
 class _WsiEncoder(nn.Module):
@@ -130,6 +57,9 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
     main_input_name = "patch_features"
     component_names = ("slide", "slide-encoder", "slide_encoder", "wsi")
     _no_split_modules = ["Block"]  # noqa: RUF012
+    # Blocks, and the row-wise layers inside them, are computed again in the backward pass. `use_reentrant` of
+    # transformers' `gradient_checkpointing_kwargs` has no effect: it is always False here.
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: ExaonePathSlideEncoderConfig) -> None:
         super().__init__(config)
@@ -163,28 +93,228 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
             `SlideEncoderOutput`, in the wider dtype of features and weights.
 
         Raises:
-            SettingsError: shapes that do not fit, or non-finite coordinates.
+            SettingsError: shapes, dtypes or devices that do not fit, or coordinates that are not finite or not exact.
+            MemoryLimitError: without autograd, the slide cannot fit into the GPU's free memory.
         """
         mask = self._check(patch_features, patch_mask, patch_coords, patch_contour_index)
-        layout = build_fragment_layout(self.transformer.n_prefix, mask, patch_contour_index)
-        encoded = self.transformer(patch_features, layout, patch_coords, self.config._attn_implementation)
-
-        dtype = torch.promote_types(patch_features.dtype, self.dtype)
-        valid = mask[:, :, None]
-        count = mask.sum(1, keepdim=True).clamp(min=1)
-        features_mean = _sum_valid(patch_features, valid) / count
-        encoded_mean = encoded.sum(1) / count  # padded rows are 0
-        slide_embedding = torch.cat([features_mean.to(encoded.dtype), encoded_mean], -1).to(dtype)
-        features = torch.where(valid | torch.isfinite(patch_features), patch_features, 0)
-        patch_embedding = torch.cat([features.to(dtype), encoded.to(dtype)], -1)
-        output = SlideEncoderOutput(patch_embedding=patch_embedding, slide_embedding=slide_embedding)
+        if torch.is_grad_enabled():
+            output = self._forward_train(patch_features, mask, patch_coords, patch_contour_index)
+        else:
+            home = patch_features.device
+            output = self._infer(patch_features, mask, patch_coords, patch_contour_index, home, None)
         return output.to_tuple() if return_dict is False else output
 
-    def _check(self, features: Tensor, mask: Tensor | None, coords: Tensor | None, contour: Tensor | None) -> Tensor:
+    @torch.no_grad()
+    def encode_streamed(
+        self,
+        patch_features: Tensor | np.ndarray,
+        patch_mask: Tensor | np.ndarray | None = None,
+        patch_coords: Tensor | np.ndarray | None = None,
+        patch_contour_index: Tensor | np.ndarray | None = None,
+        *,
+        max_memory: int | str | None = None,
+    ) -> SlideEncoderOutput:
+        """Encode slides whose features, and embeddings, stay in the host's memory.
+
+        Only what a chunk of rows needs is copied to the model's device, while the chunk before is computed. The result
+        is that of `forward` to rounding.
+
+        Args:
+            patch_features, patch_mask, patch_coords, patch_contour_index: as for `forward`, arrays or tensors on the
+                host (features may also be on the model's device); features float32 or narrower save nothing else.
+            max_memory: what may be used on the model's device, weights included, in bytes or as "12GB"; None: what is
+                free on a GPU, no limit on a CPU. A lower limit leads to smaller chunks.
+
+        Returns:
+            `SlideEncoderOutput` on the host.
+
+        Raises:
+            SettingsError: as for `forward`.
+            MemoryLimitError: the slides cannot fit; said before anything is allocated, with the figure.
+        """
+        inputs = [
+            torch.from_numpy(t) if isinstance(t, np.ndarray) else t
+            for t in (patch_features, patch_mask, patch_coords, patch_contour_index)
+        ]
+        features, coords, contour = inputs[0], inputs[2], inputs[3]
+        assert features is not None
+        mask = self._check(features, inputs[1], coords, contour, streamed=True)
+        limit = None if max_memory is None else parse_memory(max_memory)
+        return self._infer(features, mask, coords, contour, torch.device("cpu"), limit)
+
+    def plan_memory(
+        self,
+        n_patches: int,
+        *,
+        max_memory: int | str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        streamed: bool = True,
+    ) -> MemoryPlan:
+        """What inference of one slide takes, without doing it.
+
+        Args:
+            n_patches: N.
+            max_memory: as for `encode_streamed`.
+            device: where it would run; None: the model's device.
+            dtype: of the matrix products, as autocast would set it; None: as now.
+            backend: of attention; None: "triton" for a GPU, "sdpa" for the CPU.
+            streamed: as `encode_streamed`, else as `forward`.
+
+        Raises:
+            MemoryLimitError: it does not fit into `max_memory`.
+        """
+        where = self.device if device is None else torch.device(device)
+        backend = backend or ("triton" if where.type == "cuda" else "sdpa")
+        tokens = n_patches + self.transformer.n_prefix
+        on_device = (not streamed, not streamed) if where.type != "cpu" else (True, True)
+        work = self._workload(tokens, n_patches, torch.float32, dtype, backend, tokens, where, on_device, True)
+        return plan_memory(work, None if max_memory is None else parse_memory(max_memory), where=str(where))
+
+    def _infer(
+        self,
+        features: Tensor,
+        mask: Tensor,
+        coords: Tensor | None,
+        contour: Tensor | None,
+        out_device: torch.device,
+        limit: int | None,
+    ) -> SlideEncoderOutput:
+        transformer, device = self.transformer, self.transformer.weight.device
+        batch, n, channels = features.shape
+        flat = features.reshape(batch * n, channels)
+        layout = build_fragment_layout(transformer.n_prefix, mask, contour)
+        order = TokenOrder.of(layout, batch * n)
+        rotation = transformer.rotation(order, coords)
+        layout, rotation = _moved(layout, rotation, device)
+
+        backend = self.config._attn_implementation
+        resolved = {name for _, name in transformer.backends(layout, backend, device).values()}
+        slowest = next(name for name in ("eager", "sdpa", "triton") if name in resolved)
+        longest = max(layout.slides.lengths, default=0)
+        here = features.device == device, out_device == device
+        work = self._workload(
+            order.n_tokens, batch * n, features.dtype, None, slowest, longest, device, here, coords is not None
+        )
+        plan = plan_memory(work, _limit(limit, work.weights, device), where=str(device))
+
+        reader = RowReader(flat, device, plan.rows)
+        x = transformer.encode(reader, layout, order, rotation, backend, plan.rows, plan.attention_rows)
+        del rotation, reader
+        return self._collect(x, features, mask, order, plan.rows, out_device)
+
+    def _collect(
+        self, x: Tensor, features: Tensor, mask: Tensor, order: TokenOrder, rows: int, out_device: torch.device
+    ) -> SlideEncoderOutput:
+        """Embeddings from the residual stream [T, E], by chunks of patches; means are summed up in float64."""
+        batch, n, channels = features.shape
+        dtype, width = torch.promote_types(features.dtype, self.dtype), x.shape[1]
+        patches = torch.empty((batch, n, channels + width), dtype=dtype, device=out_device)
+        feature_sums = torch.zeros((batch, channels), dtype=torch.float64, device=features.device)
+        encoded_sums = torch.zeros((batch, width), dtype=torch.float64, device=x.device)
+        writer = RowWriter(x.device, out_device, max(rows, 1), width, dtype)
+        for slides, part, values in self.transformer.leave(x, order, (batch, n), rows):
+            encoded_sums[slides] += values.sum(1)
+            target = patches[slides, part]
+            writer.put(values.to(dtype).flatten(0, 1), target[..., channels:].view(-1, width))
+            own = features[slides, part]
+            if not order.all_valid:
+                valid = mask[slides, part][..., None]
+                feature_sums[slides] += _sum_valid(own, valid)
+                own = torch.where(valid | torch.isfinite(own), own, 0)
+            else:
+                feature_sums[slides] += own.sum(1, dtype=torch.promote_types(own.dtype, torch.float32))
+            target[..., :channels] = own
+        writer.finish()
+        count = mask.sum(1, keepdim=True).clamp(min=1)
+        means = (feature_sums / count).to(out_device), (encoded_sums / count.to(x.device)).to(out_device)
+        return SlideEncoderOutput(patch_embedding=patches, slide_embedding=torch.cat(means, -1).to(dtype))
+
+    def _forward_train(
+        self, features: Tensor, mask: Tensor, coords: Tensor | None, contour: Tensor | None
+    ) -> SlideEncoderOutput:
+        transformer = self.transformer
+        layout = build_fragment_layout(transformer.n_prefix, mask, contour)
+        order = TokenOrder.of(layout, mask.numel())
+        rotation = transformer.rotation(order, coords)
+        packed = transformer.encode_with_grad(
+            features.flatten(0, 1), layout, order, rotation, self.config._attn_implementation
+        )
+        positions = order.positions()
+        encoded = packed.index_select(0, positions.clamp(min=0)).unflatten(0, mask.shape)
+        del packed
+        valid = mask[:, :, None]
+        if not order.all_valid:
+            encoded = torch.where(valid, encoded, 0)
+
+        dtype = torch.promote_types(features.dtype, self.dtype)
+        count = mask.sum(1, keepdim=True).clamp(min=1)
+        features_mean = _sum_valid(features, valid) / count
+        encoded_mean = encoded.sum(1) / count  # padded rows are 0
+        slide_embedding = torch.cat([features_mean.to(encoded.dtype), encoded_mean], -1).to(dtype)
+        if not order.all_valid:
+            features = torch.where(valid | torch.isfinite(features), features, 0)
+        patch_embedding = torch.cat([features.to(dtype), encoded.to(dtype)], -1)
+        return SlideEncoderOutput(patch_embedding=patch_embedding, slide_embedding=slide_embedding)
+
+    def _workload(
+        self,
+        tokens: int,
+        patches: int,
+        features: torch.dtype,
+        compute: torch.dtype | None,
+        backend: str,
+        longest: int,
+        device: torch.device,
+        here: tuple[bool, bool],
+        positions: bool,
+    ) -> Workload:
+        transformer = self.transformer
+        weight = transformer.weight
+        compute = compute_dtype(weight) if compute is None else compute
+        cast = 0
+        if compute != weight.dtype and len(transformer.blocks):
+            cast = sum(p.numel() for p in transformer.blocks[0].parameters()) * compute.itemsize
+        return Workload(
+            tokens=tokens,
+            patches=patches,
+            input_dim=transformer.cfg["input_dim"],
+            embed_dim=transformer.cfg["embed_dim"],
+            hidden_dim=transformer.hidden,
+            heads=transformer.cfg["num_heads"],
+            compute=compute,
+            stream=stream_dtype(weight),
+            weights=sum(t.nbytes for t in (*self.parameters(), *self.buffers())),
+            cast_weights=cast,
+            features=features,
+            output=torch.promote_types(features, self.dtype),
+            features_here=here[0],
+            output_here=here[1],
+            positions=positions,
+            backend=backend,
+            longest=longest,
+            device=device.type,
+        )
+
+    def _check(
+        self,
+        features: Tensor,
+        mask: Tensor | None,
+        coords: Tensor | None,
+        contour: Tensor | None,
+        streamed: bool = False,
+    ) -> Tensor:
         width = self.config.wsi["input_dim"]
         if features.ndim != 3 or features.shape[-1] != width or not features.is_floating_point():
             raise SettingsError(
                 f"patch_features must be floating point [B, N, {width}], got {features.dtype} {list(features.shape)}"
+            )
+        device = self.transformer.weight.device
+        if features.device != device and device.type != "meta" and not (streamed and features.device.type == "cpu"):
+            raise SettingsError(
+                f"patch_features is on {features.device}, but the encoder is on {device}; move one of them, or leave "
+                "the features on the host and call encode_streamed"
             )
         shape = features.shape[:2]
         for name, tensor, wanted in (
@@ -196,9 +326,35 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
                 raise SettingsError(f"{name} must be {list(wanted)} to match patch_features, got {list(tensor.shape)}")
             if tensor is not None and tensor.device != features.device:
                 raise SettingsError(f"{name} is on {tensor.device}, but patch_features is on {features.device}")
+            if tensor is not None and tensor.is_complex():
+                raise SettingsError(f"{name} must be real, got {tensor.dtype}")
         if mask is None:
             return torch.ones(shape, dtype=torch.bool, device=features.device)
         return mask if mask.dtype == torch.bool else mask != 0
+
+
+def _moved(
+    layout: FragmentLayout, rotation: Rotation | None, device: torch.device
+) -> tuple[FragmentLayout, Rotation | None]:
+    """The same on the encoder's device."""
+    if layout.source.device == device:
+        return layout, rotation
+    slides = Segments(layout.slides.offsets.to(device), layout.slides.lengths)
+    fragments = slides
+    if layout.fragments is not layout.slides:
+        fragments = Segments(layout.fragments.offsets.to(device), layout.fragments.lengths)
+    layout = FragmentLayout(layout.source, slides, fragments, layout.batch, layout.n_prefix, layout.n_patches)
+    if rotation is not None:
+        rotation = Rotation(rotation.positions.to(device), rotation.periods.to(device))
+    return layout, rotation
+
+
+def _limit(limit: int | None, weights: int, device: torch.device) -> int | None:
+    """Bytes that may be used, the weights that are there already included."""
+    free = available_memory(device)
+    if free is None:
+        return limit
+    return weights + free if limit is None else min(limit, weights + free)
 
 
 def _sum_valid(x: Tensor, valid: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ MIN_LENGTH = 512
 
 
 def can_attend(q: Tensor, length: int) -> bool:
-    """Whether `attend_segment` should serve a segment of `length` tokens, q being the packed queries [T, H, D]."""
+    """Whether `attend_segment` should serve a segment of `length` keys, q being the packed queries [T, H, D]."""
     return (
         q.device.type == "cpu"
         and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -41,14 +41,20 @@ def _has_amx() -> bool:
 
 
 def attend_segment(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
-    """softmax(q kᵀ scale) v for one segment; q, k, v, out are [L, H, D] views, `out` may share memory with q."""
-    length, heads, _ = q.shape
+    """softmax(q kᵀ scale) v for queries of one segment.
+
+    Args:
+        q, out: [R, H, D] views, R of the segment's tokens or all of them; `out` may be q itself.
+        k, v: [L, H, D] views, the whole segment.
+        scale: factor on the scores.
+    """
+    length, heads, _ = k.shape
     rows = max(_MIN_ROWS, min(_MAX_ROWS, _SCORE_BYTES // (4 * length)))
     with torch.autocast("cpu", enabled=False):
         for h in range(heads):
             queries = q[:, h].float().mul(scale)
             keys = k[:, h].float().contiguous()
             values = v[:, h].float().T.contiguous()
-            for start in range(0, length, rows):
+            for start in range(0, q.shape[0], rows):
                 scores = linear(queries[start : start + rows], keys)
                 out[start : start + rows, h] = linear(scores.softmax(-1), values)

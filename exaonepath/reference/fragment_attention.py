@@ -16,8 +16,14 @@ def rotate(x: Tensor, positions: Tensor, periods: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def dense_fragment_attention(q: Tensor, k: Tensor, v: Tensor, segment: Tensor, scale: float) -> Tensor:
-    """Attention of [T, H, D] where token i sees token j if segment[i] == segment[j]; segment is integer [T]."""
+def dense_fragment_attention(
+    q: Tensor, k: Tensor, v: Tensor, segment: Tensor, scale: float, key_segment: Tensor | None = None
+) -> Tensor:
+    """Attention of [T, H, D] where token i sees token j if segment[i] == segment[j]; segment is integer [T].
+
+    With `key_segment` [K], queries and keys are different tokens: `segment` is that of the queries alone.
+    """
+    key_segment = segment if key_segment is None else key_segment
     scores = torch.einsum("ihd,jhd->hij", q, k).to(torch.promote_types(q.dtype, torch.float32)) * scale
-    scores = scores.masked_fill(segment[:, None] != segment, -math.inf)
+    scores = scores.masked_fill(segment[:, None] != key_segment, -math.inf)
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1).to(v.dtype), v)

@@ -1,0 +1,129 @@
+"""Row-wise functions under autograd, a chunk of rows at a time, with or without keeping what they compute.
+
+A transformer's norms and linear layers act on each row alone. In chunks, and computed again in the backward pass, they
+never hold the wide hidden activations of all rows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+
+def by_rows(
+    function: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    modules: Sequence[nn.Module],
+    rows: int,
+    recompute: bool,
+) -> Tensor:
+    """`function(*inputs)`, by chunks of rows.
+
+    Both ways draw the same random numbers and sum gradients in the same order: they agree bit for bit.
+
+    Args:
+        function: [R, ...] tensors to [R, M], each row of the result from the same row of the inputs alone.
+        inputs: [T, ...] each.
+        modules: what `function` calls; their parameters get gradients.
+        rows: of a chunk.
+        recompute: keep the inputs only, and call `function` again in the backward pass.
+
+    Returns:
+        [T, M]
+    """
+    total = inputs[0].shape[0]
+    if recompute and not torch.compiler.is_compiling():
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        out: Tensor = _RowCheckpoint.apply(function, max(1, rows), len(inputs), *inputs, *parameters)
+        return out
+    if total <= rows:
+        return function(*inputs)
+    return torch.cat([function(*chunk) for chunk in zip(*(t.split(rows) for t in inputs), strict=True)])
+
+
+class _RowCheckpoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], rows: int, count: int, *tensors: Tensor) -> Tensor:
+        inputs = tensors[:count]
+        ctx.function, ctx.rows, ctx.parameters = function, rows, tensors[count:]
+        ctx.ambient, ctx.random = _Ambient(inputs[0].device), []
+        ctx.save_for_backward(*inputs)
+        out: Tensor | None = None
+        total = inputs[0].shape[0]
+        for first in range(0, max(1, total), rows):
+            ctx.random.append(_RandomState(inputs))
+            part = _call(function, [t[first : first + rows] for t in inputs], ctx.needs_input_grad[3:])[0].detach()
+            if total <= rows:
+                return part
+            if out is None:
+                out = part.new_empty((total, *part.shape[1:]))
+            out[first : first + rows] = part
+        assert out is not None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        inputs = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        of_inputs = [torch.empty_like(t) if need else None for t, need in zip(inputs, needed, strict=False)]
+        parameters = [p for p, need in zip(ctx.parameters, needed[len(inputs) :], strict=True) if need]
+        sums: list[Tensor | None] = [None] * len(parameters)
+        # Last chunk first, as autograd itself would: sums of rounded numbers depend on the order.
+        for index in reversed(range(len(ctx.random))):
+            rows = slice(index * ctx.rows, (index + 1) * ctx.rows)
+            with ctx.ambient.restored(), ctx.random[index].restored():
+                out, leaves = _call(ctx.function, [t[rows] for t in inputs], needed)
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            found = torch.autograd.grad(out, [*wanted, *parameters], gradient[rows], allow_unused=True)
+            targets = [t for t in of_inputs if t is not None]
+            for target, value in zip(targets, found, strict=False):
+                target[rows] = 0 if value is None else value
+            for i, value in enumerate(found[len(wanted) :]):
+                if value is not None:
+                    before = sums[i]
+                    sums[i] = value if before is None else before + value
+        found_sums = iter(sums)
+        of_parameters = [next(found_sums) if need else None for need in needed[len(inputs) :]]
+        return (None, None, None, *of_inputs, *of_parameters)
+
+
+def _call(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], needed: Sequence[bool]
+) -> tuple[Tensor, list[Tensor]]:
+    """The function with its graph, on leaves of its own: the same kernels run as in plain autograd."""
+    leaves = [t.detach().requires_grad_(need) for t, need in zip(inputs, needed, strict=False)]
+    with torch.enable_grad():
+        return function(*leaves), leaves
+
+
+class _Ambient:
+    """Autocast as it was in the forward pass: the backward pass may run in another thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device.type
+        self.enabled = torch.is_autocast_enabled(device.type)
+        self.dtype = torch.get_autocast_dtype(device.type)
+
+    def restored(self) -> Any:
+        return torch.autocast(self.device, self.dtype, enabled=self.enabled)
+
+
+class _RandomState:
+    """States of the generators that the CPU and the inputs' devices draw from."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.cpu = torch.get_rng_state()
+        self.devices, self.states = get_device_states(*tensors)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.cpu)
+            set_device_states(self.devices, self.states)
+            yield

@@ -1,0 +1,294 @@
+"""The transformer of the slide encoder, over the packed tokens of a batch of slides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from exaonepath.errors import SettingsError
+from exaonepath.models.configuration import FFN_ALIGN
+from exaonepath.models.layers import (
+    Block,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    RopePeriods,
+    compute_dtype,
+    projection,
+    stream_dtype,
+)
+from exaonepath.models.memory_plan import default_rows
+from exaonepath.models.row_checkpoint import by_rows
+from exaonepath.models.streaming import RowReader
+from exaonepath.ops import FragmentLayout, Rotation, Segments, resolve_backend
+from exaonepath.ops.attend_rows import cut_rows
+
+_EPS = 1e-5  # of every norm, layer norm or RMS norm
+
+
+def ffn_hidden(embed_dim: int, ffn_ratio: float, ffn_layer: str) -> int:
+    """SwiGLU hidden width: two thirds of the plain width, rounded up to the layer's multiple."""
+    align = FFN_ALIGN[ffn_layer]
+    hidden = int(int(embed_dim * ffn_ratio) * 2 / 3)
+    return -(-hidden // align) * align
+
+
+@dataclass(frozen=True)
+class TokenOrder:
+    """Packed tokens by kind, P prefix tokens a slide among them.
+
+    Attributes:
+        patch_positions: int64 [T - B * P], packed positions of the patches, ascending.
+        patch_rows: int64 [T - B * P], their rows among the caller's patches.
+        prefix_positions: int64 [B * P], packed positions of the prefix tokens, ascending.
+        prefix_kinds: int64 [B * P], which of the P tokens each one is.
+        n_rows: rows of the caller's patches.
+    """
+
+    patch_positions: Tensor
+    patch_rows: Tensor
+    prefix_positions: Tensor
+    prefix_kinds: Tensor
+    n_rows: int
+
+    @staticmethod
+    def of(layout: FragmentLayout, n_rows: int) -> TokenOrder:
+        """The order of a layout, without waiting for the device."""
+        n_patches = layout.source.numel() - layout.batch * layout.n_prefix
+        by_kind = torch.argsort(layout.is_prefix.to(torch.uint8), stable=True)
+        patches, prefix = by_kind[:n_patches], by_kind[n_patches:]
+        kinds = layout.source[prefix] % (layout.n_prefix + layout.n_patches)
+        return TokenOrder(patches, layout.patch_rows[patches], prefix, kinds, n_rows)
+
+    @property
+    def n_tokens(self) -> int:
+        """T, the number of packed tokens."""
+        return self.patch_positions.numel() + self.prefix_positions.numel()
+
+    @property
+    def all_valid(self) -> bool:
+        """Whether every one of the caller's patches is there."""
+        return self.patch_rows.numel() == self.n_rows
+
+    def positions(self) -> Tensor:
+        """int64 [rows]: packed position of each of the caller's patches, -1 where it is masked."""
+        out = torch.full((self.n_rows,), -1, dtype=torch.int64, device=self.patch_rows.device)
+        return out.index_copy_(0, self.patch_rows, self.patch_positions)
+
+    def to(self, device: torch.device) -> TokenOrder:
+        """The order on another device."""
+        return TokenOrder(
+            self.patch_positions.to(device),
+            self.patch_rows.to(device),
+            self.prefix_positions.to(device),
+            self.prefix_kinds.to(device),
+            self.n_rows,
+        )
+
+
+class PatchEmbed(nn.Module):
+    """Linear projection of patch features, with an optional layer norm."""
+
+    def __init__(self, input_dim: int, embed_dim: int, use_norm: bool) -> None:
+        super().__init__()
+        self.proj = Linear(input_dim, embed_dim)
+        self.norm = LayerNorm(embed_dim, eps=_EPS) if use_norm else nn.Identity()
+
+    def forward(self, features: Tensor, dtype: torch.dtype, stream: torch.dtype) -> Tensor:
+        out: Tensor = self.norm(projection(self.proj, dtype)(features.to(dtype)).to(stream))
+        return out
+
+
+class SlideTransformer(nn.Module):
+    """CLS and storage tokens, then patches; blocks without positions alternate with fragment-wise RoPE blocks."""
+
+    def __init__(self, cfg: dict[str, Any]) -> None:
+        super().__init__()
+        dim = cfg["embed_dim"]
+        self.cfg = cfg
+        self.n_prefix = 1 + cfg["n_storage_tokens"]
+        self.hidden = ffn_hidden(dim, cfg["ffn_ratio"], cfg["ffn_layer"])
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if cfg["n_storage_tokens"]:
+            self.storage_tokens = nn.Parameter(torch.zeros(1, cfg["n_storage_tokens"], dim))
+        self.patch_embed = PatchEmbed(cfg["input_dim"], dim, cfg["embed_use_norm"])
+        self.rope_embed = RopePeriods(dim // cfg["num_heads"], cfg)
+        norm = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[cfg["norm_layer"]]
+        self.blocks = nn.ModuleList(Block(cfg, self.hidden, norm, _EPS) for _ in range(cfg["depth"]))
+        self.norm = norm(dim, eps=_EPS)
+        # transformers' switch; see `ExaonePathPreTrainedModel`.
+        self.gradient_checkpointing = False
+
+    def _checkpoint(self, block: nn.Module, *arguments: Any) -> Tensor:
+        # What `gradient_checkpointing_enable` left here. A reentrant checkpoint runs the block without autograd, and it
+        # would work in place.
+        function: Callable[..., Tensor] = self.__dict__.get("_gradient_checkpointing_func", checkpoint)
+        return function(block, *arguments, use_reentrant=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter that stands for all: its dtype and device are the encoder's."""
+        return self.patch_embed.proj.weight
+
+    def forward(self, features: Tensor, layout: FragmentLayout, coords: Tensor | None, backend: str) -> Tensor:
+        """features [B, N, C] to the encoder's output [B, N, E], 0 at padded patches; all on the encoder's device."""
+        flat = features.flatten(0, 1)
+        order = TokenOrder.of(layout, flat.shape[0])
+        rotation = self.rotation(order, coords)
+        if torch.is_grad_enabled():
+            return layout.unpack_patches(self.encode_with_grad(flat, layout, order, rotation, backend))
+        rows = default_rows(order.n_tokens, flat.device.type)
+        reader = RowReader(flat, flat.device, rows)
+        x = self.encode(reader, layout, order, rotation, backend, rows, 4 * rows)
+        return layout.unpack_patches(self.norm(x))
+
+    def rotation(self, order: TokenOrder, coords: Tensor | None) -> Rotation | None:
+        """Rotation of the packed tokens from the caller's coordinates [B, N, 2], on their device.
+
+        Raises:
+            SettingsError: a valid patch's coordinate is not finite, or of a dtype that cannot hold it exactly.
+        """
+        if coords is None:
+            return None
+        valid = coords.flatten(0, 1).index_select(0, order.patch_rows)
+        _check_coords(valid)
+        of_patches = Rotation.from_coords(valid, self.rope_embed.exact(), self.cfg["patch_size"])
+        # Position 0 is an angle of 0: prefix tokens come out of the rotation as they went in.
+        positions = of_patches.positions.new_zeros((order.n_tokens, 2))
+        positions.index_copy_(0, order.patch_positions, of_patches.positions)
+        return Rotation(positions, of_patches.periods)
+
+    def backends(self, layout: FragmentLayout, backend: str, device: torch.device) -> dict[bool, tuple[Segments, str]]:
+        """What the NoPE blocks (True) and the RoPE blocks (False) attend in, and by which backend."""
+        dtype, head_dim = compute_dtype(self.weight), self.cfg["embed_dim"] // self.cfg["num_heads"]
+        return {
+            nope: (segments, resolve_backend(backend, device, dtype, head_dim, segments))
+            for nope, segments in ((True, layout.slides), (False, layout.fragments))
+        }
+
+    def _is_nope(self, i: int) -> bool:
+        return bool(i % self.cfg["nope_interval"] == 0)
+
+    def _prefix(self, order: TokenOrder, dtype: torch.dtype) -> Tensor:
+        tokens: list[Tensor] = [self.cls_token, *([self.storage_tokens] if self.cfg["n_storage_tokens"] else [])]
+        return torch.cat(tokens, 1)[0].to(dtype).index_select(0, order.prefix_kinds)
+
+    def encode(
+        self,
+        features: RowReader,
+        layout: FragmentLayout,
+        order: TokenOrder,
+        rotation: Rotation | None,
+        backend: str,
+        rows: int,
+        attention_rows: int,
+    ) -> Tensor:
+        """Inference, up to the last norm.
+
+        Args:
+            features: reads rows of the caller's patches, numbered as in `order`.
+            layout: of the packed tokens, on the encoder's device.
+            order: on the features' device.
+            rotation: of the packed tokens, on the encoder's device; None: positions are not used.
+            backend: of attention.
+            rows, attention_rows: see `MemoryPlan`.
+
+        Returns:
+            The residual stream after the last block, [T, E] float32 or wider.
+        """
+        dtype, stream, device = compute_dtype(self.weight), stream_dtype(self.weight), self.weight.device
+        resolved = self.backends(layout, backend, device)
+        chunks = {nope: cut_rows(segments, attention_rows) for nope, (segments, _) in resolved.items()}
+        if rotation is not None:
+            # Made in float64, which takes room: now, while there is nothing else.
+            rotation.cos_sin(torch.promote_types(dtype, torch.float32))
+        x = torch.empty((order.n_tokens, self.cfg["embed_dim"]), dtype=stream, device=device)
+        here = order.to(device)
+        x.index_copy_(0, here.prefix_positions, self._prefix(here, stream))
+        for index, positions in zip(order.patch_rows.split(rows), here.patch_positions.split(rows), strict=True):
+            x.index_copy_(0, positions, self.patch_embed(features.take(index), dtype, stream))
+        del here
+        for i, block in enumerate(self.blocks):
+            nope = self._is_nope(i)
+            segments, attention = resolved[nope]
+            x = block(x, segments, None if nope else rotation, attention, chunks[nope], rows)
+        return x
+
+    def leave(
+        self, x: Tensor, order: TokenOrder, shape: tuple[int, int], rows: int
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """The last norm, in the caller's order, 0 at padded patches.
+
+        Args:
+            x: [T, E] from `encode`. order: on any device. shape: (B, N). rows: at most this many at once.
+
+        Yields:
+            (slides, patches, values [slides, patches, E]): together every patch once.
+        """
+        batch, n = shape
+        positions = order.positions().to(x.device).view(batch, n)
+        some = max(1, rows // max(1, n))
+        for b in range(0, batch, some):
+            for first in range(0, n, rows):
+                where = slice(b, b + some), slice(first, first + rows)
+                index = positions[where]
+                values: Tensor = self.norm(x.index_select(0, index.reshape(-1).clamp(min=0)))
+                if not order.all_valid:
+                    values.masked_fill_((index.reshape(-1) < 0)[:, None], 0)
+                yield *where, values.view(*index.shape, -1)
+
+    def encode_with_grad(
+        self, features: Tensor, layout: FragmentLayout, order: TokenOrder, rotation: Rotation | None, backend: str
+    ) -> Tensor:
+        """Under autograd: features [rows, C] to the encoder's output [T, E] over packed tokens."""
+        dtype, stream = compute_dtype(self.weight), stream_dtype(self.weight)
+        resolved = self.backends(layout, backend, features.device)
+        recompute = self.gradient_checkpointing
+        rows = default_rows(order.n_tokens, features.device.type)
+
+        # In the caller's order where nothing is padded: the features are then not copied for the backward pass.
+        positions = order.patch_positions
+        if order.all_valid:
+            positions = order.positions()
+        else:
+            features = features.index_select(0, order.patch_rows)
+        embedded = by_rows(
+            lambda part: self.patch_embed(part, dtype, stream), (features,), (self.patch_embed,), rows, recompute
+        )
+        prefix = self._prefix(order, stream)
+        x = torch.cat([prefix, embedded.to(stream)]).index_select(0, _inverse(order.prefix_positions, positions))
+        del embedded
+        for i, block in enumerate(self.blocks):
+            nope = self._is_nope(i)
+            segments, attention = resolved[nope]
+            arguments = (x, segments, None if nope else rotation, attention, None, rows, recompute)
+            x = self._checkpoint(block, *arguments) if recompute else block(*arguments)
+            del arguments
+        return by_rows(self.norm, (x,), (self.norm,), rows, recompute)
+
+
+def _inverse(*positions: Tensor) -> Tensor:
+    """int64 [T]: where each packed token lies in what is concatenated from tokens at these positions."""
+    joined = torch.cat(positions)
+    return torch.empty_like(joined).index_copy_(0, joined, torch.arange(joined.numel(), device=joined.device))
+
+
+def _check_coords(coords: Tensor) -> None:
+    if coords.dtype == torch.bool or coords.is_complex():
+        raise SettingsError(f"patch_coords must be numbers of pixels, got {coords.dtype}")
+    if not coords.is_floating_point() or coords.numel() == 0:
+        return
+    largest = coords.abs().max().item()  # NaN, where there is one
+    if not largest < float("inf"):
+        raise SettingsError("patch_coords holds a non-finite value at a valid patch")
+    exact = 2 / torch.finfo(coords.dtype).eps
+    if largest >= exact:
+        raise SettingsError(
+            f"patch_coords holds {largest:.0f} as {coords.dtype}, which is exact below {exact:.0f} only: pass the "
+            "pixels as int32, int64 or float64"
+        )

@@ -1,0 +1,101 @@
+"""Rows between the host's memory and a GPU, copied while the GPU computes.
+
+Two page-locked buffers take turns: a copy from or to one of them runs while the other is filled or emptied. Where both
+ends are one device, or page-locked memory is not to be had, the same calls copy directly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BUFFERS = 2
+
+
+class _Buffers:
+    """Page-locked [rows, width], each with the event that ends the last copy from or to it."""
+
+    def __init__(self, device: torch.device, rows: int, width: int, dtype: torch.dtype) -> None:
+        self.device = device
+        self._all = [torch.empty((rows, width), dtype=dtype, pin_memory=True) for _ in range(_BUFFERS)]
+        self._events: list[torch.cuda.Event | None] = [None] * _BUFFERS
+        self._turn = 0
+
+    def next(self) -> tuple[int, Tensor]:
+        """A buffer no copy runs on any more, and its number."""
+        self._turn = (self._turn + 1) % _BUFFERS
+        self.wait(self._turn)
+        return self._turn, self._all[self._turn]
+
+    def wait(self, number: int) -> Tensor:
+        event = self._events[number]
+        if event is not None:
+            event.synchronize()
+        return self._all[number]
+
+    def mark(self, number: int) -> None:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        self._events[number] = event
+
+
+def _need_buffers(host: torch.device, device: torch.device) -> bool:
+    return host.type == "cpu" and device.type == "cuda"
+
+
+class RowReader:
+    """Rows of a [M, C] tensor on `device`, wherever the tensor lies.
+
+    Args:
+        source: [M, C]. device: where rows are wanted. rows: most of them in one call.
+    """
+
+    def __init__(self, source: Tensor, device: torch.device, rows: int) -> None:
+        self._source, self._device = source, device
+        need = _need_buffers(source.device, device)
+        self._buffers = _Buffers(device, rows, source.shape[1], source.dtype) if need else None
+
+    def take(self, index: Tensor) -> Tensor:
+        """Rows [R, C] at int64 [R] positions (on the source's device), on the reader's device."""
+        if self._buffers is None:
+            return self._source.index_select(0, index).to(self._device)
+        number, buffer = self._buffers.next()
+        part = buffer[: index.numel()]
+        torch.index_select(self._source, 0, index, out=part)
+        moved = part.to(self._device, non_blocking=True)
+        self._buffers.mark(number)
+        return moved
+
+
+class RowWriter:
+    """Writes [R, W] tensors of `device` to tensors that may be on the host; `finish` before reading those.
+
+    Args:
+        device: where values come from. host: where they go. rows: most of them in one call. width: W. dtype: theirs.
+    """
+
+    def __init__(self, device: torch.device, host: torch.device, rows: int, width: int, dtype: torch.dtype) -> None:
+        self._buffers = _Buffers(device, rows, width, dtype) if _need_buffers(host, device) else None
+        self._pending: dict[int, Tensor] = {}
+
+    def put(self, values: Tensor, target: Tensor) -> None:
+        """Copy values [R, W] to `target` of the same shape."""
+        if self._buffers is None:
+            target.copy_(values)
+            return
+        number = (self._buffers._turn + 1) % _BUFFERS
+        self._settle(number)
+        number, buffer = self._buffers.next()
+        buffer[: values.shape[0]].copy_(values, non_blocking=True)
+        self._buffers.mark(number)
+        self._pending[number] = target
+
+    def finish(self) -> None:
+        """Wait for every copy."""
+        for number in list(self._pending):
+            self._settle(number)
+
+    def _settle(self, number: int) -> None:
+        if self._buffers is not None and number in self._pending:
+            target = self._pending.pop(number)
+            target.copy_(self._buffers.wait(number)[: target.shape[0]])
