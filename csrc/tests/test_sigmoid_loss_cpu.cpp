@@ -30,8 +30,8 @@ std::vector<float> scan() {
 }
 
 // Each function at each point: the fast path (no positives in sight), the mixed path, and the loss one by one.
-// Bound: exp errs by 1 to 1.5 ulp (reduction of its argument, polynomial, product), then each of 1 + z and the quotient,
-// or of log1p and its addition, by half of one.
+// Bound: exp errs by 1 to 1.5 ulp (reduction of its argument, polynomial, product), then each of 1 + z and the
+// quotient, or of log1p and its addition, by half of one.
 void functions(const std::string& isa) {
   const std::vector<float> x = scan();
   const auto n = static_cast<std::int64_t>(x.size());

@@ -1,5 +1,5 @@
 // The CUDA pass run on the CPU: the very source, under an emulation of what it uses of CUDA (emulation/cuda_runtime.h).
-// It shows indices, edges, sums and conversions to be right; speed, and how the card rounds exp and 1/x, it cannot show.
+// It shows indices, edges, sums and conversions to be right; not speed, nor how the card rounds exp and 1/x.
 #include <cstring>
 #include <limits>
 
@@ -11,15 +11,15 @@ using exaonepath::GradKind;
 
 namespace {
 
-float value_of(float x) { return x; }
-using ::value_of;
+inline float value_of(float x) { return x; }
 
 struct Result {
   std::vector<unsigned char> grad;
   std::vector<double> sums;
 };
 
-// The pass with gradients beside the products (or in their place), in rows of ld_grad elements, the rest left as it was.
+// The pass with gradients beside the products (or in their place), in rows of ld_grad elements; `skew` moves the
+// products off their alignment.
 template <typename Grad>
 Result pass(const Tile& tile, GradKind kind, std::int64_t ld_grad, bool in_place = false, int skew = 0) {
   const double params[] = {kScale, kBias, kPosWeight};
@@ -37,23 +37,31 @@ Result pass(const Tile& tile, GradKind kind, std::int64_t ld_grad, bool in_place
 }
 
 template <typename Grad>
+std::vector<Grad> elements(const Tile& tile, const Result& result, std::int64_t ld_grad) {
+  std::vector<Grad> stored(tile.rows * tile.cols);
+  for (std::int64_t k = 0; k < tile.rows; ++k) {
+    std::memcpy(&stored[k * tile.cols], &result.grad[k * ld_grad * sizeof(Grad)], tile.cols * sizeof(Grad));
+  }
+  return stored;
+}
+
+template <typename Grad>
 void check(const Tile& tile, GradKind kind, const std::string& what, double half_ulp, double smallest) {
   // Aligned and not, by stride and by address; the vector path and the other must agree to the bit in what they store.
   std::vector<Grad> first;
   for (const std::int64_t pad : {0, 3, 4}) {
     for (const int skew : {0, 1}) {
       if (pad && skew) continue;
-      const std::int64_t ld_grad = tile.cols + pad;
+      const std::int64_t ld_grad = tile.ld + pad;
       const Result result = pass<Grad>(tile, kind, ld_grad, false, skew);
       const auto* grad = reinterpret_cast<const Grad*>(result.grad.data());
       const std::string which = what + " + " + std::to_string(pad) + (skew ? ", skewed" : "");
       // The argument of 2^x is rounded once, in units of |s|; 3 ulp for 1/x, products and log1p, two for pos_weight.
-      compare(tile, [&](std::int64_t i) { return value_of(grad[i / tile.ld * ld_grad + i % tile.ld]); },
-              result.sums.data(), which, 5, 0x1p-23, half_ulp, smallest);
-      std::vector<Grad> stored;
+      const auto got = [&](std::int64_t i) { return value_of(grad[i / tile.ld * ld_grad + i % tile.ld]); };
+      compare(tile, got, result.sums.data(), which, 5, 0x1p-23, half_ulp, smallest);
+      const std::vector<Grad> stored = elements<Grad>(tile, result, ld_grad);
       bool padding = true;
       for (std::int64_t k = 0; k < tile.rows; ++k) {
-        stored.insert(stored.end(), grad + k * ld_grad, grad + k * ld_grad + tile.cols);
         for (std::size_t i = (k * ld_grad + tile.cols) * sizeof(Grad);
              k + 1 < tile.rows && i < (k + 1) * ld_grad * sizeof(Grad); ++i) {
           padding = padding && result.grad[i] == 0xa5;
@@ -68,16 +76,17 @@ void check(const Tile& tile, GradKind kind, const std::string& what, double half
 
 void tiles() {
   unsigned seed = 100;
-  const std::pair<int, int> shapes[] = {{1, 1}, {3, 5}, {8, 1024}, {9, 1028}, {5, 1027}, {17, 2051}, {33, 4}};
+  const std::pair<int, int> shapes[] = {{1, 1}, {3, 5}, {8, 1024}, {5, 1027}, {17, 2051}, {33, 4}};
   for (const auto& [rows, cols] : shapes) {
     for (const int patients : {2, 1000}) {
-      const Tile tile = random_tile(rows, cols, cols, patients, ++seed);
+      const Tile tile = random_tile(rows, cols, (cols + 3) / 4 * 4, patients, ++seed);
       const std::string what = std::to_string(rows) + " x " + std::to_string(cols) + ", " + std::to_string(patients) +
                                " patients, ";
       check<float>(tile, GradKind::kFloat32, what + "float32", 0, 0);
       const Result beside = pass<float>(tile, GradKind::kFloat32, tile.ld);
       const Result in_place = pass<float>(tile, GradKind::kFloat32, tile.ld, true);
-      expect(beside.grad == in_place.grad && beside.sums == in_place.sums, what + "in place");
+      expect(elements<float>(tile, beside, tile.ld) == elements<float>(tile, in_place, tile.ld), what + "in place");
+      expect(beside.sums == in_place.sums, what + "sums in place");
       if (patients != 2) continue;  // what differs with the storage has been seen
       check<__half>(tile, GradKind::kFloat16, what + "float16", 0x1p-11, 0x1p-25);
       check<__nv_bfloat16>(tile, GradKind::kBfloat16, what + "bfloat16", 0x1p-8, 0);

@@ -1,6 +1,7 @@
 // As much of CUDA as csrc/*.cu use, on the CPU: the kernels' arithmetic and indices are tested where no card is.
-// Blocks run one after the other; the threads of a block are contexts that take turns, each up to its next meeting point
-// (__syncthreads, a shuffle), so that one round of turns is one meeting. Kernels that meet in branches are not served.
+// Blocks run one after the other; the threads of a block are contexts that take turns, each up to its next meeting
+// point (__syncthreads, a shuffle), so that one round of turns is one meeting. Kernels that meet in branches are not
+// served.
 #pragma once
 
 #include <ucontext.h>
