@@ -38,6 +38,7 @@ CARD_GB = 12
 _DASHED = ("sdpa_loop", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "flex_static")
 _STYLES = {
     OURS: ("#D55E00", "o", "exaonepath (this project)"),
+    f"{OURS}_streamed": ("#E69F00", "d", "exaonepath, features on the host"),
     "varlen_attn": ("#0072B2", "s", "torch varlen_attn"),
     "flash_varlen": ("#56B4E9", "D", "aten flash, varlen"),
     "cudnn_varlen": ("#009E73", "^", "aten cuDNN, varlen"),
@@ -108,7 +109,7 @@ def memory_against_patches(rows: list[Row]) -> Figure | None:
             line = sorted({r["n"]: r[column] / 1e3 for r in mine if r["status"] == "ok" and r[column]}.items())
             colour, marker, name = _STYLES[impl]
             label = name + (", checkpointing" if checkpointing else "")
-            style = {"color": colour, "marker": marker, "lw": 2.2 if impl == OURS else 1.4}
+            style = {"color": colour, "marker": marker, "lw": 2.2 if impl.startswith(OURS) else 1.4}
             axis.plot(
                 *(zip(*line, strict=True) if line else ([], [])),
                 label=label,

@@ -28,8 +28,8 @@ _GPU_FULL = [
 ]
 _CPU_FULL = [
     *[(n, 1, "equal") for n in (1_000, 2_000, 4_000, 8_000, 16_000)],
-    *[(8_000, f, "equal") for f in (8, 64, 512)],
-    *[(8_000, f, "lognormal") for f in (8, 64, 512)],
+    *[(4_000, f, "lognormal") for f in (4, 16, 64, 512)],
+    (4_000, 64, "equal"),
 ]
 _SMALL = [(512, 1, "equal"), (768, 6, "lognormal")]
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from exaonepath.errors import ExaonePathError
+
 from . import table
 from .machine import facts, source_hash
 
@@ -21,6 +23,7 @@ except ImportError:  # a torch build without Triton
 # What a candidate may raise and become a row instead of ending the run.
 FAILURES = (
     TritonError,
+    ExaonePathError,
     RuntimeError,
     ValueError,
     TypeError,
