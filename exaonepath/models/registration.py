@@ -9,10 +9,18 @@ import transformers
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from exaonepath.models.composite import ExaonePathModel
+from exaonepath.models.multimodal.alignment import ExaonePathAlignmentModel
+from exaonepath.models.multimodal.omics import ExaonePathOmicsEncoderModel
 from exaonepath.models.patch_encoder import ExaonePathPatchEncoderModel
 from exaonepath.models.slide_encoder import ExaonePathSlideEncoderModel
 
-_MODELS = (ExaonePathModel, ExaonePathPatchEncoderModel, ExaonePathSlideEncoderModel)
+_MODELS = (
+    ExaonePathModel,
+    ExaonePathPatchEncoderModel,
+    ExaonePathSlideEncoderModel,
+    ExaonePathOmicsEncoderModel,
+    ExaonePathAlignmentModel,
+)
 # From here on transformers itself prefers a locally registered class over a repository's own code.
 _PREFERS_LOCAL_CODE = (5, 23)
 
