@@ -140,17 +140,22 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> 
 
 
 def _sdpa_with_grad(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
-    parts, order = [], []
-    tokens = torch.arange(q.shape[0], device=q.device)
-    for rows, count, length in segments.equal_length_groups:
-        parts.append(_attend(q[rows], k[rows], v[rows], count, length, scale))
-        order.append(tokens[rows])
-    if not parts:
+    if not segments.lengths:
         return q * 0  # no token at all: keeps the graph connected
-    packed = torch.cat(parts)
-    inverse = torch.empty_like(tokens)
-    inverse[torch.cat(order)] = tokens
-    return packed.index_select(0, inverse)
+    # Split once: backward, that is one concatenation, while each slice would write a gradient of all tokens.
+    parts = list(zip(*(x.split(segments.lengths) for x in (q, k, v)), strict=True))
+    out: list[Tensor] = [q] * len(parts)
+    for members in segments.equal_length_members:
+        length = segments.lengths[members[0]]
+        if len(members) == 1:
+            one = parts[members[0]]
+            out[members[0]] = _attend(one[0], one[1], one[2], 1, length, scale)
+            continue
+        queries, keys, values = (torch.cat([parts[i][axis] for i in members]) for axis in range(3))
+        together = _attend(queries, keys, values, len(members), length, scale)
+        for i, attended in zip(members, together.split(length), strict=True):
+            out[i] = attended
+    return torch.cat(out)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, count: int, length: int, scale: float) -> Tensor:

@@ -94,6 +94,18 @@ class Segments:
                 groups.append((rows, first.numel(), length))
         return groups
 
+    @cached_property
+    def equal_length_members(self) -> list[list[int]]:
+        """Every segment's number once: short ones in batches of one length, as `equal_length_groups`; others alone."""
+        members: dict[int, list[int]] = {}
+        for i, length in enumerate(self.lengths):
+            members.setdefault(length if length <= _SHORT else -1 - i, []).append(i)
+        found = []
+        for batch in members.values():
+            step = min(_MAX_BATCH, max(1, _MAX_BATCH_TOKENS // self.lengths[batch[0]]))
+            found += [batch[start : start + step] for start in range(0, len(batch), step)]
+        return found
+
 
 @dataclass(frozen=True)
 class FragmentLayout:

@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from exaonepath.errors import SettingsError
 from exaonepath.ops import (
@@ -222,3 +223,26 @@ def test_auto_leaves_one_long_segment_to_torch_where_that_measured_faster(monkey
     monkeypatch.setattr(module, "attention_config", lambda *_: measured)
     for lengths, chosen in (([99], "triton"), ([100], "sdpa"), ([100, 1], "triton")):
         assert resolve_backend("auto", torch.device("cuda:0"), torch.bfloat16, 64, segments(lengths)) == chosen
+
+
+def test_the_backward_pass_of_many_segments_writes_no_more_than_that_of_one():
+    """A slice per segment would write one gradient of all tokens each: forty times the work for forty slides."""
+
+    class Written(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else [out]:
+                # Views write nothing; their storage is somebody's output already.
+                self.elements += x.numel() if isinstance(x, torch.Tensor) and x._base is None else 0
+            return out
+
+    def written(lengths):
+        qkv, segs, _ = inputs(lengths, dtype=torch.float32, rope=False)
+        out = fragment_attention(qkv.requires_grad_(), segs, None, backend="sdpa").sum()
+        with Written() as mode:
+            out.backward()
+        return mode.elements
+
+    assert written([130] * 40) < 2 * written([130 * 40])

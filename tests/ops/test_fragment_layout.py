@@ -125,3 +125,8 @@ def test_equal_length_groups_cover_every_token_once(lengths):
         for run in group:
             assert len(set(ids[run].tolist())) == 1
             assert run.diff().eq(1).all()
+
+
+def test_equal_length_members_hold_every_segment_once():
+    segments = Segments.from_lengths(torch.tensor([3, 200, 5, 3, 200, 3, 1]))
+    assert sorted(map(sorted, segments.equal_length_members)) == [[0, 3, 5], [1], [2], [4], [6]]
