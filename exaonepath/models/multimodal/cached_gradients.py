@@ -36,8 +36,8 @@ def cached_gradient_step(
     (BatchNorm) see a chunk, as in any accumulation, and update their running statistics twice.
 
     Args:
-        encode: embeddings [b, E_m] by modality name of one chunk of b rows; every chunk gives the same names. A modality
-            that is missing in some rows keeps them, and `loss` knows which.
+        encode: embeddings [b, E_m] by modality name of one chunk of b rows; every chunk gives the same names. A
+            modality that is missing in some rows keeps them, and `loss` knows which.
         chunks: at least one; their order is that of the rows `loss` sees.
         loss: from embeddings [B, E_m] of all rows to an output with a scalar `loss` (an attribute, or the output
             itself). Its own parameters get their gradients as usual.
@@ -86,9 +86,11 @@ def cached_gradient_step(
         with _synchronised_by(no_sync, last=index == len(chunks) - 1):
             embeddings = encode(chunk)
             wanted = [name for name in gradients if embeddings[name].requires_grad]
-            torch.autograd.backward(
-                [embeddings[name] for name in wanted], [gradients[name].to(embeddings[name].dtype) for name in wanted]
-            )
+            if wanted:
+                torch.autograd.backward(
+                    [embeddings[name] for name in wanted],
+                    [gradients[name].to(embeddings[name].dtype) for name in wanted],
+                )
         del embeddings
     after.restore()
     return output
