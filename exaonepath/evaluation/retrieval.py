@@ -183,26 +183,46 @@ def cross_modal_retrieval(
     return scores
 
 
+@dataclass(frozen=True)
+class GroupRecall:
+    """Retrieval of one group of query patients over all pairs and directions.
+
+    Attributes:
+        recall: recall@k.
+        excess: recall@k less that of all queries of the same direction, so that groups whose patients take part in
+            other pairs can be compared.
+    """
+
+    recall: Estimate
+    excess: Estimate
+
+
 def recall_by_group(
     pairs: Iterable[PairEmbeddings], group_of: Mapping[Any, Any], *, recall_at: int = 1, seed: int = 0
-) -> dict[Any, Estimate]:
+) -> dict[Any, GroupRecall]:
     """Recall@k over all pairs and directions, apart for groups of query patients (by number of modalities, say)."""
-    hits: dict[Any, list[np.ndarray]] = {}
-    owners: dict[Any, list[np.ndarray]] = {}
+    hits, excess, owners = [], [], []
     for pair in pairs:
         for q, g, q_patients, g_patients in (
             (pair.u, pair.v, pair.left_patients, pair.right_patients),
             (pair.v, pair.u, pair.right_patients, pair.left_patients),
         ):
             ranks = rank_queries(q, g, q_patients, g_patients, recall_at=(recall_at,))
-            patients = np.asarray(q_patients)[ranks.query]
-            groups = np.array([group_of[patient] for patient in patients.tolist()])
-            for group in np.unique(groups).tolist():
-                hits.setdefault(group, []).append(ranks.hits[recall_at][groups == group])
-                owners.setdefault(group, []).append(patients[groups == group])
+            if len(ranks.query):
+                found = ranks.hits[recall_at]
+                hits.append(found)
+                excess.append(found - found.mean())
+                owners.append(np.asarray(q_patients)[ranks.query])
+    if not hits:
+        return {}
+    all_hits, all_excess, all_owners = np.concatenate(hits), np.concatenate(excess), np.concatenate(owners)
+    groups = np.array([group_of[patient] for patient in all_owners.tolist()])
     return {
-        group: bootstrap_mean(np.concatenate(hits[group]), np.concatenate(owners[group]), seed=seed)
-        for group in sorted(hits)
+        group: GroupRecall(
+            bootstrap_mean(all_hits[groups == group], all_owners[groups == group], seed=seed),
+            bootstrap_mean(all_excess[groups == group], all_owners[groups == group], seed=seed),
+        )
+        for group in np.unique(groups).tolist()
     }
 
 

@@ -39,6 +39,7 @@ class MonitorSettings:
         max_modality_share: of the gradient that one modality may receive, where at least three have one.
         max_pair_ratio: a pair's share of the loss over its fair share 1 / pairs (never above `max_pair_share`).
         max_pair_share: of the loss that one pair may make up, where at least three pairs have one.
+        min_group: patients that a number of modalities must have for it to be compared.
         rare_presence: a modality that fewer patients than this have counts as rare.
         min_rare_ratio: retrieval with a rare modality over that of the others, both in units of chance.
         repeat_after: observations after which a warning that still holds is given again.
@@ -51,6 +52,7 @@ class MonitorSettings:
     max_modality_share: float = 0.75
     max_pair_ratio: float = 4.0
     max_pair_share: float = 0.9
+    min_group: int = 15
     rare_presence: float = 0.5
     min_rare_ratio: float = 0.5
     repeat_after: int = 100
@@ -248,16 +250,19 @@ class HealthMonitors:
     def _check_few(self, step: int, pairs: Sequence[PairEmbeddings], count: Mapping[Any, int]) -> list[HealthWarning]:
         recalls = recall_by_group(pairs, count, recall_at=1)
         for group, value in recalls.items():
-            self._metrics[f"recall@1/{group}_modalities"] = value.value
-        if len(recalls) < 2:
+            self._metrics[f"recall@1/{group}_modalities"] = value.recall.value
+        # A handful of patients has an interval that a bootstrap makes too narrow.
+        enough = [group for group, value in recalls.items() if value.recall.n >= self.settings.min_group]
+        if len(enough) < 2:
             return []
-        fewest, most = min(recalls), max(recalls)
-        low, high = recalls[fewest], recalls[most]
-        # Apart beyond both intervals: small groups differ by chance alone.
+        fewest, most = min(enough), max(enough)
+        low, high = recalls[fewest].excess, recalls[most].excess
+        # Apart beyond both intervals: groups differ by chance alone.
         if not low.high < high.low:
             return []
         text = (
-            f"patients with {fewest} modalities are found less often (recall@1 {low}) than those with {most} ({high}): "
+            f"patients with {fewest} modalities are found less often (recall@1 {recalls[fewest].recall}) than "
+            f"those with {most} ({recalls[most].recall}), the pairs they take part in allowed for: "
             "the training favours complete patients"
         )
         return [HealthWarning(step, "few_modalities", f"{fewest} modalities", low.value, high.low, text)]

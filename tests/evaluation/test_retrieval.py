@@ -121,8 +121,10 @@ def test_recall_by_group():
     y[3:] = -x[3:]
     pair = PairEmbeddings("wsi", "rna", x, y, list("abcdef"), list("abcdef"))
     result = recall_by_group([pair], dict(zip("abcdef", (5, 5, 5, 2, 2, 2), strict=True)))
-    assert result[5].value == 1
-    assert result[2].value == 0
+    assert result[5].recall.value == 1
+    assert result[2].recall.value == 0
+    assert result[5].excess.value == 0.5
+    assert result[2].excess.value == -0.5
     assert list(result) == [2, 5]
 
 

@@ -131,6 +131,18 @@ def test_bias_against_patients_with_few_modalities():
     assert checks(found) == {("few_modalities", "2 modalities")}
 
 
+def test_harder_pairs_and_a_handful_of_patients_are_no_bias():
+    """Patients without RNA cannot take part in the easy pairs: fewer of them are found, through no fault of theirs."""
+    present = [NAMES if p % 2 else ("wsi", "snp", "cnv") for p in range(160)]
+    hard = retrieval_pairs(lambda p, m: 0.1 if m == "rna" else 1.0, present)
+    monitors = HealthMonitors()
+    assert monitors.observe_retrieval(0, hard, dict(enumerate(present))) == []
+    assert monitors.metrics()["recall@1/3_modalities"] < 0.8 * monitors.metrics()["recall@1/4_modalities"]
+    few = [NAMES if p >= 6 else ("wsi", "rna") for p in range(160)]
+    unlucky = retrieval_pairs(lambda p, m: 0.4 if p >= 6 else 3.0, few)
+    assert monitors.observe_retrieval(1, unlucky, dict(enumerate(few))) == []
+
+
 def test_bias_against_a_rare_modality():
     present = [NAMES if p % 4 == 0 else NAMES[:3] for p in range(160)]
     monitors = HealthMonitors()
