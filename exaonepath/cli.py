@@ -38,6 +38,7 @@ from exaonepath.feature_extraction.progress import progress_bar
 from exaonepath.models import loading
 from exaonepath.models.device import resolve_device, resolve_dtype
 from exaonepath.models.loading import DEFAULT_WEIGHTS
+from exaonepath.models.memory_plan import parse_memory
 from exaonepath.patches import patchfy
 from exaonepath.pipeline import encode_slide, find_slides
 from exaonepath.slide_embedding import embed_features_file
@@ -71,6 +72,13 @@ PatchLevel = Annotated[
 Otsu = Annotated[bool, typer.Option("--otsu", help="Otsu's threshold in place of a fixed one.")]
 SegDownsample = Annotated[
     float, typer.Option(help="Shrink the image that is segmented: for flat (single-level) slides, 4 to 16.")
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="What the slide encoder may use on its device, as 12GB or 800MB; a slide that needs more is refused "
+        "beforehand. Default: what is free on a GPU, no limit on a CPU."
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo finished work.")]
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: everything.")]
@@ -138,6 +146,7 @@ def encode(
     resize: Resize = 256,
     batch_size: BatchSize = 32,
     num_workers: Workers = None,
+    max_memory: MaxMemory = None,
     overwrite: Overwrite = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -151,6 +160,7 @@ def encode(
     files = find_slides(slides, problems)
     target = resolve_device(device)
     resolve_dtype(dtype, target)
+    limit = None if max_memory is None else parse_memory(max_memory)
     preprocessing = PreprocessingConfig(resize=resize)
     patching = _patching(patch_size, step_size, patch_level, otsu, seg_downsample)
     if not files:
@@ -173,6 +183,7 @@ def encode(
                 batch_size=batch_size,
                 num_workers=num_workers,
                 dtype=dtype,
+                max_memory=limit,
                 overwrite=overwrite,
                 progress=progress,
             )
@@ -253,6 +264,7 @@ def slide_stage(
     weights: Weights = DEFAULT_WEIGHTS,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    max_memory: MaxMemory = None,
     overwrite: Overwrite = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -260,11 +272,14 @@ def slide_stage(
     """Slide embedding from a features file."""
     target = resolve_device(device)
     compute = resolve_dtype(dtype, target)
+    limit = None if max_memory is None else parse_memory(max_memory)
     with _status("loading weights", quiet):
         encoder = loading.load_slide_encoder(weights, device=target)
     note_random(encoder.is_random, weights, quiet)
     with _status("slide encoder", quiet):
-        path, reused = embed_features_file(features_file, out, encoder, dtype=compute, overwrite=overwrite)
+        path, reused = embed_features_file(
+            features_file, out, encoder, dtype=compute, max_memory=limit, overwrite=overwrite
+        )
     say_result(path, "", reused, quiet)
 
 

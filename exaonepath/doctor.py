@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from exaonepath.ops.cpu_linear import onednn_available
-from exaonepath.ops.triton_attention import triton_available
+from exaonepath.ops.triton_attention import unable
 from exaonepath.version import __version__
 
 _PACKAGES = (
@@ -116,8 +116,14 @@ def _extension() -> Finding:
 
 
 def _attention() -> Finding:
-    here = "can run here" if triton_available() else "needs triton and an NVIDIA GPU of compute capability 8.0"
-    return Finding("backends", "attention", f'sdpa; attn_implementation="triton" {here} (not the default yet)', True)
+    if not torch.cuda.is_available():
+        return Finding("backends", "attention", "auto resolves to sdpa on cpu (triton needs a CUDA device)", True)
+    chosen = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        reason = unable(device)
+        chosen.append(f"{'triton' if reason is None else f'sdpa ({reason})'} on {device}")
+    return Finding("backends", "attention", f"auto resolves to {', '.join(chosen)}; sdpa on cpu", True)
 
 
 def _linear() -> Finding:

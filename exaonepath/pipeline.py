@@ -16,6 +16,7 @@ from exaonepath.feature_extraction.extract import extract_features
 from exaonepath.feature_extraction.preprocessing import PreprocessingConfig
 from exaonepath.models.device import resolve_dtype
 from exaonepath.models.loading import DEFAULT_WEIGHTS, LoadedEncoder, load_patch_encoder, load_slide_encoder
+from exaonepath.models.memory_plan import parse_memory
 from exaonepath.models.patch_encoder import ExaonePathPatchEncoderModel
 from exaonepath.models.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.patches import SlideImage, patchfy
@@ -82,6 +83,7 @@ def encode_slide(
     batch_size: int = 32,
     num_workers: int | None = None,
     dtype: str | torch.dtype = "auto",
+    max_memory: int | str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> EncodeResult:
@@ -97,14 +99,17 @@ def encode_slide(
         batch_size: patches in one call of the patch encoder.
         num_workers: reading threads; None: one per core.
         dtype: of both encoders; "auto": bfloat16 autocast on CUDA, float32 elsewhere.
+        max_memory: what the slide encoder may use on its device (see `embed_slide`); None: what is free.
         overwrite: redo every stage.
         progress: called with (patches done, patches in all) during feature extraction.
 
     Raises:
-        SettingsError: an unknown key in `patching`.
+        SettingsError: an unknown key in `patching`, or a `max_memory` that is no amount of memory.
         ExaonePathError: see `patchfy`, `extract_features` and `embed_features_file`. Finished stages are kept.
     """
     arguments = _patching(patching or {})
+    if max_memory is not None:
+        max_memory = parse_memory(max_memory)
     if isinstance(patch_encoder, str):
         patch_encoder = load_patch_encoder(patch_encoder, device="auto")
     if isinstance(slide_encoder, str):
@@ -132,6 +137,7 @@ def encode_slide(
             paths.embedding,
             slide_encoder,
             dtype=resolve_dtype(dtype, slide_encoder.device),
+            max_memory=max_memory,
             overwrite=overwrite,
         )
     reused = [name for name, done in (("features", extraction.reused), ("slide", slide_reused)) if done]

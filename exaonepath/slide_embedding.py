@@ -54,17 +54,24 @@ class SlideEmbedding:
 
 
 def embed_slide(
-    features: FeatureSet, encoder: LoadedEncoder[ExaonePathSlideEncoderModel], dtype: torch.dtype = torch.float32
+    features: FeatureSet,
+    encoder: LoadedEncoder[ExaonePathSlideEncoderModel],
+    dtype: torch.dtype = torch.float32,
+    *,
+    max_memory: int | str | None = None,
 ) -> SlideEmbedding:
-    """Run the slide encoder over the features of one slide.
+    """Run the slide encoder over the features of one slide, which stay in the host's memory.
 
     Args:
         features: as `read_features` returns them, with coordinates.
         encoder: from `load_slide_encoder`.
         dtype: bfloat16 and float16 run under autocast; the result is float32 always.
+        max_memory: what the slide encoder may use on its device, weights included, in bytes or as "12GB"; None: what is
+            free on a GPU, no limit on a CPU.
 
     Raises:
         DataFileError: the features have no coordinates, or the wrong width.
+        MemoryLimitError: the slide cannot fit; said beforehand, with the figure it needs.
         DeviceError: a dtype other than float32, bfloat16 and float16.
         BackendError: the encoder gave NaN or infinity, or ran out of memory.
     """
@@ -75,14 +82,16 @@ def embed_slide(
         raise DataFileError(f"features are {features.features.shape[1]} wide, the slide encoder takes {width}")
     device = encoder.device
     with inference(device, dtype, f"a slide of {len(features.features)} patches"):
-        output = encoder.model(
-            torch.from_numpy(features.features)[None].to(device),
+        output = encoder.model.encode_streamed(
+            features.features[None],
             None,
-            torch.from_numpy(features.coords)[None].to(device),
-            torch.from_numpy(features.contour_index)[None].to(device),
+            features.coords[None],
+            features.contour_index[None],
+            max_memory=max_memory,
         )
-    slide, patches = (output[key][0].float().cpu().numpy() for key in ("slide_embedding", "patch_embedding"))
-    if not (np.isfinite(slide).all() and np.isfinite(patches).all()):
+    slide, patches = (output[key][0].float().numpy() for key in ("slide_embedding", "patch_embedding"))
+    # The mean of all patches is not finite where a single one is not.
+    if not np.isfinite(slide).all():
         raise BackendError(
             "the slide encoder gave NaN or infinity; the weights are broken, or the dtype is too narrow for them: "
             "try float32 or bfloat16"
@@ -96,6 +105,7 @@ def embed_features_file(
     encoder: LoadedEncoder[ExaonePathSlideEncoderModel],
     *,
     dtype: torch.dtype = torch.float32,
+    max_memory: int | str | None = None,
     overwrite: bool = False,
 ) -> tuple[Path, bool]:
     """Embed a features file into an embedding file; a finished file of the same features and weights is left alone.
@@ -103,7 +113,7 @@ def embed_features_file(
     Args:
         features_path: HDF5 with `features`, `coords` and (else zeros) `contour_index`, ours or the original's.
         out_path: the HDF5 file to write: `slide_embedding`, `patch_embedding`, `coords`, `contour_index`.
-        encoder, dtype: as for `embed_slide`.
+        encoder, dtype, max_memory: as for `embed_slide`.
         overwrite: compute again, whatever is stored.
 
     Returns:
@@ -111,7 +121,7 @@ def embed_features_file(
 
     Raises:
         DataFileError: the features file is broken. OutputCollisionError: the output is of another slide, or an input.
-        OutputError: the output cannot be written.
+        OutputError: the output cannot be written. MemoryLimitError: see `embed_slide`.
     """
     out, source = Path(out_path), Path(features_path)
     refuse_input_as_output(out, [source])
@@ -131,7 +141,7 @@ def embed_features_file(
     ensure_folder(out.parent)
     if len(features.features) == 0:
         logger.warning("%s holds no patch: the slide embedding is all zeros", source)
-    embedding = embed_slide(features, encoder, dtype)
+    embedding = embed_slide(features, encoder, dtype, max_memory=max_memory)
     attrs |= {
         "settings_hash": key,
         "weights": encoder.weights,

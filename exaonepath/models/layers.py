@@ -24,7 +24,7 @@ from exaonepath.ops.rotary import rotary_periods
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """Dtype matrix products run in: autocast's where it is on, else the weights' own."""
     device = weight.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weight.dtype
 

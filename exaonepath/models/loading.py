@@ -70,7 +70,7 @@ def load_patch_encoder(
             "random:SEED".
         device: see `resolve_device`.
         dtype: of the parameters; None keeps float32 (use autocast for half precision).
-        attn_implementation: "sdpa" (default) or "eager".
+        attn_implementation: "sdpa" or "eager" (the same here); None: "auto".
 
     Raises:
         WeightsError: nothing usable at `weights`, or keys do not fit. DeviceError: no such device.
@@ -85,7 +85,10 @@ def load_slide_encoder(
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
 ) -> LoadedEncoder[ExaonePathSlideEncoderModel]:
-    """Load the slide encoder; arguments as for `load_patch_encoder`."""
+    """Load the slide encoder; arguments as for `load_patch_encoder`.
+
+    `attn_implementation` may also be "triton"; None or "auto": triton on a GPU the kernels can run on, else sdpa.
+    """
     return _load(ExaonePathSlideEncoderModel, "slide", weights, device, dtype, attn_implementation)
 
 

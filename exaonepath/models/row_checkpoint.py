@@ -7,7 +7,7 @@ never hold the wide hidden activations of all rows at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -107,10 +107,13 @@ class _Ambient:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device.type
-        self.enabled = torch.is_autocast_enabled(device.type)
-        self.dtype = torch.get_autocast_dtype(device.type)
+        self.known = torch.amp.is_autocast_available(device.type)
+        self.enabled = self.known and torch.is_autocast_enabled(device.type)
+        self.dtype = torch.get_autocast_dtype(device.type) if self.enabled else None
 
-    def restored(self) -> Any:
+    def restored(self) -> AbstractContextManager[Any]:
+        if not self.known:
+            return nullcontext()
         return torch.autocast(self.device, self.dtype, enabled=self.enabled)
 
 

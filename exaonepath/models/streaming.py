@@ -13,30 +13,39 @@ _BUFFERS = 2
 
 
 class _Buffers:
-    """Page-locked [rows, width], each with the event that ends the last copy from or to it."""
+    """Page-locked [rows, width] buffers that take turns, each with the event that ends the last copy from or to it."""
 
     def __init__(self, device: torch.device, rows: int, width: int, dtype: torch.dtype) -> None:
-        self.device = device
-        self._all = [torch.empty((rows, width), dtype=dtype, pin_memory=True) for _ in range(_BUFFERS)]
-        self._events: list[torch.cuda.Event | None] = [None] * _BUFFERS
+        self._device = device
+        self._all = [_page_locked(rows, width, dtype) for _ in range(_BUFFERS)]
+        self._copied: list[torch.cuda.Event | None] = [None] * _BUFFERS
         self._turn = 0
 
-    def next(self) -> tuple[int, Tensor]:
-        """A buffer no copy runs on any more, and its number."""
+    def advance(self) -> int:
+        """The number of the buffer whose turn it is now."""
         self._turn = (self._turn + 1) % _BUFFERS
-        self.wait(self._turn)
-        return self._turn, self._all[self._turn]
+        return self._turn
 
-    def wait(self, number: int) -> Tensor:
-        event = self._events[number]
+    def settled(self, number: int) -> Tensor:
+        """The buffer, once no copy runs on it any more."""
+        event = self._copied[number]
         if event is not None:
             event.synchronize()
         return self._all[number]
 
     def mark(self, number: int) -> None:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        self._events[number] = event
+        """A copy from or to the buffer was started just now."""
+        self._copied[number] = _event(self._device)
+
+
+def _page_locked(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty((rows, width), dtype=dtype, pin_memory=True)
+
+
+def _event(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _need_buffers(host: torch.device, device: torch.device) -> bool:
@@ -59,8 +68,8 @@ class RowReader:
         """Rows [R, C] at int64 [R] positions (on the source's device), on the reader's device."""
         if self._buffers is None:
             return self._source.index_select(0, index).to(self._device)
-        number, buffer = self._buffers.next()
-        part = buffer[: index.numel()]
+        number = self._buffers.advance()
+        part = self._buffers.settled(number)[: index.numel()]
         torch.index_select(self._source, 0, index, out=part)
         moved = part.to(self._device, non_blocking=True)
         self._buffers.mark(number)
@@ -83,19 +92,18 @@ class RowWriter:
         if self._buffers is None:
             target.copy_(values)
             return
-        number = (self._buffers._turn + 1) % _BUFFERS
-        self._settle(number)
-        number, buffer = self._buffers.next()
-        buffer[: values.shape[0]].copy_(values, non_blocking=True)
+        number = self._buffers.advance()
+        self._empty(number)
+        self._buffers.settled(number)[: values.shape[0]].copy_(values, non_blocking=True)
         self._buffers.mark(number)
         self._pending[number] = target
 
     def finish(self) -> None:
         """Wait for every copy."""
         for number in list(self._pending):
-            self._settle(number)
+            self._empty(number)
 
-    def _settle(self, number: int) -> None:
+    def _empty(self, number: int) -> None:
         if self._buffers is not None and number in self._pending:
             target = self._pending.pop(number)
-            target.copy_(self._buffers.wait(number)[: target.shape[0]])
+            target.copy_(self._buffers.settled(number)[: target.shape[0]])
