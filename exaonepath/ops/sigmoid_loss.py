@@ -166,7 +166,7 @@ def _sigmoid_loss(
         if check_finite:
             check_finite_values(inputs)
         result = pairwise_sigmoid(inputs, engine, LocalBatch(), wants or None)
-        say_no_valid_pair(result.statistics)
+        say_no_valid_pair(result.any_positive)
     return result.loss, result.statistics, result.gradients
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from exaonepath.errors import SettingsError
 from exaonepath.ops.sigmoid_loss_engine import DTYPES
-from exaonepath.ops.sigmoid_loss_pairs import STATISTICS, PairwiseInputs
+from exaonepath.ops.sigmoid_loss_pairs import PairwiseInputs
 
 logger = logging.getLogger(__name__)
 
@@ -166,9 +166,9 @@ def check_finite_values(inputs: PairwiseInputs) -> None:
             )
 
 
-def say_no_valid_pair(statistics: Tensor) -> None:
+def say_no_valid_pair(any_positive: bool) -> None:
     """Once in a process: a batch without a single positive teaches nothing."""
-    if not statistics[:, STATISTICS.index("n_positive")].any():
+    if not any_positive:
         _say_once()
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ class PairwiseResult:
     statistics: Tensor  # [P, 6] float64, see STATISTICS
     # In the inputs' shapes and the accumulator's dtype: embeddings that want one, projections, log_t, bias.
     gradients: list[Tensor]
+    any_positive: bool
 
 
 class Batch(Protocol):
@@ -174,26 +175,20 @@ def pairwise_sigmoid(
     Raises:
         SettingsError: exp(t) or the bias of a pair is not finite.
     """
-    device, dtype, pairs = inputs.patient.device, engine.accumulator, inputs.pairs
+    dtype, pairs = engine.accumulator, inputs.pairs
     rows = _present_rows(inputs)
     ids = [inputs.patient if r is None else inputs.patient[r] for r in rows]
-    scales, biases, n_positive, n_rows = _numbers(inputs, engine, batch)
-    weight_sum = math.fsum(w for w, n in zip(inputs.pair_weights, n_positive, strict=True) if n)
-    sums = torch.zeros((len(pairs), N_SUMS), dtype=torch.float64, device=device)
+    plan = _plan(inputs, engine, batch)
+    sums = plan.table.new_zeros((len(pairs), N_SUMS))
     # Embeddings' gradients are gathered for the rows that are there, and spread out at the end.
     h_gradients = [
-        torch.zeros((ids_m.numel(), h.shape[1]), dtype=dtype, device=device) if wanted else None
+        sums.new_zeros((ids_m.numel(), h.shape[1]), dtype=dtype) if wanted else None
         for h, ids_m, wanted in zip(inputs.embeddings, ids, wants or [False] * len(ids), strict=True)
     ]
     w_gradients: list[Tensor | None] = [None] * len(inputs.projections)
-    factors = [0.0] * len(pairs)
     for index, (i, j) in enumerate(pairs):
-        positives, valid = n_positive[index], n_rows[i] * n_rows[j]
-        if not positives or not inputs.pair_weights[index]:
+        if not plan.factors[index]:
             continue
-        factors[index] = inputs.pair_weights[index] / (weight_sum * positives)
-        pos_weight = (valid - positives) / positives if inputs.balanced else (inputs.pos_weight or 1.0)
-        constants = PairConstants.build(scales[index], biases[index], pos_weight, device)
         sides = [
             _Side(inputs.embeddings[m], rows[m], inputs.projections[2 * index + position], engine)
             for position, m in enumerate((i, j))
@@ -201,10 +196,10 @@ def pairwise_sigmoid(
         units = [side.project() for side in sides]
         slopes = None if wants is None else (torch.zeros_like(units[0]), torch.zeros_like(units[1]))
         u, v = (unit.to(engine.operand) for unit in units)
-        batch.sweep(j, u, v, ids[i], ids[j], constants, engine, sums[index], slopes)
+        batch.sweep(j, u, v, ids[i], ids[j], plan.constants[index], engine, sums[index], slopes)
         if slopes is None:
             continue
-        factor = factors[index] * scales[index]
+        factor = plan.factors[index] * plan.constants[index].scale
         for position, m in enumerate((i, j)):
             gradient = sides[position].back(units[position], slopes[position], factor, h_gradients[m])
             w_gradients[2 * index + position] = gradient.to(dtype)
@@ -217,13 +212,14 @@ def pairwise_sigmoid(
             if gradient is not None
         ]
         gradients += [
-            torch.zeros(w.shape, dtype=dtype, device=device) if gradient is None else gradient
+            sums.new_zeros(w.shape, dtype=dtype) if gradient is None else gradient
             for w, gradient in zip(inputs.projections, w_gradients, strict=True)
         ]
-        weights = sums.new_tensor([[f * s for f, s in zip(factors, scales, strict=True)], factors])
-        gradients += [(sums[:, SUM_G_DOTS] * weights[0]).to(dtype), (sums[:, SUM_G] * weights[1]).to(dtype)]
-    loss, statistics = _summary(inputs, batch.total(sums), n_positive, n_rows, weight_sum)
-    return PairwiseResult(loss.to(dtype), statistics, gradients)
+        factors = plan.column("factor")
+        gradients.append((sums[:, SUM_G_DOTS] * factors * plan.column("scale")).to(dtype))
+        gradients.append((sums[:, SUM_G] * factors).to(dtype))
+    loss, statistics = _summary(plan, batch.total(sums))
+    return PairwiseResult(loss.to(dtype), statistics, gradients, plan.any_positive)
 
 
 def _spread(gradient: Tensor, rows: Tensor | None, n_rows: int) -> Tensor:
@@ -242,15 +238,49 @@ def _present_rows(inputs: PairwiseInputs) -> list[Tensor | None]:
     return [None if c else a.nonzero()[:, 0] for c, a in zip(complete, inputs.availability, strict=True)]
 
 
-def _numbers(
-    inputs: PairwiseInputs, engine: Engine, batch: Batch
-) -> tuple[list[float], list[float], list[int], list[int]]:
-    """exp(t), b, positives of each pair, rows of each modality and in all: on the host before any sweep starts."""
+@dataclass(frozen=True)
+class _Plan:
+    """All that a call knows before its first sweep, on the host and, sent there once, on the device."""
+
+    constants: list[PairConstants]
+    factors: list[float]  # weight / (sum of weights * positives); 0: the pair is not swept
+    table: Tensor  # [P, len(COLUMNS)] float64
+    any_positive: bool
+
+    COLUMNS: ClassVar[tuple[str, ...]] = (
+        *("scale", "bias", "pos_weight"),  # first: their row is what the CUDA pass reads
+        *("factor", "weight", "share", "positives", "valid", "cells"),
+    )
+
+    def column(self, name: str) -> Tensor:
+        return self.table[:, self.COLUMNS.index(name)]
+
+
+def _plan(inputs: PairwiseInputs, engine: Engine, batch: Batch) -> _Plan:
+    """exp(t), b, positives and rows brought to the host, weights and factors worked out, and sent back in one go."""
     available = inputs.availability
     if available is None:
-        available = torch.ones((len(inputs.embeddings), len(inputs.patient)), device=inputs.patient.device).bool()
-    positives, n_rows = batch.count(inputs.patient, available)
+        shape = (len(inputs.embeddings), len(inputs.patient))
+        available = torch.ones(shape, dtype=torch.bool, device=inputs.patient.device)
+    n_positive, n_rows = (x.tolist() for x in batch.count(inputs.patient, available))
     scales, biases = inputs.log_t.double().exp().tolist(), inputs.bias.tolist()
+    _check_logits(inputs, engine, scales, biases)
+    weight_sum = math.fsum(w for w, n in zip(inputs.pair_weights, n_positive, strict=True) if n)
+    lines = []
+    for index, (i, j) in enumerate(inputs.pairs):
+        positives, valid, weight = n_positive[index], n_rows[i] * n_rows[j], inputs.pair_weights[index]
+        pos_weight = 1.0 if inputs.pos_weight is None else inputs.pos_weight
+        if inputs.balanced:
+            pos_weight = (valid - positives) / max(positives, 1)
+        share = weight / weight_sum if weight and positives else 0.0
+        counts = (positives, valid, n_rows[-1] ** 2)
+        lines.append((scales[index], biases[index], pos_weight, share / max(positives, 1), weight, share, *counts))
+    table = torch.tensor(lines, dtype=torch.float64, device=inputs.patient.device).reshape(-1, len(_Plan.COLUMNS))
+    constants = [PairConstants(*line[:3], on_device) for line, on_device in zip(lines, table[:, :3], strict=True)]
+    return _Plan(constants, [line[3] for line in lines], table, any(n_positive))
+
+
+def _check_logits(inputs: PairwiseInputs, engine: Engine, scales: Sequence[float], biases: Sequence[float]) -> None:
     largest = torch.finfo(engine.accumulator).max
     for index, (i, j) in enumerate(inputs.pairs):
         where = f"of the pair ({inputs.names[i]}, {inputs.names[j]})"
@@ -259,25 +289,18 @@ def _numbers(
             raise SettingsError(f"exp(t) {where} is not a finite number (t = {t:g}): lower t or its learning rate")
         if not math.isfinite(biases[index]):
             raise SettingsError(f"the bias {where} is {biases[index]}: training has diverged")
-    return scales, biases, positives.tolist(), n_rows.tolist()
 
 
-def _summary(
-    inputs: PairwiseInputs, sums: Tensor, n_positive: Sequence[int], n_rows: Sequence[int], weight_sum: float
-) -> tuple[Tensor, Tensor]:
+def _summary(plan: _Plan, sums: Tensor) -> tuple[Tensor, Tensor]:
     """The loss, and the columns of STATISTICS."""
-    n_valid = [n_rows[i] * n_rows[j] for i, j in inputs.pairs]
-    counts = sums.new_tensor([n_positive, n_valid, [n_rows[-1] ** 2] * len(n_valid)])
-    positives, valid = counts[0], counts[1]
-    weights = sums.new_tensor(list(inputs.pair_weights))
+    positives, valid, weight = (plan.column(name) for name in ("positives", "valid", "weight"))
     losses = sums[:, LOSS] / positives.clamp(min=1)
-    loss = (losses * weights).sum() / (weight_sum or 1.0)
     # What was not swept is not known. Without a positive the loss of a pair is 0 by definition, with weight 0 unknown.
-    unknown = (positives == 0) | (weights == 0)
-    logits = [sums[:, POSITIVE_LOGITS] / positives, sums[:, NEGATIVE_LOGITS] / (valid - positives)]
+    unknown = (positives == 0) | (weight == 0)
+    logits = (sums[:, POSITIVE_LOGITS] / positives, sums[:, NEGATIVE_LOGITS] / (valid - positives))
     columns = [
-        torch.where((positives > 0) & (weights == 0), math.nan, losses),
-        *counts,
+        torch.where((positives > 0) & (weight == 0), math.nan, losses),
+        *(positives, valid, plan.column("cells")),
         *[torch.where(unknown, math.nan, mean) for mean in logits],
     ]
-    return loss, torch.stack(columns, dim=1)
+    return (losses * plan.column("share")).sum(), torch.stack(columns, dim=1)

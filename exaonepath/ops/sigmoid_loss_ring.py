@@ -115,7 +115,7 @@ class _RingLoss(torch.autograd.Function):
         wants = [h.requires_grad for h in call.inputs.embeddings] if call.training else None
         with plain_arithmetic(call.inputs.patient.device):
             result = pairwise_sigmoid(call.inputs, call.engine, call.ring, wants)
-            say_no_valid_pair(result.statistics)
+            say_no_valid_pair(result.any_positive)
         ctx.mark_non_differentiable(result.statistics)
         ctx.set_materialize_grads(False)
         ctx.wants, ctx.scale, ctx.n_gradients = wants, call.gradient_scale, len(result.gradients)

@@ -46,11 +46,7 @@ class PairConstants:
     scale: float
     bias: float
     pos_weight: float
-    on_device: Tensor  # [3] float64
-
-    @classmethod
-    def build(cls, scale: float, bias: float, pos_weight: float, device: torch.device) -> PairConstants:
-        return cls(scale, bias, pos_weight, torch.tensor([scale, bias, pos_weight], dtype=torch.float64, device=device))
+    on_device: Tensor  # [3] float64, contiguous
 
 
 class Pass(Protocol):
