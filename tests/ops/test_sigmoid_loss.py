@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from itertools import combinations, permutations
 
 import pytest
 import torch
 
 from exaonepath.errors import BackendError, SettingsError
-from exaonepath.ops import extension, sigmoid_loss_checks, sigmoid_loss_engine
+from exaonepath.ops import extension, sigmoid_loss_checks, sigmoid_loss_engine, sigmoid_loss_pairs, sigmoid_loss_sweep
 from exaonepath.ops.sigmoid_loss import sigmoid_loss
 from exaonepath.ops.sigmoid_loss_sweep import Tile
 from exaonepath.reference.sigmoid_loss import dense_sigmoid_loss
@@ -209,25 +210,53 @@ def test_repeats_bit_for_bit(backend):
         assert torch.equal(x, y)
 
 
+def half_case(dtype):
+    """Inputs that `dtype` holds exactly: ours and the reference see the same."""
+    case = Case(60, seed=8)
+    rounded = lambda x: x.to(dtype).double()  # noqa: E731
+    case.projections = {key: rounded(x) for key, x in case.projections.items()}
+    case.embeddings = [rounded(x) for x in case.embeddings]
+    case.log_t, case.bias = rounded(case.log_t), rounded(case.bias)
+    return case
+
+
+def assert_half_precision(ours, gradients, truth, true_gradients, dtype, *, on_card):
+    """The CPU computes in float32, so its gradients are rounded once, to nearest. On CUDA unit vectors are rounded too:
+    a logit is off by exp(t) = 10 times half an eps over sqrt(d), and operands of the gradients are bfloat16."""
+    assert ours.loss.dtype == torch.float32
+    eps = torch.finfo(dtype).eps
+    assert ours.loss.item() == pytest.approx(truth[0].item(), rel=eps if on_card else LOSS_ERROR)
+    bound = 4 * torch.finfo(torch.bfloat16).eps if on_card else eps / 2 + GRADIENT_ERROR
+    scale = max(y.norm() for y in true_gradients[-2:])
+    for x, y in zip(gradients, true_gradients, strict=True):
+        # Below 6e-5 the spacing of float16 is 6e-8.
+        assert (x - y).norm() <= bound * max(y.norm(), 1e-3 * scale) + 3e-8 * y.numel() ** 0.5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs(dtype, backend):
-    """Ours sees the same rounded inputs as the reference; what is left on the CPU is the rounding of the result."""
-    case = Case(60, seed=8)
-    for key, x in case.projections.items():
-        case.projections[key] = x.to(dtype).double()
-    case.embeddings = [x.to(dtype).double() for x in case.embeddings]
-    case.log_t, case.bias = case.log_t.to(dtype).double(), case.bias.to(dtype).double()
+    case = half_case(dtype)
     truth, true_gradients = case.run(dense_sigmoid_loss)
     ours, gradients = case.run(sigmoid_loss, dtype, backend[1], backend=backend[0])
+    assert_half_precision(ours, gradients, truth, true_gradients, dtype, on_card=backend[1].type == "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_cards_half_precision_arithmetic_on_the_cpu(dtype, monkeypatch, small_tiles):
+    """The engine that CUDA gets, its products stood in for by exact ones: operands and slopes rounded, sums not."""
+    engine = sigmoid_loss_engine.choose_engine("torch", torch.device("cuda"), dtype)
+    assert (engine.operand, engine.gradient_operand, engine.accumulator) == (dtype, torch.bfloat16, torch.float32)
+    exact = lambda a, b: a.float() @ b.float().T  # noqa: E731
+    for module in (sigmoid_loss_pairs, sigmoid_loss_sweep):
+        monkeypatch.setattr(module, "product_nt", exact)
+        monkeypatch.setattr(module, "product_tn", lambda a, b: exact(a.T, b.T))
+    monkeypatch.setattr(sigmoid_loss_pairs, "product_nn", lambda a, b: exact(a, b.T))
+    monkeypatch.setattr(sys.modules[sigmoid_loss.__module__], "choose_engine", lambda *_: engine)
+    case = half_case(dtype)
+    truth, true_gradients = case.run(dense_sigmoid_loss)
+    ours, gradients = case.run(sigmoid_loss, dtype)
     assert ours.loss.dtype == torch.float32
-    cpu = backend[1].type == "cpu"
-    eps = torch.finfo(dtype).eps
-    # On CUDA the unit vectors are rounded to half precision too: exp(t) * eps on a logit, over many of them.
-    assert ours.loss.item() == pytest.approx(truth[0].item(), rel=LOSS_ERROR if cpu else 10 * eps)
-    # Rounded to nearest once. float16 ends at 6e-8: below 6e-5 its spacing is that much.
-    for x, y in zip(gradients, true_gradients, strict=True):
-        bound = (0.5 if cpu else 16) * max(eps, torch.finfo(torch.bfloat16).eps if not cpu else 0) * y.norm()
-        assert (x - y).norm() <= bound + 6e-8 * y.numel() ** 0.5 + GRADIENT_ERROR
+    assert_half_precision(ours, gradients, truth, true_gradients, dtype, on_card=True)
 
 
 def test_autocast_takes_mixed_dtypes(backend):
