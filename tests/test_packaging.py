@@ -33,11 +33,13 @@ ORDER = [
     ("kernels",),
     ("ops",),
     ("patches", "models"),  # neighbours that know nothing of each other
-    ("synthetic",),
     ("feature_extraction",),
+    ("synthetic", "cohort"),  # neither imports the other: a made-up cohort is read like anybody's
     ("slide_embedding",),
     ("pipeline",),
     ("viz",),
+    ("evaluation",),
+    ("training",),
     ("demo",),
     ("doctor",),
     ("cli",),
