@@ -98,6 +98,35 @@ def bootstrap_mean(
     return Estimate(float(values.mean()), *_percentiles(means), n)
 
 
+def bootstrap_weighted(
+    statistic: Callable[[np.ndarray], np.ndarray],
+    patients: Sequence[Any] | np.ndarray,
+    *,
+    strata: Sequence[Any] | np.ndarray | None = None,
+    resamples: int = _RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """`bootstrap` of a statistic that takes weights in place of rows: all resamples at once, a hundred times faster.
+
+    Args:
+        statistic: weights float64 [R, N] (how often each row was drawn) to values [R].
+        patients, strata, resamples, seed: as in `bootstrap`.
+    """
+    group = np.unique(np.asarray(patients), return_inverse=True)[1]
+    if not len(group):
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    n = int(group.max()) + 1
+    first = np.unique(group, return_index=True)[1]
+    label = np.zeros(n, np.int64) if strata is None else np.unique(np.asarray(strata)[first], return_inverse=True)[1]
+    generator = np.random.default_rng(seed)
+    weights = np.zeros((resamples, n))
+    for value in range(int(label.max()) + 1):
+        members = np.flatnonzero(label == value)
+        weights[:, members] = generator.multinomial(len(members), np.full(len(members), 1 / len(members)), resamples)
+    whole = float(statistic(np.ones((1, len(group))))[0])
+    return Estimate(whole, *_percentiles(statistic(weights[:, group])), n)
+
+
 def across_runs(values: Sequence[float]) -> Estimate:
     """Mean over runs (seeds) with Student's interval; a single run has none."""
     numbers = np.asarray(values, np.float64)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from exaonepath.errors import MissingDependencyError, SettingsError
-from exaonepath.evaluation.intervals import Estimate, bootstrap, check_rows
+from exaonepath.evaluation.intervals import Estimate, bootstrap, bootstrap_weighted, check_rows
 from exaonepath.evaluation.retrieval import unit_rows
 
 Columns = Sequence[Any] | np.ndarray
@@ -214,17 +214,19 @@ def _classify(
 
 def _scores(y: np.ndarray, probability: np.ndarray, groups: np.ndarray, classes: np.ndarray, seed: int) -> ProbeScores:
     """Scores of class probabilities [n, K] of rows whose class is y [n]."""
-    right = probability.argmax(axis=1) == y
+    right = (probability.argmax(axis=1) == y).astype(np.float64)
+    member = y == np.arange(len(classes))[:, None]
+    tested = member.any(axis=1)
 
-    def balanced(rows: np.ndarray) -> float:
-        return _balanced_accuracy(y[rows], right[rows])
+    def balanced(weights: np.ndarray) -> np.ndarray:
+        return np.mean([(weights[:, rows] @ right[rows]) / weights[:, rows].sum(1) for rows in member[tested]], axis=0)
 
-    def auroc(rows: np.ndarray) -> float:
-        return float(np.mean([_auc(probability[rows, c], y[rows] == c) for c in range(len(classes))]))
+    def auroc(weights: np.ndarray) -> np.ndarray:
+        return np.mean([weighted_auc(probability[:, c], rows, weights) for c, rows in enumerate(member)], axis=0)
 
     return ProbeScores(
-        bootstrap(balanced, groups, strata=y, seed=seed),
-        bootstrap(auroc, groups, strata=y, seed=seed),
+        bootstrap_weighted(balanced, groups, strata=y, seed=seed),
+        bootstrap_weighted(auroc, groups, strata=y, seed=seed),
         1 / len(classes),
         tuple(classes.tolist()),
         len(y),
@@ -304,14 +306,22 @@ def _balanced_accuracy(truth: np.ndarray, right: np.ndarray) -> float:
     return float((np.bincount(truth, right)[count > 0] / count[count > 0]).mean())
 
 
-def _auc(score: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the ROC curve by rank sums (Mann-Whitney), ties counting half; NaN where one side is empty."""
-    from scipy.stats import rankdata
+def weighted_auc(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Areas under the ROC curve [R] of scores [n] against bool [n], rows counting as weights [R, n] say; ties half.
 
-    n = int(positive.sum())
-    if not 0 < n < len(score):
-        return math.nan
-    return float((rankdata(score)[positive].sum() - n * (n + 1) / 2) / (n * (len(score) - n)))
+    NaN where one side is empty.
+    """
+    order = np.argsort(score, kind="stable")
+    ordered, is_positive = score[order], positive[order]
+    w = weights[:, order]
+    below = np.cumsum(np.where(is_positive, 0, w), axis=1)
+    below = np.concatenate([np.zeros((len(w), 1)), below], axis=1)
+    # Negatives below the first of equal scores count fully, those among them half.
+    first, last = np.searchsorted(ordered, ordered, "left"), np.searchsorted(ordered, ordered, "right")
+    wins = (below[:, first] + below[:, last]) / 2
+    pairs = np.where(is_positive, w, 0).sum(axis=1) * below[:, -1]
+    total = (np.where(is_positive, w, 0) * wins).sum(axis=1)
+    return np.divide(total, pairs, out=np.full(len(w), math.nan), where=pairs > 0)
 
 
 def _usable_folds(y: np.ndarray, groups: np.ndarray, folds: int) -> int:

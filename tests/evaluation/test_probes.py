@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from exaonepath.errors import SettingsError
-from exaonepath.evaluation.intervals import across_runs, bootstrap, bootstrap_mean
-from exaonepath.evaluation.probes import fit_probe, knn_probe, linear_probe, ridge_probe
+from exaonepath.evaluation.intervals import across_runs, bootstrap, bootstrap_mean, bootstrap_weighted
+from exaonepath.evaluation.probes import fit_probe, knn_probe, linear_probe, ridge_probe, weighted_auc
 
 PROBES = [linear_probe, knn_probe]
 
@@ -121,3 +121,28 @@ def test_a_probe_fitted_once_is_scored_on_others():
     assert score.balanced_accuracy.value > 0.85
     with pytest.raises(SettingsError, match="type 9"):
         probe.score(x[:1], ["type 9"])
+
+
+def test_weighted_auc_counts_pairs():
+    rng = np.random.default_rng(0)
+    score, positive = rng.integers(0, 5, 30).astype(float), rng.random(30) < 0.4
+    weights = rng.integers(0, 3, (4, 30)).astype(float)
+    for w, found in zip(weights, weighted_auc(score, positive, weights), strict=True):
+        pairs = [
+            (w[i] * w[j], (score[i] > score[j]) + 0.5 * (score[i] == score[j]))
+            for i in np.flatnonzero(positive)
+            for j in np.flatnonzero(~positive)
+        ]
+        assert found == pytest.approx(sum(a * b for a, b in pairs) / sum(a for a, _ in pairs))
+    assert np.isnan(weighted_auc(score, np.zeros(30, bool), weights)).all()
+
+
+def test_weighted_and_plain_bootstrap_agree():
+    rng = np.random.default_rng(0)
+    values, patients, strata = rng.normal(size=200), np.arange(200) // 2, np.arange(200) // 2 % 3
+    plain = bootstrap(lambda rows: float(values[rows].mean()), patients, strata=strata, resamples=4000)
+    fast = bootstrap_weighted(lambda w: w @ values / w.sum(1), patients, strata=strata, resamples=4000)
+    assert fast.value == pytest.approx(plain.value)
+    assert fast.n == plain.n == 100
+    # Limits from 4000 draws have a standard error of about 0.04 of the standard error 0.07; three of them, twice.
+    assert (fast.low, fast.high) == pytest.approx((plain.low, plain.high), abs=0.012)
