@@ -11,7 +11,7 @@
 # Results land under ${OUT:-bench/results}: tables (*.jsonl, appended to), session.log, summary.md, plots.tar.gz. A phase that
 # was cut off goes on where it stopped when it is called again (rows of the same code and card are not measured twice).
 #   WHEELS                 folder of wheels this machine lacks (openslide-bin, ...); default .whl, if it is there
-#   EXAONEPATH_TEST_DATA   golden files, where they are not at ../shared/data
+#   EXAONEPATH_TEST_DATA   golden files, where they are neither at ../shared/data nor at shared/data
 #   PHASE_SECONDS          default 560; where one phase is asked for, installing counts
 # --rehearse runs the phases without a card, in seconds: tiny sizes on the CPU, nothing saved.
 set -uo pipefail
@@ -37,6 +37,7 @@ out=${OUT:-bench/results}
 mkdir -p "$out" || exit 1
 OUT=$(cd "$out" && pwd)
 root=$PWD
+[ -z "${EXAONEPATH_TEST_DATA:-}" ] && [ -d shared/data ] && export EXAONEPATH_TEST_DATA=$root/shared/data
 export OUT PYTHONUNBUFFERED=1 EXAONEPATH_BENCH_RESUME=1
 log=$OUT/session.log
 device=gpu

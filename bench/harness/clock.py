@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -36,9 +35,12 @@ class Timed:
         return float(low), float(middle), float(high)
 
 
-def time_once(candidate: Timed, inputs: int, device: str) -> float:
-    """Run all steps of a candidate once, keep their seconds, return the sum."""
-    times = _cuda(candidate, inputs) if device == "cuda" else _cpu(candidate, inputs)
+def time_once(candidate: Timed, inputs: int, device: str, *, flush: bool = True) -> float:
+    """Run all steps of a candidate once, keep their seconds, return the sum.
+
+    `flush` empties a GPU's cache first; it takes 256 MB, and work of seconds has no need of it.
+    """
+    times = _cuda(candidate, inputs, flush) if device == "cuda" else _cpu(candidate, inputs)
     candidate.seconds.append(times)
     return sum(times)
 
@@ -64,11 +66,12 @@ def _cpu(candidate: Timed, inputs: int) -> list[float]:
     return times
 
 
-def _cuda(candidate: Timed, inputs: int) -> list[float]:
+def _cuda(candidate: Timed, inputs: int, flush: bool) -> list[float]:
     torch.cuda.synchronize()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(candidate.steps) + 1)]
-    # Cold cache; and while the card clears it, the host queues the launches, so that their cost is not counted twice.
-    _scratch().zero_()
+    if flush:
+        # Cold cache; and while the card writes, the host queues the launches, so that their cost is not counted twice.
+        torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
     events[0].record()
     out: object = None
     for step, event in zip(candidate.steps, events[1:], strict=True):
@@ -76,8 +79,3 @@ def _cuda(candidate: Timed, inputs: int) -> list[float]:
         event.record()
     torch.cuda.synchronize()
     return [one.elapsed_time(two) / 1e3 for one, two in pairwise(events)]
-
-
-@cache
-def _scratch() -> torch.Tensor:
-    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")

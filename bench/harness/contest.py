@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -163,7 +164,8 @@ def _prepare(one: Candidate, problem: Problem, inputs: Inputs, exact: dict[bool,
         one.timed.seconds.clear()
         if one.row["estimate"] < _SLOW_SECONDS:
             peak = peak_mb(lambda: _run(steps, 0), device)
-            one.row["build_ms"] = _build_ms(one, inputs, backward, device)
+            with suppress(torch.OutOfMemoryError):  # a second mask beside the first may be too much: then no figure
+                one.row["build_ms"] = _build_ms(one, inputs, backward, device)
         one.row["peak_mb"] = peak
     except FAILURES as exc:
         one.timed = None

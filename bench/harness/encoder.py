@@ -220,7 +220,7 @@ def _prepare(one: _Variant, results: dict[int, Tensor], index: int) -> None:
             synchronize(device)
             one.row["first_call_s"] = rounded(time.perf_counter() - start)
             timed = Timed(one.impl, [lambda *_: one.work()])
-            one.row["estimate"] = time_once(timed, 0, device)
+            one.row["estimate"] = time_once(timed, 0, device, flush=False)
             timed.seconds.clear()
             if one.row["estimate"] < _SLOW_SECONDS:
                 one.row["peak_mb"] = peak_mb(one.work, device)
@@ -260,7 +260,7 @@ def _time_in_turns(alive: list[_Variant], rounds: int, benchmark: Any) -> None:
             return
         try:
             with _memory_limit(one.limit):
-                time_once(one.timed, 0, one.slide.problem.device)
+                time_once(one.timed, 0, one.slide.problem.device, flush=False)
         except FAILURES as exc:
             one.row.update(status="failed", reason=reason(exc))
             exc.__traceback__ = None

@@ -17,7 +17,7 @@ def _why_not(problem: Problem, backward: bool) -> str | None:
 def _build(problem: Problem) -> Attend:
     ends, longest = offsets(problem), max(problem.lengths)
     forward = torch.ops.aten._cudnn_attention_forward.default
-    return lambda q, k, v: forward(q, k, v, None, ends, ends, longest, longest, False)[0]
+    return lambda q, k, v: forward(q, k, v, None, ends, ends, longest, longest, True)[0]
 
 
 PEER = Peer("cudnn_varlen", _why_not, _build)

@@ -1,7 +1,7 @@
 """Compiled `flex_attention` with a BlockMask made by hand from the segments, which is cheaper than `create_block_mask`.
 
 Compiled with dynamic shapes: every slide has its own number of patches, and a compilation takes longer than a slide.
-`flex_static` is compiled for the one shape at hand, for comparison.
+`flex_static` is compiled for the one shape at hand, at a few shapes, for comparison.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from .base import Attend, Peer, offsets
 
 BLOCK = 128
+STATIC_SHAPES = ((512, 1), (4_000, 1), (16_384, 1), (100_000, 100))  # (tokens, fragments)
 _INDEX_BYTES = 8 << 30
 
 
@@ -59,8 +60,17 @@ def block_mask(problem: Problem) -> BlockMask:
     return BlockMask((n, n), *both, *both, (BLOCK, BLOCK), same_segment)
 
 
+def _why_not_static(problem: Problem, backward: bool) -> str | None:
+    if (problem.n, problem.fragments) not in STATIC_SHAPES:
+        return "compiled for a few shapes only, since each takes a compilation of its own"
+    return _why_not(problem, backward)
+
+
 @cache
 def _compiled(dynamic: bool) -> object:
+    # Past torch's limit of compilations it would fall back to uncompiled code without a word.
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(flex_attention, dynamic=dynamic)
 
 
@@ -75,4 +85,4 @@ def _build(dynamic: bool, problem: Problem) -> Attend:
 
 
 PEER = Peer("flex", _why_not, partial(_build, True))
-STATIC = Peer("flex_static", _why_not, partial(_build, False))
+STATIC = Peer("flex_static", _why_not_static, partial(_build, False))

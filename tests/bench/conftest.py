@@ -9,6 +9,29 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 
+class _Rounds:
+    def pedantic(self, target, setup, rounds):
+        for _ in range(rounds):
+            setup()
+            target()
+
+
+@pytest.fixture
+def fake_benchmark():
+    """Of pytest-benchmark's fixture what ours calls."""
+    return _Rounds()
+
+
+@pytest.fixture
+def session(monkeypatch):
+    """A session that nothing in the environment changes."""
+    from harness.session import Session
+
+    for name in ("SAVE", "RESUME", "WITHOUT", "SECONDS"):
+        monkeypatch.delenv(f"EXAONEPATH_BENCH_{name}", raising=False)
+    return Session()
+
+
 @pytest.fixture
 def problem():
     """A problem small enough for a dense reference: three fragments, one of a single token."""

@@ -4,18 +4,10 @@ import pytest
 import torch
 from harness import encoder
 from harness.problems import Problem
-from harness.session import Session
 from harness.shares import time_shares
 
 from exaonepath import ExaonePathSlideEncoderConfig, ExaonePathSlideEncoderModel
 from exaonepath.models.loading import randomize
-
-
-class FakeBenchmark:
-    def pedantic(self, target, setup, rounds):
-        for _ in range(rounds):
-            setup()
-            target()
 
 
 class SmallSlide(encoder.Slide):
@@ -28,12 +20,9 @@ class SmallSlide(encoder.Slide):
         return model
 
 
-@pytest.fixture
-def session(monkeypatch):
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
     monkeypatch.setattr(encoder, "Slide", SmallSlide)
-    for name in ("SAVE", "RESUME", "WITHOUT", "SECONDS"):
-        monkeypatch.delenv(f"EXAONEPATH_BENCH_{name}", raising=False)
-    return Session()
 
 
 @pytest.fixture
@@ -42,8 +31,8 @@ def problem():
 
 
 @pytest.mark.parametrize(("training", "checkpointing"), [(False, False), (True, False), (True, True)])
-def test_ours_beside_the_dense_mask(session, problem, training, checkpointing):
-    encoder.hold(problem, training, session, FakeBenchmark(), checkpointing=checkpointing, budget=0.01)
+def test_ours_beside_the_dense_mask(session, problem, training, checkpointing, fake_benchmark):
+    encoder.hold(problem, training, session, fake_benchmark, checkpointing=checkpointing, budget=0.01)
     rows = {row["impl"]: row for _, row in session.rows}
     assert set(rows) == {"exaonepath", "dense_mask"}
     assert all(row["status"] == "ok" and row["ms"] > 0 for row in rows.values())
@@ -53,20 +42,20 @@ def test_ours_beside_the_dense_mask(session, problem, training, checkpointing):
     assert (rows["exaonepath"]["shares"] is None) is training
 
 
-def test_a_mask_that_does_not_fit_is_a_row(session, problem, monkeypatch):
+def test_a_mask_that_does_not_fit_is_a_row(session, problem, monkeypatch, fake_benchmark):
     monkeypatch.setattr(encoder, "_CPU_BYTES", 100)
-    encoder.hold(problem, False, session, FakeBenchmark(), budget=0.01)
+    encoder.hold(problem, False, session, fake_benchmark, budget=0.01)
     rows = {row["impl"]: row for _, row in session.rows}
     assert rows["dense_mask"]["status"] == "not available"
     assert "GB" in rows["dense_mask"]["reason"]
     assert rows["exaonepath"]["error_norm"] is None
 
 
-def test_a_wrong_embedding_prints_no_speed(session, problem, monkeypatch):
+def test_a_wrong_embedding_prints_no_speed(session, problem, monkeypatch, fake_benchmark):
     right = SmallSlide.ours
     monkeypatch.setattr(SmallSlide, "ours", lambda self: right(self) * 1.01)
     with pytest.raises(AssertionError, match="dense mask's embedding"):
-        encoder.hold(problem, False, session, FakeBenchmark(), budget=0.01)
+        encoder.hold(problem, False, session, fake_benchmark, budget=0.01)
     rows = {row["impl"]: row for _, row in session.rows}
     assert (rows["exaonepath"]["status"], rows["exaonepath"]["ms"]) == ("wrong", None)
     assert rows["dense_mask"]["status"] == "ok"

@@ -151,20 +151,6 @@ def test_clock_keeps_steps_apart():
     assert [rounds_for(s, 4.0) for s in (0.0, 0.5, 100.0)] == [20, 8, 3]
 
 
-class FakeBenchmark:
-    def pedantic(self, target, setup, rounds):
-        for _ in range(rounds):
-            setup()
-            target()
-
-
-@pytest.fixture
-def session(monkeypatch):
-    for name in ("SAVE", "RESUME", "WITHOUT", "SECONDS"):
-        monkeypatch.delenv(f"EXAONEPATH_BENCH_{name}", raising=False)
-    return Session()
-
-
 def broken(q, k, v):
     raise RuntimeError("unsupported here\nand a long story")
 
@@ -174,11 +160,11 @@ def peer(name, attend):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_nobody_fails_in_silence(problem, session, monkeypatch, backward):
+def test_nobody_fails_in_silence(problem, session, monkeypatch, backward, fake_benchmark):
     monkeypatch.setattr(contest, "separate_rotation", lambda problem: lambda q, k: (q * 1, k * 1))
     monkeypatch.setattr(contest, "PEERS", (peer("fails", broken), peer("lies", lambda q, k, v: q + k + v), *PEERS))
     session.without = {"sdpa_loop"}
-    contest.hold(problem, backward, session, FakeBenchmark(), budget=0.01)
+    contest.hold(problem, backward, session, fake_benchmark, budget=0.01)
     rows = [row for _, row in session.rows]
     by = {(row["impl"], row["rotation"], row["direction"]): row for row in rows}
     whole = "forward+backward" if backward else "forward"
@@ -196,22 +182,22 @@ def test_nobody_fails_in_silence(problem, session, monkeypatch, backward):
     assert len({row["run"] for row in rows}) == 1
 
 
-def test_ours_being_wrong_fails_and_prints_no_speed(problem, session, monkeypatch):
+def test_ours_being_wrong_fails_and_prints_no_speed(problem, session, monkeypatch, fake_benchmark):
     monkeypatch.setattr(contest, "PEERS", ())
     monkeypatch.setattr(contest, "fragment_attention", lambda *a, **k: fragment_attention(*a, **k) * 1.01)
     with pytest.raises(AssertionError, match="exact result's norm"):
-        contest.hold(problem, False, session, FakeBenchmark(), budget=0.01)
+        contest.hold(problem, False, session, fake_benchmark, budget=0.01)
     assert [row["ms"] for _, row in session.rows] == [None, None]
 
 
-def test_a_session_resumes_and_ends(problem, session, monkeypatch, tmp_path):
+def test_a_session_resumes_and_ends(problem, session, monkeypatch, tmp_path, fake_benchmark):
     monkeypatch.setattr(contest, "PEERS", ())
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setenv("EXAONEPATH_BENCH_SAVE", "1")
     monkeypatch.setenv("EXAONEPATH_BENCH_RESUME", "1")
-    contest.hold(problem, False, Session(), FakeBenchmark(), budget=0.01)
+    contest.hold(problem, False, Session(), fake_benchmark, budget=0.01)
     with pytest.raises(pytest.skip.Exception, match="already measured"):
-        contest.hold(problem, False, Session(), FakeBenchmark(), budget=0.01)
+        contest.hold(problem, False, Session(), fake_benchmark, budget=0.01)
     monkeypatch.setenv("EXAONEPATH_BENCH_SECONDS", "-1")
     with pytest.raises(pytest.skip.Exception, match="out of time"):
-        contest.hold(problem, True, Session(), FakeBenchmark(), budget=0.01)
+        contest.hold(problem, True, Session(), fake_benchmark, budget=0.01)
