@@ -43,6 +43,7 @@ from exaonepath.patches import patchfy
 from exaonepath.pipeline import encode_slide, find_slides
 from exaonepath.slide_embedding import embed_features_file
 from exaonepath.storage import ensure_folder
+from exaonepath.training.command import train
 from exaonepath.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -326,6 +327,9 @@ def demo(
     note_random(weights.startswith("random:"), weights, quiet)
     for path, meaning in result.files:
         say_result(path, meaning, False, False)
+
+
+app.command()(_guarded(train))
 
 
 def _each(files: list[Path], work: Callable[[Path], int], problems: list[SlideOpenError], verbose: int) -> None:

@@ -94,7 +94,7 @@ class OmicsEncoder(nn.Module):
                 totals = x.nansum(1) if totals is None else totals
                 x = x * (1e6 / totals.clamp(min=1))[:, None]
             x = x.log1p()
-        x = ((x - self.mean) / self.std).nan_to_num(0.0)
+        x = _missing_as_mean((x - self.mean) / self.std)
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
     def attach_foundation(self, module: nn.Module) -> None:
@@ -138,7 +138,7 @@ class OmicsEncoder(nn.Module):
         weight = self.proj.weight
         stream = stream_dtype(weight)
         if self.foundation_cfg is None:
-            x = profiles.to(stream).nan_to_num(0.0)
+            x = _missing_as_mean(profiles.to(stream))
         else:
             x = self.foundation_norm(self._through_foundation(profiles).to(stream))
         z: Tensor = self.drop(self.proj(self.input_drop(x).to(compute_dtype(weight)))).to(stream)
@@ -162,6 +162,11 @@ class OmicsEncoder(nn.Module):
                 f"[{profiles.shape[0]}, {self.foundation_cfg['dim']}]"
             )
         return out
+
+
+def _missing_as_mean(x: Tensor) -> Tensor:
+    """NaN to 0, the mean of standardised values; infinity stays what it is, for all to see."""
+    return torch.where(torch.isnan(x), 0, x)
 
 
 class ExaonePathOmicsEncoderModel(ExaonePathPreTrainedModel):

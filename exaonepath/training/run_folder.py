@@ -1,0 +1,161 @@
+"""The folder of a training run: settings, checkpoints, metrics, the best and the final model.
+
+settings.json       what was asked for, with the hashes of settings and cohort    split.json   patients of each split
+metrics.jsonl       one JSON object a line: training steps, validations, warnings
+tensorboard/        the same as event files
+checkpoints/        step-<n>/, to resume from                                      best/ model/  `from_pretrained`
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from exaonepath.errors import DataFileError, FileBusyError, OutputCollisionError, SettingsError
+from exaonepath.storage import ensure_folder, output_error, settings_hash, write_text
+from exaonepath.training.settings import differing_keys
+from exaonepath.version import __version__
+
+logger = logging.getLogger(__name__)
+
+
+_FOLDERS = ("checkpoints", "best", "model", "tensorboard")
+# The settings last: while they are there, the folder is known for what it is.
+_FILES = ("metrics.jsonl", "split.json", "cohort_report.json", "settings.json")
+
+
+class RunFolder:
+    """Files of one run; see the module's description."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings_file = path / "settings.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.best = path / "best"
+        self.model = path / "model"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this run; raises `FileBusyError` where another process trains into it."""
+        ensure_folder(self.path)
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                raise FileBusyError(f"another process is training into {self.path}") from exc
+            yield
+
+    def claim(self, settings: Mapping[str, Any], cohort_hash: str, *, overwrite: bool) -> bool:
+        """Make the folder this run's.
+
+        Returns:
+            True where it already is: there may be something to resume.
+
+        Raises:
+            SettingsError: it holds a run of other settings or of another cohort (the differing settings are named).
+            OutputCollisionError: it holds something else.
+        """
+        if overwrite and self.settings_file.exists():
+            for name in _FOLDERS:
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            for name in _FILES:
+                (self.path / name).unlink(missing_ok=True)
+        if self.settings_file.exists():
+            stored = self._stored()
+            if differing := differing_keys(stored["settings"], dict(settings)):
+                raise SettingsError(
+                    f"{self.path} holds a run of other settings ({', '.join(differing)}); resume with the same ones, "
+                    "train into another folder, or ask to overwrite"
+                )
+            if stored["cohort_hash"] != cohort_hash:
+                raise SettingsError(
+                    f"the cohort has changed since the run in {self.path} was started, and a run cannot be resumed on "
+                    "other data; train into another folder, or ask to overwrite"
+                )
+            return True
+        own = {*_FOLDERS, *_FILES}
+        foreign = [p.name for p in self.path.iterdir() if p.name not in own and not p.name.startswith(".")]
+        if foreign:
+            raise OutputCollisionError(
+                f"{self.path} is not empty and holds no training run ({', '.join(sorted(foreign)[:5])}); name a new one"
+            )
+        content = {
+            "settings": dict(settings),
+            "settings_hash": settings_hash(settings),
+            "cohort_hash": cohort_hash,
+            "exaonepath_version": __version__,
+        }
+        write_text(self.settings_file, json.dumps(content, indent=1) + "\n")
+        return False
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a line to the metrics; numbers that are not finite become null."""
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(row)) + "\n")
+        except OSError as exc:
+            raise output_error(self.metrics_file, exc) from exc
+
+    def rewind(self, step: int) -> None:
+        """Forget the metrics after `step`, and a last line that a kill cut short."""
+        rows = [line for line in self.metrics() if line["step"] <= step]
+        write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All complete lines of the metrics, in order."""
+        if not self.metrics_file.exists():
+            return []
+        rows = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break  # cut short by a kill: nothing after it is whole
+        return rows
+
+    def save_model(self, model: PreTrainedModel, target: Path) -> None:
+        """`save_pretrained` into `target`, whole or not at all; an earlier model there is replaced."""
+        try:
+            work = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.path))
+            try:
+                model.save_pretrained(work)
+                work.chmod(0o755)
+                old = work.with_suffix(".old")
+                if target.exists():
+                    target.rename(old)
+                work.rename(target)
+                shutil.rmtree(old, ignore_errors=True)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+        except OSError as exc:
+            raise output_error(target, exc) from exc
+
+    def clean(self) -> None:
+        """Delete what a killed process was writing."""
+        for path in [*self.path.glob(".writing-*"), *self.checkpoints.glob(".writing-*")]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _stored(self) -> dict[str, Any]:
+        try:
+            stored: dict[str, Any] = json.loads(self.settings_file.read_text(encoding="utf-8"))
+            return {"settings": stored["settings"], "cohort_hash": stored["cohort_hash"]}
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise DataFileError(f"{self.settings_file} cannot be read ({exc}); ask to overwrite the run") from exc
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value

@@ -1,0 +1,101 @@
+"""Checkpoints: whole or not there, damaged ones passed over, no pickle."""
+
+import json
+
+import pytest
+import torch
+
+from exaonepath.errors import OutputError, WeightsError
+from exaonepath.training import checkpoint
+from exaonepath.training.checkpoint import (
+    load_checkpoint,
+    optimizer_tensors,
+    remove_unfinished,
+    restore_optimizer,
+    save_checkpoint,
+)
+
+
+def save(folder, step, value=1.0, keep=2):
+    return save_checkpoint(folder, step, {"model": {"w": torch.full((3,), value)}}, {"best": value}, keep=keep)
+
+
+def test_the_newest_is_read_and_old_ones_go(tmp_path):
+    assert load_checkpoint(tmp_path / "none") is None
+    for step in (5, 10, 100_000_000):
+        save(tmp_path, step, float(step))
+    found = load_checkpoint(tmp_path)
+    assert (found.step, found.state) == (100_000_000, {"best": 1e8})
+    assert torch.equal(found.tensors["model"]["w"], torch.full((3,), 1e8))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-100000000"]
+    assert {p.suffix for p in found.path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_a_killed_write_leaves_the_one_before(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_sync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path).step == 1
+    # What no handler could clean up, a real kill, is swept by the next run.
+    (tmp_path / ".writing-abc").mkdir()
+    (tmp_path / ".writing-abc" / "model.safetensors").write_bytes(b"half")
+    assert load_checkpoint(tmp_path).step == 1
+    remove_unfinished(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_damaged_one_is_passed_over_and_said(tmp_path, caplog):
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    data = (newest / "model.safetensors").read_bytes()
+    (newest / "model.safetensors").write_bytes(data[:-4])
+    assert load_checkpoint(tmp_path).step == 1
+    assert "step-00000002" in caplog.text
+    (tmp_path / "step-00000001" / "state.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"step-00000002.*step-00000001"):
+        load_checkpoint(tmp_path)
+
+
+def test_the_same_step_again_replaces_it(tmp_path):
+    save(tmp_path, 3, 1.0)
+    save(tmp_path, 3, 2.0)
+    assert load_checkpoint(tmp_path).state == {"best": 2.0}
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        save(tmp_path / "file", 1)
+
+
+def test_optimizer_state_goes_round(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1), {p: n for n, p in model.named_parameters()}
+
+    def train(model, optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+
+    model, optimizer, names = make()
+    train(model, optimizer)
+    path = save_checkpoint(tmp_path, 3, {"optimizer": optimizer_tensors(optimizer, names)}, {}, keep=1)
+    assert json.loads((path / "state.json").read_text())["groups"] == ["optimizer"]
+    again, other, other_names = make()
+    again.load_state_dict(model.state_dict())
+    restore_optimizer(other, other_names, load_checkpoint(tmp_path).tensors["optimizer"])
+    train(model, optimizer)
+    train(again, other)
+    assert torch.equal(again.weight, model.weight)
+    with pytest.raises(WeightsError, match="stranger"):
+        restore_optimizer(other, other_names, {"stranger/step": torch.zeros(())})
