@@ -1,5 +1,7 @@
 """Settings: TOML, flags over it, every key known and every value in range."""
 
+from pathlib import Path
+
 import pytest
 
 from exaonepath.errors import ConfigError, SettingsError
@@ -113,3 +115,10 @@ def test_select():
     for bad in ("wsi->rna", "x@7", "@"):
         with pytest.raises(SettingsError):
             select_parts(bad)
+
+
+def test_the_reference_names_every_setting():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    settings = build_settings({}).as_dict()
+    missing = [f"{section}.{key}" for section, table in settings.items() for key in table if f"`{key}`" not in text]
+    assert not missing
