@@ -177,16 +177,9 @@ def _(
     log_t: Tensor,
     bias: Tensor,
     patient: Tensor,
-    availability: Tensor | None,
-    pair_weights: Sequence[float],
-    pos_weight: float | None,
-    balanced: bool,
-    names: str,
-    backend: str,
-    dtype: torch.dtype,
-    wants: Sequence[bool],
-    check_finite: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    dtype, wants = options[-3], options[-2]
     accumulator = torch.promote_types(dtype, torch.float32)
     n_pairs = math.comb(len(embeddings), 2)
     loss = patient.new_empty((), dtype=accumulator)

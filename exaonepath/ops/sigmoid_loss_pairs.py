@@ -26,6 +26,7 @@ from exaonepath.ops.sigmoid_loss_sweep import (
     SUM_G_DOTS,
     Engine,
     PairConstants,
+    PairTask,
     sweep,
 )
 
@@ -70,19 +71,8 @@ class Batch(Protocol):
     def count(self, patient: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
         """Positives of each pair [P]; rows of each modality and in all [M + 1], int64, from availability [M, B]."""
 
-    def sweep(
-        self,
-        modality: int,
-        u: Tensor,
-        v: Tensor,
-        row_ids: Tensor,
-        column_ids: Tensor,
-        constants: PairConstants,
-        engine: Engine,
-        sums: Tensor,
-        gradients: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        """As `sigmoid_loss_sweep.sweep`; `modality` is that of `v`."""
+    def sweep(self, modality: int, task: PairTask) -> None:
+        """As `sigmoid_loss_sweep.sweep`; `modality` is that of `task.v`."""
 
     def total(self, sums: Tensor) -> Tensor:
         """`sums` of all processes together."""
@@ -94,19 +84,8 @@ class LocalBatch:
     def count(self, patient: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
         return count_positives(patient, available, patient, available), count_rows(available)
 
-    def sweep(
-        self,
-        modality: int,
-        u: Tensor,
-        v: Tensor,
-        row_ids: Tensor,
-        column_ids: Tensor,
-        constants: PairConstants,
-        engine: Engine,
-        sums: Tensor,
-        gradients: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        sweep(u, v, row_ids, column_ids, constants, engine, sums, gradients)
+    def sweep(self, modality: int, task: PairTask) -> None:
+        sweep(task)
 
     def total(self, sums: Tensor) -> Tensor:
         return sums
@@ -196,7 +175,7 @@ def pairwise_sigmoid(
         units = [side.project() for side in sides]
         slopes = None if wants is None else (torch.zeros_like(units[0]), torch.zeros_like(units[1]))
         u, v = (unit.to(engine.operand) for unit in units)
-        batch.sweep(j, u, v, ids[i], ids[j], plan.constants[index], engine, sums[index], slopes)
+        batch.sweep(j, PairTask(u, v, ids[i], ids[j], plan.constants[index], engine, sums[index], slopes))
         if slopes is None:
             continue
         factor = plan.factors[index] * plan.constants[index].scale

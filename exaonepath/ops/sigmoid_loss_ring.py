@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from exaonepath.ops.sigmoid_loss import (
 from exaonepath.ops.sigmoid_loss_checks import check_finite_values, check_inputs, say_no_valid_pair
 from exaonepath.ops.sigmoid_loss_engine import choose_engine
 from exaonepath.ops.sigmoid_loss_pairs import PairwiseInputs, count_positives, count_rows, pairwise_sigmoid
-from exaonepath.ops.sigmoid_loss_sweep import Engine, PairConstants, sweep
+from exaonepath.ops.sigmoid_loss_sweep import Engine, PairTask, sweep
 
 # Several tensors are under way between the same two ranks: the tag tells them apart where order alone does not.
 _BLOCK, _IDS, _GRADIENT = 1, 2, 3
@@ -197,20 +197,9 @@ class Ring:
             dist.all_reduce(positives, group=self.group)
         return positives, sizes.sum(0)
 
-    def sweep(
-        self,
-        modality: int,
-        u: Tensor,
-        v: Tensor,
-        row_ids: Tensor,
-        column_ids: Tensor,
-        constants: PairConstants,
-        engine: Engine,
-        sums: Tensor,
-        gradients: tuple[Tensor, Tensor] | None,
-    ) -> None:
+    def sweep(self, modality: int, task: PairTask) -> None:
         """See `Batch`."""
-        block, ids = v.contiguous(), column_ids
+        block, ids, gradients = task.v.contiguous(), task.column_ids, task.gradients
         gradient_transfer: _Transfer | None = None
         for step in range(self.world):
             transfer = None
@@ -223,7 +212,7 @@ class Ring:
                     ]
                 )
             part = None if gradients is None else (gradients[0], gradients[1].new_zeros(block.shape))
-            sweep(u, block, row_ids, ids, constants, engine, sums, part)
+            sweep(replace(task, v=block, column_ids=ids, gradients=part))
             if part is not None:
                 if gradient_transfer is not None:
                     part[1].add_(gradient_transfer.wait()[0])

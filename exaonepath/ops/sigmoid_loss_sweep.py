@@ -173,23 +173,24 @@ class Engine:
     accumulator: torch.dtype
 
 
-def sweep(
-    u: Tensor,
-    v: Tensor,
-    row_ids: Tensor,
-    column_ids: Tensor,
-    constants: PairConstants,
-    engine: Engine,
-    sums: Tensor,
-    gradients: tuple[Tensor, Tensor] | None,
-) -> None:
-    """Add the sums of all pairs of rows of `u` and `v` to `sums`, and dL/d(dots) V and its mirror to `gradients`.
+@dataclass(frozen=True)
+class PairTask:
+    """One pair's rows, and where what they give is added."""
 
-    Args:
-        u, v: [m, d], [n, d] unit rows in `engine.operand`. row_ids, column_ids: [m], [n] int64.
-        sums: [8] float64, added to. gradients: (du [m, d], dv [n, d]) in `engine.accumulator`, added to, still without
-            the factor exp(t) / n_positive; None for the loss alone.
-    """
+    u: Tensor  # [m, d] unit rows in `engine.operand`
+    v: Tensor  # [n, d]
+    row_ids: Tensor  # [m] int64
+    column_ids: Tensor  # [n] int64
+    constants: PairConstants
+    engine: Engine
+    sums: Tensor  # [8] float64
+    # (du [m, d], dv [n, d]) in `engine.accumulator`, without the factor exp(t) / n_positive; None: the loss alone.
+    gradients: tuple[Tensor, Tensor] | None
+
+
+def sweep(task: PairTask) -> None:
+    """Add the sums over all pairs of rows of u and v to `task.sums`, and G V and G^T U to `task.gradients`."""
+    u, v, engine, gradients = task.u, task.v, task.engine, task.gradients
     if u.shape[0] == 0 or v.shape[0] == 0:
         return
     dtype = engine.gradient_operand
@@ -202,7 +203,7 @@ def sweep(
         for first_row in range(0, u.shape[0], engine.tile.rows):
             rows = slice(first_row, first_row + engine.tile.rows)
             dots = product_nt(u[rows], v_c)
-            grad = engine.run_pass(dots, row_ids[rows], column_ids[columns], constants, sums)
+            grad = engine.run_pass(dots, task.row_ids[rows], task.column_ids[columns], task.constants, task.sums)
             del dots
             if gradients is None:
                 continue
