@@ -249,7 +249,7 @@ def _n_bytes(features: FeatureSet) -> int:
 
 def collate_patients(rows: Sequence[PatientRow]) -> PatientBatch:
     """Rows to a batch; slides stay apart (pad with `pad_slides`, or pack them)."""
-    counts = torch.tensor([len(row.slides) for row in rows])
+    counts = torch.tensor([len(row.slides) for row in rows], dtype=torch.int64)
     names = rows[0].omics if rows else {}
     return PatientBatch(
         tuple(row.patient for row in rows),

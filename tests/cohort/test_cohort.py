@@ -1,6 +1,7 @@
 """A cohort as a whole: every problem in one report, patients chosen, rows sorted."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -128,7 +129,6 @@ def test_no_common_patients_shows_ids_of_both_sides(write_csv):
         load_cohort(config)
     assert "TCGA-AA-0001-01A" in str(caught.value)
     assert "patient_ids: tcga" in str(caught.value)
-    from dataclasses import replace
 
     assert load_cohort(replace(config, patient_ids="tcga")).patients == ("TCGA-AA-0001", "TCGA-AA-0002")
 
