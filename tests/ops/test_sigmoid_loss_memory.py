@@ -22,21 +22,25 @@ def live_bytes():
     return module.LiveBytes
 
 
-def measure(live_bytes, backend, n_rows, width=8, dim=16):
-    """(largest storage, peak of what was alive) of a forward with gradients, in bytes."""
+def make_inputs(n_rows, width, dim, device="cpu", dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    inputs = check_inputs(
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)  # noqa: E731
+    return check_inputs(
         [draw(n_rows, width) for _ in range(3)],
         {pair: draw(width, dim) for pair in permutations(range(3), 2)},
-        torch.full((3,), 2.3),
-        torch.full((3,), -10.0),
-        torch.arange(n_rows),
-        torch.rand(3, n_rows, generator=generator) > 0.1,
+        torch.full((3,), 2.3, device=device),
+        torch.full((3,), -10.0, device=device),
+        torch.arange(n_rows, device=device),
+        torch.rand(3, n_rows, generator=generator).to(device) > 0.1,
         None,
         "balanced",
         None,
     )
+
+
+def measure(live_bytes, backend, n_rows, width=8, dim=16):
+    """(largest storage, peak of what was alive) of a forward with gradients, in bytes."""
+    inputs = make_inputs(n_rows, width, dim)
     engine = choose_engine(backend, torch.device("cpu"), torch.float32)
     with torch.no_grad(), live_bytes() as mode:
         pairwise_sigmoid(inputs, engine, LocalBatch(), [True] * 3)
@@ -67,3 +71,48 @@ def test_the_measure_sees_a_matrix_of_all_pairs(live_bytes):
     assert mode.largest == 600 * 600 * 4
     assert mode.peak >= 2 * mode.largest
     assert mode.live == 0
+
+
+@pytest.fixture
+def card():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if reason := why_not("cuda", device, torch.bfloat16):
+        pytest.skip(reason)
+    return device
+
+
+@pytest.mark.gpu
+def test_a_sweep_never_waits_for_the_card(card):
+    class Watched(LocalBatch):
+        def sweep(self, modality, task):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                super().sweep(modality, task)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    inputs = make_inputs(5000, 64, 64, card, torch.bfloat16)
+    with torch.no_grad():
+        result = pairwise_sigmoid(inputs, choose_engine("cuda", card, torch.bfloat16), Watched(), [True] * 3)
+    assert result.loss.isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_workspace_on_the_card(card, dtype):
+    n_rows, width, dim = 30_000, 64, 128  # the whole matrix would be 3.6 GB
+    inputs = make_inputs(n_rows, width, dim, card, dtype)
+    engine = choose_engine("cuda", card, dtype)
+    with torch.no_grad():
+        pairwise_sigmoid(inputs, engine, LocalBatch(), [True] * 3)  # cuBLAS takes its own workspace once
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = pairwise_sigmoid(inputs, engine, LocalBatch(), [True] * 3)
+        peak = torch.cuda.max_memory_allocated() - before
+    own = sum(gradient.numel() * gradient.element_size() for gradient in result.gradients)
+    # u, v and their gradients in float32, their copies in the operands' dtype, and one more of each on the way.
+    of_one_pair = n_rows * dim * (4 * 4 + 2 * 4 + 4 * 4)
+    assert peak <= own + of_one_pair + (128 << 20)
