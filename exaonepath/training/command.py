@@ -62,11 +62,20 @@ def train(
 
     with _bar(quiet) as progress:
         result = run(chosen, out, overwrite=overwrite, progress=progress, report=None if quiet else _say)
+    _leave_group()
     if not result.finished:
         raise KeyboardInterrupt
     if not quiet:
         best = "" if result.best is None else f", best {chosen.run.select} {result.best:.3f} at step {result.best_step}"
         sys.stdout.write(f"{out / 'model'}  {result.step} steps{best}\n")
+
+
+def _leave_group() -> None:
+    """Where a launcher started several processes: say goodbye, or the backend complains at exit."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _say_prepared(settings: TrainSettings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from exaonepath.cohort.slides import SlideTable
 from exaonepath.cohort.splits import Split, split_patients
 from exaonepath.cohort.standardizer import Scaling, Standardizer, StandardizerSettings
 from exaonepath.errors import ConfigError, SettingsError
+from exaonepath.feature_extraction.store import read_features
 from exaonepath.models.multimodal.alignment import ExaonePathAlignmentModel
 from exaonepath.models.multimodal.batch import PatientBatch, SlidePatches
 from exaonepath.training.settings import DataSettings
@@ -187,6 +189,7 @@ class TrainingData:
             cache_bytes=cache,
         )  # fmt: skip
         self._number = {patient: i for i, patient in enumerate(self._training.cohort.patients)}
+        self._evaluation: tuple[tuple[str, ...], PatientDataset] | None = None
 
     @property
     def train(self) -> tuple[str, ...]:
@@ -209,20 +212,15 @@ class TrainingData:
         counts = {name: len(part) for name, part in self.split.parts.items()}
         return {"cohort_hash": self.cohort.fingerprint, "patients": counts}
 
-    @property
+    @cached_property
     def probe_slide(self) -> Probe | None:
         """A small validation slide of two fragments or more, to look for leaks between them; None without one."""
-        for patient in self.validation:
-            for slide in sorted(self.cohort.slides.of(patient), key=lambda slide: slide.n_patches)[:1]:
-                if slide.n_patches <= _PROBE_PATCHES:
-                    batch = next(iter(self.evaluation_batches([patient], [0], 1)))[1]
-                    assert batch.slides is not None
-                    n = batch.slides.lengths[0]
-                    coords, contours = batch.slides.coords, batch.slides.contour_index
-                    assert coords is not None
-                    assert contours is not None
-                    if len(contours[:n].unique()) > 1:
-                        return Probe(batch.slides.features[:n], coords[:n], contours[:n])
+        held_out = set(self.validation)
+        slides = [s for s in self.cohort.slides.slides if s.patient in held_out and s.n_patches <= _PROBE_PATCHES]
+        for slide in sorted(slides, key=lambda s: s.n_patches)[:_PROBE_TRIES]:
+            stored = read_features(slide.features)
+            if stored.coords is not None and len(np.unique(stored.contour_index)) > 1:
+                return Probe(*(torch.from_numpy(x) for x in (stored.features, stored.coords, stored.contour_index)))
         return None
 
     def chunks(
@@ -264,18 +262,23 @@ class TrainingData:
         self, patients: Sequence[str], rows: Sequence[int], size: int
     ) -> Iterator[tuple[list[int], PatientBatch]]:
         """(rows, batch) of `patients` at `rows`, `size` at a time: all slides, all patches."""
-        dataset = PatientDataset(
-            self.cohort, self.standardizer, [patients[i] for i in rows], slides="all",
-            cache_bytes=self.settings.cache_mb << 20,
-        )  # fmt: skip
+        dataset = self._evaluation_dataset(tuple(patients))
         place = {patient: i for i, patient in enumerate(dataset.cohort.patients)}
         for start in range(0, len(rows), max(size, 1)):
             part = list(rows[start : start + max(size, 1)])
             yield part, to_model_batch(collate_patients([dataset[place[patients[i]]] for i in part]))
 
+    def _evaluation_dataset(self, patients: tuple[str, ...]) -> PatientDataset:
+        """All slides, all patches; the one asked for last is kept, with what it has read."""
+        if self._evaluation is None or self._evaluation[0] != patients:
+            cache = self.settings.cache_mb << 20
+            dataset = PatientDataset(self.cohort, self.standardizer, patients, slides="all", cache_bytes=cache)
+            self._evaluation = patients, dataset
+        return self._evaluation[1]
+
 
 # Looking for leaks runs every RoPE block twice: a slide as small as this costs nothing.
-_PROBE_PATCHES = 4096
+_PROBE_PATCHES, _PROBE_TRIES = 4096, 20
 
 
 def to_model_batch(batch: CohortBatch) -> PatientBatch:

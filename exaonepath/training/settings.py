@@ -115,7 +115,7 @@ class OptimizerSettings:
         lr: peak learning rate. min_lr_share: what the cosine ends at, as a share of it.
         warmup: steps of linear warmup; a value below 1 is a share of all steps.
         weight_decay: of weight matrices; norms, biases, tokens, t and b have none.
-        logit_lr_share: learning rate of t and b as a multiple of `lr`.
+        logit_lr_share: learning rate of t and b in multiples of `lr`; they start far from where a run needs them.
         clip: largest norm of the gradient; 0: not clipped.
         ema: decay of the averaged weights that are validated and saved; 0: none.
     """
@@ -125,7 +125,7 @@ class OptimizerSettings:
     warmup: float = 0.1
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
-    logit_lr_share: float = 1.0
+    logit_lr_share: float = 10.0
     clip: float = 1.0
     ema: float = 0.0
 

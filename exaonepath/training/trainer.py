@@ -134,6 +134,9 @@ class Trainer:
             TrainingError: a loss, an embedding or a gradient is not finite; the last checkpoint is kept.
         """
         resumed_from = self._resume()
+        if self.scaler.is_enabled():
+            # It makes its factor when it first scales something, and our losses are scaled by hand.
+            self.scaler.scale(torch.zeros((), device=self.processes.device))
         stop_after = False
         with _board(self.folder, self.settings, self.processes, self.step) as board, self._signals():
             for step, chunks in self._steps():
@@ -250,7 +253,8 @@ class Trainer:
 
     def _move(self) -> float:
         """Clip, and let the optimiser step; the norm before clipping."""
-        self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.parameters)
         finite = bool(torch.isfinite(norm))
         # The scaler lives by overflows: it skips such a step and lowers its factor.
@@ -411,8 +415,6 @@ def _share(n_chunks: int, processes: Processes) -> tuple[int, int]:
 
 def _precision(name: str, device: torch.device) -> torch.dtype:
     dtype = resolve_dtype(name, device)
-    if dtype == torch.float16 and device.type == "cpu":
-        raise DeviceError("float16 training needs a GPU; on the CPU use float32 or bfloat16")
     if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise DeviceError("this GPU does not compute in bfloat16; use float16 or float32")
     return dtype
