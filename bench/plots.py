@@ -32,6 +32,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 Row = dict[str, Any]
 OURS = "exaonepath"
 CARD_GB = 12
+_CLOCKS = {"events": "times by CUDA events", "wall": "wall time", "cpu": "processor time"}
+_BUSY = 1.5  # load a core from which others clearly worked beside the benchmark
 
 # Okabe and Ito's colours, told apart by most eyes; markers differ too. (colour, marker, name in the legend)
 # A colour is a kernel; where it serves twice, the second way is dashed.
@@ -270,6 +272,7 @@ def _finish(figure: Figure, title: str, rows: list[Row]) -> Figure:
     last = rows[-1]
     where = last["gpu"] if last["device"] == "cuda" else f"{last['cpu']}, {last['threads']} threads"
     commits = sorted({row["commit"] or "no commit" for row in rows})
+    clocks = " and ".join(sorted({_CLOCKS[row["clock"]] for row in rows}))
     versions = f"torch {last['torch']}" + (f", triton {last['triton']}" if last["device"] == "cuda" else "")
     dtypes = ", ".join(sorted({row["dtype"] for row in rows}))
     figure.suptitle(f"{title}\n{where}", fontsize=13, y=0.985)
@@ -278,11 +281,14 @@ def _finish(figure: Figure, title: str, rows: list[Row]) -> Figure:
         handles.update({text: handle for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)})
     height = figure.get_size_inches()[1]
     lines = -(-len(handles) // 3)
-    bottom = (0.3 + 0.22 * lines) / height
+    bottom = (0.46 + 0.22 * lines) / height
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=3, frameon=False, fontsize=9.5,
-                  bbox_to_anchor=(0.5, 0.24 / height))  # fmt: skip
-    note = f"{dtypes}; {versions}; commit {', '.join(commits)}; {last['date']}"
-    figure.text(0.5, 0.1 / height, note, ha="center", fontsize=8.5, color="#555555")
+                  bbox_to_anchor=(0.5, 0.42 / height))  # fmt: skip
+    note = f"{dtypes}; {clocks}; {versions}; commit {', '.join(commits)}; {last['date']}"
+    busy = max((row["load"] or 0) / row["cores"] for row in rows)
+    if last["device"] == "cpu" and busy > _BUSY:
+        note += f"\nshared machine, load {busy:.0f} a core: only ratios within a run hold"
+    figure.text(0.5, 0.08 / height, note, ha="center", va="bottom", fontsize=8.5, color="#555555")
     figure.tight_layout(rect=(0, bottom, 1, 1))
     return figure
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from exaonepath.ops import fragment_attention
 
-from .clock import Timed, rounds_for, synchronize, time_once
+from .clock import Timed, host_clock, rounds_for, synchronize, time_once
 from .exact import TOLERANCE, Sample, exact_sample
 from .memory import peak_mb
 from .problems import Problem
@@ -194,12 +194,14 @@ def _named(one: Candidate, results: list[Any]) -> dict[str, Tensor]:
 def _build_ms(one: Candidate, inputs: Inputs, backward: bool, device: str) -> float | None:
     """What a new batch pays before its first layer: build and first call, less a later call; all is compiled by now."""
 
+    now = host_clock(device)
+
     def seconds(steps: Sequence[Callable[..., object]] | None) -> float:
         synchronize(device)
-        start = time.perf_counter()
+        start = now()
         _run(steps or _steps(one.build(), one, inputs, backward), 0)
         synchronize(device)
-        return time.perf_counter() - start
+        return now() - start
 
     assert one.timed is not None
     seconds(None)

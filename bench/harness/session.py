@@ -13,6 +13,7 @@ import torch
 from exaonepath.errors import ExaonePathError
 
 from . import table
+from .clock import clock_name
 from .machine import facts, source_hash
 
 try:
@@ -67,7 +68,7 @@ class Session:
 
     def record(self, name: str, row: dict[str, Any]) -> None:
         """Complete a row with this machine's facts, keep it, and save it where asked to."""
-        row = {**row, **facts()}
+        row = {**row, "clock": clock_name(row["device"]), **facts()}
         if wrong := table.problems_of(name, row):
             raise ValueError(f"row for {name} {'; '.join(wrong)}: {row}")
         self.rows.append((name, row))

@@ -43,6 +43,7 @@ _MEASURED: dict[str, tuple[type, ...]] = {
     "spread": _TEXT,
     "seed": _WHOLE,
     "sum_l2": _WHOLE,
+    "clock": _TEXT,
     "rounds": _WHOLE + _OR_NONE,
     "ms": _NUMBER + _OR_NONE,
     "ms_p20": _NUMBER + _OR_NONE,

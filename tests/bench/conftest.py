@@ -52,7 +52,15 @@ def measured():
             **facts(),
             **{"run": "r1", "status": "ok", "reason": None, "direction": "forward", "device": "cpu"},
             **{"dtype": "float32", "n": 1000, "fragments": 1, "spread": "equal", "seed": 0, "sum_l2": 10**6},
-            **{"rounds": 5, "ms": 2.0, "ms_p20": 1.5, "ms_p80": 3.0, "first_call_s": 0.1, "peak_mb": 10.0},
+            **{
+                "clock": "wall",
+                "rounds": 5,
+                "ms": 2.0,
+                "ms_p20": 1.5,
+                "ms_p80": 3.0,
+                "first_call_s": 0.1,
+                "peak_mb": 10.0,
+            },
             **{"impl": "exaonepath", "rotation": "own", "heads": 12, "head_dim": 64, "tflops": 0.1, "build_ms": 0.2},
             **{"error_norm": 1e-6, "error_max": 1e-5},
         }

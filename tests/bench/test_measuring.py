@@ -1,11 +1,12 @@
 """What the benchmarks rest on: problems from a seed, exact samples, and a contest where nobody fails in silence."""
 
 import math
+import time
 
 import pytest
 import torch
 from harness import contest
-from harness.clock import Timed, rounds_for, time_once
+from harness.clock import Timed, clock_name, rounds_for, time_once
 from harness.exact import TOLERANCE, exact_sample
 from harness.problems import SPREADS, Problem, fragment_lengths
 from harness.session import Session
@@ -149,6 +150,25 @@ def test_clock_keeps_steps_apart():
     assert timed.quantiles(0)[1] == 2.0
     assert timed.quantiles()[1] == 22.0
     assert [rounds_for(s, 4.0) for s in (0.0, 0.5, 100.0)] == [20, 8, 3]
+
+
+def test_processor_time_is_for_one_thread(monkeypatch):
+    monkeypatch.setenv("EXAONEPATH_BENCH_CLOCK", "cpu")
+    assert clock_name("cuda") == "events"
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ValueError, match="OMP_NUM_THREADS=1"):
+            clock_name("cpu")
+        torch.set_num_threads(1)
+        timed = Timed("sleeps", [lambda i, _: time.sleep(0.2)])
+        # A sleep takes no processor time; how long the wall clock says it took does not enter.
+        assert time_once(timed, 0, "cpu") < 0.1
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setenv("EXAONEPATH_BENCH_CLOCK", "sun")
+    with pytest.raises(ValueError, match="wall or cpu"):
+        clock_name("cpu")
 
 
 def broken(q, k, v):
