@@ -21,6 +21,7 @@ from rich.markup import escape
 from exaonepath.demo import run_demo
 from exaonepath.doctor import examine
 from exaonepath.errors import ExaonePathError, SlideOpenError
+from exaonepath.experiments.command import ablate, evaluate
 from exaonepath.feature_extraction.command import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
@@ -330,6 +331,8 @@ def demo(
 
 
 app.command()(_guarded(train))
+app.command()(_guarded(evaluate))
+app.command()(_guarded(ablate))
 
 
 def _each(files: list[Path], work: Callable[[Path], int], problems: list[SlideOpenError], verbose: int) -> None:

@@ -40,6 +40,7 @@ ORDER = [
     ("viz",),
     ("evaluation",),
     ("training",),
+    ("experiments",),
     ("demo",),
     ("doctor",),
     ("cli",),

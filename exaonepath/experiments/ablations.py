@@ -1,0 +1,278 @@
+"""The open questions as studies: which settings are trained beside each other, what is measured, and the cached runs.
+
+A study varies a base configuration; every variant is trained with several seeds into `<out>/runs/<hash of settings>`,
+measured on the patients held out, and compared over seeds. Runs are shared between studies (the base variant above
+all) and resumed where they were stopped: the same command goes on until everything is there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exaonepath.errors import SettingsError
+from exaonepath.evaluation.intervals import Estimate, across_runs
+from exaonepath.evaluation.probes import fit_probe
+from exaonepath.evaluation.retrieval import cross_modal_retrieval
+from exaonepath.experiments.evaluate import column
+from exaonepath.experiments.subject import Subject, open_subject
+from exaonepath.storage import ensure_folder, settings_hash, write_text
+from exaonepath.training.run import train
+from exaonepath.training.settings import TrainSettings, build_settings
+
+logger = logging.getLogger(__name__)
+
+_MEASURES = 2  # version of what `measure` stores; another number, another file
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One set of settings of a study.
+
+    Attributes:
+        name: as the figure writes it.
+        overrides: "section.key" -> value, over the base settings.
+    """
+
+    name: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question that training answers.
+
+    Attributes:
+        name: of the command and of its files.
+        question: one line.
+        variants: the first is the base.
+    """
+
+    name: str
+    question: str
+    variants: tuple[Variant, ...]
+
+
+OMICS = ("rna", "snp", "cnv", "methylation")
+
+STUDIES = {
+    study.name: study
+    for study in (
+        Study(
+            "frope",
+            "Does the slide encoder need fragment-wise rotary positions?",
+            (
+                Variant("F-RoPE"),
+                Variant("no rotation", {"model.rope_mode": "no_rotation"}),
+                Variant("no fragment mask", {"model.rope_mode": "no_fragments"}),
+                Variant("neither", {"model.rope_mode": "off"}),
+                Variant("shuffled positions", {"model.rope_mode": "shuffled"}),
+            ),
+        ),
+        Study(
+            "loss",
+            "Sigmoid over all pairs, over pairs with the slide only, or a softmax?",
+            (
+                Variant("sigmoid, all pairs"),
+                Variant("sigmoid, slide-anchored", {"loss.pairs": "wsi"}),
+                Variant("softmax (CLIP), all pairs", {"loss.kind": "softmax"}),
+            ),
+        ),
+        Study(
+            "frozen",
+            "Which encoders have to be trained, and which may stay as they were drawn?",
+            (
+                Variant("all trained"),
+                Variant("slide encoder frozen", {"model.frozen": ["wsi"]}),
+                Variant("omics encoders frozen", {"model.frozen": list(OMICS)}),
+                Variant("only projections trained", {"model.frozen": ["wsi", *OMICS]}),
+            ),
+        ),
+        Study(
+            "modalities",
+            "What does each modality add to the training of the others?",
+            (
+                Variant("all five"),
+                *(
+                    Variant(f"without {name}", {"data.modalities": [m for m in ("wsi", *OMICS) if m != name]})
+                    for name in ("wsi", *OMICS)
+                ),
+            ),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study found.
+
+    Attributes:
+        study: the study. seeds: of its runs.
+        values: variant -> measure -> one value a seed (None where the variant cannot have it).
+        chance: measure -> what a guess would reach.
+    """
+
+    study: Study
+    seeds: tuple[int, ...]
+    values: dict[str, dict[str, list[float | None]]]
+    chance: dict[str, float]
+
+    def estimate(self, variant: str, measure: str) -> Estimate:
+        """Mean over seeds with Student's interval."""
+        return across_runs([v for v in self.values[variant].get(measure, []) if v is not None])
+
+    def measures(self) -> list[str]:
+        """Names of all measures, in order."""
+        return list(dict.fromkeys(m for found in self.values.values() for m in found))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "study": self.study.name,
+            "question": self.study.question,
+            "seeds": list(self.seeds),
+            "variants": {v.name: dict(v.overrides) for v in self.study.variants},
+            "values": self.values,
+            "chance": self.chance,
+            "estimates": {
+                name: {m: self.estimate(name, m).as_dict() for m in found} for name, found in self.values.items()
+            },
+        }
+
+
+def run_study(
+    study: Study,
+    base: TrainSettings,
+    out: Path,
+    *,
+    seeds: Sequence[int],
+    labels: Sequence[str],
+    report: Callable[[str], None] | None = None,
+) -> Outcome:
+    """Train what is not there yet, measure it, and gather the outcome.
+
+    Args:
+        study: one of `STUDIES`.
+        base: settings of the base variant.
+        out: folder; runs go to `<out>/runs`, shared by all studies with this folder.
+        seeds: of initial weights and batches; the split stays the base's.
+        labels: columns that probes look for.
+        report: told a line for each run.
+
+    Raises:
+        ExaonePathError: settings or cohort cannot be used; before training.
+    """
+    if not seeds:
+        raise SettingsError("a study needs at least one seed")
+    ensure_folder(out / "runs")
+    values: dict[str, dict[str, list[float | None]]] = {}
+    chance: dict[str, float] = {}
+    for variant in study.variants:
+        found: dict[str, list[float | None]] = {}
+        for k, seed in enumerate(seeds):
+            measured = run_variant(base, variant.overrides, seed, out / "runs", labels)
+            if report is not None:
+                report(f"{study.name}: {variant.name}, seed {seed}: " + _told(measured["values"]))
+            for name, value in measured["values"].items():
+                found.setdefault(name, [None] * k).append(value)
+            for missing in found.values():
+                missing.extend([None] * (k + 1 - len(missing)))
+            for name, value in measured["chance"].items():
+                # Without a modality other patients remain: chance is told for the base.
+                chance.setdefault(name, value)
+        values[variant.name] = found
+    return Outcome(study, tuple(seeds), values, chance)
+
+
+def run_variant(
+    base: TrainSettings, overrides: Mapping[str, Any], seed: int, runs: Path, labels: Sequence[str]
+) -> dict[str, Any]:
+    """Train (or find) one run and measure (or read) it; see `measure`."""
+    settings = with_overrides(base, {**overrides, "run.seed": seed})
+    folder = run_folder(settings, runs)
+    if not (folder / "model").is_dir():
+        train(settings, folder)
+        if not (folder / "model").is_dir():
+            raise KeyboardInterrupt  # stopped by a signal, with a checkpoint to go on from
+    stored = folder / "measured.json"
+    key = settings_hash({"labels": list(labels), "measures": _MEASURES})
+    if stored.is_file():
+        found: dict[str, Any] = json.loads(stored.read_text(encoding="utf-8"))
+        if found.get("key") == key:
+            return found
+    found = {"key": key, **measure(open_subject(folder, device=settings.run.device), labels)}
+    write_text(stored, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def run_folder(settings: TrainSettings, runs: Path) -> Path:
+    """Where a run with these settings belongs."""
+    return runs / settings_hash(settings.as_dict())[:16]
+
+
+def with_overrides(base: TrainSettings, overrides: Mapping[str, Any]) -> TrainSettings:
+    """Settings with some of them replaced ("section.key" -> value); raises `ConfigError` as `build_settings`."""
+    tables = base.as_dict()
+    for name, value in overrides.items():
+        section, _, key = name.partition(".")
+        tables.setdefault(section, {})[key] = value
+    return build_settings(_without_none(tables))
+
+
+def measure(subject: Subject, labels: Iterable[str]) -> dict[str, Any]:
+    """Numbers of one run on its held-out patients.
+
+    Returns:
+        "values" and "chance" by measure: recall@1 of every pair (mean of both directions) and of all; balanced accuracy
+        of each label by a linear probe fitted on the training patients, from the slide encoder's output ("slide
+        tokens", the features' own mean left out) and from the fused embedding ("all modalities").
+    """
+    held_out, known = subject.embed(subject.held_out), subject.embed(subject.parts["train"])
+    values: dict[str, float] = {}
+    chance: dict[str, float] = {}
+    recalls, guesses = [], []
+    scores = cross_modal_retrieval(held_out.pairs)
+    for pair in held_out.pairs:
+        both = [scores[f"{a}->{b}"] for a, b in ((pair.left, pair.right), (pair.right, pair.left))]
+        values[f"recall@1 {pair.left} x {pair.right}"] = float(np.mean([s.recall[1].value for s in both]))
+        chance[f"recall@1 {pair.left} x {pair.right}"] = float(np.mean([s.chance[1] for s in both]))
+        recalls.append(values[f"recall@1 {pair.left} x {pair.right}"])
+        guesses.append(chance[f"recall@1 {pair.left} x {pair.right}"])
+    values["recall@1, all pairs"], chance["recall@1, all pairs"] = float(np.mean(recalls)), float(np.mean(guesses))
+    for label in labels:
+        train_labels, test_labels = column(subject, known.patients, label), column(subject, held_out.patients, label)
+        everybody = np.ones(len(known.patients), bool), np.ones(len(held_out.patients), bool)
+        views = {"all modalities": (known.fused, held_out.fused, *everybody)}
+        if "wsi" in held_out.modality:
+            width = subject.cohort.slides.dim
+            assert width is not None
+            views["slide tokens"] = (
+                known.modality["wsi"][:, width:],
+                held_out.modality["wsi"][:, width:],
+                known.available["wsi"],
+                held_out.available["wsi"],
+            )
+        for view, (x, y, x_rows, y_rows) in views.items():
+            score = fit_probe(x[x_rows], train_labels[x_rows]).score(y[y_rows], test_labels[y_rows])
+            values[f"{label} from {view}"] = score.balanced_accuracy.value
+            chance[f"{label} from {view}"] = score.chance
+    return {"values": values, "chance": chance, "patients": len(held_out.patients)}
+
+
+def _told(values: Mapping[str, float]) -> str:
+    shown = [name for name in values if not name.startswith("recall@1 ")]
+    return ", ".join(f"{name} {values[name]:.3f}" for name in shown if not math.isnan(values[name]))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value

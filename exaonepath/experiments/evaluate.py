@@ -1,0 +1,241 @@
+"""Everything that is measured of a trained model, as one report of plain JSON types."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from exaonepath.errors import SettingsError
+from exaonepath.evaluation.geometry import alignment, effective_rank, uniformity
+from exaonepath.evaluation.missing import Subset, by_size, probe_from_subsets, retrieval_from_subsets
+from exaonepath.evaluation.probes import knn_probe, linear_probe
+from exaonepath.evaluation.projections import direction_reuse, pair_spectrum
+from exaonepath.evaluation.retrieval import PairEmbeddings, cross_modal_retrieval, recall_by_group
+from exaonepath.evaluation.survival import cox_probe
+from exaonepath.experiments.subject import Subject
+from exaonepath.training.validation import EmbeddedPatients
+
+logger = logging.getLogger(__name__)
+
+_MOST_CLASSES = 20
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured beyond retrieval.
+
+    Attributes:
+        labels: columns to probe; empty: every column of the labels with 2 to 20 different values.
+        time, event: columns of survival; used where both are there.
+        targets: modalities to find from subsets of the others; empty: all.
+        missing: curves over missing modalities.
+        seed: of folds and intervals.
+    """
+
+    labels: tuple[str, ...] = ()
+    time: str = "time"
+    event: str = "event"
+    targets: tuple[str, ...] = ()
+    missing: bool = True
+    seed: int = 0
+
+
+def evaluate(subject: Subject, settings: EvaluationSettings | None = None) -> dict[str, Any]:
+    """Measure a model on a cohort.
+
+    Retrieval and geometry are told for each part of the split; probes, survival, missing modalities and projections for
+    the patients that did not train the model.
+
+    Raises:
+        SettingsError: a label that the cohort lacks.
+    """
+    settings = settings or EvaluationSettings()
+    labels = _labels(subject, settings)
+    parts = {name: subject.embed(ids) for name, ids in subject.parts.items()}
+    embedded = subject.embed(subject.held_out)
+    return {
+        "modalities": list(subject.model.modalities),
+        "trained_pairs": [list(pair) for pair in subject.model.trained_pairs],
+        "parts": {name: _part(part) for name, part in parts.items()},
+        "held_out": len(embedded.patients),
+        "probes": {label: _probes(subject, embedded, label, settings.seed) for label in labels},
+        "survival": _survival(subject, embedded, settings),
+        "missing": _missing(subject, parts.get("train"), embedded, labels, settings) if settings.missing else {},
+        "projections": _projections(subject, embedded),
+    }
+
+
+def _labels(subject: Subject, settings: EvaluationSettings) -> list[str]:
+    columns = subject.cohort.labels
+    if missing := [label for label in settings.labels if label not in columns]:
+        raise SettingsError(f"the cohort has no label {', '.join(missing)}; it has {', '.join(map(str, columns))}")
+    if settings.labels:
+        return list(settings.labels)
+    skipped = (settings.time, settings.event)
+    return [
+        str(name) for name in columns if name not in skipped and 2 <= columns[name].dropna().nunique() <= _MOST_CLASSES
+    ]
+
+
+def _part(part: EmbeddedPatients) -> dict[str, Any]:
+    present = np.stack([*part.available.values()]).sum(0)
+    count = {patient: int(n) for patient, n in zip(part.patients, present, strict=True)}
+    groups = recall_by_group(part.pairs, count)
+    return {
+        "patients": len(part.patients),
+        "available": {name: int(there.sum()) for name, there in part.available.items()},
+        "retrieval": {name: score.as_dict() for name, score in cross_modal_retrieval(part.pairs).items()},
+        "recall_by_modalities": {str(n): value.recall.as_dict() for n, value in groups.items()},
+        "geometry": {
+            name: {"effective_rank": effective_rank(h), "uniformity": uniformity(h)}
+            for name, h in ((name, part.modality[name][part.available[name]]) for name in part.modality)
+            if len(h) > 1
+        },
+        "alignment": {f"{pair.left}-{pair.right}": alignment(*_common(pair)) for pair in part.pairs},
+    }
+
+
+def embeddings_of(subject: Subject, embedded: EmbeddedPatients) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Name -> (rows, embedding): every modality by its patients, and the fused embedding of all of them.
+
+    A modality stands for itself as its fused embedding does: its projections into the spaces of all its pairs.
+    """
+    found = {}
+    for name, there in embedded.available.items():
+        rows = np.flatnonzero(there)
+        if len(rows):
+            found[name] = (rows, subject.fuse(embedded, (name,))[rows])
+    found["fused"] = (np.arange(len(embedded.patients)), embedded.fused)
+    return found
+
+
+def _probes(subject: Subject, embedded: EmbeddedPatients, label: str, seed: int) -> dict[str, Any]:
+    values = column(subject, embedded.patients, label)
+    out = {}
+    for name, (rows, x) in embeddings_of(subject, embedded).items():
+        try:
+            found = [probe(x, values[rows], seed=seed).as_dict() for probe in (linear_probe, knn_probe)]
+        except SettingsError as exc:
+            logger.warning("no probe of %s from %s: %s", label, name, exc)
+            continue
+        out[name] = dict(zip(("linear", "knn"), found, strict=True))
+    return out
+
+
+def _survival(subject: Subject, embedded: EmbeddedPatients, settings: EvaluationSettings) -> dict[str, Any]:
+    if not {settings.time, settings.event} <= set(subject.cohort.labels):
+        return {}
+    time = pd.to_numeric(pd.Series(column(subject, embedded.patients, settings.time))).to_numpy(np.float64)
+    event = pd.to_numeric(pd.Series(column(subject, embedded.patients, settings.event))).fillna(0).to_numpy() > 0
+    out = {}
+    for name, (rows, x) in embeddings_of(subject, embedded).items():
+        try:
+            out[name] = cox_probe(x, time[rows], event[rows], seed=settings.seed).as_dict()
+        except SettingsError as exc:
+            logger.warning("no survival probe from %s: %s", name, exc)
+    return out
+
+
+def _missing(
+    subject: Subject,
+    train: EmbeddedPatients | None,
+    embedded: EmbeddedPatients,
+    labels: Sequence[str],
+    settings: EvaluationSettings,
+) -> dict[str, Any]:
+    """Curves over the patients who have everything."""
+    rows = complete_rows(embedded)
+    patients = np.asarray(embedded.patients)[rows]
+    if len(rows) < 2:
+        logger.warning("%d held-out patients have every modality: no curves over missing ones", len(rows))
+        return {}
+    spaces = {pair: (u[rows], v[rows]) for pair, (u, v) in subject.shared_spaces(embedded).items()}
+    targets = settings.targets or subject.model.modalities
+    out: dict[str, Any] = {"patients": len(rows), "retrieval": {}, "probes": {}}
+    for target in targets:
+        found = retrieval_from_subsets(spaces, patients, target)
+        out["retrieval"][target] = _subsets({subset: score.as_dict() for subset, score in found.items()}) | {
+            "curve": by_size({subset: score.recall[1].value for subset, score in found.items()}),
+            "chance": next(iter(found.values())).chance[1],
+        }
+    train_rows = np.zeros(0, np.int64) if train is None else complete_rows(train)
+    for label in labels:
+        if train is not None and len(train_rows):
+            out["probes"][label] = _missing_probes(subject, train, train_rows, embedded, rows, label, settings.seed)
+    return out
+
+
+def _missing_probes(
+    subject: Subject,
+    train: EmbeddedPatients,
+    train_rows: np.ndarray,
+    embedded: EmbeddedPatients,
+    rows: np.ndarray,
+    label: str,
+    seed: int,
+) -> dict[str, Any]:
+    cache: dict[Subset, tuple[np.ndarray, np.ndarray]] = {}
+
+    def fused(subset: Subset) -> tuple[np.ndarray, np.ndarray]:
+        if subset not in cache:
+            cache[subset] = subject.fuse(train, subset)[train_rows], subject.fuse(embedded, subset)[rows]
+        return cache[subset]
+
+    known, asked = column(subject, train.patients, label)[train_rows], column(subject, embedded.patients, label)[rows]
+    out: dict[str, Any] = {}
+    for name, refit in (("refitted", True), ("deployed", False)):
+        try:
+            found = probe_from_subsets(fused, subject.model.modalities, known, asked, refit=refit, seed=seed)
+        except SettingsError as exc:
+            logger.warning("no curve of %s over missing modalities: %s", label, exc)
+            return {}
+        out[name] = _subsets({subset: score.balanced_accuracy.as_dict() for subset, score in found.items()}) | {
+            "curve": by_size({subset: score.balanced_accuracy.value for subset, score in found.items()}),
+            "chance": next(iter(found.values())).chance,
+        }
+    return out
+
+
+def _projections(subject: Subject, embedded: EmbeddedPatients) -> dict[str, Any]:
+    spaces = subject.shared_spaces(embedded)
+    spectra = []
+    for (a, b), (u, v) in spaces.items():
+        both = embedded.available[a] & embedded.available[b]
+        if both.sum() > 1:
+            spectra.append(pair_spectrum(a, b, u[both], v[both]).as_dict())
+    reuse = {}
+    for name in subject.model.modalities:
+        partners = [b if a == name else a for a, b in subject.model.trained_pairs if name in (a, b)]
+        weights = {p: subject.model.projection(name, p).detach().float().cpu().numpy() for p in partners}
+        rows = embedded.available[name]
+        if len(partners) > 1 and rows.sum() > 1:
+            found = direction_reuse(weights, embedded.modality[name][rows])
+            reuse[name] = {"-".join(pair): value for pair, value in found.items()}
+    return {"pairs": spectra, "reuse": reuse}
+
+
+def complete_rows(embedded: EmbeddedPatients) -> np.ndarray:
+    """Rows of the patients who have every modality of the model."""
+    return np.flatnonzero(np.stack([*embedded.available.values()]).all(0))
+
+
+def column(subject: Subject, patients: Sequence[str], label: str) -> np.ndarray:
+    """Values of a label, as objects, in the order of the patients; NaN where unknown."""
+    values: np.ndarray = subject.cohort.labels[label].reindex(list(patients)).to_numpy(object)
+    return values
+
+
+def _common(pair: PairEmbeddings) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the patients on both sides of a pair, one a patient."""
+    right = {patient: at for at, patient in enumerate(pair.right_patients)}
+    both = [(at, right[p]) for at, p in enumerate(pair.left_patients) if p in right]
+    return pair.u[[a for a, _ in both]], pair.v[[b for _, b in both]]
+
+
+def _subsets(values: Mapping[Subset, Any]) -> dict[str, Any]:
+    return {"subsets": {"+".join(subset): value for subset, value in values.items()}}

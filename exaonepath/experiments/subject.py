@@ -1,0 +1,161 @@
+"""What is evaluated: a trained alignment model, a cohort, and which of its patients the model has not seen."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from exaonepath.cohort.cohort import Cohort
+from exaonepath.cohort.splits import Split
+from exaonepath.errors import DataFileError, SettingsError
+from exaonepath.models.multimodal.alignment import ExaonePathAlignmentModel
+from exaonepath.training.data import (
+    TrainingData,
+    check_features,
+    load_training_cohort,
+    restrict_modalities,
+    standardizer_of,
+)
+from exaonepath.training.distributed import Processes
+from exaonepath.training.settings import DataSettings, build_settings, read_settings
+from exaonepath.training.validation import EmbeddedPatients, embed_patients
+
+_BATCH = 32
+HELD_OUT = ("val", "test")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model beside a cohort.
+
+    Attributes:
+        model: in evaluation mode.
+        data: the cohort, standardised as the model was trained.
+        seen: whether the split tells which patients trained the model; else all patients count as held out.
+        processes: the device at hand.
+    """
+
+    model: ExaonePathAlignmentModel
+    data: TrainingData
+    seen: bool
+    processes: Processes
+
+    @property
+    def cohort(self) -> Cohort:
+        """The cohort."""
+        return self.data.cohort
+
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Part to its patients, empty parts left out."""
+        return {name: ids for name, ids in self.data.split.parts.items() if ids}
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Sorted patients that did not train the model."""
+        return tuple(sorted(p for name in HELD_OUT for p in self.data.split.parts.get(name, ())))
+
+    def embed(self, patients: Sequence[str]) -> EmbeddedPatients:
+        """Embeddings of patients, in their order: all slides, all patches."""
+        rows = list(range(len(patients)))
+        return embed_patients(
+            self.model,
+            self.data.evaluation_batches(patients, rows, _BATCH),
+            patients,
+            autocast=contextlib.nullcontext,
+            processes=self.processes,
+        )
+
+    def fuse(self, embedded: EmbeddedPatients, modalities: Sequence[str]) -> np.ndarray:
+        """Fused embedding float32 [n, D] of patients as if only these modalities were there."""
+        device = self.model.loss_device
+        embeddings = {name: torch.from_numpy(h).to(device) for name, h in embedded.modality.items()}
+        available = {
+            name: torch.from_numpy(there if name in modalities else np.zeros_like(there))
+            for name, there in embedded.available.items()
+        }
+        with torch.no_grad():
+            fused: np.ndarray = self.model.fuse(embeddings, available).float().cpu().numpy()
+        return fused
+
+    def shared_spaces(self, embedded: EmbeddedPatients) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+        """(i, j) -> unit vectors (u, v) float32 [n, d] of all rows; those of missing modalities mean nothing."""
+        device = self.model.loss_device
+        h = {name: torch.from_numpy(x).to(device) for name, x in embedded.modality.items()}
+        with torch.no_grad():
+            return {
+                (a, b): (
+                    self.model.project(h[a], a, b).float().cpu().numpy(),
+                    self.model.project(h[b], b, a).float().cpu().numpy(),
+                )
+                for a, b in self.model.trained_pairs
+            }
+
+
+def open_subject(
+    model: Path, cohort: Path | None = None, *, split: Path | None = None, by_name: bool = False, device: str = "auto"
+) -> Subject:
+    """Load a model and the cohort it is to be judged on.
+
+    Args:
+        model: a run's folder (its final model is taken), or a model's.
+        cohort: a folder with cohort.h5mu, slides.csv and labels.csv (what is there of them), or a settings file with a
+            table `data`; None: the run's own cohort, with its split.
+        split: file of a split of `cohort`; None: nobody in it trained the model.
+        by_name: take a cohort that lacks features of the model; they count as average.
+        device: "auto", "cpu", "cuda".
+
+    Raises:
+        SettingsError: no cohort is known, or it has nothing the model takes.
+        DataFileError: the run's files cannot be read. WeightsError: features differ, or the model cannot be loaded.
+    """
+    run = (model / "settings.json").is_file()
+    if cohort is None and not run:
+        raise SettingsError(f"{model} is a model without a run; name the cohort to evaluate it on")
+    settings = _run_data(model) if cohort is None else cohort_settings(cohort)
+    processes = Processes.start(device)
+    loaded: ExaonePathAlignmentModel = ExaonePathAlignmentModel.from_pretrained(model / "model" if run else model)
+    loaded.eval().to(processes.device)
+    if cohort is None and split is None:
+        split = model / "split.json"
+    known = load_training_cohort(replace(settings, modalities=()))
+    held = [name for name in loaded.modalities if name == "wsi" or name in known.modalities]
+    known = restrict_modalities(known, [n for n in held if n != "wsi" or len(known.slides)], settings.min_modalities)
+    check_features(loaded, known, by_name=by_name)
+    parts = Split({"train": (), "val": (), "test": known.patients})
+    if split is not None:
+        found = Split.load(split).restricted_to(known.patients)
+        parts = Split({name: found.parts.get(name, ()) for name in ("train", "val", "test")}, found.seed)
+    return Subject(
+        loaded, TrainingData(known, parts, standardizer_of(loaded), settings, 0), split is not None, processes
+    )
+
+
+def cohort_settings(path: Path) -> DataSettings:
+    """Where a cohort's files are: a folder with the usual names in it, or a settings file.
+
+    Raises:
+        SettingsError: the folder has none of them. ConfigError: the settings file is wrong.
+    """
+    if path.is_dir():
+        files = {"mudata": "cohort.h5mu", "slides": "slides.csv", "labels": "labels.csv"}
+        there = {key: str(path / name) for key, name in files.items() if (path / name).is_file()}
+        if not there:
+            raise SettingsError(f"{path} holds none of {', '.join(files.values())}; name a settings file in its place")
+        return DataSettings(**there)  # type: ignore[arg-type]
+    return read_settings(path).data
+
+
+def _run_data(run: Path) -> DataSettings:
+    try:
+        stored: Mapping[str, Any] = json.loads((run / "settings.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise DataFileError(f"{run / 'settings.json'} cannot be read ({exc})") from exc
+    return build_settings(stored).data

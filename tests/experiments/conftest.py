@@ -1,0 +1,47 @@
+"""A small trained run that the tests of this room look at."""
+
+import logging
+
+import pytest
+
+from exaonepath.synthetic.cohort import SyntheticCohortSettings, write_synthetic_cohort
+from exaonepath.training.run import train
+from exaonepath.training.settings import build_settings
+
+
+@pytest.fixture(scope="session")
+def cohort_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cohort")
+    settings = SyntheticCohortSettings(
+        patients=90, subtypes=2, slides_per_patient=(1, 1), patches_per_slide=16, feature_dim=8,
+        rna=30, snp=15, cnv=15, methylation=20,
+    )  # fmt: skip
+    return write_synthetic_cohort(folder, settings)
+
+
+@pytest.fixture(scope="session")
+def base(cohort_folder):
+    wsi = {"embed_dim": 16, "depth": 2, "num_heads": 1, "n_storage_tokens": 1, "ffn_layer": "swiglu"}
+    return build_settings(
+        {
+            "data": {
+                "mudata": str(cohort_folder / "cohort.h5mu"),
+                "slides": str(cohort_folder / "slides.csv"),
+                "labels": str(cohort_folder / "labels.csv"),
+                "stratify": "subtype",
+                "validation_share": 0.1,
+                "test_share": 0.3,
+            },
+            "model": {"projection_dim": 8, "wsi": wsi, "omics": {"embed_dim": 16, "ffn_ratio": 1.0}},
+            "optimizer": {"lr": 3e-3},
+            "run": {"steps": 15, "batch_size": 50, "device": "cpu", "tensorboard": False, "validate_every": 0},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def run(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    logging.getLogger("exaonepath.training.monitors").setLevel(logging.ERROR)
+    train(base, folder)
+    return folder
