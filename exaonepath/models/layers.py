@@ -215,6 +215,7 @@ class Block(nn.Module):
                 queries[part].flatten(1).copy_(to_queries(normed))
             if rotation is not None:
                 rotate_rows(keys_values[part, 0], rotation, first, backend=backend)
+            del normed
         k, v = keys_values.unbind(1)
 
         for chunk in chunks:

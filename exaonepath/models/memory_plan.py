@@ -30,6 +30,8 @@ _OVERHEAD_BYTES, _OVERHEAD_SHARE = 80 << 20, 32
 _TABLE_ROWS = 1 << 16
 # Index tensors of a token: source, patch positions and rows, the inverse, coordinates in float64, bounds of segments.
 _INDEX_BYTES = 96
+# Of a token while the tokens are sorted, which is done where the features lie.
+_SORT_BYTES = 320
 
 
 def parse_memory(text: int | str) -> int:
@@ -166,15 +168,14 @@ def _with_rows(work: Workload, rows: int) -> MemoryPlan:
     linear = rows * (width * cast + max(2 * width, 2 * work.hidden_dim, width) * small)
     if not cast:
         linear += rows * width * wide  # the norm's output is what the products read
-    chunk = work.cast_weights + max(
-        max(norm, linear, _rotation(work, min(rows, 2048))),  # keys and values
-        queries * width * small + max(norm, linear, _attention(work, queries)),
-    )
+    beside = max(norm, linear, _rotation(work, rows), _attention(work, queries))
+    chunk = work.cast_weights + queries * width * small + beside
     embed = rows * (work.input_dim * (work.features.itemsize + small) + width * (small + 2 * wide))
     leave = rows * (width * (2 * wide + work.output.itemsize) + 2 * work.input_dim * max(4, work.output.itemsize))
     held = work.weights + features + index
     angles = 0 if not work.positions else 4 * 8 * min(work.tokens, _TABLE_ROWS) * (width // work.heads // 2)
     peak = max(
+        work.weights + features + (_SORT_BYTES * work.tokens if work.features_here else 0),
         held + tables + angles,
         held + tables + tokens + work.cast_weights + embed,
         held + tables + tokens + keys_values + chunk,
@@ -187,9 +188,10 @@ def _with_rows(work: Workload, rows: int) -> MemoryPlan:
 
 
 def _rotation(work: Workload, rows: int) -> int:
-    """Beside `rows` heads that torch rotates: a float32 copy, six halves, the result and its rounded form."""
+    """Beside heads that torch rotates, 2,048 rows at once: a float32 copy, six halves, the result, its rounded form."""
     if not work.positions or work.backend == "triton":
         return 0
+    rows = min(rows, 2048)
     wide = max(4, work.compute.itemsize)
     return rows * work.embed_dim * (5 * wide + work.compute.itemsize)
 
@@ -199,7 +201,7 @@ def _attention(work: Workload, queries: int) -> int:
     width, small = work.embed_dim, work.compute.itemsize
     if work.backend == "triton":
         return 0
-    rotation = _rotation(work, min(queries, 2048))
+    rotation = _rotation(work, queries)
     if work.backend == "eager":
         return max(rotation, work.heads * queries * work.tokens * 3 * max(4, small) + 3 * work.tokens * width * small)
     # Short segments are gathered, at most 16,384 tokens at once: queries, keys, values, result, result reordered.
