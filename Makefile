@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test lint bench plots wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/exaonepath demo --out demo-output
@@ -21,6 +21,10 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/pytest bench/ --benchmark-only
+
+# One picture a question, from whatever bench/results/ holds.
+plots: $(INSTALLED)
+	$(BIN)/python bench/plots.py
 
 # The wheel is built from the source distribution, so that neither can lack a file.
 wheel: $(INSTALLED)
