@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from exaonepath.errors import ConfigError
 from exaonepath.models.multimodal.configuration import close_to
@@ -49,6 +49,10 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
             except ConfigError:
                 continue
         raise ConfigError(f"{name} must be {' or '.join(map(_say, arguments))}, got {value!r}")
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
+        return value
     if origin is tuple:
         kinds = arguments[:1] if arguments[-1] is Ellipsis else arguments
         if not isinstance(value, list | tuple) or (arguments[-1] is not Ellipsis and len(value) != len(arguments)):

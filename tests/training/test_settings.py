@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from exaonepath.cohort.config import ModalitySource
 from exaonepath.errors import ConfigError, SettingsError
 from exaonepath.training.settings import build_settings, differing_keys, read_settings, select_parts
+from exaonepath.training.typed_tables import build_typed
 
 FILE = """
 [data]
@@ -122,3 +124,12 @@ def test_the_reference_names_every_setting():
     settings = build_settings({}).as_dict()
     missing = [f"{section}.{key}" for section, table in settings.items() for key in table if f"`{key}`" not in text]
     assert not missing
+
+
+def test_a_modality_that_is_a_file_of_its_own():
+    """Its table has choices, an optional text and paths."""
+    table = {"path": "rna.csv", "orientation": "patients_by_features", "scale": "log", "format": "matrix"}
+    source = build_typed(ModalitySource, table, "data.tables.rna.")
+    assert source == ModalitySource("rna.csv", "matrix", "patients_by_features", "log")
+    with pytest.raises(ConfigError, match=r"data\.tables\.rna\.orientation must be one of auto, patients_by_features"):
+        build_typed(ModalitySource, {**table, "orientation": "sideways"}, "data.tables.rna.")
