@@ -204,7 +204,7 @@ class Block(nn.Module):
         mlp = self.mlp.with_weights(dtype)
 
         keys_values = torch.empty((tokens, 2, heads, width // heads), dtype=dtype, device=x.device)
-        largest = max((chunk.count for chunk in chunks), default=0)
+        largest = max([0, *[chunk.count for chunk in chunks]])
         queries = torch.empty((largest, heads, width // heads), dtype=dtype, device=x.device)
         at_once = largest == tokens  # queries for all tokens have room: the norm serves them as well
         for first in range(0, tokens, rows):

@@ -204,8 +204,8 @@ def _attention(work: Workload, queries: int) -> int:
     rotation = _rotation(work, queries)
     if work.backend == "eager":
         return max(rotation, work.heads * queries * work.tokens * 3 * max(4, small) + 3 * work.tokens * width * small)
-    # Short segments are gathered, at most 16,384 tokens at once: queries, keys, values, result, result reordered.
-    gathered = 5 * min(work.tokens, 1 << 14) * width * small
+    # Short segments of a chunk are gathered, at most 16,384 tokens at once: queries, keys, values, result, reordered.
+    gathered = 5 * min(queries, 1 << 14) * width * small
     result = 2 * queries * width * small
     if work.device != "cpu":
         return max(rotation, gathered, result)

@@ -72,7 +72,7 @@ def test_a_parameter_used_by_no_row_gets_none():
 def test_training_fits_its_target(live_memory, monkeypatch, n, target):
     """Forward and backward of the published encoder on tensors without storage: every allocation is seen.
 
-    The peak lies in the backward pass of the last block, when the inputs of all blocks are still there: it goes no further.
+    The peak lies in the backward pass of the last block, while the inputs of all blocks are there: it goes no further.
     """
     for module in (layers, slide_transformer, slide_encoder):
         monkeypatch.setattr(module, "compute_dtype", lambda _: torch.bfloat16)

@@ -100,9 +100,10 @@ def test_published_encoder_stays_within_its_plan(published, live_memory, monkeyp
     assert plan.total <= 1.3 * live.peak + memory_plan._OVERHEAD_BYTES
 
 
+@pytest.mark.parametrize("fragments", [4, 300])
 @pytest.mark.parametrize("positions", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_real_slide_on_the_cpu_stays_within_its_plan(live_memory, monkeypatch, dtype, positions):
+def test_a_real_slide_on_the_cpu_stays_within_its_plan(live_memory, monkeypatch, dtype, positions, fragments):
     """On real memory, features and embeddings included. Where no product is cut off, dimensions are small but odd."""
     monkeypatch.setattr(memory_plan, "_ROWS_CPU", 64)
     cfg = {"input_dim": 40, "embed_dim": 96, "depth": 2, "num_heads": 2, "ffn_layer": "swiglu32"}
@@ -111,7 +112,7 @@ def test_a_real_slide_on_the_cpu_stays_within_its_plan(live_memory, monkeypatch,
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, n, 40, generator=generator)
     coords = torch.randint(0, 50_000, (1, n, 2), generator=generator) if positions else None
-    contour = torch.randint(0, 4, (1, n), generator=generator)
+    contour = torch.randint(0, fragments, (1, n), generator=generator)
     seen = []
     real = plan_memory
 
