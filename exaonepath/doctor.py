@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from exaonepath.ops.cpu_linear import onednn_available
+from exaonepath.ops.extension import load_extension, why_no_cuda_half
 from exaonepath.ops.triton_attention import unable
 from exaonepath.version import __version__
 
@@ -92,27 +92,19 @@ def _devices() -> list[Finding]:
 
 
 def _extension() -> Finding:
-    try:
-        extension = importlib.import_module("exaonepath._C")
-    except ImportError as exc:
-        return Finding(
-            "backends",
-            "C++ extension",
-            f"not available ({exc}); the torch backends serve, reinstall with a compiler",
-            False,
-        )
+    extension, reason = load_extension()
+    if extension is None:
+        return Finding("backends", "C++ extension", f"{reason}; until then the torch backends serve", False)
     info = extension.build_info()
-    cuda = f"CUDA {info['cuda']}" if info["cuda"] else "no CUDA half (no nvcc at build time)"
+    if not info["cuda"]:
+        cuda = f"no CUDA half ({why_no_cuda_half()})" if torch.cuda.is_available() else "no CUDA half"
+        return Finding("backends", "C++ extension", f"{extension.cpu_isa()}, compiler {info['compiler']}, {cuda}", True)
+    cuda = f"CUDA {info['cuda']}"
     devices = extension.cuda_devices()
-    if info["cuda"]:
-        cuda += f", sees {len(devices)} GPU(s)"
-        if len(devices) != (torch.cuda.device_count() if torch.cuda.is_available() else 0):
-            cuda += f" where torch sees {torch.cuda.device_count()}: check driver and CUDA_VISIBLE_DEVICES"
-    if info["version"] != __version__:
-        return Finding(
-            "backends", "C++ extension", f"built for version {info['version']}, this is {__version__}: reinstall", False
-        )
-    return Finding("backends", "C++ extension", f"compiler {info['compiler']}, {cuda}", True)
+    cuda += f", sees {len(devices)} GPU(s)"
+    if len(devices) != (torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        cuda += f" where torch sees {torch.cuda.device_count()}: check driver and CUDA_VISIBLE_DEVICES"
+    return Finding("backends", "C++ extension", f"{extension.cpu_isa()}, compiler {info['compiler']}, {cuda}", True)
 
 
 def _attention() -> Finding:

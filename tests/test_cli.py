@@ -17,6 +17,7 @@ from exaonepath import pipeline
 from exaonepath.cli import app
 from exaonepath.errors import SettingsError
 from exaonepath.models import loading
+from exaonepath.ops.extension import load_extension
 from exaonepath.slide_embedding import read_embedding
 from exaonepath.synthetic import make_slide
 
@@ -271,6 +272,8 @@ def test_unreadable_patches_are_told_by_the_exit_status(run, slide, tmp_path, mo
         (["slide", "{tmp}/no.h5", "--out", "{tmp}/e.h5", "--weights", "random:0"], 1, "no such file"),
         (["slide", "{tmp}/file", "--out", "{tmp}/e.h5", "--weights", "random:0"], 1, "cannot be read as HDF5"),
         (["slide", "{tmp}/file", "--out", "{tmp}/e.h5", "--weights", "{tmp}/none"], 1, "no weights at"),
+        (["slide", "{tmp}/no.h5", "--out", "{tmp}/e.h5", "--max-memory", "lots"], 1, "not an amount of memory"),
+        (["encode", "{slide}", "--out", "{tmp}/o", "--max-memory", "0GB"], 1, "must be positive"),
     ],
 )
 def test_errors_are_one_line_and_a_code(run, slide, tmp_path, monkeypatch, arguments, code, message):
@@ -291,9 +294,16 @@ def test_doctor_and_version(run):
     assert run("--version").stdout.strip() == __version__
 
 
+def test_doctor_says_what_auto_resolves_to(run):
+    expected = "triton on cuda:0" if torch.cuda.is_available() else "auto resolves to sdpa on cpu"
+    assert expected in run("doctor").stdout
+
+
 def test_doctor_without_the_extension(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "exaonepath._C", None)
+    load_extension.cache_clear()
     report = run("doctor")
+    load_extension.cache_clear()
     assert report.exit_code == 0  # everything still runs, by other backends
     assert "the torch backends serve" in report.stdout
 

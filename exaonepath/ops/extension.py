@@ -9,7 +9,8 @@ from types import ModuleType
 from exaonepath.errors import BackendError
 from exaonepath.version import __version__
 
-_NAMES = ("build_info", "sigmoid_pass_cpu")
+# Number of the functions' signatures: an extension left over from an earlier state of the sources has another.
+_INTERFACE = 1
 
 
 @cache
@@ -19,12 +20,11 @@ def load_extension() -> tuple[ModuleType | None, str]:
         module = importlib.import_module("exaonepath._C")
     except ImportError as exc:
         return None, f"the C++ extension cannot be loaded ({exc}); reinstall exaonepath with a C++ compiler"
-    missing = [name for name in _NAMES if not hasattr(module, name)]
-    if missing:
-        return None, f"the C++ extension lacks {', '.join(missing)}: it belongs to another version; reinstall"
-    version = module.build_info()["version"]
-    if version != __version__:
-        return None, f"the C++ extension was built for version {version}, this is {__version__}; reinstall"
+    info = module.build_info()
+    if info["version"] != __version__:
+        return None, f"the C++ extension was built for version {info['version']}, this is {__version__}; reinstall"
+    if info.get("interface") != _INTERFACE:
+        return None, "the C++ extension was built from other sources of this version; reinstall"
     return module, ""
 
 

@@ -410,13 +410,14 @@ def test_without_the_extension_torch_serves_and_says_so_once(monkeypatch, caplog
         case.run(sigmoid_loss, torch.float32, backend="cpu")
 
 
-def test_an_extension_of_another_version_is_not_used(monkeypatch):
+@pytest.mark.parametrize(("name", "value", "words"), [("__version__", "0.0.0", "0.0.0"), ("_INTERFACE", -1, "sources")])
+def test_an_extension_of_another_version_is_not_used(monkeypatch, name, value, words):
     extension.load_extension.cache_clear()
-    monkeypatch.setattr(extension, "__version__", "0.0.0")
+    monkeypatch.setattr(extension, name, value)
     try:
         module, reason = extension.load_extension()
         assert module is None
-        assert "0.0.0" in reason or "cannot be loaded" in reason or "another version" in reason
+        assert words in reason or "cannot be loaded" in reason
         with pytest.raises(BackendError, match="reinstall"):
             extension.require_extension()
     finally:
