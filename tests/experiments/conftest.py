@@ -1,7 +1,5 @@
 """A small trained run that the tests of this room look at."""
 
-import logging
-
 import pytest
 
 from exaonepath.synthetic.cohort import SyntheticCohortSettings, write_synthetic_cohort
@@ -42,6 +40,5 @@ def base(cohort_folder):
 @pytest.fixture(scope="session")
 def run(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    logging.getLogger("exaonepath.training.monitors").setLevel(logging.ERROR)
     train(base, folder)
     return folder
