@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from exaonepath.errors import BackendError, DataFileError, OutputCollisionError
+from exaonepath.errors import BackendError, DataFileError, MemoryLimitError, OutputCollisionError
 from exaonepath.feature_extraction.store import FeatureSet, read_features
 from exaonepath.models.loading import load_slide_encoder
 from exaonepath.slide_embedding import embed_features_file, embed_slide, read_embedding
@@ -116,6 +116,16 @@ def test_broken_features_are_refused_and_nothing_is_written(write, encoder, tmp_
     with pytest.raises(DataFileError, match=message):
         embed_features_file(write(**changes), out, encoder)
     assert not out.exists()
+
+
+def test_a_slide_that_does_not_fit_is_refused_and_nothing_is_written(write, encoder, tmp_path):
+    source, out = write(n=500), tmp_path / "out.h5"
+    with pytest.raises(MemoryLimitError, match=r"500 patches need 0\.2\d GB on cpu"):
+        embed_features_file(source, out, encoder, max_memory="0.18GB")
+    assert not out.exists()
+    embed_features_file(source, out, encoder, max_memory="0.4GB")
+    # The limit changes chunks, not results: what is finished stays finished.
+    assert embed_features_file(source, out, encoder)[1]
 
 
 def test_an_encoder_that_gives_nan_is_an_error(encoder):
