@@ -236,8 +236,11 @@ def _speed(rows: list[Row], column: str, label: str, title: str) -> Figure | Non
             axis.set_title(f"{direction}, {heading}", fontsize=11)
         low = min(axis.get_ylim()[0] for axis in axes)
         high = max(axis.get_ylim()[1] for axis in axes)
+        # At least a factor of six from bottom to top: a few per cent must not look like a gap.
+        spread = max(1.0, (6 * low / high) ** 0.5)
         for axis in axes:
-            axis.set_ylim(low, high)
+            axis.set_ylim(low / spread, high * spread)
+            axis.set_xticks(sorted({row[column] for row in rows}))
         axes[0].set_ylabel(unit)
     return _finish(figure, title + " (bands: 20 to 80 %)", rows)
 
@@ -263,14 +266,18 @@ def _log(axis: Axes, label: str) -> None:
 def _short(value: float, _: object = None) -> str:
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if value >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
 
 
 def _finish(figure: Figure, title: str, rows: list[Row]) -> Figure:
     """Legend below, and under it where all this was measured."""
     last = rows[-1]
-    where = last["gpu"] if last["device"] == "cuda" else f"{last['cpu']}, {last['threads']} threads"
+    where = (
+        last["gpu"]
+        if last["device"] == "cuda"
+        else f"{last['cpu']}, {last['threads']} thread{'s' * (last['threads'] > 1)}"
+    )
     commits = sorted({row["commit"] or "no commit" for row in rows})
     clocks = " and ".join(sorted({_CLOCKS[row["clock"]] for row in rows}))
     versions = f"torch {last['torch']}" + (f", triton {last['triton']}" if last["device"] == "cuda" else "")
