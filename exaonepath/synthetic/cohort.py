@@ -56,11 +56,11 @@ class SyntheticCohortSettings:
         seed: same settings, same cohort.
     """
 
-    patients: int = 400
+    patients: int = 600
     subtypes: int = 4
     programmes: int = 5
     slides_per_patient: tuple[int, int] = (1, 2)
-    patches_per_slide: int = 200
+    patches_per_slide: int = 120
     fragment_pairs: int = 1
     feature_dim: int = 32
     rna: int = 300

@@ -15,6 +15,8 @@ _BLIND = 0.1  # what is left of a programme in a modality that hardly shows it
 # single difference between patients, so that looking for what is hard to see is worth a model's while.
 _SPATIAL_SHARE = {"rna": 0.3, "methylation": 0.3}
 _SPATIAL_EFFECT = 2.5
+# Spread of the error an assay makes about a patient's programmes as a whole, which no number of features averages out.
+_ERROR = {"rna": 0.3, "snp": 0.6, "cnv": 0.6, "methylation": 0.5}
 _ARM = 12  # genes of one chromosome arm, gained and lost together
 
 
@@ -95,7 +97,8 @@ def measure_modality(
     loadings = rng.standard_normal((k, n_features)) * (rng.random((k, n_features)) < min(1.0, 2 / k))
     if modality == "cnv":
         loadings = np.repeat(loadings[:, ::_ARM], _ARM, axis=1)[:, :n_features]
-    signal = seen_programmes(latents, modality, gain) @ loadings
+    error = _ERROR[modality] * noise * rng.standard_normal((n, k))
+    signal = (seen_programmes(latents, modality, gain) + error) @ loadings
     answering = rng.random(n_features) < _SPATIAL_SHARE.get(modality, 0.0)
     effect = np.where(rng.random(n_features) < 0.5, -1.0, 1.0) * answering * gain
     signal += _SPATIAL_EFFECT * np.outer(2 * latents.spatial - 1, effect)

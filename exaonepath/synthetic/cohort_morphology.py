@@ -57,7 +57,7 @@ def draw_appearance(programmes: int, batches: int, dim: int, batch_effect: float
     else:
         rows = rng.standard_normal((programmes, dim)) / np.sqrt(dim)
         patch_type = basis[0]
-    return Appearance(1.2 * rows, 2.5 * patch_type, rng.standard_normal((batches, dim)) * 0.3 * batch_effect)
+    return Appearance(1.2 * rows, 4.0 * patch_type, rng.standard_normal((batches, dim)) * 0.3 * batch_effect)
 
 
 def fragment_positions(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -106,7 +106,7 @@ def draw_slide(
     """
     per_fragment = max(2, 2 * round(n_patches / (4 * pairs)))
     # A section shows a programme less exactly than the tumour has it.
-    shown = programmes + 0.7 * noise * rng.standard_normal(len(programmes))
+    shown = programmes + 0.6 * noise * rng.standard_normal(len(programmes))
     base = shown @ appearance.programmes + appearance.batches[batch]
     corner = rng.integers(1_000, 40_000, 2)
     coords, contours, types = [], [], []
@@ -121,7 +121,7 @@ def draw_slide(
             types.append(sign * first)
     kinds = np.concatenate(types)
     features = base + kinds[:, None] * appearance.patch_type
-    features = features + 0.5 * noise * rng.standard_normal(features.shape)
+    features = features + 0.3 * noise * rng.standard_normal(features.shape)
     return PatchCloud(
         features.astype(np.float32),
         np.concatenate(coords).astype(np.int32),
