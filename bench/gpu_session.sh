@@ -34,6 +34,7 @@ extra=("$@")
 seconds=${PHASE_SECONDS:-560}
 
 out=${OUT:-bench/results}
+[ "$rehearse" = 1 ] && out=${OUT:-$(mktemp -d)}
 mkdir -p "$out" || exit 1
 OUT=$(cd "$out" && pwd)
 root=$PWD
