@@ -58,28 +58,17 @@ def load_rows(p_x, first, exists, s_token, BLOCK: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
-def load_turned_rows(
-    p_x, p_cos, p_sin, first, token, exists, s_token, BLOCK: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr
-):
-    """`load_rows`, rotated in float32 and rounded once; `token` is the packed number of row `first`.
+def load_angles(p_cos, p_sin, first, exists, BLOCK: tl.constexpr, HALF: tl.constexpr):
+    """cos and sin of BLOCK tokens from `first` on: two float32 [BLOCK, D/2]."""
+    o = wide(first) * HALF + (tl.arange(0, BLOCK) * HALF)[:, None] + tl.arange(0, HALF)[None, :]
+    return tl.load(p_cos + o, mask=exists[:, None], other=1.0), tl.load(p_sin + o, mask=exists[:, None], other=0.0)
 
-    The pair turned together is (d, d + D/2). Each element's partner is loaded a second time (it is in L1) instead of
-    being moved between threads.
-    """
-    HALF: tl.constexpr = D // 2
-    o_d = tl.arange(0, D)
-    rows = p_x + wide(first) * s_token + (tl.arange(0, BLOCK) * s_token)[:, None]
-    angles = wide(token) * HALF + (tl.arange(0, BLOCK) * HALF)[:, None] + (o_d % HALF)[None, :]
-    if MASKED:
-        there = exists[:, None]
-        x = tl.load(rows + o_d[None, :], mask=there, other=0.0)
-        partner = tl.load(rows + ((o_d + HALF) % D)[None, :], mask=there, other=0.0)
-        cos, sin = tl.load(p_cos + angles, mask=there, other=1.0), tl.load(p_sin + angles, mask=there, other=0.0)
-    else:
-        x, partner = tl.load(rows + o_d[None, :]), tl.load(rows + ((o_d + HALF) % D)[None, :])
-        cos, sin = tl.load(p_cos + angles), tl.load(p_sin + angles)
-    sin = tl.where(o_d[None, :] < HALF, -sin, sin)
-    return tl.fma(partner.to(tl.float32), sin, x.to(tl.float32) * cos).to(x.dtype)
+
+@triton.jit
+def turn(a, b, cos, sin):
+    """Rotate in float32. The pair turned together is (d, d + D/2), so a and b are the halves of a head."""
+    a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.fma(-b, sin, a * cos), tl.fma(a, sin, b * cos)
 
 
 @triton.jit

@@ -1,21 +1,22 @@
 """Attention inside segments of packed tokens, with the 2D rotation of the queries fused in: the forward kernel.
 
-Queries are turned in the prologue of their tile. Keys come turned already (`rotate_kernel`), or, where segments are so
-short that a key is met by one or two tiles only, are turned as they are read (TURN_K).
+Queries are turned in the prologue of their tile, each once. Keys come turned already (`rotate_kernel`): a key is read
+by every tile of its segment, and turning it there would take it through registers each time.
 
 Shapes behind the pointers: q and out [R, H, D], whose row 0 is packed token `first_row`; k and v [T, H, D]; cos and sin
 float32 [T, D/2]; lse float32 [H, T]; bounds int32 [T, 2]; tiles int32 [W, 4] as (first, last, begin, end). The last
-dimension is contiguous, the other strides are free. out may be q: a tile is read whole before it is written.
+dimension is contiguous, the other strides are free. out may be q: no other program touches a tile's rows of a head.
 """
 
 import triton
 import triton.language as tl
 from exaonepath.kernels.blocks import (
+    load_angles,
     load_bounds,
     load_rows,
     load_tile,
-    load_turned_rows,
     store_rows,
+    turn,
     unmasked_end,
     wide,
     within,
@@ -24,16 +25,13 @@ from exaonepath.kernels.blocks import (
 
 @triton.jit
 def _forward_step(
-    p_k, p_v, p_cos, p_sin, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, TURN_K: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    p_k, p_v, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over one block of keys. m is the largest score before scaling; scale_log2 > 0."""
     keys = start + tl.arange(0, BLOCK_N)
     there = keys < end
-    if TURN_K:
-        k = load_turned_rows(p_k, p_cos, p_sin, start, start, there, s_k_token, BLOCK_N, D, MASKED)
-    else:
-        k = load_rows(p_k, start, there, s_k_token, BLOCK_N, D, MASKED)
+    k = load_rows(p_k, start, there, s_k_token, BLOCK_N, D, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
     if MASKED:
         s = tl.where(within(keys, lo, hi), s, -float("inf"))
@@ -52,19 +50,29 @@ def _forward_step(
 def forward_kernel(
     p_q, p_k, p_v, p_out, p_lse, p_cos, p_sin, p_bounds, p_tiles, s_q_token, s_q_head, s_k_token, s_k_head, s_v_token,
     s_v_head, s_out_token, s_out_head, first_row, n_tokens, scale_log2,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TURN_Q: tl.constexpr, TURN_K: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TURN_Q: tl.constexpr,
     STORE_LSE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out of one tile of queries and one head, and where STORE_LSE its log2 sum of exponentials; grid (W, H)."""
     head = tl.program_id(1).to(tl.int64)
     first, last, begin, end, exists = load_tile(p_tiles, BLOCK_M)
-    lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)
     p_q += head * s_q_head
     p_k += head * s_k_head
     p_v += head * s_v_head
     row = first - first_row
     if TURN_Q:
-        q = load_turned_rows(p_q, p_cos, p_sin, row, first, exists, s_q_token, BLOCK_M, D, True)
+        # Through memory, where the result will be: on sm_90 a query tile made in registers would be kept there for the
+        # whole loop, one that was loaded goes to the matrix units from shared memory.
+        HALF: tl.constexpr = D // 2
+        cos, sin = load_angles(p_cos, p_sin, first, exists, BLOCK_M, HALF)
+        a = load_rows(p_q, row, exists, s_q_token, BLOCK_M, HALF, True)
+        b = load_rows(p_q + HALF, row, exists, s_q_token, BLOCK_M, HALF, True)
+        a, b = turn(a, b, cos, sin)
+        p_turned = p_out + head * s_out_head
+        store_rows(p_turned, row, exists, s_out_token, a, BLOCK_M, HALF)
+        store_rows(p_turned + HALF, row, exists, s_out_token, b, BLOCK_M, HALF)
+        tl.debug_barrier()
+        q = load_rows(p_turned, row, exists, s_out_token, BLOCK_M, D, True)
     else:
         q = load_rows(p_q, row, exists, s_q_token, BLOCK_M, D, True)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
@@ -73,16 +81,17 @@ def forward_kernel(
     plain = unmasked_end(p_bounds, first, last, begin, end, BLOCK_N)
     for start in tl.range(begin, plain, BLOCK_N, num_stages=STAGES):
         acc, l, m = _forward_step(
-            p_k, p_v, p_cos, p_sin, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
-            D, BLOCK_N, TURN_K, False, PRECISION,
+            p_k, p_v, start, end, begin, end, q, acc, l, m, s_k_token, s_v_token, scale_log2,
+            D, BLOCK_N, False, PRECISION,
         )  # fmt: skip
+    lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)  # here, so that no register holds them in the loop above
     for start in tl.range(plain, end, BLOCK_N, num_stages=STAGES):
         acc, l, m = _forward_step(
-            p_k, p_v, p_cos, p_sin, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
-            D, BLOCK_N, TURN_K, True, PRECISION,
+            p_k, p_v, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
+            D, BLOCK_N, True, PRECISION,
         )  # fmt: skip
     l = tl.where(l == 0.0, 1.0, l)  # rows beyond the tile
-    store_rows(p_out + head * s_out_head, row, exists, s_out_token, acc / l[:, None], BLOCK_M, D)
     if STORE_LSE:
         p = p_lse + head * n_tokens + wide(first) + tl.arange(0, BLOCK_M)
         tl.store(p, tl.fma(m, scale_log2, tl.log2(l)), mask=exists)
+    store_rows(p_out + head * s_out_head, row, exists, s_out_token, acc * (1.0 / l)[:, None], BLOCK_M, D)

@@ -10,7 +10,17 @@ float32 [T, D/2]; lse and delta float32 [H, T]; bounds int32 [T, 2]; tiles int32
 
 import triton
 import triton.language as tl
-from exaonepath.kernels.blocks import load_bounds, load_rows, load_tile, store_rows, unmasked_end, wide, within
+from exaonepath.kernels.blocks import (
+    load_angles,
+    load_bounds,
+    load_rows,
+    load_tile,
+    store_rows,
+    turn,
+    unmasked_end,
+    wide,
+    within,
+)
 
 
 @triton.jit
@@ -21,11 +31,10 @@ def _store_gradient(
     if TURN_BACK:
         HALF: tl.constexpr = D // 2
         a, b = tl.split(tl.permute(tl.reshape(g, [BLOCK, 2, HALF]), [0, 2, 1]))
-        o = wide(first) * HALF + (tl.arange(0, BLOCK) * HALF)[:, None] + tl.arange(0, HALF)[None, :]
-        cos = tl.load(p_cos + o, mask=exists[:, None], other=1.0)
-        sin = tl.load(p_sin + o, mask=exists[:, None], other=0.0)
-        store_rows(p_x, first, exists, s_token, tl.fma(b, sin, a * cos), BLOCK, HALF)
-        store_rows(p_x + HALF, first, exists, s_token, tl.fma(-a, sin, b * cos), BLOCK, HALF)
+        cos, sin = load_angles(p_cos, p_sin, first, exists, BLOCK, HALF)
+        a, b = turn(a, b, cos, -sin)
+        store_rows(p_x, first, exists, s_token, a, BLOCK, HALF)
+        store_rows(p_x + HALF, first, exists, s_token, b, BLOCK, HALF)
     else:
         store_rows(p_x, first, exists, s_token, g, BLOCK, D)
 
@@ -59,7 +68,6 @@ def query_gradient_kernel(
     """dQ of one tile of queries and one head, and delta = rowsum(out * dout) for the other kernel; grid (W, H)."""
     head = tl.program_id(1).to(tl.int64)
     first, last, begin, end, exists = load_tile(p_tiles, BLOCK_M)
-    lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)
     p_q = p_qkv + head * s_head
     p_k, p_v = p_q + s_slot, p_q + 2 * s_slot
     dout = load_rows(p_dout + head * s_out_head, first, exists, s_out_token, BLOCK_M, D, True)
@@ -73,8 +81,9 @@ def query_gradient_kernel(
     plain = unmasked_end(p_bounds, first, last, begin, end, BLOCK_N)
     for start in tl.range(begin, plain, BLOCK_N, num_stages=STAGES):
         dq = _query_gradient_step(
-            p_k, p_v, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2, D, BLOCK_N, False, PRECISION
+            p_k, p_v, start, end, begin, end, q, dout, lse, delta, dq, s_token, scale_log2, D, BLOCK_N, False, PRECISION
         )
+    lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)  # here, so that no register holds them in the loop above
     for start in tl.range(plain, end, BLOCK_N, num_stages=STAGES):
         dq = _query_gradient_step(
             p_k, p_v, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2, D, BLOCK_N, True, PRECISION
@@ -118,7 +127,6 @@ def key_gradient_kernel(
     """dK and dV of one tile of BLOCK_N keys and one head; grid (W, H), tiles made for BLOCK_N."""
     head = tl.program_id(1).to(tl.int64)
     first, last, begin, end, exists = load_tile(p_tiles, BLOCK_N)
-    lo, hi = load_bounds(p_bounds, first, exists, BLOCK_N)
     p_q = p_qkv + head * s_head
     k = load_rows(p_q + s_slot, first, exists, s_token, BLOCK_N, D, True)
     v = load_rows(p_q + 2 * s_slot, first, exists, s_token, BLOCK_N, D, True)
@@ -128,9 +136,10 @@ def key_gradient_kernel(
     plain = unmasked_end(p_bounds, first, last, begin, end, BLOCK_M)
     for start in tl.range(begin, plain, BLOCK_M, num_stages=STAGES):
         dk, dv = _key_gradient_step(
-            p_q, p_do, p_l, p_d, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token, scale_log2,
+            p_q, p_do, p_l, p_d, start, end, begin, end, k, v, dk, dv, s_token, s_out_token, scale_log2,
             D, BLOCK_M, False, PRECISION,
         )  # fmt: skip
+    lo, hi = load_bounds(p_bounds, first, exists, BLOCK_N)
     for start in tl.range(plain, end, BLOCK_M, num_stages=STAGES):
         dk, dv = _key_gradient_step(
             p_q, p_do, p_l, p_d, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token, scale_log2,

@@ -1,8 +1,8 @@
 """Frozen launch settings of the kernels, per architecture, dtype and head dimension. Never chosen at run time.
 
-Each row is the largest of the tried settings that compiles ahead of time without spilling a register and fits the
-shared memory of its architectures (99 KB on sm_86/89/120, 163 on sm_80, 227 on sm_90/100), by ptxas;
-`tests/ops/test_triton_compile.py` holds them to it. None has been timed on a card yet.
+Each row compiles ahead of time without spilling a register, for every way its kernel is launched, and fits the shared
+memory of its architectures; `tests/ops/kernel_resources.json` holds the figures and `tests/ops/test_triton_compile.py`
+holds the kernels to them. None has been timed on a card yet. docs/triton.md tells what was chosen from.
 """
 
 from __future__ import annotations
@@ -37,15 +37,19 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class RotateConfig:
-    """Tokens and heads a program of the rotation works on, and its warps."""
+    """Elements of a head and number of heads that a program of the rotation works on, and its warps."""
 
-    tokens: int
+    elements: int
     heads: int
     num_warps: int
 
+    def tokens(self, head_dim: int) -> int:
+        """Tokens a program works on."""
+        return self.elements // head_dim
 
-# 32 tokens by 4 heads: enough loads in flight, and the angles are read once for four heads.
-ROTATE = RotateConfig(32, 4, 4)
+
+# 16 bytes a load and four heads in flight; the angles are read once for the four.
+ROTATE = RotateConfig(2048, 4, 4)
 
 _Row = tuple[int, int, int, int]
 
@@ -56,23 +60,32 @@ def _config(forward: _Row, query_gradient: _Row, key_gradient: _Row, precision: 
     )
 
 
-# By (bytes per element, head dimension). Large: sm_90 and sm_100.
-_LARGE = {
-    (2, 32): _config((128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
-    (2, 64): _config((128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+# By (bytes per element, head dimension). Four warps where the registers suffice, so that two programs share a
+# multiprocessor and one's softmax runs under the other's products.
+_SM_90 = {
+    (2, 32): _config((128, 64, 4, 3), (128, 64, 4, 2), (64, 128, 8, 2)),
+    (2, 64): _config((128, 64, 4, 3), (128, 128, 8, 2), (64, 128, 8, 2)),
+    (2, 128): _config((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
+    (4, 32): _config((64, 32, 4, 2), (128, 32, 8, 2), (32, 64, 8, 2)),
+    (4, 64): _config((128, 32, 8, 3), (128, 32, 8, 2), (16, 32, 4, 2)),
+    (4, 128): _config((32, 16, 8, 2), (16, 16, 4, 1), (32, 16, 8, 1)),
+}
+_SM_100 = {
+    (2, 32): _config((128, 128, 8, 3), (128, 64, 4, 2), (64, 64, 4, 2)),
+    (2, 64): _config((128, 128, 8, 3), (128, 64, 4, 2), (64, 128, 8, 2)),
     (2, 128): _config((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
-    (4, 32): _config((64, 32, 8, 2), (64, 16, 8, 2), (16, 64, 8, 2)),
-    (4, 64): _config((64, 32, 4, 2), (64, 32, 8, 2), (16, 16, 4, 1)),
-    (4, 128): _config((64, 32, 8, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
+    (4, 32): _config((64, 32, 8, 2), (64, 16, 8, 2), (32, 64, 8, 2)),
+    (4, 64): _config((64, 32, 8, 2), (64, 32, 8, 2), (16, 16, 4, 1)),
+    (4, 128): _config((32, 32, 8, 2), (16, 16, 4, 1), (32, 16, 8, 1)),
 }
 # sm_80, 86, 89 and 120.
 _SMALL = {
-    (2, 32): _config((128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+    (2, 32): _config((128, 128, 8, 3), (64, 64, 4, 2), (64, 128, 8, 2)),
     (2, 64): _config((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
-    (2, 128): _config((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+    (2, 128): _config((128, 32, 8, 3), (64, 32, 4, 2), (32, 32, 4, 2)),
     (4, 32): _config((64, 32, 8, 2), (64, 16, 8, 2), (16, 64, 8, 2)),
-    (4, 64): _config((64, 32, 8, 2), (64, 16, 8, 2), (16, 16, 4, 1)),
-    (4, 128): _config((32, 32, 4, 2), (16, 16, 4, 1), (32, 16, 8, 1)),
+    (4, 64): _config((64, 32, 8, 2), (32, 16, 8, 2), (16, 16, 4, 1)),
+    (4, 128): _config((32, 32, 8, 2), (16, 32, 8, 1), (32, 16, 8, 1)),
 }
 # The interpreter on a CPU: small tiles, so that small tests meet every kind of tile.
 _INTERPRETER = _config((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), "ieee")
@@ -82,4 +95,4 @@ def attention_config(capability: tuple[int, int] | None, itemsize: int, head_dim
     """Settings for a compute capability (None: the interpreter), bytes per element, and head dimension."""
     if capability is None:
         return _INTERPRETER
-    return (_LARGE if capability[0] in (9, 10) else _SMALL)[itemsize, head_dim]
+    return {9: _SM_90, 10: _SM_100}.get(capability[0], _SMALL)[itemsize, head_dim]

@@ -46,10 +46,6 @@ class TileSchedules:
             self._tiles[key] = torch.from_numpy(tile_schedule(self.lengths, *key)).to(self._device)
         return self._tiles[key]
 
-    def visits(self, block: int) -> float:
-        """How many tiles of `block` tokens read a key, on average; 0 without tokens."""
-        return float((self.lengths * -(-self.lengths // block)).sum() / max(1, self.n_tokens))
-
 
 _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 

@@ -23,8 +23,6 @@ from exaonepath.ops.tiles import TileSchedules, schedules
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_TOKENS = 2**31 - 256  # token numbers are 32-bit inside the kernels
-# Keys met by more tiles than this are rotated once beforehand, others as they are read.
-_VISITS_IN_LOOP = 2.0
 
 
 def unsuited(dtype: torch.dtype, head_dim: int, tokens: int) -> str | None:
@@ -73,10 +71,9 @@ def triton_attention(
         qkv = qkv.contiguous()
     if overwrite_qkv and not training:
         q, k, v = qkv.unbind(1)
-        in_loop = rotation is not None and _turns_keys_in_loop(qkv, segments)
-        if rotation is not None and not in_loop:
+        if rotation is not None:
             _rotate_rows(k, cos, sin, 0)
-        _attend_rows(q, k, v, cos, sin, offsets, 0, in_loop, scale)
+        _attend_rows(q, k, v, cos, sin, offsets, 0, scale)
         return q
     out: Tensor = _forward(qkv, cos, sin, offsets, scale, training)[0]
     return out
@@ -112,7 +109,7 @@ def triton_attend_rows(
     if k.stride(2) != 1 or v.stride(2) != 1:
         raise SettingsError("the last dimension of keys and values must be contiguous")
     if q.shape[0]:
-        _attend_rows(q, k, v, *_tables(q, rotation), _known_offsets(segments), first_row, False, scale)
+        _attend_rows(q, k, v, *_tables(q, rotation), _known_offsets(segments), first_row, scale)
 
 
 def triton_rotate_rows(k: Tensor, rotation: Rotation, first_row: int) -> None:
@@ -148,13 +145,6 @@ def _known_offsets(segments: Segments) -> Tensor:
     return segments.offsets
 
 
-def _turns_keys_in_loop(qkv: Tensor, segments: Segments) -> bool:
-    if torch.compiler.is_compiling():
-        return False  # the same numbers either way, and a graph shall not depend on the lengths
-    block = _config(qkv).forward.block_m
-    return schedules(segments.offsets, segments).visits(block) <= _VISITS_IN_LOOP
-
-
 def _tables(x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
     if rotation is None:
         nothing = x.new_empty(0, dtype=torch.float32)
@@ -171,7 +161,7 @@ def _config(x: Tensor) -> AttentionConfig:
 
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, cos: Tensor, sin: Tensor, known: TileSchedules,
-    first_row: int, turn_queries: bool, turn_keys: bool, scale: float,
+    first_row: int, turn_queries: bool, scale: float,
 ) -> None:  # fmt: skip
     from exaonepath.kernels.fragment_attention import forward_kernel
 
@@ -183,10 +173,8 @@ def _launch_forward(
             q, k, v, out, lse, cos if turn_queries else None, sin if turn_queries else None, known.bounds, tiles,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], first_row, known.n_tokens,
             scale / math.log(2),
-            D=q.shape[2], BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, TURN_Q=turn_queries, TURN_K=turn_keys,
-            STORE_LSE=lse is not None, PRECISION=config.precision,
-            # Segments short enough for their keys to be turned in the loop have nothing to pipeline.
-            STAGES=1 if turn_keys else launch.num_stages,
+            D=q.shape[2], BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, TURN_Q=turn_queries,
+            STORE_LSE=lse is not None, PRECISION=config.precision, STAGES=launch.num_stages,
             num_warps=launch.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -196,34 +184,31 @@ def _launch_rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, first_row: 
     from exaonepath.kernels.rotate import rotate_kernel
 
     rows, heads, dim = x.shape
+    block = ROTATE.tokens(dim)
     with _on(x):
-        rotate_kernel[(-(-rows // ROTATE.tokens), -(-heads // ROTATE.heads))](
+        rotate_kernel[(-(-rows // block), -(-heads // ROTATE.heads))](
             x, out, cos, sin, *x.stride()[:2], *out.stride()[:2], first_row, rows, heads, turned,
-            D=dim, BLOCK=ROTATE.tokens, HEADS=ROTATE.heads, BACK=False, num_warps=ROTATE.num_warps,
+            D=dim, BLOCK=block, HEADS=ROTATE.heads, num_warps=ROTATE.num_warps,
             enable_fp_fusion=True,
         )  # fmt: skip
 
 
 @torch.library.custom_op("exaonepath::attend_rows", mutates_args=("q",))
 def _attend_rows(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, first_row: int, turn_keys: bool,
-    scale: float,
-) -> None:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, first_row: int, scale: float
+) -> None:
     known = schedules(offsets)
-    _launch_forward(q, k, v, q, None, cos, sin, known, first_row, cos.numel() > 0, turn_keys, scale)
+    _launch_forward(q, k, v, q, None, cos, sin, known, first_row, cos.numel() > 0, scale)
 
 
 @_attend_rows.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, first_row: int, turn_keys: bool,
-    scale: float,
-) -> None:  # fmt: skip
+def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, first_row: int, scale: float) -> None:
     return None
 
 
 @torch.library.custom_op("exaonepath::rotate_rows", mutates_args=("x",))
 def _rotate_rows(x: Tensor, cos: Tensor, sin: Tensor, first_row: int) -> None:
-    _config(x)
+    _refuse(unable(x.device))
     _launch_rotate(x, x, cos, sin, first_row, x.shape[1])
 
 
@@ -238,21 +223,21 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [T, H, D]; for training lse [H, T] and, where there is a rotation, the rotated qkv. Else those are empty."""
     tokens, _, heads, dim = qkv.shape
-    known, config = schedules(offsets), _config(qkv)
+    _refuse(unable(qkv.device))
+    known = schedules(offsets)
     rope = cos.numel() > 0
     out = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((heads, tokens) if training else 0, dtype=torch.float32, device=qkv.device)
     turned = torch.empty_like(qkv) if training and rope else qkv.new_empty(0)
     q, k, v = qkv.unbind(1)
     turn_queries = rope and not training
-    turn_keys = turn_queries and known.visits(config.forward.block_m) <= _VISITS_IN_LOOP
     if training and rope:
         _launch_rotate(qkv.flatten(1, 2), turned.flatten(1, 2), cos, sin, 0, 2 * heads)
         q, k, v = turned.unbind(1)
-    elif rope and not turn_keys:
+    elif rope:
         k = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=qkv.device)
         _launch_rotate(qkv[:, 1], k, cos, sin, 0, heads)
-    _launch_forward(q, k, v, out, lse if training else None, cos, sin, known, 0, turn_queries, turn_keys, scale)
+    _launch_forward(q, k, v, out, lse if training else None, cos, sin, known, 0, turn_queries, scale)
     return out, lse, turned
 
 

@@ -1,111 +1,100 @@
-"""The kernels compiled ahead of time for cards that are not here: shared memory within bounds, no spilled register.
+"""The kernels compiled ahead of time for cards that are not here, held against the committed table.
 
-In a process of its own, since the tests' own process runs Triton as an interpreter. By default the settings the
-published encoder uses (head dimension 64, bfloat16) on all six architectures; EXAONEPATH_COMPILE=full compiles all.
+By default the launches of a RoPE block of the published encoder (head dimension 64, bfloat16) on all six
+architectures, in processes of their own; EXAONEPATH_COMPILE=full compiles every row of the table.
 """
 
+import ast
+import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import compile_ahead
 import pytest
 
 pytest.importorskip("triton")
 
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-KERNELS = {
-    "forward_kernel": "forward",
-    "query_gradient_kernel": "query_gradient",
-    "key_gradient_kernel": "key_gradient",
-}
-POINTERS = {
-    "p_lse": "*fp32",
-    "p_delta": "*fp32",
-    "p_cos": "*fp32",
-    "p_sin": "*fp32",
-    "p_bounds": "*i32",
-    "p_tiles": "*i32",
-}
+SCRIPT = Path(compile_ahead.__file__)
+
+# Largest shared memory of one program (CUDA programming guide, technical specifications).
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 
-def compile_kernel(name: str, architecture: int, dtype: str, head_dim: int) -> tuple[int, int, int]:
-    """(shared memory in bytes, registers, bytes of spill stores) of one kernel with its own launch settings."""
-    import triton
-    from exaonepath.kernels import fragment_attention, fragment_attention_backward
-    from exaonepath.kernels.launch_config import attention_config
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    config = attention_config(divmod(architecture, 10), 4 if dtype == "fp32" else 2, head_dim)
-    launch = getattr(config, KERNELS[name])
-    forward = name == "forward_kernel"
-    kernel = getattr(fragment_attention if forward else fragment_attention_backward, name)
-    constants = {"D": head_dim, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "PRECISION": config.precision}
-    flags = {"TURN_Q": True, "TURN_K": False, "STORE_LSE": True} if forward else {"TURN_BACK": True}
-    constants |= {"STAGES": launch.num_stages, **flags}
-
-    def kind(argument: str) -> str:
-        if argument in constants:
-            return "constexpr"
-        if argument.startswith("scale"):
-            return "fp32"
-        return POINTERS.get(argument, f"*{dtype}") if argument.startswith("p_") else "i32"
-
-    signature = {argument: kind(argument) for argument in kernel.arg_names}
-    aligned = [i for i, a in enumerate(kernel.arg_names) if a.startswith(("p_", "s_"))]
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    ptx = compiled.asm["ptx"]
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    # Triton brings two assemblers; the newer one reads the newer PTX that recent architectures get.
-    for tool in ("ptxas-blackwell", "ptxas"):
-        if not (tools / tool).exists():
-            continue
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(ptx)
-            file.flush()
-            target = re.search(r"\.target (sm_\w+)", ptx)[1]
-            command = [str(tools / tool), "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
-            report = subprocess.run(command, capture_output=True, text=True, check=False).stderr
-        registers, spills = re.search(r"Used (\d+) registers", report), re.search(r"(\d+) bytes spill stores", report)
-        if registers and spills:
-            return compiled.metadata.shared, int(registers[1]), int(spills[1])
-    raise RuntimeError(f"no assembler of this triton takes the kernel: {report}")
+def figures(row):
+    return dict(zip(compile_ahead.COLUMNS, row, strict=True))
 
 
-@pytest.mark.parametrize("architecture", SHARED_KB)
-def test_kernels_fit_the_card_and_do_not_spill(architecture, tmp_path):
+def table():
+    return json.loads(compile_ahead.TABLE.read_text())
+
+
+def hold_to_the_card(key, row):
+    """What must be so under any version of triton."""
+    architecture, dtype, _, launch = key.split(" ", 3)
+    seen = figures(row)
+    assert seen["shared"] <= SHARED_BYTES[int(architecture.removeprefix("sm_"))], key
+    assert seen["registers"] <= 255, key
+    assert seen["stack"] == 0, f"{key} spills {seen['stack']} bytes a thread"
+    if launch == "rotate":
+        return
+    assert seen["warp_mma"] + seen["warpgroup_mma"] > 0, key
+    if architecture in ("sm_90", "sm_100") and dtype != "fp32":
+        assert seen["warp_mma"] == 0, f"{key} runs on the matrix instructions of older cards"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Rows of this triton by key, and its versions; two processes at a time."""
     full = os.environ.get("EXAONEPATH_COMPILE") == "full"
-    cases = (
-        [("bf16", 32), ("bf16", 64), ("bf16", 128), ("fp32", 32), ("fp32", 64), ("fp32", 128)]
-        if full
-        else [("bf16", 64)]
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    arguments = [str(architecture), *(f"{dtype}:{dim}" for dtype, dim in cases)]
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert len(rows) == len(cases) * len(KERNELS)
-    for name, case, shared, registers, spills in rows:
-        assert int(shared) <= SHARED_KB[architecture] * 1024, (name, case)
-        assert int(registers) <= 255
-        assert int(spills) == 0, f"{name} {case} spills {spills} bytes on sm_{architecture}"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def run(architecture):
+        launches = ["*"] if full else [f"bf16 64 {launch}" for launch in ("*turning", "*training", "rotate")]
+        return subprocess.run(
+            [sys.executable, str(SCRIPT), *(f"sm_{architecture} {launch}" for launch in launches)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path_factory.mktemp("compile"),
+            env=environment,
+            check=False,
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = dict(zip(SHARED_BYTES, pool.map(run, SHARED_BYTES), strict=True))
+    for done in runs.values():
+        assert done.returncode == 0, done.stderr
+    return {architecture: json.loads(done.stdout) for architecture, done in runs.items()}
 
 
-if __name__ == "__main__":
-    for case in sys.argv[2:]:
-        for kernel_name in KERNELS:
-            figures = compile_kernel(kernel_name, int(sys.argv[1]), case.split(":")[0], int(case.split(":")[1]))
-            print(kernel_name, case, *figures)
+@pytest.mark.parametrize("architecture", SHARED_BYTES)
+def test_kernels_fit_the_card_and_have_not_grown(architecture, measured):
+    found, committed = measured[architecture], table()
+    assert found["rows"]
+    for key, row in found["rows"].items():
+        hold_to_the_card(key, row)
+        if found["versions"] == committed["versions"]:
+            assert figures(row) == figures(committed["rows"][key]), (
+                f"{key} compiles differently; if that is meant: python {SCRIPT.name} --write"
+            )
+
+
+def test_the_table_holds_every_launch_on_every_card_and_all_are_sound():
+    committed = table()
+    assert committed["columns"] == list(compile_ahead.COLUMNS)
+    assert list(committed["rows"]) == compile_ahead.keys()
+    for key, row in committed["rows"].items():
+        hold_to_the_card(key, row)
+
+
+def test_every_kernel_is_compiled_ahead():
+    folder = Path(__file__).parents[2] / "kernels"
+    written = {
+        (file.stem, node.name)
+        for file in folder.glob("*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    assert written == {launch[:2] for launch in compile_ahead.LAUNCHES.values()}

@@ -1,0 +1,10 @@
+"""Helper modules beside these tests: pytest imports by file here, so that no folder of tests is a package."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+for helper in ("attention_cases", "compile_ahead"):
+    spec = importlib.util.spec_from_file_location(helper, Path(__file__).with_name(f"{helper}.py"))
+    sys.modules[helper] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[helper])
