@@ -226,6 +226,8 @@ def _forward(
     _refuse(unable(qkv.device))
     known = schedules(offsets)
     rope = cos.numel() > 0
+    if training:
+        qkv = qkv.contiguous()  # a compiler may hand over other strides than those it traced
     out = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((heads, tokens) if training else 0, dtype=torch.float32, device=qkv.device)
     turned = torch.empty_like(qkv) if training and rope else qkv.new_empty(0)
@@ -247,7 +249,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, _, heads, dim = qkv.shape
     lse = qkv.new_empty((heads, tokens) if training else 0, dtype=torch.float32)
-    turned = torch.empty_like(qkv) if training and cos.numel() else qkv.new_empty(0)
+    turned = qkv.new_empty(qkv.shape if training and cos.numel() else 0)
     return qkv.new_empty((tokens, heads, dim)), lse, turned
 
 
@@ -261,7 +263,7 @@ def _backward(
     tokens, _, heads, dim = qkv.shape
     known, config = schedules(offsets), _config(qkv)
     turn_back = cos.numel() > 0
-    dout = dout.contiguous()
+    qkv, dout = qkv.contiguous(), dout.contiguous()
     dqkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
     tables = (cos, sin) if turn_back else (None, None)
@@ -288,7 +290,7 @@ def _backward(
 def _(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, scale: float
 ) -> Tensor:
-    return torch.empty_like(qkv)
+    return qkv.new_empty(qkv.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -150,6 +150,22 @@ def test_strides_and_repeat_runs(device):
         assert torch.equal(leaf.grad, first[1])
 
 
+def test_operators_take_any_strides(device):
+    """Below the entry, which makes qkv contiguous: a compiler may hand an operator other strides than it traced."""
+    qkv, segments, rotation = inputs([40, 7], device=device)
+    tables, scale = rotation.cos_sin(), 32**-0.5
+    dout = torch.randn(47, 2, 32, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def both(view):
+        out, lse, turned = kernels._forward(view, *tables, segments.offsets, scale, True)
+        order = (0, 2, 1, 3)  # as dense, and in another order
+        turned = turned if view.is_contiguous() else turned.permute(order).contiguous().permute(order)
+        return out, kernels._backward(dout, turned, out, lse, *tables, segments.offsets, scale)
+
+    swapped = torch.empty(47, 2, 3, 32, device=device).transpose(1, 2).copy_(qkv)
+    assert all(torch.equal(a, b) for a, b in zip(both(swapped), both(qkv), strict=True))
+
+
 def test_the_operators_pass_opcheck(device):
     qkv, segments, rotation = inputs([9, 3, 20], heads=1, device=device)
     tables = rotation.cos_sin()
