@@ -2,8 +2,8 @@
 
     python bench/plots.py [--out docs/images] [FOLDER ...]      (default: bench/results)
 
-Per machine: speed against tokens, speed against fragments, memory against patches (with the line of a 12 GB card), and
-error against dtype. Where a case was measured more than once, the newest row counts.
+Per machine: speed against tokens, speed against fragments, memory against patches (with the line of a 12 GB card),
+error against dtype, and the pairwise loss. Where a case was measured more than once, the newest row counts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import loss_plots
 from harness import table
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -60,7 +61,7 @@ def machines(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows by the machine they were measured on, under a name that can stand in a file's."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if row["device"] == "cuda":
+        if (row.get("device") or loss_plots.device_of(row)) == "cuda":
             name = re.sub(r"[^a-z0-9]+", "-", row["gpu"].lower().replace("nvidia", "")).strip("-")
         else:
             name = "cpu"
@@ -177,6 +178,7 @@ QUESTIONS: dict[str, tuple[str, Callable[[list[Row]], Figure | None]]] = {
     "speed-f": ("attention", speed_against_fragments),
     "memory-n": ("encoder", memory_against_patches),
     "error-dtype": ("attention", error_against_dtype),
+    "loss": ("pipeline", loss_plots.loss_against_rows),
 }
 
 
@@ -185,7 +187,9 @@ def draw(out: Path, folders: Iterable[Path] = ()) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for question, (name, make) in QUESTIONS.items():
-        for machine, rows in machines(table.read(name, *folders)).items():
+        # The pipeline's table holds other benchmarks too.
+        measured = [r for r in table.read(name, *folders) if r.get("group", loss_plots.GROUP) == loss_plots.GROUP]
+        for machine, rows in machines(measured).items():
             figure = make(rows)
             if figure is not None:
                 path = out / f"bench-{machine}-{question}.png"

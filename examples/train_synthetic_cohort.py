@@ -19,7 +19,7 @@ from pathlib import Path
 from exaonepath.models.multimodal import ExaonePathAlignmentModel
 from exaonepath.synthetic.cohort import SyntheticCohortSettings, write_synthetic_cohort
 from exaonepath.training.run import prepare, train
-from exaonepath.training.settings import read_settings
+from exaonepath.training.settings_file import read_settings
 from exaonepath.training.validation import embed_patients, retrieval_metrics
 
 

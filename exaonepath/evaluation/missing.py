@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from exaonepath.errors import SettingsError
+from exaonepath.evaluation.intervals import Estimate, bootstrap_weighted
 from exaonepath.evaluation.probes import ProbeScores, fit_probe
 from exaonepath.evaluation.retrieval import RetrievalScores, retrieval
 
@@ -85,6 +86,50 @@ def probe_from_subsets(
         chosen = fit_probe(train, train_labels, seed=seed) if refit else probe
         found[subset] = chosen.score(test, test_labels, seed=seed)
     return found
+
+
+def gain_over_single(
+    fused: Callable[[Subset], tuple[np.ndarray, np.ndarray]],
+    modalities: Sequence[str],
+    train_labels: Sequence[Any],
+    test_labels: Sequence[Any],
+    *,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """What all modalities together know of a label beyond each one alone.
+
+    Args: as `probe_from_subsets`, with a probe of its own for each subset.
+
+    Returns:
+        Modality to balanced accuracy with all modalities less that with this one alone; the interval is paired: it
+        resamples patients (within their class), each with both predictions.
+
+    Raises:
+        SettingsError: see `fit_probe`; a test patient has a class that no training patient has.
+    """
+    known = np.array([label is not None and label == label for label in test_labels], bool)  # NaN is not itself
+    wanted = np.array([str(label) for label in np.asarray(test_labels, object)[known]])
+
+    def hits(subset: Subset) -> np.ndarray:
+        train, test = fused(subset)
+        probe = fit_probe(train, train_labels, seed=seed)
+        if unknown := set(wanted) - set(probe.classes):
+            raise SettingsError(f"test patients have classes that no training patient has: {sorted(unknown)}")
+        right: np.ndarray = probe.classes[probe.predict(test[known]).argmax(1)] == wanted
+        return right.astype(np.float64)
+
+    classes = np.unique(wanted, return_inverse=True)[1]
+    member = np.eye(int(classes.max(initial=0)) + 1)[classes]  # [n, K]
+    whole, gains = hits(tuple(modalities)), {}
+    for name in modalities:
+        difference = whole - hits((name,))
+
+        def statistic(weights: np.ndarray, difference: np.ndarray = difference) -> np.ndarray:
+            share: np.ndarray = ((weights * difference) @ member / (weights @ member)).mean(1)
+            return share
+
+        gains[name] = bootstrap_weighted(statistic, np.arange(len(wanted)), strata=classes, seed=seed)
+    return gains
 
 
 def by_size(values: Mapping[Subset, float]) -> dict[int, tuple[float, float, float]]:

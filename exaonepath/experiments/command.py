@@ -80,7 +80,7 @@ def ablate(
     if unknown := [name for name in wanted if name not in (*_TRAINED, *_ANALYSES)]:
         raise SettingsError(f"no study {', '.join(unknown)}; there are {', '.join((*_TRAINED, *_ANALYSES))} and all")
     from exaonepath.experiments.studies import run_analysis, run_and_draw
-    from exaonepath.training.settings import read_settings
+    from exaonepath.training.settings_file import read_settings
 
     labels = list(label or ())
     if settings is None:

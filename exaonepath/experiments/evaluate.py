@@ -12,7 +12,7 @@ import pandas as pd
 
 from exaonepath.errors import SettingsError
 from exaonepath.evaluation.geometry import alignment, effective_rank, uniformity
-from exaonepath.evaluation.missing import Subset, by_size, probe_from_subsets, retrieval_from_subsets
+from exaonepath.evaluation.missing import Subset, by_size, gain_over_single, probe_from_subsets, retrieval_from_subsets
 from exaonepath.evaluation.probes import knn_probe, linear_probe
 from exaonepath.evaluation.projections import direction_reuse, pair_spectrum
 from exaonepath.evaluation.retrieval import PairEmbeddings, cross_modal_retrieval, recall_by_group
@@ -198,6 +198,11 @@ def _missing_probes(
             "curve": by_size({subset: score.balanced_accuracy.value for subset, score in found.items()}),
             "chance": next(iter(found.values())).chance,
         }
+    try:
+        gains = gain_over_single(fused, subject.model.modalities, known, asked, seed=seed)
+        out["gain_over_single"] = {name: gain.as_dict() for name, gain in gains.items()}
+    except SettingsError as exc:
+        logger.warning("all modalities beside single ones were not compared for %s: %s", label, exc)
     return out
 
 

@@ -24,7 +24,8 @@ from exaonepath.training.data import (
     standardizer_of,
 )
 from exaonepath.training.distributed import Processes
-from exaonepath.training.settings import DataSettings, build_settings, read_settings
+from exaonepath.training.settings import DataSettings, build_settings
+from exaonepath.training.settings_file import read_settings
 from exaonepath.training.validation import EmbeddedPatients, embed_patients
 
 _BATCH = 32

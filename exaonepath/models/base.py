@@ -78,7 +78,9 @@ class ExaonePathPreTrainedModel(PreTrainedModel):
         if isinstance(module, RopePeriods):
             module.reset()
         elif isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            # Inputs are normed, so outputs have variance 1 at any width. A fixed 0.02 leaves attention in narrow
+            # encoders even over all keys, and positions with nothing to be learned from.
+            nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif hasattr(module, "weight") and isinstance(module.weight, nn.Parameter):  # norms

@@ -54,6 +54,8 @@ _NUMBERS = (
 def complete_wsi_cfg(wsi_cfg: Mapping[str, Any]) -> dict[str, Any]:
     """`wsi_cfg` with defaults filled in and checked; keys without effect are dropped.
 
+    Where `pos_embed_rope_min_period` is stated and `pos_embed_rope_base` is not, the latter is None.
+
     Raises:
         ConfigError: an unknown key, or a value that no encoder can be built from.
     """
@@ -66,6 +68,8 @@ def complete_wsi_cfg(wsi_cfg: Mapping[str, Any]) -> dict[str, Any]:
             hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
             raise ConfigError(f"unknown key {key!r} in wsi_cfg{hint}")
     cfg = {**WSI_DEFAULTS, **{k: v for k, v in wsi_cfg.items() if k not in WSI_IGNORED}}
+    if "pos_embed_rope_base" not in wsi_cfg and cfg["pos_embed_rope_min_period"] is not None:
+        cfg["pos_embed_rope_base"] = None  # periods are stated the other way: the default has no say
     for key in _INTEGERS:
         lowest = 0 if key in ("depth", "n_storage_tokens") else 1
         if isinstance(cfg[key], bool) or not isinstance(cfg[key], int) or cfg[key] < lowest:

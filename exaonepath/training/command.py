@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from exaonepath.training.settings import TrainSettings, read_settings
+from exaonepath.training.settings import TrainSettings
+from exaonepath.training.settings_file import read_settings
 
 
 def train(

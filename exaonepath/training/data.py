@@ -24,14 +24,12 @@ from exaonepath.errors import ConfigError, SettingsError
 from exaonepath.feature_extraction.store import read_features
 from exaonepath.models.multimodal.alignment import ExaonePathAlignmentModel
 from exaonepath.models.multimodal.batch import PatientBatch, SlidePatches
+from exaonepath.training.batch_plan import PlannedChunk
 from exaonepath.training.settings import DataSettings
 from exaonepath.training.step import Chunk
 from exaonepath.training.typed_tables import build_typed
 
 logger = logging.getLogger(__name__)
-
-# A chunk of the plan: patients, epoch, seed of its dropout.
-PlannedChunk = tuple[tuple[str, ...], int, int]
 
 
 def load_training_cohort(settings: DataSettings) -> Cohort:

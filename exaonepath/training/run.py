@@ -13,6 +13,7 @@ import torch
 
 from exaonepath.models.multimodal.alignment import ExaonePathAlignmentModel
 from exaonepath.storage import write_text
+from exaonepath.training.batch_plan import derive_seed
 from exaonepath.training.build import build_model, load_initial_model
 from exaonepath.training.data import (
     TrainingData,
@@ -25,8 +26,9 @@ from exaonepath.training.data import (
 )
 from exaonepath.training.distributed import Processes
 from exaonepath.training.run_folder import RunFolder
+from exaonepath.training.run_log import summary_writer
 from exaonepath.training.settings import TrainSettings
-from exaonepath.training.trainer import Progress, Trainer, TrainResult, derive_seed, summary_writer
+from exaonepath.training.trainer import Progress, Trainer, TrainResult
 
 logger = logging.getLogger(__name__)
 

@@ -7,23 +7,20 @@ generator state to keep, and a resumed run takes the very steps that the killed 
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from exaonepath.errors import DeviceError, MissingDependencyError, SettingsError, WeightsError
+from exaonepath.errors import DeviceError, SettingsError, WeightsError
 from exaonepath.models.device import resolve_dtype
 from exaonepath.models.multimodal.alignment import ExaonePathAlignmentModel
 from exaonepath.models.multimodal.objective import AlignmentObjective
+from exaonepath.training.batch_plan import BatchPlan
 from exaonepath.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -33,7 +30,7 @@ from exaonepath.training.checkpoint import (
 )
 from exaonepath.training.data import TrainingData
 from exaonepath.training.distributed import Processes
-from exaonepath.training.monitors import HealthMonitors, HealthWarning
+from exaonepath.training.monitors import HealthMonitors
 from exaonepath.training.optimization import (
     AveragedWeights,
     build_optimizer,
@@ -42,6 +39,7 @@ from exaonepath.training.optimization import (
     set_learning_rate,
 )
 from exaonepath.training.run_folder import RunFolder
+from exaonepath.training.run_log import RunLog, StopRequest
 from exaonepath.training.settings import TrainSettings, select_parts
 from exaonepath.training.step import Chunk, StepOutput, TrainingError, accumulate_gradients
 from exaonepath.training.validation import embed_patients, retrieval_metrics
@@ -94,17 +92,16 @@ class Trainer:
         """
         self.settings, self.data, self.folder, self.processes = settings, data, folder, processes
         run = settings.run
-        self.batch_size = min(run.batch_size, len(data.train))
-        self.chunk_size = run.chunk_size or -(-self.batch_size // processes.count)
-        self.chunks_per_step = -(-self.batch_size // self.chunk_size)
-        if self.chunks_per_step < processes.count:
-            raise SettingsError(
-                f"a batch of {self.batch_size} in chunks of {self.chunk_size} gives {self.chunks_per_step} chunks for "
-                f"{processes.count} processes: every process needs one; lower run.chunk_size"
-            )
-        # What is left over at the end of an epoch is another part of the patients in every epoch.
-        self.steps_per_epoch = max(1, len(data.train) // self.batch_size)
-        self.total = run.steps or run.epochs * self.steps_per_epoch
+        self.plan = BatchPlan.of(
+            data.train,
+            batch_size=run.batch_size,
+            chunk_size=run.chunk_size,
+            epochs=run.epochs,
+            steps=run.steps,
+            seed=run.seed,
+            processes=processes.count,
+        )
+        self.total = self.plan.total
         self.dtype = _precision(run.precision, processes.device)
         self.model = model.to(processes.device)
         self.objective = AlignmentObjective(model, distributed=processes.count > 1)
@@ -120,7 +117,7 @@ class Trainer:
         self.step = 0
         self.best: float | None = None
         self.best_step: int | None = None
-        self._stop = False
+        self.log = RunLog(folder, is_main=processes.is_main, tensorboard=run.tensorboard)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What the encoders run under."""
@@ -137,19 +134,20 @@ class Trainer:
         if self.scaler.is_enabled():
             # It makes its factor when it first scales something, and our losses are scaled by hand.
             self.scaler.scale(torch.zeros((), device=self.processes.device))
-        stop_after = False
-        with _board(self.folder, self.settings, self.processes, self.step) as board, self._signals():
-            for step, chunks in self._steps():
+        rank, count = self.processes.rank, self.processes.count
+        planned = self.plan.steps(self.step, rank, count)
+        with self.log.opened(self.step), StopRequest().listening() as stop:
+            for step, chunks in self.data.chunks(planned, workers=self.settings.run.num_workers):
                 row = self._train_step(step, chunks)
                 self.step = step + 1
                 if self.step % self.settings.run.log_every == 0 or self.step == self.total:
-                    self._log(row, board)
+                    self.log.row(row)
                 if progress is not None:
                     progress(self.step, self.total, row)
-                end_of_epoch = self.step % self.steps_per_epoch == 0
+                end_of_epoch = self.step % self.plan.steps_per_epoch == 0
                 if self._validate_now(end_of_epoch):
-                    self._validate(board)
-                stop_after = self.processes.any_true(self._stop)
+                    self._validate()
+                stop_after = self.processes.any_true(stop.asked)
                 every = self.settings.run.checkpoint_every
                 due = self.step % every == 0 if every else end_of_epoch
                 if due or stop_after or self.step == self.total:
@@ -204,25 +202,6 @@ class Trainer:
         self.monitors.load_state_dict(state["monitors"])
         self.best, self.best_step = state["best"], state["best_step"]
         self.step = checkpoint.step
-
-    def _steps(self) -> Iterator[tuple[int, list[Chunk]]]:
-        """The remaining steps with this process's chunks of each."""
-        seed = self.settings.run.seed
-        first, last = _share(self.chunks_per_step, self.processes)
-
-        def plan() -> Iterator[tuple[int, list[tuple[tuple[str, ...], int, int]]]]:
-            order: list[str] = []
-            known_epoch = -1
-            for step in range(self.step, self.total):
-                epoch, position = divmod(step, self.steps_per_epoch)
-                if epoch != known_epoch:
-                    shuffled = np.random.default_rng((seed, epoch)).permutation(len(self.data.train))
-                    order, known_epoch = [self.data.train[i] for i in shuffled], epoch
-                batch = order[position * self.batch_size : (position + 1) * self.batch_size]
-                parts = [tuple(batch[i : i + self.chunk_size]) for i in range(0, len(batch), self.chunk_size)]
-                yield step, [(parts[i], epoch, derive_seed(seed, step, i)) for i in range(first, last)]
-
-        yield from self.data.chunks(plan(), workers=self.settings.run.num_workers)
 
     def _train_step(self, step: int, chunks: list[Chunk]) -> dict[str, Any]:
         lr = learning_rate(step, self.total, self.settings.optimizer)
@@ -279,7 +258,7 @@ class Trainer:
         row: dict[str, Any] = {
             "kind": "train",
             "step": step + 1,
-            "epoch": step // self.steps_per_epoch,
+            "epoch": step // self.plan.steps_per_epoch,
             "loss": float(output.loss.detach()),
             "lr": lr,
             "gradient_norm": norm,
@@ -294,7 +273,7 @@ class Trainer:
                 pair_losses=output.pair_losses,
                 gradients=found.gradients,
             )
-            self._report(warnings)
+            self.log.warnings(warnings)
             row.update(self.monitors.metrics())
         return row
 
@@ -302,30 +281,30 @@ class Trainer:
         if not self.data.validation:
             return False
         every = self.settings.run.validate_every
-        epoch = self.step // self.steps_per_epoch
+        epoch = self.step // self.plan.steps_per_epoch
         return self.step == self.total or bool(end_of_epoch and every and epoch % every == 0)
 
-    def _validate(self, board: Any) -> None:
+    def _validate(self) -> None:
         if self.averaged is not None:
             self.averaged.swap(self.model)
         try:
-            self._validate_with_current_weights(board)
+            self._validate_with_current_weights()
         finally:
             if self.averaged is not None:
                 self.averaged.swap(self.model)
 
-    def _validate_with_current_weights(self, board: Any) -> None:
+    def _validate_with_current_weights(self) -> None:
         patients = self.data.validation
         mine = range(self.processes.rank, len(patients), self.processes.count)
         embedded = embed_patients(
             self.model,
-            self.data.evaluation_batches(patients, list(mine), self.chunk_size),
+            self.data.evaluation_batches(patients, list(mine), self.plan.chunk_size),
             patients,
             autocast=self.autocast,
             processes=self.processes,
         )
         flat, _ = retrieval_metrics(embedded.pairs)
-        row: dict[str, Any] = {"kind": "validation", "step": self.step, "epoch": self.step // self.steps_per_epoch}
+        row: dict[str, Any] = {"kind": "validation", "step": self.step, "epoch": self.step // self.plan.steps_per_epoch}
         row.update({"patients": len(patients), **flat})
         name, k = select_parts(self.settings.run.select)
         key = f"{name}@{k}"
@@ -337,21 +316,21 @@ class Trainer:
             there = {
                 p: [n for n, flags in embedded.available.items() if flags[i]] for i, p in enumerate(embedded.patients)
             }
-            self._report(self.monitors.observe_retrieval(self.step, embedded.pairs, there))
+            self.log.warnings(self.monitors.observe_retrieval(self.step, embedded.pairs, there))
             self._look_for_leaks()
         if self.best is None or flat[key] > self.best:
             self.best, self.best_step = flat[key], self.step
             if self.processes.is_main:
                 self._note_provenance()
                 self.folder.save_model(self.model, self.folder.best)
-        self._log(row, board)
+        self.log.row(row)
 
     def _look_for_leaks(self) -> None:
         slide = self.data.probe_slide
         if slide is None or self.model.config.rope_mode in ("no_fragments", "off"):
             return
         parts = [part.to(self.processes.device) for part in (slide.features, slide.coords, slide.contour_index)]
-        self._report(self.monitors.observe_leakage(self.step, self.model.slide_encoder, *parts))
+        self.log.warnings(self.monitors.observe_leakage(self.step, self.model.slide_encoder, *parts))
 
     def _save_final(self) -> None:
         if self.averaged is not None:
@@ -366,82 +345,12 @@ class Trainer:
     def _note_provenance(self) -> None:
         self.model.config.provenance = {**self.data.provenance, "step": self.step, "settings": self.settings.as_dict()}
 
-    def _report(self, warnings: list[HealthWarning]) -> None:
-        if self.processes.is_main:
-            for warning in warnings:
-                self.folder.append({"kind": "warning", **warning.as_dict()})
-
-    def _log(self, row: Mapping[str, Any], board: Any) -> None:
-        if not self.processes.is_main:
-            return
-        self.folder.append(row)
-        if board is not None:
-            for key, value in row.items():
-                if isinstance(value, float):
-                    board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once."""
-
-        def stop(number: int, frame: Any) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
-            logger.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def derive_seed(*parts: int) -> int:
-    """A seed that depends on all of `parts`."""
-    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def _share(n_chunks: int, processes: Processes) -> tuple[int, int]:
-    """Chunks of a step that are this process's: contiguous, so that rows keep the order of a single process."""
-    bounds = [n_chunks * rank // processes.count for rank in (processes.rank, processes.rank + 1)]
-    return bounds[0], bounds[1]
-
 
 def _precision(name: str, device: torch.device) -> torch.dtype:
     dtype = resolve_dtype(name, device)
     if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise DeviceError("this GPU does not compute in bfloat16; use float16 or float32")
     return dtype
-
-
-@contextmanager
-def _board(folder: RunFolder, settings: TrainSettings, processes: Processes, step: int) -> Iterator[Any]:
-    if not (settings.run.tensorboard and processes.is_main):
-        yield None
-        return
-    board = summary_writer()(str(folder.path / "tensorboard"), purge_step=step + 1 if step else None)
-    try:
-        yield board
-    finally:
-        board.close()
-
-
-def summary_writer() -> Callable[..., Any]:
-    """TensorBoard's writer class; raises `MissingDependencyError` where tensorboard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as exc:
-        raise MissingDependencyError(
-            "run.tensorboard needs tensorboard: pip install 'exaonepath[train]', or set run.tensorboard = false"
-        ) from exc
-    writer: Callable[..., Any] = SummaryWriter
-    return writer
 
 
 def _keys(flat: Mapping[str, float]) -> str:

@@ -32,13 +32,31 @@ def results(measured, encoded, tmp_path, monkeypatch):
         table.append("encoder", encoded(n=n, reserved_mb=n / 2, memory_limit_gb=12.0, **CARD))
     failed = {"status": "failed", "reason": "OutOfMemoryError: CUDA", **dict.fromkeys(("ms", "ms_p20", "ms_p80"))}
     table.append("encoder", encoded(impl="dense_mask", n=4000, memory_limit_gb=12.0, **CARD, **failed))
+    for n in (512, 2048):
+        for peer in ("naive", "chunked"):
+            row = {
+                "benchmark": f"test_loss[cuda-B{n}-{peer}]",
+                "group": "sigmoid loss",
+                "peer": peer,
+                "rows": n,
+                "dim": 256,
+            }
+            row |= {
+                "seconds": n / 1e5,
+                "baseline_seconds": n / 1e4,
+                "peak_mb": 9.0,
+                "baseline_peak_mb": None,
+                "cores": 2,
+            }
+            machine = {"cpu": "x", "threads": 2, "python": "3", "torch": "2", "date": "2026-01-01", "commit": None}
+            table.append("pipeline", {**row, **machine, "gpu": CARD["gpu"], "dtype": "bfloat16"})
     return tmp_path
 
 
 def test_a_picture_a_question_for_the_machine_that_was_measured(results, tmp_path):
     written = plots.draw(tmp_path / "pictures", [results])
     assert sorted(path.name for path in written) == [
-        f"bench-test-100-{question}.png" for question in ("error-dtype", "memory-n", "speed-f", "speed-n")
+        f"bench-test-100-{question}.png" for question in ("error-dtype", "loss", "memory-n", "speed-f", "speed-n")
     ]
     for path in written:
         pixels = matplotlib.image.imread(path)[:, :, :3]

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from exaonepath.errors import SettingsError
-from exaonepath.evaluation.missing import by_size, probe_from_subsets, retrieval_from_subsets, subsets
+from exaonepath.evaluation.missing import (
+    by_size,
+    gain_over_single,
+    probe_from_subsets,
+    retrieval_from_subsets,
+    subsets,
+)
 
 NAMES = ("wsi", "rna", "snp")
 
@@ -59,3 +65,35 @@ def test_probe_from_subsets(refit):
     assert curve[1][0] < curve[2][0] < curve[3][0]
     assert curve[1][1] <= curve[1][0] <= curve[1][2]
     assert curve[3] == (value[NAMES],) * 3
+
+
+def test_gain_over_single_modalities():
+    """The difference of two probes' balanced accuracies, with an interval of the pairs; nothing to gain is told so."""
+    rng = np.random.default_rng(0)
+    y = np.array(["a", "b", "c"], object)[rng.integers(0, 3, 500)]
+    code = np.eye(3)[np.searchsorted(["a", "b", "c"], y.astype(str))]
+    strength = dict(zip(NAMES, (8.0, 0.9, 0.6), strict=True))
+
+    def fused_from(strength):
+        views = {m: rng.normal(size=(500, 3)) + s * code for m, s in strength.items()}
+
+        def fused(subset):
+            rows = np.concatenate([views[m] if m in subset else np.zeros((500, 3)) for m in NAMES], axis=1)
+            return rows[:300], rows[300:]
+
+        return fused
+
+    fused = fused_from(strength)
+    gain = gain_over_single(fused, NAMES, y[:300], y[300:])
+    score = probe_from_subsets(fused, NAMES, y[:300], y[300:], refit=True)
+    for name in NAMES:
+        difference = score[NAMES].balanced_accuracy.value - score[name,].balanced_accuracy.value
+        assert gain[name].value == pytest.approx(difference, abs=1e-12)
+        assert gain[name].low <= gain[name].value <= gain[name].high
+    assert gain["wsi"].low <= 0 <= gain["wsi"].high  # it knows everything by itself
+    assert gain["snp"].low > 0.2
+    unknown = y[300:].copy()
+    unknown[::4] = float("nan")
+    assert gain_over_single(fused, NAMES, y[:300], unknown)["snp"].n == 150
+    with pytest.raises(SettingsError, match="'d'"):
+        gain_over_single(fused, NAMES, y[:300], np.full(200, "d"))

@@ -2,8 +2,13 @@
 
 import pytest
 
-from exaonepath import ExaonePathConfig, ExaonePathPatchEncoderConfig, ExaonePathSlideEncoderConfig
-from exaonepath.errors import ConfigError
+from exaonepath import (
+    ExaonePathConfig,
+    ExaonePathPatchEncoderConfig,
+    ExaonePathSlideEncoderConfig,
+    ExaonePathSlideEncoderModel,
+)
+from exaonepath.errors import ConfigError, SettingsError
 
 
 def test_published_slide_config_is_taken_with_its_keys_without_effect():
@@ -19,6 +24,20 @@ def test_published_slide_config_is_taken_with_its_keys_without_effect():
     assert config.wsi["pos_embed_rope_base"] == 10_000
     assert "aggregate" not in config.wsi
     assert config.hidden_size == 1536
+
+
+def test_periods_stated_as_a_range_need_no_word_about_the_base():
+    """A TOML file cannot say null; a base that is stated contradicts a range all the same."""
+    periods = {"pos_embed_rope_min_period": 2, "pos_embed_rope_max_period": 20}
+    config = ExaonePathSlideEncoderConfig(wsi_cfg=periods)
+    assert config.wsi["pos_embed_rope_base"] is None
+    assert config.wsi_cfg == periods
+    small = {"input_dim": 8, "embed_dim": 16, "num_heads": 1, "depth": 1}
+    model = ExaonePathSlideEncoderModel(ExaonePathSlideEncoderConfig(wsi_cfg={**small, **periods}))
+    assert model.transformer.rope_embed.periods[[0, -1]].tolist() == pytest.approx([2, 20])
+    for wrong in ({**periods, "pos_embed_rope_base": 100}, {"pos_embed_rope_min_period": 2}):
+        with pytest.raises(SettingsError, match="either pos_embed_rope_base or both"):
+            ExaonePathSlideEncoderModel(ExaonePathSlideEncoderConfig(wsi_cfg={**small, **wrong}))
 
 
 @pytest.mark.parametrize(

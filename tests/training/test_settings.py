@@ -6,7 +6,8 @@ import pytest
 
 from exaonepath.cohort.config import ModalitySource
 from exaonepath.errors import ConfigError, SettingsError
-from exaonepath.training.settings import build_settings, differing_keys, read_settings, select_parts
+from exaonepath.training.settings import build_settings, differing_keys, select_parts
+from exaonepath.training.settings_file import read_settings
 from exaonepath.training.typed_tables import build_typed
 
 FILE = """

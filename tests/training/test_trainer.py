@@ -15,11 +15,12 @@ from exaonepath.cohort.report import CohortError
 from exaonepath.cohort.splits import Split
 from exaonepath.errors import DeviceError, FileBusyError, OutputCollisionError, SettingsError, WeightsError
 from exaonepath.models.multimodal import ExaonePathAlignmentModel
+from exaonepath.training.batch_plan import derive_seed
 from exaonepath.training.data import standardizer_of
 from exaonepath.training.run import prepare, train
 from exaonepath.training.run_folder import RunFolder
 from exaonepath.training.step import TrainingError
-from exaonepath.training.trainer import Trainer, derive_seed
+from exaonepath.training.trainer import Trainer
 
 # Everything that has a state or a draw: dropout, chunks, averaged weights, one slide of several, sub-sampled patches.
 FULL = {
