@@ -127,19 +127,30 @@ def bootstrap_weighted(
     return Estimate(whole, *_percentiles(statistic(weights[:, group])), n)
 
 
-def across_runs(values: Sequence[float]) -> Estimate:
-    """Mean over runs (seeds) with Student's interval; a single run has none."""
+def across_runs(values: Sequence[float], intervals: Sequence[tuple[float, float]] = ()) -> Estimate:
+    """Mean over runs (seeds), with an interval over runs and patients.
+
+    Args:
+        values: of each run.
+        intervals: each run's own (low, high) over patients. Runs are judged on the same patients, so these do not
+            shrink with the number of runs: their mean widths are joined in quadrature with Student's interval over the
+            runs. Absent: Student's alone, and none for a single run.
+    """
     numbers = np.asarray(values, np.float64)
     n = len(numbers)
     if not n:
         return Estimate(math.nan, math.nan, math.nan, 0)
     mean = float(numbers.mean())
+    own = np.abs(np.asarray(intervals, np.float64) - numbers[:, None]).mean(0) if len(intervals) else np.zeros(2)
     if n < 2:
-        return Estimate(mean, math.nan, math.nan, n)
+        return (
+            Estimate(mean, mean - own[0], mean + own[1], n) if len(intervals) else Estimate(mean, math.nan, math.nan, n)
+        )
     from scipy.stats import t
 
     half = float(t.ppf((1 + LEVEL) / 2, n - 1) * numbers.std(ddof=1) / math.sqrt(n))
-    return Estimate(mean, mean - half, mean + half, n)
+    low, high = np.hypot(half, own)
+    return Estimate(mean, mean - float(low), mean + float(high), n)
 
 
 def check_rows(**columns: Any) -> int:

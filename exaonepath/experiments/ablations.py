@@ -29,7 +29,7 @@ from exaonepath.training.settings import TrainSettings, build_settings
 
 logger = logging.getLogger(__name__)
 
-_MEASURES = 2  # version of what `measure` stores; another number, another file
+_MEASURES = 3  # version of what `measure` stores; another number, another file
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,22 @@ class Outcome:
         study: the study. seeds: of its runs.
         values: variant -> measure -> one value a seed (None where the variant cannot have it).
         chance: measure -> what a guess would reach.
+        intervals: as `values`: each run's own interval over patients.
     """
 
     study: Study
     seeds: tuple[int, ...]
     values: dict[str, dict[str, list[float | None]]]
     chance: dict[str, float]
+    intervals: dict[str, dict[str, list[tuple[float, float] | None]]] = field(default_factory=dict)
 
     def estimate(self, variant: str, measure: str) -> Estimate:
-        """Mean over seeds with Student's interval."""
-        return across_runs([v for v in self.values[variant].get(measure, []) if v is not None])
+        """Mean over seeds, with an interval over seeds and patients (`across_runs`)."""
+        intervals = self.intervals.get(variant, {}).get(measure, [])
+        return across_runs(
+            [v for v in self.values[variant].get(measure, []) if v is not None],
+            [(low, high) for low, high in filter(None, intervals)],
+        )
 
     def measures(self) -> list[str]:
         """Names of all measures, in order."""
@@ -141,6 +147,7 @@ class Outcome:
             "seeds": list(self.seeds),
             "variants": {v.name: dict(v.overrides) for v in self.study.variants},
             "values": self.values,
+            "intervals": self.intervals,
             "chance": self.chance,
             "estimates": {
                 name: {m: self.estimate(name, m).as_dict() for m in found} for name, found in self.values.items()
@@ -174,22 +181,20 @@ def run_study(
         raise SettingsError("a study needs at least one seed")
     ensure_folder(out / "runs")
     values: dict[str, dict[str, list[float | None]]] = {}
+    intervals: dict[str, dict[str, list[tuple[float, float] | None]]] = {}
     chance: dict[str, float] = {}
     for variant in study.variants:
-        found: dict[str, list[float | None]] = {}
-        for k, seed in enumerate(seeds):
-            measured = run_variant(base, variant.overrides, seed, out / "runs", labels)
+        runs = []
+        for seed in seeds:
+            runs.append(run_variant(base, variant.overrides, seed, out / "runs", labels))
             if report is not None:
-                report(f"{study.name}: {variant.name}, seed {seed}: " + _told(measured["values"]))
-            for name, value in measured["values"].items():
-                found.setdefault(name, [None] * k).append(value)
-            for missing in found.values():
-                missing.extend([None] * (k + 1 - len(missing)))
-            for name, value in measured["chance"].items():
-                # Without a modality other patients remain: chance is told for the base.
-                chance.setdefault(name, value)
-        values[variant.name] = found
-    return Outcome(study, tuple(seeds), values, chance)
+                report(f"{study.name}: {variant.name}, seed {seed}: " + _told(runs[-1]["values"]))
+            # Without a modality other patients remain: chance is told for the base.
+            chance = {**runs[-1]["chance"], **chance}
+        names = list(dict.fromkeys(name for run in runs for name in run["values"]))
+        values[variant.name] = {name: [run["values"].get(name) for run in runs] for name in names}
+        intervals[variant.name] = {name: [run["intervals"].get(name) for run in runs] for name in names}
+    return Outcome(study, tuple(seeds), values, chance, intervals)
 
 
 def run_variant(
@@ -231,22 +236,18 @@ def measure(subject: Subject, labels: Iterable[str]) -> dict[str, Any]:
     """Numbers of one run on its held-out patients.
 
     Returns:
-        "values" and "chance" by measure: recall@1 of every pair (mean of both directions) and of all; balanced accuracy
-        of each label by a linear probe fitted on the training patients, from the slide encoder's output ("slide
-        tokens", the features' own mean left out) and from the fused embedding ("all modalities").
+        "values", "intervals" (over patients) and "chance" by measure: recall@1 of every pair (mean of both directions)
+        and of all; balanced accuracy of each label by a linear probe fitted on the training patients, from the slide
+        encoder's output ("slide tokens", the features' own mean left out) and from the fused embedding ("all
+        modalities"). The interval of a mean is the mean of the intervals: patients are the same, so it is no narrower.
     """
     held_out, known = subject.embed(subject.held_out), subject.embed(subject.parts["train"])
-    values: dict[str, float] = {}
-    chance: dict[str, float] = {}
-    recalls, guesses = [], []
+    found: dict[str, tuple[Estimate, float]] = {}
     scores = cross_modal_retrieval(held_out.pairs)
     for pair in held_out.pairs:
         both = [scores[f"{a}->{b}"] for a, b in ((pair.left, pair.right), (pair.right, pair.left))]
-        values[f"recall@1 {pair.left} x {pair.right}"] = float(np.mean([s.recall[1].value for s in both]))
-        chance[f"recall@1 {pair.left} x {pair.right}"] = float(np.mean([s.chance[1] for s in both]))
-        recalls.append(values[f"recall@1 {pair.left} x {pair.right}"])
-        guesses.append(chance[f"recall@1 {pair.left} x {pair.right}"])
-    values["recall@1, all pairs"], chance["recall@1, all pairs"] = float(np.mean(recalls)), float(np.mean(guesses))
+        found[f"recall@1 {pair.left} x {pair.right}"] = _mean([(s.recall[1], s.chance[1]) for s in both])
+    found["recall@1, all pairs"] = _mean(list(found.values()))
     for label in labels:
         train_labels, test_labels = column(subject, known.patients, label), column(subject, held_out.patients, label)
         everybody = np.ones(len(known.patients), bool), np.ones(len(held_out.patients), bool)
@@ -262,9 +263,21 @@ def measure(subject: Subject, labels: Iterable[str]) -> dict[str, Any]:
             )
         for view, (x, y, x_rows, y_rows) in views.items():
             score = fit_probe(x[x_rows], train_labels[x_rows]).score(y[y_rows], test_labels[y_rows])
-            values[f"{label} from {view}"] = score.balanced_accuracy.value
-            chance[f"{label} from {view}"] = score.chance
-    return {"values": values, "chance": chance, "patients": len(held_out.patients)}
+            found[f"{label} from {view}"] = score.balanced_accuracy, score.chance
+    return {
+        "values": {name: estimate.value for name, (estimate, _) in found.items()},
+        "intervals": {
+            name: None if math.isnan(estimate.low) else [estimate.low, estimate.high]
+            for name, (estimate, _) in found.items()
+        },
+        "chance": {name: chance for name, (_, chance) in found.items()},
+        "patients": len(held_out.patients),
+    }
+
+
+def _mean(found: Sequence[tuple[Estimate, float]]) -> tuple[Estimate, float]:
+    value, low, high = (float(np.mean([getattr(e, key) for e, _ in found])) for key in ("value", "low", "high"))
+    return Estimate(value, low, high, found[0][0].n), float(np.mean([chance for _, chance in found]))
 
 
 def _told(values: Mapping[str, float]) -> str:

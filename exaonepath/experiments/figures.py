@@ -44,7 +44,10 @@ def draw_outcome(outcome: Outcome, measures: Sequence[str], path: str | os.PathL
         axes.set_xlim(0, min(1.04, max(1.25 * top, 2.5 * outcome.chance.get(measure, 0.0))))
         axes.set_title(measure.replace(" x ", " × "), loc="left", color=INK, size=9)
     n = len(outcome.seeds)
-    note = f"rings: {n} seeds; dot and bar: mean and 95 % interval; dashed: chance; patients held out from training"
+    note = (
+        f"rings: {n} seeds; dot and bar: mean and 95 % interval over seeds and patients; dashed: chance; "
+        "patients held out from training"
+    )
     return _save(figure, path, note)
 
 

@@ -169,6 +169,14 @@ def table(report: Mapping[str, Any]) -> str:
                 for name, score in found.items()
             ],
         )
+    for label, found in (report["missing"] or {"probes": {}})["probes"].items():
+        if "gain_over_single" in found:
+            lines += [f"## {label}: all modalities beside each alone (patients who have everything)", ""]
+            alone = found["refitted"]["subsets"]
+            lines += _rows(
+                ("modality", "balanced accuracy alone", "gained with all modalities (paired)"),
+                [(name, _interval(alone[name]), _interval(gain)) for name, gain in found["gain_over_single"].items()],
+            )
     if report["survival"]:
         lines += ["## Survival (Cox probe, cross-validated; 0.5 is chance)", ""]
         lines += _rows(

@@ -31,8 +31,8 @@ def base(cohort_folder):
                 "test_share": 0.3,
             },
             "model": {"projection_dim": 8, "wsi": wsi, "omics": {"embed_dim": 16, "ffn_ratio": 1.0}},
-            "optimizer": {"lr": 3e-3},
-            "run": {"steps": 15, "batch_size": 50, "device": "cpu", "tensorboard": False, "validate_every": 0},
+            "optimizer": {"lr": 1e-2},
+            "run": {"steps": 20, "batch_size": 50, "device": "cpu", "tensorboard": False, "validate_every": 0},
         }
     )
 

@@ -68,6 +68,9 @@ def test_a_variant_may_lack_a_measure(tmp_path):
     estimate = outcome.estimate("all", "a")
     assert (estimate.value, estimate.n) == (pytest.approx(0.55), 2)
     assert estimate.low < 0.5 < 0.6 < estimate.high
+    wider = replace(outcome, intervals={"all": {"a": [(0.2, 0.9), (0.3, 0.8)]}}).estimate("all", "a")
+    assert wider.low < estimate.low - 0.1
+    assert wider.high > estimate.high + 0.1
     draw_outcome(outcome, ["a", "b"], tmp_path / "figure.png")
     assert json.loads(json.dumps(outcome.as_dict(), allow_nan=False))["estimates"]["all"]["a"]["n"] == 2
 
