@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from exaonepath.errors import ExaonePathError, SettingsError, WeightsError
-from exaonepath.models.layers import RopePeriods
+from exaonepath.models.layers import RMSNorm, RopePeriods
 from exaonepath.ops import ATTENTION_BACKENDS
 
 _SHOWN_KEYS = 12
@@ -83,10 +83,10 @@ class ExaonePathPreTrainedModel(PreTrainedModel):
             nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif hasattr(module, "weight") and isinstance(module.weight, nn.Parameter):  # norms
+        elif isinstance(module, nn.LayerNorm | RMSNorm):  # by type: other modules may lend out a child's weight
             nn.init.ones_(module.weight)
-            if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
-                nn.init.zeros_(bias)
+            if isinstance(module, nn.LayerNorm) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         for name, parameter in module.named_parameters(recurse=False):
             if name in ("cls_token", "storage_tokens", "pos_embed"):
                 nn.init.trunc_normal_(parameter, std=0.02)

@@ -393,3 +393,22 @@ def test_parameter_names_and_shapes_are_the_published_ones():
 def test_inputs_that_do_not_fit_are_refused(make_slide_encoder, make_slide, change, message):
     with pytest.raises(SettingsError, match=message):
         make_slide_encoder()(*change(*make_slide()))
+
+
+@pytest.mark.parametrize("norm_layer", ["layernorm", "rmsnorm"])
+def test_new_weights_are_random_in_every_matrix_and_one_in_every_norm(norm_layer):
+    torch.manual_seed(0)
+    cfg = {"input_dim": 48, "embed_dim": 32, "num_heads": 2, "depth": 2, "norm_layer": norm_layer}
+    model = ExaonePathSlideEncoderModel(ExaonePathSlideEncoderConfig(wsi_cfg=cfg))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            spread = parameter.shape[1] ** -0.5
+            assert 0.9 * spread < parameter.std() < 1.1 * spread, name
+        elif name.endswith("norm.weight") or ".norm1.weight" in name or ".norm2.weight" in name:
+            assert (parameter == 1).all(), name
+        elif name.endswith("bias"):
+            assert (parameter == 0).all(), name
+    features = torch.randn(1, 9, 48)
+    with torch.no_grad():
+        tokens = model(features).slide_embedding[:, 48:], model(-features).slide_embedding[:, 48:]
+    assert (tokens[0] - tokens[1]).norm() > 0.1 * tokens[0].norm()  # they say something of the features
