@@ -1,8 +1,8 @@
-"""The open questions as studies: which settings are trained beside each other, what is measured, and the cached runs.
+"""Studies run: variants trained beside each other, measured, and kept.
 
-A study varies a base configuration; every variant is trained with several seeds into `<out>/runs/<hash of settings>`,
-measured on the patients held out, and compared over seeds. Runs are shared between studies (the base variant above
-all) and resumed where they were stopped: the same command goes on until everything is there.
+A study varies a base configuration; every variant is trained with several seeds into `<out>/runs/<hash of settings and
+cohort>`, measured on the same held-out patients, and compared over seeds. Runs are shared between studies (the base
+variant above all) and resumed where they were stopped: the same command goes on until everything is there.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from typing import Any
 
 import numpy as np
 
+from exaonepath.cohort.cohort import WSI
 from exaonepath.errors import SettingsError
 from exaonepath.evaluation.intervals import Estimate, across_runs
 from exaonepath.evaluation.probes import fit_probe
 from exaonepath.evaluation.retrieval import cross_modal_retrieval
-from exaonepath.experiments.evaluate import column
+from exaonepath.experiments.evaluate import column, require_labels
+from exaonepath.experiments.questions import Study
 from exaonepath.experiments.subject import Subject, open_subject
 from exaonepath.storage import ensure_folder, settings_hash, write_text
+from exaonepath.training.data import load_training_cohort, make_split
 from exaonepath.training.run import train
 from exaonepath.training.settings import TrainSettings, build_settings
 
@@ -33,81 +36,35 @@ _MEASURES = 3  # version of what `measure` stores; another number, another file
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One set of settings of a study.
+class StudyBase:
+    """What all variants of a study share.
 
     Attributes:
-        name: as the figure writes it.
-        overrides: "section.key" -> value, over the base settings.
+        settings: of the base variant, with the split of the whole cohort: who is held out is the same for all.
+        modalities: that the base trains with.
+        cohort_hash: part of every run's name, so that runs of other data are not taken for these.
     """
 
-    name: str
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    settings: TrainSettings
+    modalities: tuple[str, ...]
+    cohort_hash: str
 
+    @staticmethod
+    def open(settings: TrainSettings, out: Path, labels: Sequence[str]) -> StudyBase:
+        """Read the cohort and fix the split, which is kept in `<out>/splits`.
 
-@dataclass(frozen=True)
-class Study:
-    """A question that training answers.
-
-    Attributes:
-        name: of the command and of its files.
-        question: one line.
-        variants: the first is the base.
-    """
-
-    name: str
-    question: str
-    variants: tuple[Variant, ...]
-
-
-OMICS = ("rna", "snp", "cnv", "methylation")
-
-STUDIES = {
-    study.name: study
-    for study in (
-        Study(
-            "frope",
-            "Does the slide encoder need fragment-wise rotary positions?",
-            (
-                Variant("F-RoPE"),
-                Variant("no rotation", {"model.rope_mode": "no_rotation"}),
-                Variant("no fragment mask", {"model.rope_mode": "no_fragments"}),
-                Variant("neither", {"model.rope_mode": "off"}),
-                Variant("shuffled positions", {"model.rope_mode": "shuffled"}),
-            ),
-        ),
-        Study(
-            "loss",
-            "Sigmoid over all pairs, over pairs with the slide only, or a softmax?",
-            (
-                Variant("sigmoid, all pairs"),
-                Variant("sigmoid, slide-anchored", {"loss.pairs": "wsi"}),
-                Variant("softmax (CLIP), all pairs", {"loss.kind": "softmax"}),
-            ),
-        ),
-        Study(
-            "frozen",
-            "Which encoders have to be trained, and which may stay as they were drawn?",
-            (
-                Variant("all trained"),
-                Variant("slide encoder frozen", {"model.frozen": ["wsi"]}),
-                Variant("omics encoders frozen", {"model.frozen": list(OMICS)}),
-                Variant("only projections trained", {"model.frozen": ["wsi", *OMICS]}),
-            ),
-        ),
-        Study(
-            "modalities",
-            "What does each modality add to the training of the others?",
-            (
-                Variant("all five"),
-                *(
-                    Variant(f"without {name}", {"data.modalities": [m for m in ("wsi", *OMICS) if m != name]})
-                    for name in ("wsi", *OMICS)
-                ),
-            ),
-        ),
-    )
-}
+        Raises:
+            ExaonePathError: the cohort cannot be used, or lacks a label.
+        """
+        cohort = load_training_cohort(settings.data)
+        require_labels(cohort, labels)
+        split = make_split(cohort, settings.data)
+        folder = ensure_folder(out / "splits")
+        key = settings_hash({name: list(ids) for name, ids in split.parts.items()})[:16]
+        split.save(folder / f"{key}.json")
+        held = (*([WSI] if len(cohort.slides) else []), *cohort.modalities)
+        fixed = with_overrides(settings, {"data.split": str(folder / f"{key}.json")})
+        return StudyBase(fixed, held, cohort.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -157,7 +114,7 @@ class Outcome:
 
 def run_study(
     study: Study,
-    base: TrainSettings,
+    base: StudyBase,
     out: Path,
     *,
     seeds: Sequence[int],
@@ -167,18 +124,20 @@ def run_study(
     """Train what is not there yet, measure it, and gather the outcome.
 
     Args:
-        study: one of `STUDIES`.
-        base: settings of the base variant.
+        study: one of `STUDIES`, for the base's modalities.
+        base: of all variants.
         out: folder; runs go to `<out>/runs`, shared by all studies with this folder.
         seeds: of initial weights and batches; the split stays the base's.
         labels: columns that probes look for.
         report: told a line for each run.
 
     Raises:
-        ExaonePathError: settings or cohort cannot be used; before training.
+        ExaonePathError: settings that cannot be used; before training.
     """
     if not seeds:
         raise SettingsError("a study needs at least one seed")
+    for variant in study.variants:
+        with_overrides(base.settings, variant.overrides)
     ensure_folder(out / "runs")
     values: dict[str, dict[str, list[float | None]]] = {}
     intervals: dict[str, dict[str, list[tuple[float, float] | None]]] = {}
@@ -198,11 +157,11 @@ def run_study(
 
 
 def run_variant(
-    base: TrainSettings, overrides: Mapping[str, Any], seed: int, runs: Path, labels: Sequence[str]
+    base: StudyBase, overrides: Mapping[str, Any], seed: int, runs: Path, labels: Sequence[str]
 ) -> dict[str, Any]:
     """Train (or find) one run and measure (or read) it; see `measure`."""
-    settings = with_overrides(base, {**overrides, "run.seed": seed})
-    folder = run_folder(settings, runs)
+    settings = with_overrides(base.settings, {**overrides, "run.seed": seed})
+    folder = run_folder(base, settings, runs)
     if not (folder / "model").is_dir():
         train(settings, folder)
         if not (folder / "model").is_dir():
@@ -218,9 +177,9 @@ def run_variant(
     return found
 
 
-def run_folder(settings: TrainSettings, runs: Path) -> Path:
-    """Where a run with these settings belongs."""
-    return runs / settings_hash(settings.as_dict())[:16]
+def run_folder(base: StudyBase, settings: TrainSettings, runs: Path) -> Path:
+    """Where a run of the base's cohort with these settings belongs."""
+    return runs / settings_hash({"settings": settings.as_dict(), "cohort": base.cohort_hash})[:16]
 
 
 def with_overrides(base: TrainSettings, overrides: Mapping[str, Any]) -> TrainSettings:

@@ -79,6 +79,7 @@ def ablate(
     wanted = [*_TRAINED, *_ANALYSES] if "all" in studies else list(dict.fromkeys(studies))
     if unknown := [name for name in wanted if name not in (*_TRAINED, *_ANALYSES)]:
         raise SettingsError(f"no study {', '.join(unknown)}; there are {', '.join((*_TRAINED, *_ANALYSES))} and all")
+    from exaonepath.experiments.ablations import StudyBase
     from exaonepath.experiments.studies import run_analysis, run_and_draw
     from exaonepath.training.settings_file import read_settings
 
@@ -86,9 +87,10 @@ def ablate(
     if settings is None:
         from exaonepath.experiments.defaults import LABELS, synthetic_base
 
-        base, labels = synthetic_base(out / "cohort"), labels or list(LABELS)
+        chosen, labels = synthetic_base(out / "cohort"), labels or list(LABELS)
     else:
-        base = read_settings(settings)
+        chosen = read_settings(settings)
+    base = StudyBase.open(chosen, out, labels)
 
     def report(line: str) -> None:
         if not quiet:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from exaonepath.cohort.cohort import Cohort
 from exaonepath.errors import SettingsError
 from exaonepath.evaluation.geometry import alignment, effective_rank, uniformity
 from exaonepath.evaluation.missing import Subset, by_size, gain_over_single, probe_from_subsets, retrieval_from_subsets
@@ -70,13 +71,23 @@ def evaluate(subject: Subject, settings: EvaluationSettings | None = None) -> di
     }
 
 
+def require_labels(cohort: Cohort, labels: Iterable[str]) -> None:
+    """Raise `SettingsError` where the cohort lacks a label, or all its patients have the same value of it."""
+    columns = cohort.labels
+    if missing := [label for label in labels if label not in columns]:
+        raise SettingsError(
+            f"the cohort has no label {', '.join(missing)}; it has {', '.join(map(str, columns)) or 'none'}"
+        )
+    for label in labels:
+        if columns[label].reindex(cohort.patients).dropna().nunique() < 2:
+            raise SettingsError(f"label {label}: the cohort's patients have fewer than two values of it")
+
+
 def _labels(subject: Subject, settings: EvaluationSettings) -> list[str]:
-    columns = subject.cohort.labels
-    if missing := [label for label in settings.labels if label not in columns]:
-        raise SettingsError(f"the cohort has no label {', '.join(missing)}; it has {', '.join(map(str, columns))}")
     if settings.labels:
+        require_labels(subject.cohort, settings.labels)
         return list(settings.labels)
-    skipped = (settings.time, settings.event)
+    columns, skipped = subject.cohort.labels, (settings.time, settings.event)
     return [
         str(name) for name in columns if name not in skipped and 2 <= columns[name].dropna().nunique() <= _MOST_CLASSES
     ]

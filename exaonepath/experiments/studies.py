@@ -6,15 +6,16 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from exaonepath.errors import SettingsError
-from exaonepath.experiments.ablations import STUDIES, Outcome, run_folder, run_study, run_variant, with_overrides
+from exaonepath.experiments.ablations import Outcome, StudyBase, run_folder, run_study, run_variant, with_overrides
 from exaonepath.experiments.evaluate import EvaluationSettings, evaluate
 from exaonepath.experiments.figures import draw_missing, draw_outcome, draw_projections
+from exaonepath.experiments.questions import STUDIES
 from exaonepath.experiments.report import draw_attention_of, provenance
 from exaonepath.experiments.subject import open_subject
 from exaonepath.storage import ensure_folder, settings_hash, write_text
-from exaonepath.training.settings import TrainSettings
 
 Report = Callable[[str], None]
 
@@ -28,12 +29,13 @@ _SHOWN = {
 
 
 def run_and_draw(
-    name: str, base: TrainSettings, out: Path, *, seeds: Sequence[int], labels: Sequence[str], report: Report
+    name: str, base: StudyBase, out: Path, *, seeds: Sequence[int], labels: Sequence[str], report: Report
 ) -> Path:
     """Run one of `STUDIES` (`run_study`) and write `<name>.json` and the figure, whose path is returned."""
     ensure_folder(out)
-    outcome = run_study(STUDIES[name], base, out, seeds=seeds, labels=labels, report=report)
-    made_from = {"base": base.as_dict(), "seeds": list(seeds), "labels": list(labels)}
+    outcome = run_study(STUDIES[name](base.modalities), base, out, seeds=seeds, labels=labels, report=report)
+    made_from: dict[str, Any] = {"base": base.settings.as_dict(), "cohort_hash": base.cohort_hash}
+    made_from |= {"seeds": list(seeds), "labels": list(labels)}
     found = {"settings": made_from, "settings_hash": settings_hash(made_from), **outcome.as_dict()}
     write_text(out / f"{name}.json", json.dumps(found, indent=1) + "\n")
     return draw_outcome(outcome, shown(outcome), out / f"ablation-{name}.png")
@@ -50,7 +52,7 @@ def shown(outcome: Outcome) -> list[str]:
 
 
 def run_analysis(
-    name: str, base: TrainSettings, out: Path, *, seeds: Sequence[int], labels: Sequence[str], report: Report
+    name: str, base: StudyBase, out: Path, *, seeds: Sequence[int], labels: Sequence[str], report: Report
 ) -> Path:
     """Look at the base model of the first seed: "missing", "projections" or "attention"; writes as `run_and_draw`.
 
@@ -59,9 +61,8 @@ def run_analysis(
     """
     ensure_folder(out / "runs")
     run_variant(base, {}, seeds[0], out / "runs", labels)
-    subject = open_subject(
-        run_folder(with_overrides(base, {"run.seed": seeds[0]}), out / "runs"), device=base.run.device
-    )
+    settings = with_overrides(base.settings, {"run.seed": seeds[0]})
+    subject = open_subject(run_folder(base, settings, out / "runs"), device=settings.run.device)
     target = out / f"ablation-{name}.png"
     if name == "attention":
         maps = draw_attention_of(subject, target)
@@ -79,8 +80,8 @@ def run_analysis(
         ]
         write_text(out / "attention.json", json.dumps({**provenance(subject, {}), "blocks": crossing}, indent=1) + "\n")
         return target
-    settings = EvaluationSettings(labels=tuple(labels), missing=name == "missing")
-    stored = {**provenance(subject, asdict(settings)), **evaluate(subject, settings)}
+    wanted = EvaluationSettings(labels=tuple(labels), missing=name == "missing")
+    stored = {**provenance(subject, asdict(wanted)), **evaluate(subject, wanted)}
     if not stored[name]:
         raise SettingsError(f"nothing to draw for {name}: too few held-out patients have every modality")
     write_text(out / f"{name}.json", json.dumps(stored, indent=1) + "\n")
