@@ -6,7 +6,6 @@ results before it times anything; where that check fails, no speed is reported.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -67,6 +66,7 @@ def compare(benchmark) -> Callable[..., None]:
             peaks = {"peak_mb": peak_mb(ours, device), "baseline_peak_mb": peak_mb(baseline, device)}
         benchmark.extra_info.update(peaks)
 
+    run.benchmark = benchmark
     return run
 
 
@@ -86,8 +86,20 @@ def full(session) -> bool:
     return session.full
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """With EXAONEPATH_BENCH_SAVE=1 append what a test measured at once: a session that is cut off keeps it."""
+    result = yield
+    asked = getattr(item, "funcargs", {})
+    bench = asked.get("benchmark") or getattr(asked.get("compare"), "benchmark", None)
+    measured = bench is not None and (bench.extra_info.get("ratio") or "slide_error" in bench.extra_info)
+    if measured and os.environ.get("EXAONEPATH_BENCH_SAVE") == "1":
+        _save(bench)
+    return result
+
+
 def pytest_terminal_summary(terminalreporter, config) -> None:
-    """Print the comparison as one table; with EXAONEPATH_BENCH_SAVE=1 append it to bench/results/."""
+    """Print the comparison as one table."""
     for line in lines(config.bench_session.rows):
         terminalreporter.write_line(line)
     benchmarks = getattr(getattr(config, "_benchmarksession", None), "benchmarks", [])
@@ -101,8 +113,6 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
             name = f"{info['golden']} {bench.group.split()[-1]}"
             terminalreporter.write_line(f"{name:<58}" + "".join(f"{info[key]:>10.1e}" for key in keys))
     rows = [bench for bench in benchmarks if bench.extra_info.get("ratio")]
-    if (errors or rows) and os.environ.get("EXAONEPATH_BENCH_SAVE") == "1":
-        terminalreporter.write_line(f"appended {len(errors + rows)} rows to {_save(errors + rows)}")
     if not rows:
         return
     terminalreporter.write_sep("-", "ours against the baseline of the same run")
@@ -119,12 +129,6 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         )
 
 
-def _save(rows: list[Any]) -> Path:
+def _save(bench: Any) -> None:
     """One JSON line a measurement, append-only, with what it takes to read it later."""
-    path = table.folder() / "pipeline.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    facts = machine.facts()
-    with path.open("a", encoding="utf-8") as file:
-        for bench in rows:
-            file.write(json.dumps({"benchmark": bench.name, "group": bench.group, **bench.extra_info, **facts}) + "\n")
-    return path
+    table.append("pipeline", {"benchmark": bench.name, "group": bench.group, **bench.extra_info, **machine.facts()})

@@ -9,9 +9,11 @@
 #   tune       a sweep of launch settings; not part of all       all        all but tune, one after the other
 #
 # Results land under ${OUT:-bench/results}: tables (*.jsonl, appended to), session.log, summary.md, plots.tar.gz. A phase that
-# was cut off goes on where it stopped when it is called again (rows of the same code and card are not measured twice).
+# was cut off goes on where it stopped when it is called again (rows of the same code and card are not measured twice; where
+# $OUT is emptied in between, append its tables to bench/results/ first). The loss and the pipeline save each row
+# as it is measured, and start over.
 #   WHEELS                 folder of wheels this machine lacks (openslide-bin, ...); default .whl, if it is there
-#   EXAONEPATH_TEST_DATA   golden files, where they are neither at ../shared/data nor at shared/data
+#   EXAONEPATH_TEST_DATA   golden files (golden/, weights.py), where they are neither at ../shared/data nor at shared/data
 #   PHASE_SECONDS          default 560; where one phase is asked for, installing counts
 # --rehearse runs the phases without a card, in seconds: tiny sizes on the CPU, nothing saved.
 set -uo pipefail
@@ -62,6 +64,7 @@ install() {
   if [ ! -f "$site/.complete" ]; then
     say "installing into ${site#"$root"/}"
     rm -rf "$site"
+    mkdir -p "$root/build"
     if compgen -G "$wheels/*.whl" >/dev/null; then
       python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl 2>&1 | tee -a "$log"
       [ "${PIPESTATUS[0]}" = 0 ] || return 1
@@ -74,6 +77,14 @@ install() {
     touch "$site/.complete"
   fi
   export PYTHONPATH=$site
+  if ! (cd "$site" && python3 -c 'import exaonepath') >>"$log" 2>&1; then
+    tail -3 "$log"
+    say "exaonepath cannot be imported; if openslide is missing, put wheels of openslide-python and openslide-bin into .whl"
+    return 1
+  fi
+  local why
+  why=$(cd "$site" && python3 -c 'from exaonepath.ops.extension import why_no_cuda_half as why; print(why())')
+  [ -z "$why" ] || { say "no CUDA half of the extension: $why"; return 1; }
 }
 
 # run_pytest SECONDS ARGUMENTS...: out of the repository, so that nothing is imported from its root by accident.
@@ -126,9 +137,12 @@ run_phase() {
     tests)
       local where=$root/tests
       [ "$rehearse" = 1 ] && where=$root/tests/ops/test_tiles.py
-      run_pytest "$seconds" -m "$device" "$where" ;;
+      # One broken file must not take the others with it; and cuDNN would make a plan for every shape of the comparisons.
+      TORCH_CUDNN_SDPA_DEPRIORITIZED=1 run_pytest "$seconds" --continue-on-collection-errors -m "$device" "$where" ;;
     kernels) run_bench "$seconds" "$root/bench/test_fragment_attention.py" ;;
-    encoder) run_bench "$seconds" "$root/bench/test_encoder_scaling.py" ;;
+    encoder)
+      # What training frees between blocks of other sizes is then given back; both names, old and new.
+      PYTORCH_ALLOC_CONF=expandable_segments:True PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True run_bench "$seconds" "$root/bench/test_encoder_scaling.py" ;;
     loss)
       if [ -f "$root/bench/test_sigmoid_loss.py" ]; then
         run_bench "$seconds" "$root/bench/test_sigmoid_loss.py"
@@ -168,11 +182,16 @@ gather() {
 if [ "$rehearse" = 1 ]; then
   export PYTHONPATH=${PYTHONPATH:-$(mktemp -d)}
 else
+  command -v nvcc >/dev/null || export PATH=/usr/local/cuda/bin:$PATH
+  python3 -c 'import setuptools, sys; print("setuptools", setuptools.__version__, "python", sys.version.split()[0])' | tee -a "$log"
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee -a "$log"
   install || { say "the installation failed"; exit 1; }
   (cd "$PYTHONPATH" && timeout 60 python3 -m exaonepath doctor) 2>&1 | tee -a "$log"
 fi
 
+if [ "$phase" = all ] && [ "$rehearse" = 0 ]; then
+  say "all phases take up to $((6 * seconds)) s; where a command may run for less, ask for one phase at a time"
+fi
 [ "$phase" = all ] || seconds=$((seconds - SECONDS))
 phases=("$phase")
 [ "$phase" = all ] && phases=(tests kernels encoder loss pipeline sanitize)

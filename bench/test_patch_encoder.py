@@ -14,9 +14,10 @@ BATCH = 16
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("baseline_batch", [1, BATCH])
-def test_patch_encoder(compare, device, dtype, baseline_batch):
+def test_patch_encoder(compare, session, device, dtype, baseline_batch):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    session.need_time()
     encoder = load_patch_encoder("random:0", device=device)
     state = {name.removeprefix("patch_encoder.backbone."): t for name, t in encoder.model.state_dict().items()}
     images = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)

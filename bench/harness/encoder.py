@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from peers.dense_mask import wraps_around
 from torch import Tensor
 
 from exaonepath.models.loading import load_slide_encoder
@@ -185,6 +186,8 @@ def hold(
 
 
 def _too_large(problem: Problem) -> str | None:
+    if reason := wraps_around(problem.n + 8, problem.device):
+        return reason
     # The mask as bool and, since SDPA adds it, as a float; padded tokens and their activations come on top.
     needed = problem.n**2 * (1 + torch.finfo(problem.dtype).bits // 8)
     available = min(free_bytes(problem.device), _CPU_BYTES if problem.device == "cpu" else 1 << 62)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 import uuid
 from typing import Any
@@ -20,10 +21,16 @@ try:
     from triton.errors import TritonError
 except ImportError:  # a torch build without Triton
     TritonError = RuntimeError
+try:
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+except ImportError:  # torch of another day
+    FailOnRecompileLimitHit = RuntimeError
 
 # What a candidate may raise and become a row instead of ending the run.
 FAILURES = (
     TritonError,
+    FailOnRecompileLimitHit,
+    subprocess.CalledProcessError,
     ExaonePathError,
     RuntimeError,
     ValueError,

@@ -13,7 +13,16 @@ from .base import Attend, Peer
 _CPU_BYTES = 3 << 30
 
 
+def wraps_around(tokens: int, device: str) -> str | None:
+    """Why a mask of this size cannot be trusted: torch's kernel forms its offsets in 32 bits (pytorch issue 187227)."""
+    if device == "cuda" and tokens**2 > 1 << 32:
+        return "more than 2^32 pairs: torch's masked kernel reads the mask at wrapped offsets"
+    return None
+
+
 def _why_not(problem: Problem, backward: bool) -> str | None:
+    if reason := wraps_around(problem.n, problem.device):
+        return reason
     # The mask as bool and, since SDPA adds it, once more in the scores' dtype.
     per_pair = 1 + torch.finfo(problem.dtype).bits // 8
     needed = problem.n**2 * per_pair

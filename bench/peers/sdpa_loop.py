@@ -17,9 +17,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from .base import Attend, Peer, half_only, needs_cuda
 
 _BATCH = 65_535 // 16  # batch x heads is a grid dimension of some of these kernels
+_CUDNN_LENGTHS = 16  # cuDNN makes a plan for every new length, half a second each
 
 
 def _why_not(backend: SDPBackend | None, problem: Problem, backward: bool) -> str | None:
+    picks_cudnn = backend in (None, SDPBackend.CUDNN_ATTENTION) and problem.device == "cuda"
+    if picks_cudnn and len(set(problem.lengths)) > _CUDNN_LENGTHS:
+        return f"cuDNN would make a plan for each of {len(set(problem.lengths))} lengths, half a second each"
     if backend is None:
         return None
     if backend != SDPBackend.EFFICIENT_ATTENTION and (reason := half_only(problem)):

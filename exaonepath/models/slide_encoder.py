@@ -197,7 +197,8 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
         work = self._workload(
             order.n_tokens, batch * n, features.dtype, None, slowest, longest, device, here, coords is not None
         )
-        plan = plan_memory(work, _limit(limit, work.weights, device), where=str(device))
+        there = work.weights + (features.nbytes if here[0] else 0)
+        plan = plan_memory(work, _limit(limit, there, device), where=str(device))
 
         reader = RowReader(flat, device, plan.rows)
         x = transformer.encode(reader, layout, order, rotation, backend, plan.rows, plan.attention_rows)
@@ -349,12 +350,12 @@ def _moved(
     return layout, rotation
 
 
-def _limit(limit: int | None, weights: int, device: torch.device) -> int | None:
-    """Bytes that may be used, the weights that are there already included."""
+def _limit(limit: int | None, there: int, device: torch.device) -> int | None:
+    """Bytes that may be used, `there` (weights, features on the device) included: they are part of the plan."""
     free = available_memory(device)
     if free is None:
         return limit
-    return weights + free if limit is None else min(limit, weights + free)
+    return there + free if limit is None else min(limit, there + free)
 
 
 def _sum_valid(x: Tensor, valid: Tensor) -> Tensor:

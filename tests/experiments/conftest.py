@@ -2,6 +2,8 @@
 
 import pytest
 
+pytest.importorskip("mudata", reason="needs the extra `train`")
+
 from exaonepath.synthetic.cohort import SyntheticCohortSettings, write_synthetic_cohort
 from exaonepath.training.run import train
 from exaonepath.training.settings import build_settings

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from exaonepath.errors import MemoryLimitError, SettingsError
-from exaonepath.models import memory_plan, streaming
+from exaonepath.models import memory_plan, slide_encoder, streaming
 from exaonepath.models.streaming import RowReader, RowWriter
 
 
@@ -41,6 +41,24 @@ def test_half_precision_features_are_read_as_they_are(make_slide_encoder, make_s
     parts = model.encode_streamed(features.numpy(), mask, coords, contour)
     assert parts.patch_embedding.dtype == torch.float32
     assert torch.allclose(parts.slide_embedding, whole.slide_embedding, rtol=0, atol=1e-6)
+
+
+def test_features_that_are_on_the_device_do_not_count_twice(make_slide_encoder, make_slide, monkeypatch):
+    """They are part of the plan, and no longer part of what is free."""
+    model = make_slide_encoder()
+    inputs = make_slide()
+    limits = []
+
+    def plan(work, limit, where):
+        limits.append(limit)
+        return memory_plan.plan_memory(work, None, where=where)
+
+    monkeypatch.setattr(slide_encoder, "plan_memory", plan)
+    monkeypatch.setattr(slide_encoder, "available_memory", lambda device: 1_000_000)
+    with torch.no_grad():
+        model(*inputs)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert weights + inputs[0].nbytes + 1_000_000 <= limits[0] <= weights + inputs[0].nbytes + 1_001_000
 
 
 def test_limits(make_slide_encoder, make_slide):

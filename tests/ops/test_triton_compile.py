@@ -31,13 +31,13 @@ def table():
     return json.loads(compile_ahead.TABLE.read_text())
 
 
-def hold_to_the_card(key, row):
-    """What must be so under any version of triton."""
+def hold_to_the_card(key, row, *, spills=True):
+    """What must be so under any version of triton; spills are up to its assembler and scheduler."""
     architecture, dtype, _, launch = key.split(" ", 3)
     seen = figures(row)
     assert seen["shared"] <= SHARED_BYTES[int(architecture.removeprefix("sm_"))], key
     assert seen["registers"] <= 255, key
-    assert seen["stack"] == 0, f"{key} spills {seen['stack']} bytes a thread"
+    assert not spills or seen["stack"] == 0, f"{key} spills {seen['stack']} bytes a thread"
     if launch == "rotate":
         return
     assert seen["warp_mma"] + seen["warpgroup_mma"] > 0, key
@@ -74,8 +74,9 @@ def test_kernels_fit_the_card_and_have_not_grown(architecture, measured):
     found, committed = measured[architecture], table()
     assert found["rows"]
     for key, row in found["rows"].items():
-        hold_to_the_card(key, row)
-        if found["versions"] == committed["versions"]:
+        same = found["versions"] == committed["versions"]
+        hold_to_the_card(key, row, spills=same)
+        if same:
             assert figures(row) == figures(committed["rows"][key]), (
                 f"{key} compiles differently; if that is meant: python {SCRIPT.name} --write"
             )

@@ -133,6 +133,7 @@ def test_a_million_tokens(dtype):
             assert (out[row : row + 1].double() - truth).norm() <= 4 * torch.finfo(dtype).eps * truth.norm()
 
 
+_SANITIZER_SECONDS = 150  # of a session's minutes
 _SANITIZED = """
 import torch
 from exaonepath.ops import Rotation, Segments, fragment_attention, rotary_periods
@@ -160,12 +161,16 @@ def test_compute_sanitizer_finds_nothing(check, tmp_path):
     script.write_text(_SANITIZED)
     # torch's caching allocator would hide an access beyond a tensor inside a larger block.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(
-        [tool, "--tool", check, "--error-exitcode", "99", sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [tool, "--tool", check, "--error-exitcode", "99", sys.executable, str(script)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            check=False,
+            timeout=_SANITIZER_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"{check} was not done after {_SANITIZER_SECONDS} s; bench/gpu_session.sh sanitize has more time")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
