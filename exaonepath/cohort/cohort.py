@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from exaonepath.cohort.checks import check_table
-from exaonepath.cohort.config import MODALITIES, OMICS, WSI, CohortConfig, ModalitySource
-from exaonepath.cohort.formats import read_anndata, read_gistic, read_maf, read_mudata, sparse_where_smaller
+from exaonepath.cohort.config import MODALITIES, WSI, CohortConfig
+from exaonepath.cohort.formats import sparse_where_smaller
+from exaonepath.cohort.labels import read_labels
 from exaonepath.cohort.patient_ids import tcga_patient, to_patients
+from exaonepath.cohort.reading import read_tables
 from exaonepath.cohort.report import CohortReport, some
 from exaonepath.cohort.slides import SlideTable, read_slides
-from exaonepath.cohort.tables import ModalityTable, read_frame, read_matrix
-from exaonepath.errors import ExaonePathError, SettingsError
+from exaonepath.cohort.tables import ModalityTable
+from exaonepath.errors import SettingsError
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +97,7 @@ def load_cohort(config: CohortConfig) -> Cohort:
         CohortError: it cannot be used; the message lists every reason with the ids concerned, and how many more.
     """
     report = CohortReport()
-    tables, labels = _read_tables(config, report)
+    tables, obs = read_tables(config, report)
     checked: dict[str, ModalityTable] = {}
     for name, table in tables.items():
         source = config.modalities.get(name)
@@ -119,133 +120,22 @@ def load_cohort(config: CohortConfig) -> Cohort:
             expected_dim=config.feature_dim,
             check=config.check_features,
         )
-    labels = _add_labels(labels, config, report)
-    cohort = _assemble(checked, slides, labels, config.min_modalities, report)
+    labels = read_labels(obs, config, report)
+    cohort = _assemble(checked, slides, labels.frame, config, report)
+    labels.check(cohort.patients, report)
     report.log()
     report.raise_errors()
     return cohort
-
-
-def _read_tables(config: CohortConfig, report: CohortReport) -> tuple[dict[str, ModalityTable], pd.DataFrame]:
-    tables: dict[str, ModalityTable] = {}
-    labels = pd.DataFrame()
-    if config.mudata is not None:
-        try:
-            found, labels = read_mudata(config.mudata)
-        except ExaonePathError as exc:
-            report.add("error", "unreadable", "cohort", str(exc))
-            found = {}
-        tables = {name: found[name] for name in OMICS if name in found}
-        others = sorted(set(found) - set(OMICS))
-        if others:
-            report.add(
-                "warning" if tables else "error",
-                "unknown-modality",
-                "cohort",
-                f"{config.mudata} holds modalities of other names, left out: {some(others)}; known are "
-                f"{', '.join(OMICS)} (name one through `modalities` with its `key`)",
-            )
-    known = frozenset(labels.index.astype(str)).union(*(table.patients for table in tables.values()), _ids(config))
-
-    def is_patient(name: str) -> bool:
-        return name in known or (config.patient_ids == "tcga" and tcga_patient(name) is not None)
-
-    for name, source in config.modalities.items():
-        try:
-            tables[name] = _read_source(name, source, is_patient, report)
-        except ExaonePathError as exc:
-            report.add("error", "unreadable", name, str(exc))
-            tables.pop(name, None)
-    return {name: tables[name] for name in OMICS if name in tables}, labels
-
-
-def _read_source(
-    name: str, source: ModalitySource, is_patient: Callable[[str], bool], report: CohortReport
-) -> ModalityTable:
-    kind = source.format if source.format != "auto" else _format(Path(source.path))
-    if kind == "maf":
-        return read_maf(source.path, report)
-    if kind == "gistic":
-        return read_gistic(source.path)
-    if kind == "anndata":
-        return read_anndata(source.path, source.key or name)
-    table, told = read_matrix(source.path, source.orientation, is_patient)
-    report.add("note", "read", name, f"{source.path}: {told}")
-    return table
-
-
-def _format(path: Path) -> str:
-    name = path.name.lower().removesuffix(".gz")
-    if name.endswith(".maf") or name.endswith(".maf.txt"):
-        return "maf"
-    if name.endswith("by_genes.txt"):
-        return "gistic"
-    return "anndata" if name.endswith((".h5ad", ".h5mu")) else "matrix"
-
-
-def _ids(config: CohortConfig) -> set[str]:
-    """Patient ids that the tables of slides and labels name: they tell how a matrix lies (checked later)."""
-    ids: set[str] = set()
-    for path in (config.slides, config.labels):
-        try:
-            frame = None if path is None else read_frame(path)
-        except ExaonePathError:
-            continue
-        if frame is not None and "patient" in frame.columns:
-            ids.update(frame["patient"].astype(str).str.strip())
-    return ids
-
-
-def _add_labels(labels: pd.DataFrame, config: CohortConfig, report: CohortReport) -> pd.DataFrame:
-    labels = labels.copy()
-    labels.index = labels.index.astype(str)
-    if config.labels is not None:
-        try:
-            frame = read_frame(config.labels)
-        except ExaonePathError as exc:
-            report.add("error", "unreadable", "labels", str(exc))
-            return labels
-        if "patient" not in frame.columns:
-            report.add(
-                "error", "no-column", "labels", f"{config.labels} lacks the column patient; it has {list(frame)}"
-            )
-            return labels
-        frame = _numbers_where_all(frame.set_index(frame.pop("patient").astype(str).str.strip()))
-        labels = frame.combine_first(labels)
-    if config.patient_ids == "tcga":
-        parsed = {name: tcga_patient(name) for name in labels.index}
-        labels.index = pd.Index([(parsed[name] or (name, 0))[0] for name in labels.index])
-        labels = labels.groupby(level=0).first()
-    twice = sorted(set(labels.index[labels.index.duplicated()]))
-    if twice:
-        report.add(
-            "error",
-            "duplicate-patients",
-            "labels",
-            f"{len(twice)} patient id(s) occur more than once: {some(twice)}",
-            patients=twice,
-        )
-        labels = labels[~labels.index.duplicated()]
-    return labels
-
-
-def _numbers_where_all(frame: pd.DataFrame) -> pd.DataFrame:
-    """Columns whose every filled cell is a number as numbers; empty cells as missing."""
-    out = {}
-    for name in frame.columns:
-        column = frame[name].replace("", np.nan).infer_objects()
-        numbers = pd.to_numeric(column, errors="coerce")
-        out[name] = numbers if numbers.notna().equals(column.notna()) else column
-    return pd.DataFrame(out, index=frame.index)
 
 
 def _assemble(
     tables: dict[str, ModalityTable],
     slides: SlideTable,
     labels: pd.DataFrame,
-    min_modalities: int,
+    config: CohortConfig,
     report: CohortReport,
 ) -> Cohort:
+    min_modalities = config.min_modalities
     owners = {name: frozenset(table.patients) for name, table in tables.items()}
     if len(slides):
         owners = {WSI: frozenset(slides.patients), **owners}
@@ -278,7 +168,18 @@ def _assemble(
     kept = frozenset(patients)
     unused = [name for name, ids in owners.items() if patients and not ids & kept]
     for name in unused:
-        report.add("warning", "unused-modality", name, "none of its patients has another modality; left out")
+        others = sorted(frozenset().union(*(ids for other, ids in owners.items() if other != name)))
+        # What the user named is meant to be used; what a file holds beside may be of other patients.
+        named = name in config.modalities or name == WSI
+        report.add(
+            "error" if named else "warning",
+            "unused-modality",
+            name,
+            f"none of its {len(owners[name])} patients ({some(sorted(owners[name]), 3)}) has another modality; the "
+            f"others have patients such as {some(others, 3)}; "
+            + ("mend the ids, or leave it out of the settings" if named else "left out"),
+            patients=sorted(owners[name]),
+        )
     return Cohort(
         patients,
         {name: _rows_of(table, kept) for name, table in tables.items() if name not in unused},

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from exaonepath.cohort.checks import SCALES, DuplicateFeatures, Missing
+from exaonepath.cohort.orientation import Orientation
 from exaonepath.cohort.patient_ids import PatientIds
 from exaonepath.cohort.slides import FeatureCheck
-from exaonepath.cohort.tables import Orientation
 from exaonepath.errors import SettingsError
 
 WSI = "wsi"
@@ -29,7 +29,7 @@ class ModalitySource:
         path: the file.
         format: "matrix" (CSV, TSV, Parquet with ids), "maf", "gistic", "anndata" (.h5ad, or one modality of an .h5mu);
             "auto" goes by the file name.
-        orientation: of a matrix; see `read_matrix`.
+        orientation: of a matrix; see `orient`.
         scale: what the numbers are, one of `SCALES[modality]`; None: what the format says, or the usual scale.
         key: the modality's name inside an .h5mu file.
         duplicate_features: see `check_table`.

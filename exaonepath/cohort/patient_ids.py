@@ -50,7 +50,7 @@ def to_patients(table: ModalityTable, ids: PatientIds, where: str, report: Cohor
             )
         types = {row: entry[1] for row, entry in enumerate(parsed) if entry is not None}
         names = [name if entry is None else entry[0] for name, entry in zip(names, parsed, strict=True)]
-        rows = _tumour_rows(table.patients, names, types, where, report)
+        rows = tumour_rows(table.patients, names, types, where, report)
     names = [names[row] for row in rows]
     if any(not name for name in names):
         report.add("error", "empty-patient-id", where, f"{sum(not name for name in names)} row(s) have no patient id")
@@ -71,9 +71,14 @@ def to_patients(table: ModalityTable, ids: PatientIds, where: str, report: Cohor
     return ModalityTable(tuple(names), part.features, part.values, part.scale, part.source)
 
 
-def _tumour_rows(
+def tumour_rows(
     samples: tuple[str, ...], names: list[str], types: dict[int, int], where: str, report: CohortReport
 ) -> list[int]:
+    """Rows without normal tissue, and of each patient only those of the lowest sample type; the rest is noted.
+
+    Args:
+        samples: ids as written; names: patient of each row; types: row to sample type code, of rows that have one.
+    """
     normal = [row for row, code in types.items() if code in _NORMAL]
     if normal:
         report.add(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import gzip
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+import zlib
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,8 @@ from scipy import sparse
 
 from exaonepath.errors import DataFileError
 
-Orientation = Literal["auto", "patients_by_features", "features_by_patients"]
-
+# What a text or Parquet file that is damaged, cut off or of another kind is met with: cut-off gzip raises EOFError.
+UNREADABLE = (ValueError, OSError, EOFError, zlib.error, csv.Error)
 BLOCK_VALUES = 1 << 22  # values held at once beside the table itself: 16 MiB in float32, 32 in the float64 of a parser
 
 
@@ -78,25 +79,30 @@ def read_frame(path: str | os.PathLike[str]) -> pd.DataFrame:
             return pd.read_parquet(path)
         # Ids such as "0012" or "NA" stay what they are: nothing is turned into a number or a missing value here.
         return pd.read_csv(path, sep=_separator(path), dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (ValueError, OSError, UnicodeDecodeError) as exc:
+    except UNREADABLE as exc:
         raise DataFileError(
             f"{path} cannot be read as a table ({_short(exc)}); CSV, TSV or Parquet is expected"
         ) from exc
 
 
-def read_matrix(
-    path: str | os.PathLike[str], orientation: Orientation, is_patient: Callable[[str], bool] = lambda name: False
-) -> tuple[ModalityTable, str]:
+@dataclass(frozen=True, eq=False)
+class RawMatrix:
+    """A matrix as it lies in its file: `values` float32 [rows, columns], and ids of either side."""
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: np.ndarray
+    source: str
+
+    def table(self, transposed: bool) -> ModalityTable:
+        """The table whose patients are the rows, or the columns where `transposed`."""
+        if transposed:
+            return ModalityTable(self.columns, self.rows, self.values.T, source=self.source)
+        return ModalityTable(self.rows, self.columns, self.values, source=self.source)
+
+
+def read_matrix(path: str | os.PathLike[str]) -> RawMatrix:
     """A matrix with ids in its first column and its header, from CSV, TSV or Parquet (`.gz` too for text).
-
-    Args:
-        path: the file.
-        orientation: what a row is. "auto" counts the patients in either list of ids; where that does not tell, the
-            longer side is taken for the features.
-        is_patient: whether an id is known (from slides, labels, its form) to be a patient's.
-
-    Returns:
-        The table (patients in the file's order) and a sentence on the orientation taken.
 
     Raises:
         DataFileError: not a table, a cell that is no number (the first ones are named), or no column of numbers.
@@ -105,34 +111,11 @@ def read_matrix(
     check_file(path)
     try:
         rows, columns, values = _parquet_matrix(path) if _is_parquet(path) else _text_matrix(path)
-    except DataFileError:
-        raise
-    except (ValueError, OSError, UnicodeDecodeError) as exc:
+    except UNREADABLE as exc:
         raise DataFileError(f"{path} cannot be read as a matrix ({_short(exc)})") from exc
     if not rows or not columns:
         raise DataFileError(f"{path} holds {len(rows)} rows and {len(columns)} columns of values: nothing to read")
-    transposed, why = _orient(rows, columns, orientation, is_patient)
-    patients, features = (columns, rows) if transposed else (rows, columns)
-    table = ModalityTable(tuple(patients), tuple(features), values.T if transposed else values, source=str(path))
-    return table, f"{len(table.patients)} patients x {len(table.features)} features, patients in {why}"
-
-
-def _orient(
-    rows: list[str], columns: list[str], orientation: Orientation, is_patient: Callable[[str], bool]
-) -> tuple[bool, str]:
-    if orientation == "patients_by_features":
-        return False, "rows (as told)"
-    if orientation == "features_by_patients":
-        return True, "columns (as told)"
-    in_rows, in_columns = sum(map(is_patient, rows)), sum(map(is_patient, columns))
-    if in_rows != in_columns:
-        transposed = in_columns > in_rows
-        return (
-            transposed,
-            f"{'columns' if transposed else 'rows'} ({max(in_rows, in_columns)} ids known to be patients)",
-        )
-    transposed = len(rows) > len(columns)
-    return transposed, f"{'columns' if transposed else 'rows'} (a guess: the shorter side; say it with `orientation`)"
+    return RawMatrix(tuple(rows), tuple(columns), values, str(path))
 
 
 def read_annotated_matrix(path: str | os.PathLike[str], annotation: Collection[str]) -> ModalityTable:
@@ -145,7 +128,7 @@ def read_annotated_matrix(path: str | os.PathLike[str], annotation: Collection[s
     check_file(path)
     try:
         rows, columns, values = _text_matrix(path, annotation)
-    except (ValueError, OSError, UnicodeDecodeError) as exc:
+    except UNREADABLE as exc:
         raise DataFileError(f"{path} cannot be read as a matrix ({_short(exc)})") from exc
     return ModalityTable(tuple(columns), tuple(rows), values.T, source=str(path))
 

@@ -224,3 +224,91 @@ def test_settings_that_cannot_be_used(settings, said):
 def test_a_folder_without_a_cohort_is_said(tmp_path):
     with pytest.raises(SettingsError, match=r"neither cohort\.h5mu nor slides\.csv"):
         CohortConfig.from_folder(tmp_path)
+
+
+def tcga_labels(write_csv, rows, **settings):
+    people = ["TCGA-AA-0001-01A", "TCGA-AA-0002-01A", "TCGA-AA-0003-01A"]
+    sources = {"rna": ModalitySource(rna_file(write_csv, people)), "cnv": ModalitySource(cnv_file(write_csv, people))}
+    labels = write_csv("labels.csv", ["patient", "tissue", "age"], rows)
+    return load_cohort(CohortConfig(modalities=sources, labels=labels, patient_ids="tcga", **settings))
+
+
+def test_labels_of_barcodes_come_from_the_rows_that_tables_keep(write_csv):
+    rows = [
+        ("TCGA-AA-0001-11A", "normal", "61"),
+        ("TCGA-AA-0001-01A", "tumour", ""),
+        ("TCGA-AA-0002-06A", "metastasis", "50"),
+        ("TCGA-AA-0002-01A", "primary", ""),
+        ("TCGA-AA-0002-01B", "", "50"),
+        ("TCGA-AA-0003-11A", "normal", "70"),
+    ]
+    cohort = tcga_labels(write_csv, rows)
+    assert cohort.labels["tissue"].tolist()[:2] == ["tumour", "primary"]
+    assert cohort.labels["tissue"].isna().tolist() == [False, False, True]
+    assert np.isnan(cohort.labels["age"].tolist()[0])
+    assert cohort.labels["age"].tolist()[1] == 50  # of two rows that agree, or of which one says nothing
+    noted = {f.code: f.patients for f in cohort.report.findings if f.where == "labels"}
+    assert noted == {
+        "normal-samples": ("TCGA-AA-0001-11A", "TCGA-AA-0003-11A"),
+        "further-samples": ("TCGA-AA-0002-06A",),
+        "lacking-labels": ("TCGA-AA-0003",),
+    }
+
+
+def test_rows_of_one_patient_that_differ_are_an_error(write_csv):
+    rows = [("TCGA-AA-0001-01A", "a", "61"), ("TCGA-AA-0001-01B", "b", "61"), ("TCGA-AA-0002-01A", "a", "50")]
+    with pytest.raises(CohortError, match=r"1 patient\(s\) have rows that differ in 'tissue': TCGA-AA-0001") as caught:
+        tcga_labels(write_csv, rows)
+    assert [(f.code, f.patients) for f in caught.value.report.errors] == [("conflicting-labels", ("TCGA-AA-0001",))]
+
+
+def test_labels_of_nobody_are_an_error_and_of_some_a_warning(write_csv):
+    people = ["p1", "p2", "p3"]
+    sources = {"rna": ModalitySource(rna_file(write_csv, people), orientation="patients_by_features")}
+    sources["cnv"] = ModalitySource(cnv_file(write_csv, people))
+    labels = write_csv("labels.csv", ["patient", "site"], [("P-1", "lung"), ("P-2", "liver")])
+    config = CohortConfig(modalities=sources, labels=labels)
+    with pytest.raises(CohortError, match=r"none of the cohort's 3 patients \(such as p1, p2, p3\); it names P-1, P-2"):
+        load_cohort(config)
+    write_csv("labels.csv", ["patient", "site"], [("p1", "lung"), ("p9", "liver")])
+    report = load_cohort(config).report
+    assert [(f.code, f.patients) for f in report.warnings] == [("lacking-labels", ("p2", "p3"))]
+    assert "2 of 3 patients" in report.warnings[0].message
+
+
+def mudata_file(path, patients):
+    """A MuData file of `patients` (modality to ids) whose obs holds a label."""
+    anndata, mudata = pytest.importorskip("anndata"), pytest.importorskip("mudata")
+
+    def part(name, ids):
+        values = np.linspace(0.1, 0.9, 2 * len(ids)).reshape(len(ids), 2)
+        names = pd.DataFrame(index=[f"{name}1", f"{name}2"])
+        return anndata.AnnData(values, pd.DataFrame(index=list(ids)), names)
+
+    with mudata.set_options(pull_on_update=False):
+        data = mudata.MuData({name: part(name, ids) for name, ids in patients.items()})
+        data.obs["site"] = ["north"] * data.n_obs
+        data.write(path)
+    return path
+
+
+def test_labels_of_the_mudata_file_are_held_against_the_cohort_too(tmp_path):
+    (tmp_path / "labels.csv").write_text("patient,age\nq,3\n")
+    config = CohortConfig(mudata=mudata_file(tmp_path / "c.h5mu", {"rna": "abc", "cnv": "abc"}))
+    cohort = load_cohort(config)
+    assert cohort.labels["site"].tolist() == ["north"] * 3
+    assert not [f for f in cohort.report.findings if f.where == "labels"]
+    with pytest.raises(CohortError, match=r"labels\.csv names none of the cohort's 3 patients"):
+        load_cohort(replace(config, labels=tmp_path / "labels.csv"))
+
+
+def test_a_table_of_other_patients_is_an_error_where_the_user_named_it(write_csv, tmp_path):
+    path = mudata_file(tmp_path / "c.h5mu", {"rna": "abc", "cnv": "abc", "methylation": "xyz"})
+    report = load_cohort(CohortConfig(mudata=path)).report
+    found = [(f.where, f.code, f.patients) for f in report.warnings]
+    assert found == [("methylation", "unused-modality", ("x", "y", "z"))]
+    assert "3 patients (x, y, z)" in report.warnings[0].message
+    assert "such as a, b, c; left out" in report.warnings[0].message
+    own = {"methylation": ModalitySource(path, key="methylation")}
+    with pytest.raises(CohortError, match=r"none of its 3 patients \(x, y, z\) .*such as a, b, c; mend the ids"):
+        load_cohort(CohortConfig(mudata=path, modalities=own))
