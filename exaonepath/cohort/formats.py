@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,15 @@ from anndata.io import read_elem
 from scipy import sparse
 
 from exaonepath.cohort.report import CohortReport, some
-from exaonepath.cohort.tables import BLOCK_VALUES, ModalityTable, check_file, open_text, read_annotated_matrix
+from exaonepath.cohort.tables import (
+    BLOCK_VALUES,
+    UNREADABLE,
+    ModalityTable,
+    check_file,
+    open_text,
+    read_annotated_matrix,
+    short_reason,
+)
 from exaonepath.errors import DataFileError
 from exaonepath.storage import open_h5
 
@@ -72,11 +83,20 @@ def read_maf(path: str | os.PathLike[str], report: CohortReport) -> ModalityTabl
             skip = 0
             while file.readline().startswith("#"):
                 skip += 1
+        # The format has no quoting: a quote that begins a field would swallow what follows. R writes some in pairs.
         frame = pd.read_csv(
-            path, sep="\t", skiprows=skip, dtype=str, keep_default_na=False, usecols=lambda c: c in _MAF_COLUMNS
+            path,
+            sep="\t",
+            skiprows=skip,
+            dtype=str,
+            keep_default_na=False,
+            usecols=lambda name: name.strip('"') in _MAF_COLUMNS,
+            quoting=csv.QUOTE_NONE,
+            encoding="utf-8-sig",
         )
-    except (ValueError, OSError, UnicodeDecodeError) as exc:
-        raise DataFileError(f"{path} cannot be read as a MAF ({' '.join(str(exc).split())[:200]})") from exc
+        frame = frame.rename(columns=lambda name: name.strip('"')).apply(lambda column: column.str.strip('"'))
+    except UNREADABLE as exc:
+        raise DataFileError(f"{path} cannot be read as a MAF ({short_reason(exc)})") from exc
     missing = [name for name in _MAF_COLUMNS if name not in frame.columns]
     if missing:
         raise DataFileError(f"{path} lacks the MAF column(s) {', '.join(missing)}")
@@ -128,7 +148,7 @@ def read_mudata(path: str | os.PathLike[str]) -> tuple[dict[str, ModalityTable],
         DataFileError: not HDF5, not MuData, or a modality that cannot be read.
     """
     path = Path(path)
-    with open_h5(path) as file:
+    with _open(path) as file:
         if "mod" not in file or "obs" not in file:
             raise DataFileError(f"{path} is no MuData file: it has no `mod` and `obs`; an .h5ad holds one modality")
         tables = {name: _annotated(path, name, file["mod"][name]) for name in file["mod"]}
@@ -142,7 +162,7 @@ def read_anndata(path: str | os.PathLike[str], key: str | None = None) -> Modali
         DataFileError: not such a file, or no such modality in it.
     """
     path = Path(path)
-    with open_h5(path) as file:
+    with _open(path) as file:
         if "mod" not in file:
             return _annotated(path, path.stem, file)
         if key is None or key not in file["mod"]:
@@ -156,7 +176,7 @@ def _annotated(path: Path, name: str, group: h5py.Group) -> ModalityTable:
         raise DataFileError(f"{path}: modality {name!r} lacks {', '.join(missing)}")
     patients, features = (tuple(str(i).strip() for i in _frame(group[part]).index) for part in ("obs", "var"))
     x = group["X"]
-    values = read_dense(x) if isinstance(x, h5py.Dataset) else sparse.csr_matrix(read_elem(x), dtype=np.float32)
+    values = read_dense(x) if isinstance(x, h5py.Dataset) else _sparse(x)
     if values.shape != (len(patients), len(features)):
         raise DataFileError(
             f"{path}: X of modality {name!r} is {list(values.shape)} for {len(patients)} patients and "
@@ -190,8 +210,51 @@ def sparse_where_smaller(table: ModalityTable) -> ModalityTable:
     return ModalityTable(table.patients, table.features, sparse.csr_matrix(table.values), table.scale, table.source)
 
 
+@contextmanager
+def _open(path: Path) -> Iterator[h5py.File]:
+    """`open_h5` for files that come from elsewhere: they cannot be made again by a stage of ours."""
+    ours: DataFileError | None = None
+    try:
+        with open_h5(path) as file:
+            try:
+                yield file
+            except DataFileError as exc:
+                ours = exc
+                raise
+    except DataFileError as exc:
+        if exc is ours or exc.__cause__ is None:
+            raise
+        raise DataFileError(
+            f"{path} cannot be read as HDF5 ({short_reason(exc.__cause__)}); it is corrupt or half written: copy or "
+            "download it again"
+        ) from exc.__cause__
+
+
+def _element(group: Any) -> Any:
+    try:
+        return read_elem(group)
+    # What anndata makes of a damaged or foreign part is of many types, some private.
+    except Exception as exc:
+        raise DataFileError(
+            f"{group.file.filename}: {group.name} cannot be read as a part of AnnData ({short_reason(exc)}); write the "
+            "file again with anndata or mudata"
+        ) from exc
+
+
+def _sparse(group: h5py.Group) -> sparse.csr_matrix:
+    values = _element(group)
+    if not sparse.issparse(values) or values.format not in ("csr", "csc"):
+        raise DataFileError(f"{group.file.filename}: {group.name} is neither a dense nor a CSR or CSC matrix")
+    try:
+        # Indices that point outside would be followed by any further step, into memory that is not the matrix's.
+        values.check_format(full_check=True)
+    except ValueError as exc:
+        raise DataFileError(f"{group.file.filename}: {group.name} is a damaged sparse matrix ({exc})") from exc
+    return sparse.csr_matrix(values, dtype=np.float32)
+
+
 def _frame(group: Any) -> pd.DataFrame:
-    frame = read_elem(group)
+    frame = _element(group)
     if not isinstance(frame, pd.DataFrame):
         raise DataFileError(f"{group.file.filename}: {group.name} is not a table")
     return frame

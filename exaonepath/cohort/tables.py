@@ -6,7 +6,7 @@ import csv
 import gzip
 import os
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,11 +78,16 @@ def read_frame(path: str | os.PathLike[str]) -> pd.DataFrame:
         if _is_parquet(path):
             return pd.read_parquet(path)
         # Ids such as "0012" or "NA" stay what they are: nothing is turned into a number or a missing value here.
-        return pd.read_csv(path, sep=_separator(path), dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        separator = _separator(path)
+        frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except UNREADABLE as exc:
         raise DataFileError(
-            f"{path} cannot be read as a table ({_short(exc)}); CSV, TSV or Parquet is expected"
+            f"{path} cannot be read as a table ({short_reason(exc)}); CSV, TSV or Parquet is expected"
         ) from exc
+    if separator == "\t":
+        for name in frame.columns:
+            _not_swallowed(path, (cell for cell in frame[name] if isinstance(cell, str) and "\t" in cell))
+    return frame
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +117,7 @@ def read_matrix(path: str | os.PathLike[str]) -> RawMatrix:
     try:
         rows, columns, values = _parquet_matrix(path) if _is_parquet(path) else _text_matrix(path)
     except UNREADABLE as exc:
-        raise DataFileError(f"{path} cannot be read as a matrix ({_short(exc)})") from exc
+        raise DataFileError(f"{path} cannot be read as a matrix ({short_reason(exc)})") from exc
     if not rows or not columns:
         raise DataFileError(f"{path} holds {len(rows)} rows and {len(columns)} columns of values: nothing to read")
     return RawMatrix(tuple(rows), tuple(columns), values, str(path))
@@ -129,13 +134,15 @@ def read_annotated_matrix(path: str | os.PathLike[str], annotation: Collection[s
     try:
         rows, columns, values = _text_matrix(path, annotation)
     except UNREADABLE as exc:
-        raise DataFileError(f"{path} cannot be read as a matrix ({_short(exc)})") from exc
+        raise DataFileError(f"{path} cannot be read as a matrix ({short_reason(exc)})") from exc
     return ModalityTable(tuple(columns), tuple(rows), values.T, source=str(path))
 
 
 def _text_matrix(path: Path, annotation: Collection[str] = ()) -> tuple[list[str], list[str], np.ndarray]:
     separator = _separator(path)
-    columns = _column_names(path, separator, annotation)
+    # Formats with annotation columns have no quoting: a quote that begins a field would swallow what follows.
+    quoting = csv.QUOTE_NONE if annotation else csv.QUOTE_MINIMAL
+    columns = _column_names(path, separator, annotation, quoting)
     kept = [at for at, name in enumerate(columns, 1) if name.lower() not in annotation]
     columns = [columns[at - 1] for at in kept]
     if not columns:
@@ -151,10 +158,12 @@ def _text_matrix(path: Path, annotation: Collection[str] = ()) -> tuple[list[str
         dtype={0: str},
         chunksize=max(1, BLOCK_VALUES // len(columns)),
         encoding="utf-8-sig",
+        quoting=quoting,
     )
     with reader:
         for frame in reader:
-            names = ["" if pd.isna(i) else str(i).strip() for i in frame.iloc[:, 0]]
+            names = ["" if pd.isna(i) else _unquoted(str(i), quoting) for i in frame.iloc[:, 0]]
+            _not_swallowed(path, names)
             part = frame.iloc[:, 1:].set_axis(names, axis=0)
             _numbers_only(path, part, columns)
             ids += names
@@ -168,12 +177,26 @@ def _text_matrix(path: Path, annotation: Collection[str] = ()) -> tuple[list[str
     return ids, columns, values
 
 
-def _column_names(path: Path, separator: str, annotation: Collection[str]) -> list[str]:
+def _unquoted(name: str, quoting: int) -> str:
+    """The name without blanks around it, and without the quotes that R puts around it where they are no quoting."""
+    return name.strip().strip('"') if quoting == csv.QUOTE_NONE else name.strip()
+
+
+def _not_swallowed(path: Path, cells: Iterable[str]) -> None:
+    for cell in cells:
+        if "\n" in cell:
+            raise DataFileError(
+                f"{path}: a double quote before {cell[:30]!r} is not closed in its line and swallows the lines that "
+                "follow; remove it"
+            )
+
+
+def _column_names(path: Path, separator: str, annotation: Collection[str], quoting: Any) -> list[str]:
     """Names of the columns after the first, as written: pandas would rename the second of two equal ones."""
     with open_text(path) as file:
-        lines = csv.reader(file, delimiter=separator)
+        lines = csv.reader(file, delimiter=separator, quoting=quoting)
         names, first = next(lines, []), next(lines, [])
-    names = [name.strip() for name in names]
+    names = [_unquoted(name, quoting) for name in names]
     if len(first) < 2:
         raise DataFileError(
             f"{path}: ids in the first column and values in the others are expected, separated by "
@@ -244,5 +267,6 @@ def check_file(path: Path) -> None:
         raise DataFileError(f"{path}: no such file")
 
 
-def _short(exc: Exception) -> str:
-    return " ".join(str(exc).split())[:200]
+def short_reason(exc: BaseException) -> str:
+    """What an exception says, in one line of 200 characters at most."""
+    return " ".join(str(exc).split())[:200] or type(exc).__name__

@@ -1,5 +1,7 @@
 """MAF, GISTIC tables, MuData and AnnData files, and TCGA barcodes."""
 
+import gzip
+
 import anndata
 import h5py
 import mudata
@@ -167,3 +169,81 @@ def test_ids_that_are_no_barcodes_are_named():
     report = CohortReport()
     to_patients(barcode_table(["TCGA-AA-0001", "P1"], np.eye(2)), "tcga", "rna", report)
     assert [(f.code, f.patients) for f in report.errors] == [("no-tcga-barcode", ("P1",))]
+
+
+def test_a_quote_in_a_maf_is_a_character_like_any_other(tmp_path):
+    header = "Hugo_Symbol\tTumor_Sample_Barcode\tVariant_Classification\tNote\n"
+    rows = [f"G{i}\tS{i}\tMissense_Mutation\t" + ('"5 prime' if i in (1, 4) else "x") for i in range(6)]
+    (tmp_path / "m.maf").write_text(header + "\n".join(rows) + "\n")
+    table = read_maf(tmp_path / "m.maf", CohortReport())
+    assert table.patients == tuple(f"S{i}" for i in range(6))
+    # As R writes a table of text: everything in quotes.
+    quoted = ["\t".join(f'"{cell}"' for cell in line.split("\t")) for line in [header.strip(), rows[0]]]
+    (tmp_path / "r.maf").write_text("\n".join(quoted) + "\n")
+    table = read_maf(tmp_path / "r.maf", CohortReport())
+    assert (table.patients, table.features) == (("S0",), ("G0",))
+
+
+def test_a_quote_in_a_gistic_table_swallows_no_row(tmp_path):
+    rows = ['"A\t1\t1p36\t-1\t2', "B\t2\t1p36\t0\t1", '"C"\t3\t1p36\t1\t1', '"D\t4\t1p36\t2\t2']
+    (tmp_path / "x.by_genes.txt").write_text('Gene Symbol\tLocus ID\tCytoband\tS1\t"S2"\n' + "\n".join(rows) + "\n")
+    table = read_gistic(tmp_path / "x.by_genes.txt")
+    assert (table.patients, table.features) == (("S1", "S2"), ("A", "B", "C", "D"))
+    assert table.values.tolist() == [[-1, 0, 1, 2], [2, 1, 1, 2]]
+
+
+@pytest.mark.parametrize("ending", ["maf.gz", "by_genes.txt.gz"])
+def test_cut_off_and_damaged_gzip_are_typed_errors(tmp_path, ending):
+    read = {"maf.gz": lambda path: read_maf(path, CohortReport()), "by_genes.txt.gz": read_gistic}[ending]
+    header = {"maf.gz": MAF_HEADER, "by_genes.txt.gz": ["Gene Symbol", "Cytoband", "S1", "S2", "S3"]}[ending]
+    rows = [["A", "1", str(i), str(i * 7919 % 1000), str(i * 31)] for i in range(3000)]
+    whole = gzip.compress("\n".join("\t".join(row) for row in [header, *rows]).encode())
+    for broken in (whole[: len(whole) // 2], whole[:100] + b"\xff" * 40 + whole[140:], whole[:12]):
+        (tmp_path / f"x.{ending}").write_bytes(broken)
+        with pytest.raises(DataFileError, match="cannot be read as"):
+            read(tmp_path / f"x.{ending}")
+
+
+def sparse_h5ad(path):
+    values = sparse.random(40, 30, 0.2, format="csr", dtype=np.float32, random_state=0)
+    annotated(values, [f"p{i}" for i in range(40)], [f"g{i}" for i in range(30)]).write_h5ad(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("dataset", "at", "value"),
+    [("indices", 5, 1 << 28), ("indices", 5, -7), ("indptr", 3, 1 << 28), ("indptr", 3, 0), ("indptr", -1, 3)],
+)
+@pytest.mark.parametrize("kind", ["csr", "csc"])
+def test_indices_that_point_outside_a_sparse_matrix_are_found_before_they_are_followed(
+    tmp_path, dataset, at, value, kind
+):
+    values = sparse.random(40, 30, 0.2, format=kind, dtype=np.float32, random_state=0)
+    annotated(values, [f"p{i}" for i in range(40)], [f"g{i}" for i in range(30)]).write_h5ad(tmp_path / "x.h5ad")
+    with h5py.File(tmp_path / "x.h5ad", "r+") as file:
+        file["X"][dataset][at] = value
+    with pytest.raises(DataFileError, match=r"x\.h5ad.*X"):
+        read_anndata(tmp_path / "x.h5ad")
+
+
+@pytest.mark.filterwarnings("ignore:.*without encoding metadata")
+@pytest.mark.parametrize("part", ["X", "obs", "var", "obs/_index"])
+def test_parts_without_their_encoding_are_a_typed_error_or_read(tmp_path, part):
+    sparse_h5ad(tmp_path / "x.h5ad")
+    with h5py.File(tmp_path / "x.h5ad", "r+") as file:
+        for name in list(file[part].attrs):
+            del file[part].attrs[name]
+    if part == "obs/_index":
+        assert read_anndata(tmp_path / "x.h5ad").patients[1] == "p1"
+        return
+    with pytest.raises(DataFileError, match=rf"x\.h5ad.*/{part}\b"):
+        read_anndata(tmp_path / "x.h5ad")
+
+
+def test_a_file_that_came_from_elsewhere_is_not_to_be_deleted(tmp_path):
+    sparse_h5ad(tmp_path / "x.h5ad")
+    whole = (tmp_path / "x.h5ad").read_bytes()
+    (tmp_path / "x.h5ad").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataFileError, match="corrupt or half written: copy or download it again") as caught:
+        read_anndata(tmp_path / "x.h5ad")
+    assert "run the stage again" not in str(caught.value)

@@ -131,3 +131,26 @@ def test_a_wide_matrix_is_never_held_in_float64(tmp_path):
     assert (values == 0.5).all()
     # The table in float32, and one block as it is stored; in float64 it would be 96 MB more.
     assert peak <= values.nbytes + 8 * tables.BLOCK_VALUES + (1 << 20)
+
+
+@pytest.mark.parametrize("ending", ["csv.gz", "tsv.gz"])
+def test_cut_off_and_damaged_gzip_are_typed_errors(tmp_path, ending):
+    values = np.random.default_rng(0).random((300, 20)).astype(np.float32)
+    WRITERS[ending.removesuffix(".gz")](pd.DataFrame(values, [f"p{i}" for i in range(300)]), tmp_path / f"m.{ending}")
+    whole = (tmp_path / f"m.{ending}").read_bytes()
+    for broken in (whole[: len(whole) // 2], whole[:100] + b"\xff" * 40 + whole[140:], whole[:12]):
+        (tmp_path / f"m.{ending}").write_bytes(broken)
+        for read in (read_raw, read_frame):
+            with pytest.raises(DataFileError, match="cannot be read as"):
+                read(tmp_path / f"m.{ending}")
+
+
+def test_a_quote_that_swallows_rows_is_said(tmp_path):
+    (tmp_path / "m.tsv").write_text('id\tA\np1\t1\n"p2\t2\np3\t3\n"p4\t4\n')
+    with pytest.raises(DataFileError, match=r"double quote.*p2.*not closed"):
+        read_raw(tmp_path / "m.tsv")
+    (tmp_path / "l.tsv").write_text('patient\tnote\np1\tx\np2\t"5 prime\np3\t"3 prime\np4\ty\n')
+    with pytest.raises(DataFileError, match=r"double quote.*5 prime.*not closed"):
+        read_frame(tmp_path / "l.tsv")
+    (tmp_path / "r.tsv").write_text('"A"\t"B"\n"p1"\t1\t2\n')  # as R writes it
+    assert read_raw(tmp_path / "r.tsv").rows == ("p1",)
