@@ -15,10 +15,17 @@ from typing import Any
 import numpy as np
 
 from exaonepath.errors import MissingDependencyError, SettingsError
-from exaonepath.evaluation.intervals import Estimate, bootstrap, bootstrap_weighted, check_rows
+from exaonepath.evaluation.intervals import Estimate, bootstrap, bootstrap_weighted
+from exaonepath.evaluation.probe_rows import (
+    Columns,
+    labelled_rows,
+    numbers,
+    probe_inputs,
+    stratified_folds,
+    usable_folds,
+    without_rare,
+)
 from exaonepath.evaluation.retrieval import unit_rows
-
-Columns = Sequence[Any] | np.ndarray
 
 FOLDS = 5
 _INVERSE_PENALTIES = (1e-3, 3e-2, 1.0)
@@ -36,7 +43,8 @@ class ProbeScores:
         auroc: area under the ROC curve, macro average one against the rest; chance is 0.5. NaN where a fold lacks it.
         chance: 1 / classes.
         classes: the labels, sorted.
-        n: samples that have a label.
+        n: samples that have a label, of one of these classes.
+        folds: of the cross-validation, as many as the rarest class allowed; None: fitted once, on other patients.
     """
 
     balanced_accuracy: Estimate
@@ -44,6 +52,7 @@ class ProbeScores:
     chance: float
     classes: tuple[str, ...]
     n: int
+    folds: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -53,6 +62,7 @@ class ProbeScores:
             "chance": self.chance,
             "classes": list(self.classes),
             "n": self.n,
+            "folds": self.folds,
         }
 
 
@@ -94,7 +104,8 @@ def linear_probe(
 
     Args:
         embedding: [n, d].
-        labels: class of each row; None and NaN rows are left out.
+        labels: class of each row; rows without one (None, NaN, pandas' NA) are left out, and so, with a warning, are
+            those of classes with a single patient.
         patients: patient of each row; None: every row its own.
         folds: of the stratified, patient-wise cross-validation; fewer where the rarest class has fewer patients.
         seed: of folds and intervals.
@@ -120,19 +131,25 @@ class FittedProbe:
     Attributes:
         classes: [K] labels, sorted.
         predict: rows [m, d] to class probabilities [m, K].
+        left_out: classes that a single patient of the fit had, and that it hence does not know.
     """
 
     classes: np.ndarray
     predict: Callable[[np.ndarray], np.ndarray]
+    left_out: tuple[str, ...] = ()
 
     @one_thread()
     def score(self, embedding: Any, labels: Columns, *, seed: int = 0) -> ProbeScores:
-        """Scores on patients that the fit did not see, one row each; rows without a label are left out.
+        """Scores on patients that the fit did not see, one row each.
+
+        Rows without a label, or of a class that the fit left out, are left out.
 
         Raises:
-            SettingsError: a class that the fit did not know.
+            SettingsError: a class that no patient of the fit had.
         """
-        x, wanted, groups = _labelled(embedding, labels, None)
+        x, wanted, groups = labelled_rows(embedding, labels, None)
+        known = ~np.isin(wanted, self.left_out)
+        x, wanted, groups = x[known], wanted[known], groups[known]
         if unknown := sorted(set(wanted) - set(self.classes)):
             raise SettingsError(f"test patients have classes that no training patient has: {unknown}")
         return _scores(np.searchsorted(self.classes, wanted), self.predict(x), groups, self.classes, seed)
@@ -145,10 +162,13 @@ def fit_probe(embedding: Any, labels: Columns, *, seed: int = 0) -> FittedProbe:
     Raises:
         SettingsError: fewer than two classes with two patients each.
     """
-    x, names, groups = _labelled(embedding, labels, None)
-    classes, y = np.unique(names, return_inverse=True)
-    _usable_folds(y, groups, FOLDS)
-    return FittedProbe(classes, _fit_chosen(x, y, groups, _INVERSE_PENALTIES, _logistic, seed, len(classes), True))
+    x, names, groups = labelled_rows(embedding, labels, None)
+    keep, rare = without_rare(names, groups, None)
+    classes, y = np.unique(names[keep], return_inverse=True)
+    x, groups = x[keep], groups[keep]
+    usable_folds(y, groups, FOLDS)
+    predict = _fit_chosen(x, y, groups, _INVERSE_PENALTIES, _logistic, seed, len(classes), True)
+    return FittedProbe(classes, predict, rare)
 
 
 @one_thread()
@@ -166,7 +186,7 @@ def ridge_probe(
     from sklearn.preprocessing import StandardScaler
 
     x, groups = probe_inputs(embedding, values, patients)
-    y = np.asarray(values, np.float64)
+    y = numbers(values)
     keep = np.isfinite(y)
     x, y, groups = x[keep], y[keep], groups[keep]
     if len(np.unique(groups)) < max(folds, 2) or np.ptp(y) == 0:
@@ -200,19 +220,28 @@ def _classify(
     *,
     standardise: bool,
 ) -> ProbeScores:
-    x, names, groups = _labelled(embedding, labels, patients)
+    x, names, groups = labelled_rows(embedding, labels, patients)
+    keep, _ = without_rare(names, groups, patients)
+    x, names, groups = x[keep], names[keep], groups[keep]
     classes, y = np.unique(names, return_inverse=True)
-    folds = _usable_folds(y, groups, folds)
+    folds = usable_folds(y, groups, folds)
     if not standardise:
         x = unit_rows(x, "embedding")
     probability = np.zeros((len(y), len(classes)))
     for train, test in stratified_folds(y, groups, folds, seed):
         predict = _fit_chosen(x[train], y[train], groups[train], choices, fit, seed, len(classes), standardise)
         probability[test] = predict(x[test])
-    return _scores(y, probability, groups, classes, seed)
+    return _scores(y, probability, groups, classes, seed, folds)
 
 
-def _scores(y: np.ndarray, probability: np.ndarray, groups: np.ndarray, classes: np.ndarray, seed: int) -> ProbeScores:
+def _scores(
+    y: np.ndarray,
+    probability: np.ndarray,
+    groups: np.ndarray,
+    classes: np.ndarray,
+    seed: int,
+    folds: int | None = None,
+) -> ProbeScores:
     """Scores of class probabilities [n, K] of rows whose class is y [n]."""
     right = (probability.argmax(axis=1) == y).astype(np.float64)
     member = y == np.arange(len(classes))[:, None]
@@ -230,6 +259,7 @@ def _scores(y: np.ndarray, probability: np.ndarray, groups: np.ndarray, classes:
         1 / len(classes),
         tuple(classes.tolist()),
         len(y),
+        folds,
     )
 
 
@@ -244,13 +274,6 @@ def _nearest(x: np.ndarray, y: np.ndarray, k: float) -> Any:
 
     # On unit vectors Euclidean and cosine neighbours are the same.
     return KNeighborsClassifier(min(int(k), len(y))).fit(x, y)
-
-
-def _labelled(embedding: Any, labels: Columns, patients: Columns | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Embedding, label text and patient code of the rows that have a label."""
-    x, groups = probe_inputs(embedding, labels, patients)
-    known = np.array([label is not None and label == label for label in labels], bool)  # NaN is not itself
-    return x[known], np.array([str(label) for label in np.asarray(labels, object)[known]]), groups[known]
 
 
 def _fit_chosen(
@@ -293,13 +316,6 @@ def _best_choice(
     return choices[int(scores.argmax())]
 
 
-def stratified_folds(y: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> Any:
-    """(train, test) row indices of folds that keep the classes' shares and never split a group."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    return StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(y, y, groups)
-
-
 def _balanced_accuracy(truth: np.ndarray, right: np.ndarray) -> float:
     """Mean over the classes that occur in `truth` of the share that is right."""
     count = np.bincount(truth)
@@ -322,23 +338,3 @@ def weighted_auc(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -
     pairs = np.where(is_positive, w, 0).sum(axis=1) * below[:, -1]
     total = (np.where(is_positive, w, 0) * wins).sum(axis=1)
     return np.divide(total, pairs, out=np.full(len(w), math.nan), where=pairs > 0)
-
-
-def _usable_folds(y: np.ndarray, groups: np.ndarray, folds: int) -> int:
-    if folds < 2:
-        raise SettingsError(f"cross-validation needs two folds or more, got {folds}")
-    fewest = [len(np.unique(groups[y == c])) for c in range(int(y.max(initial=-1)) + 1)]
-    if len(fewest) < 2 or min(fewest) < 2:
-        raise SettingsError(
-            f"a probe needs two classes or more with two patients each; patients per class are {fewest}"
-        )
-    return min(folds, *fewest)
-
-
-def probe_inputs(embedding: Any, labels: Columns, patients: Columns | None) -> tuple[np.ndarray, np.ndarray]:
-    """Checked embedding float64 [n, d] and patient codes int64 [n]."""
-    unit_rows(embedding, "embedding")  # shape and finiteness
-    x = np.array(embedding, np.float64)
-    groups = np.arange(len(x)) if patients is None else np.unique(np.asarray(patients), return_inverse=True)[1]
-    check_rows(embedding=x, labels=labels, patients=groups)
-    return x, groups

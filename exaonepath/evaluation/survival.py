@@ -15,7 +15,8 @@ import numpy as np
 
 from exaonepath.errors import SettingsError
 from exaonepath.evaluation.intervals import Estimate, bootstrap, check_rows
-from exaonepath.evaluation.probes import FOLDS, one_thread, probe_inputs, stratified_folds
+from exaonepath.evaluation.probe_rows import numbers, probe_inputs, stratified_folds
+from exaonepath.evaluation.probes import FOLDS, one_thread
 
 _PENALTIES = (1.0, 10.0, 100.0)  # on coefficients of standardised inputs, as a sum over samples
 _CHUNK_ENTRIES = 1 << 22
@@ -81,7 +82,7 @@ def cox_probe(
     """Concordance of a ridge-penalised Cox model under cross-validation, its penalty chosen inside each fold.
 
     Args:
-        embedding: [n, d]; time: [n], NaN where unknown (left out); event: [n].
+        embedding: [n, d]; time: [n]; event: [n]; rows where one is missing (None, NaN, pandas' NA) are left out.
         patients: patient of each row; folds never split one.
 
     Raises:
@@ -90,16 +91,16 @@ def cox_probe(
     from sklearn.preprocessing import StandardScaler
 
     x, groups = probe_inputs(embedding, time, patients)
-    t = np.asarray(time, np.float64)
-    known = np.isfinite(t)
-    x, groups, t, e = x[known], groups[known], t[known], np.asarray(event)[known].astype(bool)
+    t, seen = numbers(time), numbers(event)
+    known = np.isfinite(t) & np.isfinite(seen)
+    x, groups, t, e = x[known], groups[known], t[known], seen[known] != 0
     if (t <= 0).any():
         raise SettingsError(f"survival times must be positive; {int((t <= 0).sum())} are not")
     folds = min(folds, int(e.sum()) // 2)
     if folds < 2:
         raise SettingsError(f"a survival probe needs four events or more, got {int(e.sum())}")
     risk, fold = np.zeros(len(t)), np.zeros(len(t), np.int64)
-    for k, (train, test) in enumerate(stratified_folds(e.astype(int), groups, folds, seed)):
+    for k, (train, test) in enumerate(_folds(e, groups, folds, seed)):
         scaler = StandardScaler().fit(x[train])
         inside = scaler.transform(x[train])
         penalty = _best_penalty(inside, t[train], e[train], groups[train], seed)
@@ -135,9 +136,18 @@ def fit_cox(x: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: float) 
 
 def _best_penalty(x: np.ndarray, time: np.ndarray, event: np.ndarray, groups: np.ndarray, seed: int) -> float:
     scores = np.zeros(len(_PENALTIES))
-    for train, test in stratified_folds(event.astype(int), groups, 3, seed) if event.sum() >= 6 else ():
+    for train, test in _folds(event, groups, 3, seed) if event.sum() >= 6 else ():
         for k, penalty in enumerate(_PENALTIES):
             b = fit_cox(x[train], time[train], event[train], penalty)
             c = concordance_index(x[test] @ b, time[test], event[test])
             scores[k] += 0.5 if math.isnan(c) else c
     return _PENALTIES[int(scores.argmax())] if scores.any() else _PENALTIES[len(_PENALTIES) // 2]
+
+
+def _folds(event: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> Any:
+    """Folds with alike shares of events; of the few censored, where they are fewer than the folds, no shares are kept.
+
+    scikit-learn warns of every such split otherwise, and folds as few as the censored would leave less to fit on.
+    """
+    strata = event.astype(int) if (~event).sum() >= folds else np.zeros(len(event), int)
+    return stratified_folds(strata, groups, folds, seed)

@@ -146,3 +146,43 @@ def test_weighted_and_plain_bootstrap_agree():
     assert fast.n == plain.n == 100
     # Limits from 4000 draws have a standard error of about 0.04 of the standard error 0.07; three of them, twice.
     assert (fast.low, fast.high) == pytest.approx((plain.low, plain.high), abs=0.012)
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_missing_labels_of_every_kind_are_left_out(probe):
+    pandas = pytest.importorskip("pandas")
+    x, y = planted(n=60)
+    missing = [None, math.nan, pandas.NA, pandas.NaT, np.nan]
+    assert probe(x, [*missing, *y[5:]]).n == 55
+    assert probe(x, pandas.Series([pandas.NA, *y[1:]], dtype="string")).n == 59
+    codes = pandas.Series([pandas.NA, *(int(name[-1]) for name in y[1:])], dtype="Int64")
+    assert probe(x, codes).classes == ("0", "1", "2")
+    assert ridge_probe(x, codes).n == 59
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_a_class_of_one_patient_does_not_take_the_probe_away(probe, caplog):
+    x, y = planted(strength=4.0, n=60)
+    patients = [f"P{i // 2}" for i in range(60)]
+    y = [y[i - i % 2] for i in range(60)]
+    y[6] = y[7] = "rare"  # two rows, one patient
+    score = probe(x, y, patients)
+    assert score.classes == ("type 0", "type 1", "type 2")
+    assert score.n == 58
+    (record,) = caplog.records
+    assert "'rare' (patient P3)" in record.getMessage()
+    assert probe(x, ["lone" if i == 9 else label for i, label in enumerate(y)]).n == 59
+    assert "'lone' (row 9)" in caplog.text
+    y[20] = y[21] = y[7]  # now two patients: a class, in two folds
+    assert (score.folds, probe(x, y, patients).folds) == (5, 2)
+    assert probe(x, y, patients).as_dict()["folds"] == 2
+
+
+def test_a_fitted_probe_leaves_out_the_classes_it_left_out():
+    x, y = planted(strength=4.0)
+    probe = fit_probe(x[:80], ["lone", *y[1:80]])
+    assert probe.left_out == ("lone",)
+    score = probe.score(x[80:], [*y[80:119], "lone"])
+    assert (score.n, score.folds) == (39, None)
+    with pytest.raises(SettingsError, match="type 9"):
+        probe.score(x[:1], ["type 9"])

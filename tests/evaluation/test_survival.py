@@ -1,6 +1,7 @@
 """Harrell's C against counting pairs one by one, and a Cox fit against its definition."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -98,3 +99,22 @@ def test_bad_input():
         cox_probe(x, time * 0, event)
     with pytest.raises(SettingsError, match="finite"):
         concordance_index([math.nan, 1], [1, 2], [True, True])
+
+
+@pytest.mark.parametrize("censored", [0, 1, 2, 4])
+def test_few_censored_patients_are_no_reason_to_warn_or_to_fail(censored):
+    x, time, _ = survival(0, n=60)
+    event = np.arange(60) >= censored
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score = cox_probe(x, time, event)
+    assert (score.n, score.events) == (60, 60 - censored)
+    assert score.c_index.value > 0.65
+
+
+def test_missing_times_and_events_of_every_kind_are_left_out():
+    pandas = pytest.importorskip("pandas")
+    x, time, event = survival(0, n=60)
+    times = pandas.Series([pandas.NA, *time[1:]], dtype="Float64")
+    events = pandas.Series([*event[:58], pandas.NA, pandas.NA], dtype="boolean")
+    assert cox_probe(x, times, events).n == 57
