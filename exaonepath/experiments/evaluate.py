@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from exaonepath.cohort.cohort import Cohort
+from exaonepath.cohort.report import some
 from exaonepath.errors import SettingsError
 from exaonepath.evaluation.geometry import alignment, effective_rank, uniformity
 from exaonepath.evaluation.missing import Subset, by_size, gain_over_single, probe_from_subsets, retrieval_from_subsets
@@ -23,6 +24,11 @@ from exaonepath.training.validation import EmbeddedPatients
 
 logger = logging.getLogger(__name__)
 
+# How tables write whether the event was seen; "1:DECEASED" is cBioPortal's.
+_EVENTS = {
+    **dict.fromkeys(("1", "1.0", "true", "yes", "dead", "deceased", "died", "event", "1:deceased"), 1),
+    **dict.fromkeys(("0", "0.0", "false", "no", "alive", "living", "censored", "0:living"), 0),
+}
 _MOST_CLASSES = 20
 
 
@@ -53,10 +59,11 @@ def evaluate(subject: Subject, settings: EvaluationSettings | None = None) -> di
     the patients that did not train the model.
 
     Raises:
-        SettingsError: a label that the cohort lacks.
+        SettingsError: a label that the cohort lacks, or columns of survival that cannot be read; before any work.
     """
     settings = settings or EvaluationSettings()
     labels = _labels(subject, settings)
+    _follow_up(subject, subject.held_out, settings)
     parts = {name: subject.embed(ids) for name, ids in subject.parts.items()}
     embedded = subject.embed(subject.held_out)
     return {
@@ -139,17 +146,44 @@ def _probes(subject: Subject, embedded: EmbeddedPatients, label: str, seed: int)
 
 
 def _survival(subject: Subject, embedded: EmbeddedPatients, settings: EvaluationSettings) -> dict[str, Any]:
-    if not {settings.time, settings.event} <= set(subject.cohort.labels):
+    found = _follow_up(subject, embedded.patients, settings)
+    if found is None:
         return {}
-    time = pd.to_numeric(pd.Series(column(subject, embedded.patients, settings.time))).to_numpy(np.float64)
-    event = pd.to_numeric(pd.Series(column(subject, embedded.patients, settings.event))).fillna(0).to_numpy() > 0
+    time, event, known = found
     out = {}
     for name, (rows, x) in embeddings_of(subject, embedded).items():
+        x, rows = x[known[rows]], rows[known[rows]]
         try:
             out[name] = cox_probe(x, time[rows], event[rows], seed=settings.seed).as_dict()
         except SettingsError as exc:
             logger.warning("no survival probe from %s: %s", name, exc)
     return out
+
+
+def _follow_up(
+    subject: Subject, patients: Sequence[str], settings: EvaluationSettings
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """(time, whether the event was seen, whether both are known), [n] each; None without such columns.
+
+    Raises:
+        SettingsError: a time that is no number, or an event that is neither yes nor no (the values are named).
+    """
+    if not {settings.time, settings.event} <= set(subject.cohort.labels):
+        return None
+    raw = pd.Series(column(subject, patients, settings.time))
+    time = pd.to_numeric(raw, errors="coerce")
+    if wrong := sorted({str(v) for v in raw[time.isna() & raw.notna()]}):
+        raise SettingsError(f"column {settings.time} must hold times, got {some(wrong)}; name another with --time")
+    events = pd.Series(column(subject, patients, settings.event))
+    words = events.map(lambda v: str(v).strip().lower())
+    event = words.map(_EVENTS)
+    if wrong := sorted({str(v) for v in events[event.isna() & events.notna()]}):
+        raise SettingsError(
+            f"column {settings.event} must say whether the event was seen (1 or 0, true or false, deceased or living), "
+            f"got {some(wrong)}; name another with --event"
+        )
+    known = time.notna() & event.notna()
+    return time.to_numpy(np.float64), event.fillna(0).to_numpy() > 0, known.to_numpy(bool)
 
 
 def _missing(
@@ -242,7 +276,8 @@ def complete_rows(embedded: EmbeddedPatients) -> np.ndarray:
 
 def column(subject: Subject, patients: Sequence[str], label: str) -> np.ndarray:
     """Values of a label, as objects, in the order of the patients; NaN where unknown."""
-    values: np.ndarray = subject.cohort.labels[label].reindex(list(patients)).to_numpy(object)
+    found = subject.cohort.labels[label].reindex(list(patients)).astype(object)
+    values: np.ndarray = found.where(found.notna(), np.nan).to_numpy(object)
     return values
 
 

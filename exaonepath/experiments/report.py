@@ -154,7 +154,10 @@ def table(report: Mapping[str, Any]) -> str:
             ],
         )
     for label, found in report["probes"].items():
-        lines += [f"## {label} (held-out patients, 5-fold cross-validation)", ""]
+        lines += [
+            f"## {label} (held-out patients; 5 folds, fewer where a class has fewer patients)",
+            "",
+        ]
         lines += _rows(
             ("embedding", "linear: balanced accuracy", "linear: AUROC", "kNN: balanced accuracy", "chance", "n"),
             [

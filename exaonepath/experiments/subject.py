@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from exaonepath.cohort.cohort import Cohort
+from exaonepath.cohort.cohort import WSI, Cohort
+from exaonepath.cohort.report import some
 from exaonepath.cohort.splits import Split
 from exaonepath.errors import DataFileError, SettingsError
 from exaonepath.models.multimodal.alignment import ExaonePathAlignmentModel
 from exaonepath.training.data import (
     TrainingData,
     check_features,
+    load_split,
     load_training_cohort,
     restrict_modalities,
     standardizer_of,
@@ -27,6 +30,8 @@ from exaonepath.training.distributed import Processes
 from exaonepath.training.settings import DataSettings, build_settings
 from exaonepath.training.settings_file import read_settings
 from exaonepath.training.validation import EmbeddedPatients, embed_patients
+
+logger = logging.getLogger(__name__)
 
 _BATCH = 32
 HELD_OUT = ("val", "test")
@@ -109,12 +114,13 @@ def open_subject(
         model: a run's folder (its final model is taken), or a model's.
         cohort: a folder with cohort.h5mu, slides.csv and labels.csv (what is there of them), or a settings file with a
             table `data`; None: the run's own cohort, with its split.
-        split: file of a split of `cohort`; None: nobody in it trained the model.
+        split: file of a split of `cohort`; None: those who trained the run's model do not count as held out.
         by_name: take a cohort that lacks features of the model; they count as average.
         device: "auto", "cpu", "cuda".
 
     Raises:
-        SettingsError: no cohort is known, or it has nothing the model takes.
+        SettingsError: no cohort is known, it has nothing the model takes, it is not what the run was trained on any
+            more, or all of it trained the model.
         DataFileError: the run's files cannot be read. WeightsError: features differ, or the model cannot be loaded.
     """
     run = (model / "settings.json").is_file()
@@ -124,19 +130,46 @@ def open_subject(
     processes = Processes.start(device)
     loaded: ExaonePathAlignmentModel = ExaonePathAlignmentModel.from_pretrained(model / "model" if run else model)
     loaded.eval().to(processes.device)
-    if cohort is None and split is None:
-        split = model / "split.json"
-    known = load_training_cohort(replace(settings, modalities=()))
-    held = [name for name in loaded.modalities if name == "wsi" or name in known.modalities]
-    known = restrict_modalities(known, [n for n in held if n != "wsi" or len(known.slides)], settings.min_modalities)
+    if cohort is None:
+        known = load_training_cohort(settings)
+        if known.fingerprint != _stored(model).get("cohort_hash"):
+            raise SettingsError(
+                f"the cohort has changed since {model} was trained on it, so who was held out means nothing any more; "
+                "name the cohort, and a split of it, to evaluate on what is there now"
+            )
+        split = split or model / "split.json"
+    else:
+        # Whoever has one modality that the model takes can be embedded; only training needs two.
+        settings = replace(settings, modalities=(), min_modalities=1)
+        known = load_training_cohort(settings)
+    held = [name for name in loaded.modalities if name == WSI or name in known.modalities]
+    known = restrict_modalities(known, [n for n in held if n != WSI or len(known.slides)], settings.min_modalities)
     check_features(loaded, known, by_name=by_name)
-    parts = Split({"train": (), "val": (), "test": known.patients})
+    seen = split is not None
     if split is not None:
-        found = Split.load(split).restricted_to(known.patients)
-        parts = Split({name: found.parts.get(name, ()) for name in ("train", "val", "test")}, found.seed)
-    return Subject(
-        loaded, TrainingData(known, parts, standardizer_of(loaded), settings, 0), split is not None, processes
-    )
+        parts = load_split(split, known)
+    else:
+        parts, seen = _apart_from_training(model if run else None, loaded, known)
+    return Subject(loaded, TrainingData(known, parts, standardizer_of(loaded), settings, 0), seen, processes)
+
+
+def _apart_from_training(run: Path | None, model: ExaonePathAlignmentModel, cohort: Cohort) -> tuple[Split, bool]:
+    """Everybody in "test" but those who trained the model, as far as the run tells; whether it told of any."""
+    trained: set[str] = set()
+    if run is not None and (run / "split.json").is_file():
+        trained = set(Split.load(run / "split.json").parts.get("train", ())) & set(cohort.patients)
+        if trained:
+            logger.warning(
+                "%d of the cohort's patients trained the model and are not held out: %s",
+                len(trained),
+                some(sorted(trained)),
+            )
+    elif model.config.provenance.get("cohort_hash") == cohort.fingerprint:
+        logger.warning("the model was trained on this very cohort; name its split, or all patients count as held out")
+    test = tuple(p for p in cohort.patients if p not in trained)
+    if not test:
+        raise SettingsError("every patient of the cohort trained the model: nobody is held out")
+    return Split({"train": tuple(sorted(trained)), "val": (), "test": test}), bool(trained)
 
 
 def cohort_settings(path: Path) -> DataSettings:
@@ -155,8 +188,14 @@ def cohort_settings(path: Path) -> DataSettings:
 
 
 def _run_data(run: Path) -> DataSettings:
+    return build_settings(_stored(run)["settings"]).data
+
+
+def _stored(run: Path) -> Mapping[str, Any]:
     try:
-        stored: Mapping[str, Any] = json.loads((run / "settings.json").read_text(encoding="utf-8"))["settings"]
+        stored: Mapping[str, Any] = json.loads((run / "settings.json").read_text(encoding="utf-8"))
+        if not isinstance(stored["settings"], Mapping):
+            raise TypeError("settings is no table")
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise DataFileError(f"{run / 'settings.json'} cannot be read ({exc})") from exc
-    return build_settings(stored).data
+    return stored

@@ -66,7 +66,7 @@ def save_checkpoint(
             for group, named in tensors.items():
                 contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
                 save_file(contiguous, work / f"{group}.safetensors")
-            text = json.dumps({"step": step, "groups": sorted(tensors), "state": dict(state)}, allow_nan=False)
+            text = json.dumps({"step": step, "groups": sorted(tensors), "state": dict(state)})
             (work / _STATE).write_text(text, encoding="utf-8")
             for path in (*work.iterdir(), work):
                 _sync(path)

@@ -56,7 +56,7 @@ def train(
     chosen = read_settings(config, settings or (), values=given)
     quiet = quiet or int(os.environ.get("RANK", "0")) > 0
     if dry_run:
-        _say_prepared(chosen)
+        _say_prepared(chosen, out)
         return
     # Cohorts need packages of their own; --help and errors in the settings do not.
     from exaonepath.training.run import train as run
@@ -79,10 +79,10 @@ def _leave_group() -> None:
         dist.destroy_process_group()
 
 
-def _say_prepared(settings: TrainSettings) -> None:
-    from exaonepath.training.run import prepare
+def _say_prepared(settings: TrainSettings, out: Path) -> None:
+    from exaonepath.training.run import check
 
-    _say(prepare(settings).summary())
+    _say(check(settings, out).summary())
 
 
 def _say(text: str) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from exaonepath.cohort.cohort import MODALITIES, WSI, Cohort, CohortConfig, ModalitySource, load_cohort
+from exaonepath.cohort.cohort import MODALITIES, WSI, Cohort, load_cohort
+from exaonepath.cohort.config import CohortConfig, ModalitySource
 from exaonepath.cohort.dataset import PatientBatch as CohortBatch
 from exaonepath.cohort.dataset import PatientDataset, collate_patients
 from exaonepath.cohort.report import some
@@ -30,6 +32,8 @@ from exaonepath.training.step import Chunk
 from exaonepath.training.typed_tables import build_typed
 
 logger = logging.getLogger(__name__)
+
+PARTS = ("train", "val", "test")
 
 
 def load_training_cohort(settings: DataSettings) -> Cohort:
@@ -92,11 +96,7 @@ def make_split(cohort: Cohort, settings: DataSettings) -> Split:
         SettingsError: no such label, or too few patients. DataFileError: the split file cannot be read.
     """
     if settings.split is not None:
-        split = Split.load(settings.split)
-        known = {p for part in split.parts.values() for p in part}
-        if strange := sorted(set(cohort.patients) - known):
-            logger.warning("%d patients are in no part of %s: %s", len(strange), settings.split, some(strange))
-        split = split.restricted_to(cohort.patients)
+        split = load_split(Path(settings.split), cohort)
     else:
         labels = None
         if settings.stratify is not None:
@@ -107,10 +107,31 @@ def make_split(cohort: Cohort, settings: DataSettings) -> Split:
         shares = {"val": settings.validation_share, "test": settings.test_share}
         fractions = {"train": 1 - sum(shares.values()), **{name: share for name, share in shares.items() if share}}
         split = split_patients(cohort.patients, labels, fractions=fractions, seed=settings.split_seed)
-    parts = {name: split.parts.get(name, ()) for name in ("train", "val", "test")}
+    parts = {name: split.parts.get(name, ()) for name in PARTS}
     if len(parts["train"]) < 2:
         raise SettingsError(f"{len(parts['train'])} patients to train on; at least 2 are needed")
     return Split(parts, split.seed, split.stratified_by)
+
+
+def load_split(path: Path, cohort: Cohort) -> Split:
+    """The split in a file, with the cohort's patients only; those in none of its parts are warned of.
+
+    Raises:
+        DataFileError: it cannot be read. SettingsError: a part of another name than "train", "val", "test", or nobody
+            of the cohort is in it.
+    """
+    split = Split.load(path)
+    if strange := sorted(set(split.parts) - set(PARTS)):
+        raise SettingsError(f"{path} has parts called {', '.join(strange)}; they must be {', '.join(PARTS)}")
+    known = {p for part in split.parts.values() for p in part}
+    if not known & set(cohort.patients):
+        raise SettingsError(
+            f"{path} names {some(sorted(known))}; none of them is in the cohort, which has {some(cohort.patients)}"
+        )
+    if strange := sorted(set(cohort.patients) - known):
+        logger.warning("%d patients are in no part of %s: %s", len(strange), path, some(strange))
+    found = split.restricted_to(cohort.patients)
+    return Split({name: found.parts.get(name, ()) for name in PARTS}, found.seed, found.stratified_by)
 
 
 def fit_standardizer(cohort: Cohort, split: Split, settings: DataSettings) -> Standardizer:

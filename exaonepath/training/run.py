@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from exaonepath.cohort.cohort import WSI, Cohort
+from exaonepath.cohort.splits import Split
 from exaonepath.models.multimodal.alignment import ExaonePathAlignmentModel
 from exaonepath.storage import write_text
 from exaonepath.training.batch_plan import derive_seed
@@ -22,6 +24,7 @@ from exaonepath.training.data import (
     fit_standardizer,
     load_training_cohort,
     make_split,
+    restrict_modalities,
     standardizer_of,
 )
 from exaonepath.training.distributed import Processes
@@ -70,6 +73,7 @@ def prepare(settings: TrainSettings) -> PreparedRun:
     split = make_split(cohort, settings.data)
     if settings.model.init is not None:
         model = load_initial_model(settings)
+        cohort, split = _as_the_model_takes_it(model, cohort, split, settings)
         check_features(model, cohort, by_name=settings.model.match_by_name)
         data = TrainingData(cohort, split, standardizer_of(model), settings.data, settings.run.seed)
     else:
@@ -79,6 +83,29 @@ def prepare(settings: TrainSettings) -> PreparedRun:
         torch.manual_seed(derive_seed(settings.run.seed, 0, 0))
         model = build_model(settings, data)
     return PreparedRun(settings, data, model, processes)
+
+
+def check(settings: TrainSettings, out: str | Path) -> PreparedRun:
+    """`prepare`, and everything else that `train` would refuse before its first step; nothing is written."""
+    with torch.random.fork_rng(devices=[]):
+        prepared = prepare(settings)
+    folder = RunFolder(Path(out))
+    Trainer(prepared.model, prepared.data, prepared.settings, folder, prepared.processes)
+    folder.check(settings.as_dict(), prepared.data.cohort.fingerprint)
+    return prepared
+
+
+def _as_the_model_takes_it(
+    model: ExaonePathAlignmentModel, cohort: Cohort, split: Split, settings: TrainSettings
+) -> tuple[Cohort, Split]:
+    """Without modalities that the model to start from has no encoder for, and patients who then have too few."""
+    held = [*([WSI] if len(cohort.slides) else []), *cohort.modalities]
+    if strange := [name for name in held if name not in model.modalities]:
+        logger.warning("%s has no encoder for %s: left out", settings.model.init, ", ".join(strange))
+        cohort = restrict_modalities(
+            cohort, [name for name in held if name in model.modalities], settings.data.min_modalities
+        )
+    return cohort, split.restricted_to(cohort.patients)
 
 
 def train(

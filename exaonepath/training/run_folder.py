@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,23 @@ class RunFolder:
                 shutil.rmtree(self.path / name, ignore_errors=True)
             for name in _FILES:
                 (self.path / name).unlink(missing_ok=True)
+        if self.check(settings, cohort_hash):
+            return True
+        content = {
+            "settings": dict(settings),
+            "settings_hash": settings_hash(settings),
+            "cohort_hash": cohort_hash,
+            "exaonepath_version": __version__,
+        }
+        write_text(self.settings_file, json.dumps(content, indent=1) + "\n")
+        return False
+
+    def check(self, settings: Mapping[str, Any], cohort_hash: str) -> bool:
+        """Whether the folder holds this run already, so that there may be something to resume; nothing is written.
+
+        Raises:
+            SettingsError, OutputCollisionError: see `claim`. OutputError: it could not be written to.
+        """
         if self.settings_file.exists():
             stored = self._stored()
             if differing := differing_keys(stored["settings"], dict(settings)):
@@ -83,19 +101,16 @@ class RunFolder:
                     "other data; train into another folder, or ask to overwrite"
                 )
             return True
+        there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise output_error(self.path, PermissionError(f"{there} cannot be written to"))
         own = {*_FOLDERS, *_FILES}
-        foreign = [p.name for p in self.path.iterdir() if p.name not in own and not p.name.startswith(".")]
+        content = self.path.iterdir() if there == self.path.absolute() else ()
+        foreign = [p.name for p in content if p.name not in own and not p.name.startswith(".")]
         if foreign:
             raise OutputCollisionError(
                 f"{self.path} is not empty and holds no training run ({', '.join(sorted(foreign)[:5])}); name a new one"
             )
-        content = {
-            "settings": dict(settings),
-            "settings_hash": settings_hash(settings),
-            "cohort_hash": cohort_hash,
-            "exaonepath_version": __version__,
-        }
-        write_text(self.settings_file, json.dumps(content, indent=1) + "\n")
         return False
 
     def append(self, row: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ generator state to keep, and a resumed run takes the very steps that the killed 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class Trainer:
         """Check everything that can be checked without a step.
 
         Raises:
-            SettingsError: batch, chunks and processes do not fit together.
+            SettingsError: batch, chunks and processes do not fit together, or no pair is trained that is to select.
             DeviceError: the precision is not available on the device.
         """
         self.settings, self.data, self.folder, self.processes = settings, data, folder, processes
@@ -102,6 +103,7 @@ class Trainer:
             processes=processes.count,
         )
         self.total = self.plan.total
+        _check_select(run.select, model)
         self.dtype = _precision(run.precision, processes.device)
         self.model = model.to(processes.device)
         self.objective = AlignmentObjective(model, distributed=processes.count > 1)
@@ -306,20 +308,16 @@ class Trainer:
         flat, _ = retrieval_metrics(embedded.pairs)
         row: dict[str, Any] = {"kind": "validation", "step": self.step, "epoch": self.step // self.plan.steps_per_epoch}
         row.update({"patients": len(patients), **flat})
-        name, k = select_parts(self.settings.run.select)
-        key = f"{name}@{k}"
-        if key not in flat:
-            raise SettingsError(
-                f"run.select is {key!r}, which validation does not measure; choose one of {_keys(flat)}"
-            )
+        # Without a patient on both sides of a pair there is no such number; a NaN would never be beaten.
+        score = flat.get(self.settings.run.select, math.nan)
         if self.settings.run.monitor:
             there = {
                 p: [n for n, flags in embedded.available.items() if flags[i]] for i, p in enumerate(embedded.patients)
             }
             self.log.warnings(self.monitors.observe_retrieval(self.step, embedded.pairs, there))
             self._look_for_leaks()
-        if self.best is None or flat[key] > self.best:
-            self.best, self.best_step = flat[key], self.step
+        if not math.isnan(score) and (self.best is None or score > self.best):
+            self.best, self.best_step = score, self.step
             if self.processes.is_main:
                 self._note_provenance()
                 self.folder.save_model(self.model, self.folder.best)
@@ -353,5 +351,8 @@ def _precision(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _keys(flat: Mapping[str, float]) -> str:
-    return ", ".join(key for key in flat if "/" not in key)
+def _check_select(select: str, model: ExaonePathAlignmentModel) -> None:
+    name, _ = select_parts(select)
+    known = ["mean_recall", *(f"{x}->{y}" for a, b in model.trained_pairs for x, y in ((a, b), (b, a)))]
+    if name not in known:
+        raise SettingsError(f"run.select is {select!r}; this run can select by {', '.join(known)}, with @1, @5 or @10")

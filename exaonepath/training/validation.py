@@ -93,11 +93,9 @@ def shared_spaces(
         rows_a, rows_b = available[a], available[b]
         if rows_a.any() and rows_b.any():
             u, v = model.project(embeddings[a][rows_a], a, b), model.project(embeddings[b][rows_b], b, a)
-            out.append(
-                PairEmbeddings(
-                    a, b, u.float().cpu().numpy(), v.float().cpu().numpy(), ids[rows_a.cpu()], ids[rows_b.cpu()]
-                )
-            )
+            # As numpy's flags: it takes a tensor of one flag for an index.
+            ids_a, ids_b = (ids[rows.cpu().numpy()] for rows in (rows_a, rows_b))
+            out.append(PairEmbeddings(a, b, u.float().cpu().numpy(), v.float().cpu().numpy(), ids_a, ids_b))
     return tuple(out)
 
 

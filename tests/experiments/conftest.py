@@ -10,13 +10,16 @@ from exaonepath.training.settings import build_settings
 
 
 @pytest.fixture(scope="session")
-def cohort_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cohort")
-    settings = SyntheticCohortSettings(
+def cohort_dials():
+    return SyntheticCohortSettings(
         patients=90, subtypes=2, slides_per_patient=(1, 1), patches_per_slide=16, feature_dim=8,
         rna=30, snp=15, cnv=15, methylation=20,
     )  # fmt: skip
-    return write_synthetic_cohort(folder, settings)
+
+
+@pytest.fixture(scope="session")
+def cohort_folder(tmp_path_factory, cohort_dials):
+    return write_synthetic_cohort(tmp_path_factory.mktemp("cohort"), cohort_dials)
 
 
 @pytest.fixture(scope="session")

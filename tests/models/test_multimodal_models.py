@@ -149,6 +149,22 @@ def test_measured_values_are_standardised_by_the_model(model):
         encoder.set_statistics(mean[:9], std)
 
 
+def test_counts_of_one_patient_are_divided_by_what_training_divides_by(caplog):
+    """A model that reads some of the genes: the sum of those alone is another million, and is warned of."""
+    model = build(3).eval()
+    encoder = model.omics_encoder("rna")
+    encoder.transform = "cpm_log1p"
+    counts = torch.randint(1, 500, (10,), generator=torch.Generator().manual_seed(0)).float()
+    total = 4 * float(counts.sum())
+    with torch.no_grad():
+        expected = encoder(encoder.standardize(counts[None], torch.tensor([total])))
+    given = model.encode_patient(rna=counts, totals={"rna": total}).modality["rna"]
+    assert torch.equal(given, expected)
+    assert not caplog.records
+    assert not torch.allclose(model.encode_patient(rna=counts).modality["rna"], expected, atol=1e-2)
+    assert "the 10 features the model reads" in caplog.text
+
+
 def test_statistics_stay_wide_in_a_half_precision_model():
     model = build()
     model.omics_encoder("rna").set_statistics(torch.full((10,), 1.0009765), torch.ones(10))

@@ -13,11 +13,18 @@ from safetensors.torch import load_file
 
 from exaonepath.cohort.report import CohortError
 from exaonepath.cohort.splits import Split
-from exaonepath.errors import DeviceError, FileBusyError, OutputCollisionError, SettingsError, WeightsError
+from exaonepath.errors import (
+    DeviceError,
+    FileBusyError,
+    OutputCollisionError,
+    OutputError,
+    SettingsError,
+    WeightsError,
+)
 from exaonepath.models.multimodal import ExaonePathAlignmentModel
 from exaonepath.training.batch_plan import derive_seed
 from exaonepath.training.data import standardizer_of
-from exaonepath.training.run import prepare, train
+from exaonepath.training.run import check, prepare, train
 from exaonepath.training.run_folder import RunFolder
 from exaonepath.training.step import TrainingError
 from exaonepath.training.trainer import Trainer
@@ -183,7 +190,8 @@ def test_a_folder_of_another_run_is_refused(finished, make_settings, tmp_path, c
 def test_training_learns(make_settings, tmp_path):
     """More steps on the same few patients: the loss falls well below where it started."""
     settings = make_settings(
-        run={"epochs": 30, "batch_size": 20, "validate_every": 0, "device": "cpu", "tensorboard": False}
+        run={"epochs": 30, "batch_size": 20, "validate_every": 0, "device": "cpu", "tensorboard": False},
+        optimizer={"lr": 1e-2},
     )
     train(settings, tmp_path / "run")
     losses = [row["loss"] for row in RunFolder(tmp_path / "run").metrics() if row["kind"] == "train"]
@@ -299,6 +307,8 @@ def test_fine_tuning_takes_the_models_own_features(finished, make_settings, tmp_
         ({"model": {"slide_weights": "nobody/nothing-of-this-name", "wsi": {}}}, WeightsError, "nobody/nothing"),
         ({"loss": {"pair_weights": {"rna-wsi": 1.0}}}, SettingsError, "no pair 'rna-wsi'"),
         ({"run": {"device": "tpu"}}, DeviceError, "tpu"),
+        ({"run": {"select": "wsi->dna@1"}}, SettingsError, "can select by mean_recall, wsi->rna"),
+        ({"loss": {"pairs": "wsi"}, "run": {"select": "rna->snp@1"}}, SettingsError, "rna->snp@1"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_anything_is_written(make_settings, tmp_path, changes, error, named):
@@ -333,6 +343,65 @@ def test_a_damaged_slide_and_a_split_that_leaves_nobody(make_settings, tmp_path,
     Split({"train": ("P00001",), "val": ("P00002",)}).save(tmp_path / "split.json")
     with pytest.raises(SettingsError, match="1 patients to train on"):
         prepare(make_settings(data={**_paths(base), "split": str(tmp_path / "split.json")}))
+
+
+def test_a_split_of_other_parts_or_other_patients_is_refused(make_settings, tmp_path):
+    paths = {**_paths(make_settings()), "split": str(tmp_path / "split.json")}
+    Split({"train": ("P00001", "P00002"), "validation": ("P00003",)}).save(tmp_path / "split.json")
+    with pytest.raises(SettingsError, match="parts called validation; they must be train, val, test"):
+        prepare(make_settings(data=paths))
+    Split({"train": ("X1", "X2"), "val": ("X3",)}).save(tmp_path / "split.json")
+    with pytest.raises(SettingsError, match="X1, X2, X3; none of them is in the cohort"):
+        prepare(make_settings(data=paths))
+
+
+@pytest.mark.parametrize("pairs", ["all", "wsi"])
+def test_one_validation_patient_is_enough_and_none_with_a_slide_does_no_harm(make_settings, tmp_path, pairs):
+    """With pairs of the slide only and nobody to validate who has one, nothing selects, and everything else goes on."""
+    base = make_settings()
+    cohort = prepare(base).data.cohort
+    there = cohort.availability()
+    without = [p for p, row in zip(cohort.patients, there, strict=True) if not row[0]]
+    chosen = [p for p, row in zip(cohort.patients, there, strict=True) if row.all()] if pairs == "all" else without
+    rest = tuple(p for p in cohort.patients if p != chosen[0])
+    Split({"train": rest, "val": (chosen[0],), "test": ()}).save(tmp_path / "split.json")
+    settings = make_settings(
+        data={**_paths(base), "split": str(tmp_path / "split.json")}, model=_model(base), loss={"pairs": pairs},
+        run={**_run(base), "epochs": 1, "monitor": True},
+    )  # fmt: skip
+    result = train(settings, tmp_path / "run")
+    assert result.finished
+    assert (result.best is None) == (pairs == "wsi")
+    assert train(settings, tmp_path / "run").finished  # its checkpoint is read again
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(finished, make_settings, tmp_path, cohort_folder):
+    check(_settings(cohort_folder), finished)
+    with pytest.raises(SettingsError, match="holds a run of other settings"):
+        check(make_settings(), finished)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    with pytest.raises(OutputCollisionError, match=r"thesis\.tex"):
+        check(make_settings(), tmp_path / "full")
+    with pytest.raises(OutputError):
+        check(make_settings(), tmp_path / "full" / "thesis.tex" / "run")
+    with pytest.raises(SettingsError, match="can select by"):
+        check(make_settings(run={**_run(make_settings()), "select": "wsi->dna@1"}), tmp_path / "new")
+    check(make_settings(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_without_slides_goes_on_with_a_cohort_that_has_some(make_settings, tmp_path, caplog):
+    base = make_settings()
+    molecular = {**_paths(base), "modalities": ["rna", "snp", "cnv", "methylation"]}
+    first = make_settings(data=molecular, model=_model(base), run={**_run(base), "epochs": 1})
+    train(first, tmp_path / "first")
+    second = make_settings(
+        data=_paths(base), model={"init": str(tmp_path / "first" / "model"), "wsi": {}, "omics": {}},
+        run={**_run(base), "epochs": 1},
+    )  # fmt: skip
+    assert train(second, tmp_path / "second").finished
+    assert "has no encoder for wsi" in caplog.text
 
 
 def test_seeds_depend_on_every_part():

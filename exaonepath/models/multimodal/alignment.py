@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from exaonepath.models.multimodal.manifest import match_features
 from exaonepath.models.multimodal.omics import OmicsEncoder
 from exaonepath.models.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.ops.ragged_layout import build_ragged_layout
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -215,19 +218,37 @@ class ExaonePathAlignmentModel(ExaonePathPreTrainedModel):
         return PatientEmbeddings(embeddings, available, self.fuse(embeddings, available))
 
     def encode_patient(
-        self, wsi: SlidePatches | Sequence[SlidePatches] | None = None, **profiles: Tensor
+        self,
+        wsi: SlidePatches | Sequence[SlidePatches] | None = None,
+        *,
+        totals: Mapping[str, float] | None = None,
+        **profiles: Tensor,
     ) -> PatientEmbeddings:
         """Embed one patient from any subset of modalities; B = 1.
 
         Args:
             wsi: one slide, or several.
+            totals: of modalities that are counts: their sum over all features that were measured, those included that
+                the model does not read; training divides by it. Absent: the sum of the profile, with a warning.
             profiles: molecular profiles by modality, each [F] as measured (`OmicsEncoder.standardize` is applied), in
                 the order of the model's feature names; NaN where a value is missing.
         """
         slides = None if wsi is None else [[wsi] if isinstance(wsi, SlidePatches) else list(wsi)]
         values = {name: torch.as_tensor(x)[None].to(self.loss_device) for name, x in profiles.items()}
         available = {name: ~torch.isnan(x).all(1).cpu() for name, x in values.items()}
-        standardized = {name: self.omics_encoder(name).standardize(x) for name, x in values.items()}
+        standardized = {}
+        for name, x in values.items():
+            encoder, total = self.omics_encoder(name), (totals or {}).get(name)
+            if total is None and encoder.transform == "cpm_log1p":
+                logger.warning(
+                    "%s: counts are divided by their sum over the %d features the model reads; training divided by the "
+                    "sum over all that were measured: give it as totals={%r: ...}",
+                    name,
+                    x.shape[1],
+                    name,
+                )
+            known = None if total is None else torch.tensor([float(total)], device=x.device)
+            standardized[name] = encoder.standardize(x, known)
         batch = PatientBatch.build(1, slides, standardized, available)
         with evaluating(self), torch.no_grad():
             return self.encode_patients(batch)
