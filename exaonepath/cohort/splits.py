@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,8 @@ import pandas as pd
 from exaonepath.cohort.report import some
 from exaonepath.errors import DataFileError, SettingsError
 from exaonepath.storage import write_text
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_FRACTIONS: Mapping[str, float] = MappingProxyType({"train": 0.7, "val": 0.1, "test": 0.2})
 
@@ -88,11 +91,13 @@ def split_patients(
     """Divide patients into parts.
 
     Within each label patients are ordered by a hash of seed and id, and dealt out one by one to the part that lags most
-    behind its fraction. So sizes are right to one patient, and so are they within every label to one or two.
+    behind its fraction. So sizes are right to one patient, and so are they within every label to one or two. Labels
+    with fewer patients than there are parts cannot be in all of them: they form one stratum together.
 
     Args:
         patients: ids, in any order.
         labels: label of each patient (index: ids); patients without one form a stratum of their own. None: no strata.
+            A column most of whose labels have one patient is warned of.
         fractions: part to share, positive and adding up to 1.
         seed: another seed, another split.
 
@@ -109,10 +114,15 @@ def split_patients(
     for patient in patients:
         label = None if labels is None else labels.get(patient)
         strata.setdefault("" if label is None or pd.isna(label) else str(label), []).append(patient)
+    if labels is not None:
+        _warn_of_singles(str(labels.name), {label: ids for label, ids in strata.items() if label})
+    # Dealt label by label, a patient alone in its label would go to the same part whatever the seed.
+    small = [label for label in strata if len(strata[label]) < len(fractions)]
+    together = sorted(patient for label in small for patient in strata.pop(label))
     parts: dict[str, list[str]] = {name: [] for name in fractions}
     dealt = 0
-    for label in sorted(strata):
-        for patient in sorted(strata[label], key=lambda p: hashlib.sha256(f"{seed}\0{p}".encode()).digest()):
+    for stratum in (*(strata[label] for label in sorted(strata)), together):
+        for patient in sorted(stratum, key=lambda p: hashlib.sha256(f"{seed}\0{p}".encode()).digest()):
             dealt += 1
             lag = {name: share * dealt - len(parts[name]) for name, share in fractions.items()}
             parts[max(lag, key=lambda name: lag[name])].append(patient)
@@ -121,3 +131,16 @@ def split_patients(
         raise SettingsError(f"{len(patients)} patients are too few: nobody is left for {', '.join(nobody)}")
     column = None if labels is None else str(labels.name)
     return Split({name: tuple(sorted(ids)) for name, ids in parts.items()}, seed, column)
+
+
+def _warn_of_singles(column: str, strata: Mapping[str, Sequence[str]]) -> None:
+    alone = [f"{label} ({ids[0]})" for label, ids in strata.items() if len(ids) == 1]
+    if 2 * len(alone) > len(strata) > 2:
+        logger.warning(
+            "%d of the %d labels in the column %r have one patient each, such as %s: a split cannot be stratified by "
+            "them; name a column of few classes",
+            len(alone),
+            len(strata),
+            column,
+            some(alone, 3),
+        )

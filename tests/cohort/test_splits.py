@@ -69,3 +69,29 @@ def test_what_cannot_be_split():
         split_patients(PEOPLE[:3])
     with pytest.raises(SettingsError, match="no part 'dev'"):
         split_patients(PEOPLE)["dev"]
+
+
+@pytest.mark.parametrize("patients_per_label", [1, 2])
+def test_a_column_that_is_nearly_unique_does_not_fix_the_split(patients_per_label, caplog):
+    labels = pd.Series([f"{n // patients_per_label}" for n in range(103)], PEOPLE, name="days")
+    splits = [split_patients(PEOPLE, labels, seed=seed) for seed in range(6)]
+    shared = [len(set(a["test"]) & set(splits[0]["test"])) for a in splits[1:]]
+    # Of two draws of 21 of 103, 4.3 are shared by chance, with a deviation of 1.7: four of them.
+    assert max(shared) <= 11
+    for split in splits:
+        assert abs(len(split["test"]) - 0.2 * 103) <= 1
+    warned = patients_per_label == 1
+    assert ("103 of the 103 labels in the column 'days' have one patient each" in caplog.text) == warned
+    assert split_patients(PEOPLE[::-1], labels[::-1], seed=3) == splits[3]
+
+
+def test_labels_that_can_be_spread_are_split_as_ever(caplog):
+    labels = LABELS.copy()
+    labels.iloc[3] = "unique"
+    # As drawn before rare labels were put together.
+    drawn = "p013 p027 p030 p052 p059 p061 p070 p079 p101 p102"
+    assert " ".join(split_patients(PEOPLE, LABELS, seed=1)["val"]) == drawn
+    assert not caplog.records
+    found = split_patients(PEOPLE, labels, seed=1)
+    assert abs(len(found["test"]) - 0.2 * 103) <= 1
+    assert not caplog.records  # one label of three has a single patient: usual enough
