@@ -24,6 +24,8 @@ SCALES: dict[str, tuple[str, ...]] = {
 # log2(TPM + 1) of the most expressed gene stays below 20, natural logs further below; the largest TPM of a sample is
 # never so small (its million spreads over some 20,000 genes, unevenly).
 _LARGEST_LOG = 25.0
+# HTSeq's begin with two underscores: __no_feature, __ambiguous, ...
+_STAR_TALLIES = frozenset({"N_unmapped", "N_multimapping", "N_noFeature", "N_ambiguous"})
 _LARGEST_COPY_NUMBER = 50.0
 _LARGEST_M_VALUE = 30.0
 
@@ -108,8 +110,10 @@ def check_table(
         duplicate_features: "error" refuses two columns of one name, "mean" averages them.
 
     Returns:
-        The table with its scale, without rows that hold no value at all.
+        The table with its scale, without rows that hold no value at all, and without columns that are no features.
     """
+    if modality == "rna":
+        table = _without_tallies(modality, table, report)
     table = _unique_features(modality, table, report, duplicate_features)
     figures = measure(table)
     _check_finite(modality, table, figures, report, missing)
@@ -218,6 +222,23 @@ def _scale_problem(scale: str, figures: Figures) -> str | None:
 
 def _span(figures: Figures) -> str:
     return f"run from {figures.minimum:.4g} to {figures.maximum:.4g}"
+
+
+def _without_tallies(modality: str, table: ModalityTable, report: CohortReport) -> ModalityTable:
+    """The table without the reads that a counting program could not assign: they are of no gene, and of no total."""
+    tallies = [at for at, name in enumerate(table.features) if name.startswith("__") or name in _STAR_TALLIES]
+    if not tallies or len(tallies) == len(table.features):
+        return table
+    names = [table.features[at] for at in tallies]
+    report.add(
+        "note",
+        "no-features",
+        modality,
+        f"{len(names)} column(s) tally unassigned reads (of HTSeq or STAR) and were left out: {some(names)}",
+        features=names,
+    )
+    kept = np.setdiff1d(np.arange(len(table.features)), tallies)
+    return replace(table, features=tuple(table.features[at] for at in kept), values=table.values[:, kept])
 
 
 def _unique_features(

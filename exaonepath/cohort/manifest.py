@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,3 +94,55 @@ class FeatureManifest:
                 features=others,
             )
         return columns
+
+
+# Totals over other columns than in training: above this share of names and of counts it is worth a warning.
+_OTHER_TOTALS = 0.01
+
+
+def check_totals(
+    modality: str, table: ModalityTable, features: Sequence[str], measured: Sequence[str], report: CohortReport
+) -> None:
+    """Warn where counts per million would be of other columns than those of the training cohort.
+
+    Args:
+        modality: whose table.
+        table: counts.
+        features: the model's features.
+        measured: all columns of the training table; empty where the model does not tell: then no less than `features`.
+        report: takes the warning.
+    """
+    trained = measured or features
+    known, held = set(trained), set(table.features)
+    lacking = [name for name in trained if name not in held]
+    surplus = [at for at, name in enumerate(table.features) if name not in known]
+    if len(lacking) + len(surplus) <= _OTHER_TOTALS * len(trained):
+        return
+    share = _share_of_counts(table, surplus)
+    if share <= _OTHER_TOTALS and len(lacking) <= _OTHER_TOTALS * len(trained):
+        return  # a feature that nobody expresses was dropped in training, and counts nothing here
+    doubt = (
+        ""
+        if measured
+        else "; where the model was trained on some of the columns of such a table (`top_variance`), this is as it "
+        "should be"
+    )
+    report.add(
+        "warning",
+        "other-totals",
+        modality,
+        f"counts per million are of all {len(held)} columns of the table, and were of {len(trained)} in training: "
+        f"{len(surplus)} are surplus ({some([table.features[at] for at in surplus], 3) or 'none'}) and hold "
+        f"{100 * share:.2g}% of the counts, {len(lacking)} are lacking ({some(lacking, 3) or 'none'}); every input "
+        f"is shifted, by the surplus alone to {100 * (1 - share):.3g}% of its counts per million. Give the table the "
+        f"columns of the training cohort{doubt}",
+        features=[*(table.features[at] for at in surplus), *lacking],
+    )
+
+
+def _share_of_counts(table: ModalityTable, columns: Sequence[int]) -> float:
+    of_columns = of_all = 0.0
+    for _, block in table.row_blocks():
+        of_all += float(np.nansum(block, dtype=np.float64))
+        of_columns += float(np.nansum(block[:, columns], dtype=np.float64))
+    return of_columns / of_all if of_all > 0 else 0.0

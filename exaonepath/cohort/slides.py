@@ -92,6 +92,7 @@ def read_slides(
             "error", "no-column", "slides", f"{path} lacks the column(s) {', '.join(missing)}; it has {list(frame)}"
         )
         return SlideTable()
+    frame = frame.astype(object).where(frame.notna(), "")  # None or NaN in Parquet, by the version of pandas
     rows = []
     for at, entry in enumerate(frame.itertuples(index=False), start=2):
         record = {name: str(getattr(entry, name, "") or "").strip() for name in _COLUMNS}

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from exaonepath.cohort.cohort import Cohort
 from exaonepath.cohort.config import OMICS
-from exaonepath.cohort.manifest import FeatureManifest
+from exaonepath.cohort.manifest import FeatureManifest, check_totals
 from exaonepath.cohort.report import CohortReport, some
 from exaonepath.cohort.tables import ModalityTable
 from exaonepath.errors import DataFileError, SettingsError
@@ -60,6 +60,7 @@ class Scaling:
         transform: "none", "log1p" or "cpm_log1p".
         mean, std: float32 [F], after the transform.
         n_patients: how many training patients they come from.
+        measured: for counts, all features that were added up to a patient's total; empty: not known.
     """
 
     features: tuple[str, ...]
@@ -68,6 +69,7 @@ class Scaling:
     mean: np.ndarray
     std: np.ndarray
     n_patients: int
+    measured: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +125,7 @@ class Standardizer:
         """Bring a cohort's tables into the order of the model's inputs.
 
         Modalities the model does not know are left out, and those the cohort lacks are missing for everybody: the
-        report says so, as it says which features are lacking.
+        report says so, as it says which features are lacking, and where counts would be put to another total.
 
         Raises:
             CohortError: a modality has no feature in common with the model's, or numbers of another scale.
@@ -145,6 +147,8 @@ class Standardizer:
                     "the scale",
                 )
             columns = manifest.columns(name, table, report)
+            if scaling.transform == "cpm_log1p" and (columns >= 0).any():
+                check_totals(name, table, scaling.features, scaling.measured, report)
             rows[name] = OmicsRows(table, scaling, columns, self.clip)
         absent = [name for name in self.scalings if name not in cohort.modalities]
         if absent:
@@ -168,6 +172,7 @@ class Standardizer:
                 "scale": scaling.scale,
                 "transform": scaling.transform,
                 "n_patients": scaling.n_patients,
+                "measured": list(scaling.measured),
             }
         text = json.dumps({"clip": self.clip, "modalities": facts})
         with atomic_path(path) as temporary:
@@ -195,8 +200,9 @@ class Standardizer:
                     features = tuple(facts["features"])
                     if not mean.shape == std.shape == (len(features),):
                         raise DataFileError(f"{path}: {len(features)} features of {name}, {mean.shape[0]} means")
+                    measured = tuple(facts.get("measured", ()))  # files of earlier versions do not tell
                     scalings[name] = Scaling(
-                        features, facts["scale"], facts["transform"], mean, std, facts["n_patients"]
+                        features, facts["scale"], facts["transform"], mean, std, facts["n_patients"], measured
                     )
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as exc:
             raise DataFileError(f"{path} cannot be read as a standardizer ({exc})") from exc
@@ -287,4 +293,5 @@ def _fit(name: str, table: ModalityTable, settings: StandardizerSettings, report
         mean[kept].astype(np.float32),
         std[kept].astype(np.float32),
         len(table.patients),
+        table.features if transform == "cpm_log1p" else (),
     )

@@ -143,3 +143,18 @@ def test_figures_do_not_depend_on_the_size_of_blocks(monkeypatch):
             np.testing.assert_array_equal(value, getattr(other, name), err_msg=name)
     assert whole.rows_missing.tolist() == [2]
     assert whole.all_missing_rows.tolist() == [4]
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_tallies_of_unassigned_reads_are_no_features(kind):
+    values = np.array([[5, 900, 3, 70], [2, 800, 4, 60]], np.float32)
+    values = sparse.csr_matrix(values) if kind == "sparse" else values
+    table = ModalityTable(("p1", "p2"), ("A", "__no_feature", "B", "N_unmapped"), values)
+    report = CohortReport()
+    found = check_table("rna", table, report, scale="counts")
+    assert found.features == ("A", "B")
+    assert found.rows([0, 1]).tolist() == [[5, 3], [2, 4]]
+    assert [(f.level, f.features) for f in report.findings if f.code == "no-features"] == [
+        ("note", ("__no_feature", "N_unmapped"))
+    ]
+    assert check_table("cnv", table, CohortReport(), scale="any").features == table.features

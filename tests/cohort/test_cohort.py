@@ -312,3 +312,19 @@ def test_a_table_of_other_patients_is_an_error_where_the_user_named_it(write_csv
     own = {"methylation": ModalitySource(path, key="methylation")}
     with pytest.raises(CohortError, match=r"none of its 3 patients \(x, y, z\) .*such as a, b, c; mend the ids"):
         load_cohort(CohortConfig(mudata=path, modalities=own))
+
+
+def test_empty_cells_of_a_parquet_table_of_slides_are_empty(write_csv, write_slide, tmp_path):
+    rows = [("a", "s1", "a.h5"), (None, "s2", "b.h5"), ("c", None, "c.h5"), ("d", np.nan, None)]
+    for name in "abc":
+        write_slide(f"{name}.h5")
+    pd.DataFrame(rows, columns=["patient", "slide", "features"]).to_parquet(tmp_path / "slides.parquet")
+    rna = ModalitySource(rna_file(write_csv, "abcd"))
+    with pytest.raises(CohortError) as caught:
+        load_cohort(CohortConfig(modalities={"rna": rna}, slides=tmp_path / "slides.parquet"))
+    assert [f.code for f in caught.value.report.errors] == ["empty-cell", "empty-cell"]
+    assert "line 3" in str(caught.value)
+    assert "line 5" in str(caught.value)
+    pd.DataFrame([rows[0], rows[2]], columns=["patient", "slide", "features"]).to_parquet(tmp_path / "slides.parquet")
+    cohort = load_cohort(CohortConfig(modalities={"rna": rna}, slides=tmp_path / "slides.parquet"))
+    assert [(slide.patient, slide.slide) for slide in cohort.slides.slides] == [("a", "s1"), ("c", "c")]

@@ -1,5 +1,7 @@
 """Model inputs: transforms, what is fitted on whom, manifests, the file they are kept in."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -196,3 +198,45 @@ def test_manifests_go_through_json_and_refuse_nonsense():
 def test_unknown_training_patients_are_refused(small):
     with pytest.raises(SettingsError, match="stranger"):
         Standardizer.fit(small, ["stranger"])
+
+
+def counts(names, seed=2, depth=50):
+    values = np.random.default_rng(seed).poisson(depth, (12, len(names))).astype(np.float32)
+    return cohort("rna", values, "counts", tuple(names))
+
+
+GENES = [f"f{i}" for i in range(20)]
+
+
+def totals_told(standardizer, of):
+    return [f for f in standardizer.align(of)[1].findings if f.code == "other-totals"]
+
+
+def test_counts_of_other_columns_than_in_training_are_told(tmp_path):
+    of = counts(GENES)
+    standardizer, _ = Standardizer.fit(of, TRAIN, StandardizerSettings({"rna": 15}))
+    standardizer.save(tmp_path / "s.safetensors")
+    standardizer = Standardizer.load(tmp_path / "s.safetensors")
+    assert not totals_told(standardizer, of)  # features left out by variance count in the totals of both
+    spiked = counts([*GENES, "ERCC-1", "ERCC-2"])
+    (finding,) = totals_told(standardizer, spiked)
+    values = spiked.modalities["rna"].values
+    share = f"{100 * values[:, 20:].sum() / values.sum():.2g}%"
+    assert (finding.level, finding.where) == ("warning", "rna")
+    assert finding.features == ("ERCC-1", "ERCC-2")
+    assert f"2 are surplus (ERCC-1, ERCC-2) and hold {share} of the counts" in finding.message
+    assert "top_variance" not in finding.message
+    kept = standardizer.manifest.features["rna"]
+    (finding,) = totals_told(standardizer, counts(kept))
+    assert set(finding.features) == set(GENES) - set(kept)
+    assert not totals_told(Standardizer.fit(cohort(), TRAIN)[0], cohort(features=(*"abcd", "f1")))
+
+
+def test_a_model_that_does_not_tell_its_totals_is_held_against_its_features():
+    of = counts(GENES)
+    of.modalities["rna"].values[:, 3] = 0  # constant: dropped, and no part of any total
+    fitted, _ = Standardizer.fit(of, TRAIN)
+    model = Standardizer({"rna": replace(fitted.scalings["rna"], measured=())})
+    assert not totals_told(model, of)
+    (finding,) = totals_told(model, counts([*GENES, "ERCC-1"]))
+    assert "top_variance" in finding.message
