@@ -121,21 +121,25 @@ def check_totals(
     share = _share_of_counts(table, surplus)
     if share <= _OTHER_TOTALS and len(lacking) <= _OTHER_TOTALS * len(trained):
         return  # a feature that nobody expresses was dropped in training, and counts nothing here
+    told, follows = [], []
+    if surplus:
+        told.append(
+            f"{len(surplus)} are surplus ({some([table.features[at] for at in surplus], 3)}) and hold {100 * share:.2g}% "
+            "of the counts"
+        )
+        follows.append(f"the others are put to {100 * (1 - share):.3g}% of what they would be")
+    if lacking:
+        told.append(f"{len(lacking)} are lacking ({some(lacking, 3)})")
+        follows.append("the others are put too high by the share of the lacking")
     doubt = (
-        ""
-        if measured
-        else "; where the model was trained on some of the columns of such a table (`top_variance`), this is as it "
-        "should be"
+        "" if measured or not surplus else "; if training had these too and dropped them (`top_variance`), all is well"
     )
     report.add(
         "warning",
         "other-totals",
         modality,
         f"counts per million are of all {len(held)} columns of the table, and were of {len(trained)} in training: "
-        f"{len(surplus)} are surplus ({some([table.features[at] for at in surplus], 3) or 'none'}) and hold "
-        f"{100 * share:.2g}% of the counts, {len(lacking)} are lacking ({some(lacking, 3) or 'none'}); every input "
-        f"is shifted, by the surplus alone to {100 * (1 - share):.3g}% of its counts per million. Give the table the "
-        f"columns of the training cohort{doubt}",
+        f"{', '.join(told)}; so {', and '.join(follows)}. Give the table the columns of the training cohort{doubt}",
         features=[*(table.features[at] for at in surplus), *lacking],
     )
 
