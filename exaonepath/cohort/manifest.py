@@ -124,8 +124,8 @@ def check_totals(
     told, follows = [], []
     if surplus:
         told.append(
-            f"{len(surplus)} are surplus ({some([table.features[at] for at in surplus], 3)}) and hold {100 * share:.2g}% "
-            "of the counts"
+            f"{len(surplus)} are surplus ({some([table.features[at] for at in surplus], 3)}) and hold "
+            f"{100 * share:.2g}% of the counts"
         )
         follows.append(f"the others are put to {100 * (1 - share):.3g}% of what they would be")
     if lacking:
