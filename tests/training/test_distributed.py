@@ -56,6 +56,11 @@ def test_two_processes_equal_one(make_settings, tmp_path):
     # Sums are formed in another order: float32 rounding of gradients, 1e-6 relative, which Adam's first steps turn into
     # as much of the learning rate where a gradient is near 0; 3 steps of 1e-3.
     for name, tensor in one.items():
+        if name.endswith("blocks.0.attn.qkv.bias"):
+            # Without rotation a bias of all keys moves every score of a query alike, and softmax does not see it: its
+            # gradient is nothing but rounding, of which Adam makes steps of full length.
+            width = tensor.numel() // 3
+            tensor[width : 2 * width] = two[name][width : 2 * width] = 0
         torch.testing.assert_close(
             two[name], tensor, rtol=1e-4, atol=3e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
