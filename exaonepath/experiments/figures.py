@@ -38,7 +38,9 @@ def draw_outcome(outcome: Outcome, measures: Sequence[str], path: str | os.PathL
             axes.plot([mean.low, mean.high], [row, row], color=color, linewidth=2, alpha=0.45, solid_capstyle="butt")
             axes.scatter(seeds, [row] * len(seeds), s=16, facecolors="none", edgecolors=color, linewidths=0.9)
             axes.scatter([mean.value], [row], s=34, color=color, zorder=3)
-        top = max([v for name in variants for v in outcome.values[name].get(measure, []) if v is not None], default=1.0)
+        ends = [outcome.estimate(name, measure).high for name in variants if measure in outcome.values[name]]
+        seen = [v for name in variants for v in outcome.values[name].get(measure, []) if v is not None]
+        top = max([*seen, *(end / 1.2 for end in ends if end == end)], default=1.0)  # NaN: one seed has no interval
         _chance(axes, outcome.chance.get(measure), len(variants))
         _rows(axes, variants if axes is panels[0] else [""] * len(variants))
         axes.set_xlim(0, min(1.04, max(1.25 * top, 2.5 * outcome.chance.get(measure, 0.0))))
