@@ -65,9 +65,12 @@ def main() -> None:
                 "validation_share": 0.1,
                 "test_share": 0.3,
             },
-            "model": {"projection_dim": 64, "omics": {"embed_dim": 128, "dropout": 0.3, "input_dropout": 0.2}},
-            "optimizer": {"lr": 1e-3, "logit_lr_share": 20.0, "ema": 0.95},
-            "run": {"epochs": 60, "batch_size": 128, "seed": arguments.seed, "tensorboard": False, "device": "cpu"},
+            "model": {
+                "projection_dim": 64,
+                "omics": {"embed_dim": 128, "ffn_ratio": 1.0, "dropout": 0.3, "input_dropout": 0.2},
+            },
+            "optimizer": {"lr": 4e-3, "weight_decay": 0.3, "logit_lr_share": 20.0, "ema": 0.95},
+            "run": {"epochs": 50, "batch_size": 128, "seed": arguments.seed, "tensorboard": False, "device": "cpu"},
         }
     )
     result = train(settings, arguments.out / "run")
