@@ -33,12 +33,13 @@ def loss_against_rows(rows: list[Row]) -> Figure | None:
 
     Of a case that was measured more than once the newest row counts; ours was measured beside each peer: the median.
     """
-    newest = {row["benchmark"]: row for row in rows}
+    newest = {row["benchmark"]: row for row in rows if row["group"] == GROUP}  # the table holds other benchmarks too
     widths = [row["dim"] for row in newest.values()]
     if not widths:
         return None
     chosen = [row for row in newest.values() if row["dim"] == max(set(widths), key=widths.count)]
-    if len({row["rows"] for row in chosen}) < 2:
+    sizes = sorted({row["rows"] for row in chosen})
+    if len(sizes) < 2:
         return None
     found: dict[str, dict[int, list[tuple[float, float | None]]]] = defaultdict(lambda: defaultdict(list))
     for row in chosen:
@@ -57,9 +58,7 @@ def loss_against_rows(rows: list[Row]) -> Figure | None:
                           zorder=3 if ours else 2)  # fmt: skip
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.set_xticks(
-            sorted({row["rows"] for row in chosen}), [f"{n:,}" for n in sorted({r["rows"] for r in chosen})]
-        )
+        axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
         axis.minorticks_off()
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_xlabel("rows of the batch")

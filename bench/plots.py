@@ -187,9 +187,7 @@ def draw(out: Path, folders: Iterable[Path] = ()) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for question, (name, make) in QUESTIONS.items():
-        # The pipeline's table holds other benchmarks too.
-        measured = [r for r in table.read(name, *folders) if r.get("group", loss_plots.GROUP) == loss_plots.GROUP]
-        for machine, rows in machines(measured).items():
+        for machine, rows in machines(table.read(name, *folders)).items():
             figure = make(rows)
             if figure is not None:
                 path = out / f"bench-{machine}-{question}.png"

@@ -69,6 +69,11 @@ class Cohort:
             self.report,
         )
 
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Names of the modalities that are there, the slide first."""
+        return (*((WSI,) if len(self.slides) else ()), *self.modalities)
+
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of ids, feature names, values and slide names: equal cohorts have equal ones, wherever they lie.

@@ -233,6 +233,8 @@ def _open(path: Path) -> Iterator[h5py.File]:
 def _element(group: Any) -> Any:
     try:
         return read_elem(group)
+    except MemoryError:
+        raise
     # What anndata makes of a damaged or foreign part is of many types, some private.
     except Exception as exc:
         raise DataFileError(

@@ -141,14 +141,13 @@ def across_runs(values: Sequence[float], intervals: Sequence[tuple[float, float]
     if not n:
         return Estimate(math.nan, math.nan, math.nan, 0)
     mean = float(numbers.mean())
-    own = np.abs(np.asarray(intervals, np.float64) - numbers[:, None]).mean(0) if len(intervals) else np.zeros(2)
-    if n < 2:
-        return (
-            Estimate(mean, mean - own[0], mean + own[1], n) if len(intervals) else Estimate(mean, math.nan, math.nan, n)
-        )
-    from scipy.stats import t
+    own = np.abs(np.asarray(intervals, np.float64) - numbers[:, None]).mean(0) if len(intervals) else np.full(2, np.nan)
+    half = 0.0
+    if n > 1:
+        from scipy.stats import t
 
-    half = float(t.ppf((1 + LEVEL) / 2, n - 1) * numbers.std(ddof=1) / math.sqrt(n))
+        half = float(t.ppf((1 + LEVEL) / 2, n - 1) * numbers.std(ddof=1) / math.sqrt(n))
+        own = np.nan_to_num(own)
     low, high = np.hypot(half, own)
     return Estimate(mean, mean - float(low), mean + float(high), n)
 

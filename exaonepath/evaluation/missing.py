@@ -107,28 +107,21 @@ def gain_over_single(
     Raises:
         SettingsError: see `fit_probe`; a test patient has a class that no training patient has.
     """
-    known = np.array([label is not None and label == label for label in test_labels], bool)  # NaN is not itself
-    wanted = np.array([str(label) for label in np.asarray(test_labels, object)[known]])
 
-    def hits(subset: Subset) -> np.ndarray:
+    def hits(subset: Subset) -> tuple[np.ndarray, np.ndarray]:
         train, test = fused(subset)
-        probe = fit_probe(train, train_labels, seed=seed)
-        if unknown := set(wanted) - set(probe.classes):
-            raise SettingsError(f"test patients have classes that no training patient has: {sorted(unknown)}")
-        right: np.ndarray = probe.classes[probe.predict(test[known]).argmax(1)] == wanted
-        return right.astype(np.float64)
+        return fit_probe(train, train_labels, seed=seed).hits(test, test_labels)
 
-    classes = np.unique(wanted, return_inverse=True)[1]
+    (whole, classes), gains = hits(tuple(modalities)), {}
     member = np.eye(int(classes.max(initial=0)) + 1)[classes]  # [n, K]
-    whole, gains = hits(tuple(modalities)), {}
     for name in modalities:
-        difference = whole - hits((name,))
+        difference = whole - hits((name,))[0]
 
         def statistic(weights: np.ndarray, difference: np.ndarray = difference) -> np.ndarray:
             share: np.ndarray = ((weights * difference) @ member / (weights @ member)).mean(1)
             return share
 
-        gains[name] = bootstrap_weighted(statistic, np.arange(len(wanted)), strata=classes, seed=seed)
+        gains[name] = bootstrap_weighted(statistic, np.arange(len(classes)), strata=classes, seed=seed)
     return gains
 
 

@@ -147,12 +147,23 @@ class FittedProbe:
         Raises:
             SettingsError: a class that no patient of the fit had.
         """
+        x, y, groups = self._known(embedding, labels)
+        return _scores(y, self.predict(x), groups, self.classes, seed)
+
+    @one_thread()
+    def hits(self, embedding: Any, labels: Columns) -> tuple[np.ndarray, np.ndarray]:
+        """(1.0 where the probe is right, the class as a number), [n] each, of the rows that `score` counts."""
+        x, y, _ = self._known(embedding, labels)
+        return (self.predict(x).argmax(1) == y).astype(np.float64), np.unique(y, return_inverse=True)[1]
+
+    def _known(self, embedding: Any, labels: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows of the fit's classes: embedding, position in `classes`, patient code."""
         x, wanted, groups = labelled_rows(embedding, labels, None)
         known = ~np.isin(wanted, self.left_out)
         x, wanted, groups = x[known], wanted[known], groups[known]
         if unknown := sorted(set(wanted) - set(self.classes)):
             raise SettingsError(f"test patients have classes that no training patient has: {unknown}")
-        return _scores(np.searchsorted(self.classes, wanted), self.predict(x), groups, self.classes, seed)
+        return x, np.searchsorted(self.classes, wanted), groups
 
 
 @one_thread()

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.cohort.cohort import WSI
 from exaonepath.errors import SettingsError
 from exaonepath.evaluation.intervals import Estimate, across_runs
 from exaonepath.evaluation.probes import fit_probe
@@ -62,9 +61,8 @@ class StudyBase:
         folder = ensure_folder(out / "splits")
         key = settings_hash({name: list(ids) for name, ids in split.parts.items()})[:16]
         split.save(folder / f"{key}.json")
-        held = (*([WSI] if len(cohort.slides) else []), *cohort.modalities)
         fixed = with_overrides(settings, {"data.split": str(folder / f"{key}.json")})
-        return StudyBase(fixed, held, cohort.fingerprint)
+        return StudyBase(fixed, cohort.held, cohort.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -86,11 +84,11 @@ class Outcome:
 
     def estimate(self, variant: str, measure: str) -> Estimate:
         """Mean over seeds, with an interval over seeds and patients (`across_runs`)."""
-        intervals = self.intervals.get(variant, {}).get(measure, [])
-        return across_runs(
-            [v for v in self.values[variant].get(measure, []) if v is not None],
-            [(low, high) for low, high in filter(None, intervals)],
-        )
+        values = self.values[variant].get(measure, [])
+        intervals = self.intervals.get(variant, {}).get(measure, [None] * len(values))
+        there = [(value, interval) for value, interval in zip(values, intervals, strict=True) if value is not None]
+        known = [interval for _, interval in there if interval is not None]
+        return across_runs([value for value, _ in there], known if len(known) == len(there) else ())
 
     def measures(self) -> list[str]:
         """Names of all measures, in order."""

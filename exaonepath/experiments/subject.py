@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from exaonepath.cohort.cohort import WSI, Cohort
+from exaonepath.cohort.cohort import Cohort
 from exaonepath.cohort.report import some
 from exaonepath.cohort.splits import Split
 from exaonepath.errors import DataFileError, SettingsError
@@ -142,12 +142,10 @@ def open_subject(
         # Whoever has one modality that the model takes can be embedded; only training needs two.
         settings = replace(settings, modalities=(), min_modalities=1)
         known = load_training_cohort(settings)
-    held = [name for name in loaded.modalities if name == WSI or name in known.modalities]
-    known = restrict_modalities(known, [n for n in held if n != WSI or len(known.slides)], settings.min_modalities)
+    known = restrict_modalities(known, [n for n in loaded.modalities if n in known.held], settings.min_modalities)
     check_features(loaded, known, by_name=by_name)
-    seen = split is not None
     if split is not None:
-        parts = load_split(split, known)
+        parts, seen = load_split(split, known), True
     else:
         parts, seen = _apart_from_training(model if run else None, loaded, known)
     return Subject(loaded, TrainingData(known, parts, standardizer_of(loaded), settings, 0), seen, processes)

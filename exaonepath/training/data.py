@@ -70,9 +70,8 @@ def restrict_modalities(cohort: Cohort, modalities: Sequence[str], min_modalitie
     Raises:
         SettingsError: a modality that the cohort lacks, or nobody is left.
     """
-    held = [*([WSI] if len(cohort.slides) else []), *cohort.modalities]
-    if unknown := [name for name in modalities if name not in held]:
-        raise SettingsError(f"data.modalities: the cohort has no {', '.join(unknown)}; it has {', '.join(held)}")
+    if unknown := [name for name in modalities if name not in cohort.held]:
+        raise SettingsError(f"data.modalities: the cohort has no {', '.join(unknown)}; it has {', '.join(cohort.held)}")
     if not modalities:
         return cohort
     part = replace(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from exaonepath.cohort.cohort import WSI, Cohort
+from exaonepath.cohort.cohort import Cohort
 from exaonepath.cohort.splits import Split
 from exaonepath.models.multimodal.alignment import ExaonePathAlignmentModel
 from exaonepath.storage import write_text
@@ -99,12 +99,10 @@ def _as_the_model_takes_it(
     model: ExaonePathAlignmentModel, cohort: Cohort, split: Split, settings: TrainSettings
 ) -> tuple[Cohort, Split]:
     """Without modalities that the model to start from has no encoder for, and patients who then have too few."""
-    held = [*([WSI] if len(cohort.slides) else []), *cohort.modalities]
-    if strange := [name for name in held if name not in model.modalities]:
+    if strange := [name for name in cohort.held if name not in model.modalities]:
         logger.warning("%s has no encoder for %s: left out", settings.model.init, ", ".join(strange))
-        cohort = restrict_modalities(
-            cohort, [name for name in held if name in model.modalities], settings.data.min_modalities
-        )
+        kept = [name for name in cohort.held if name in model.modalities]
+        cohort = restrict_modalities(cohort, kept, settings.data.min_modalities)
     return cohort, split.restricted_to(cohort.patients)
 
 

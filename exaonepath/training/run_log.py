@@ -1,10 +1,7 @@
-"""What a run says while it runs (metrics.jsonl, TensorBoard events), and the request to stop it."""
+"""What a run says while it runs: lines of metrics.jsonl, and the same as TensorBoard events."""
 
 from __future__ import annotations
 
-import logging
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +9,6 @@ from typing import Any
 from exaonepath.errors import MissingDependencyError
 from exaonepath.training.monitors import HealthWarning
 from exaonepath.training.run_folder import RunFolder
-
-logger = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -51,33 +46,6 @@ class RunLog:
         if self._is_main:
             for warning in warnings:
                 self._folder.append({"kind": "warning", **warning.as_dict()})
-
-
-class StopRequest:
-    """SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        """Handlers inside the block, the former ones after it; only the main thread can have any."""
-
-        def stop(number: int, frame: Any) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-            logger.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
-
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def summary_writer() -> Callable[..., Any]:

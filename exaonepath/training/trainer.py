@@ -40,9 +40,10 @@ from exaonepath.training.optimization import (
     set_learning_rate,
 )
 from exaonepath.training.run_folder import RunFolder
-from exaonepath.training.run_log import RunLog, StopRequest
+from exaonepath.training.run_log import RunLog
 from exaonepath.training.settings import TrainSettings, select_parts
 from exaonepath.training.step import Chunk, StepOutput, TrainingError, accumulate_gradients
+from exaonepath.training.stop_request import StopRequest
 from exaonepath.training.validation import embed_patients, retrieval_metrics
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,7 @@
 """Curves over missing modalities: more of them help, and the subsets are all there."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from exaonepath.errors import SettingsError
@@ -95,5 +96,10 @@ def test_gain_over_single_modalities():
     unknown = y[300:].copy()
     unknown[::4] = float("nan")
     assert gain_over_single(fused, NAMES, y[:300], unknown)["snp"].n == 150
+    # As pandas writes it, and with a class of one training patient, whom no probe can be fitted on.
+    unknown[unknown != unknown] = pd.NA
+    trained = y[:300].copy()
+    trained[0], unknown[1] = "alone", "alone"
+    assert gain_over_single(fused, NAMES, trained, unknown)["snp"].n == 149
     with pytest.raises(SettingsError, match="'d'"):
         gain_over_single(fused, NAMES, y[:300], np.full(200, "d"))

@@ -125,6 +125,8 @@ def test_a_variant_may_lack_a_measure(tmp_path):
     assert (wider.low, wider.high) == pytest.approx(
         (0.55 - np.hypot(0.6353, 0.3), 0.55 + np.hypot(0.6353, 0.3)), abs=1e-3
     )
+    # A run without an interval of its own leaves the seeds to speak.
+    assert replace(outcome, intervals={"all": {"a": [(0.2, 0.9), None]}}).estimate("all", "a") == estimate
     draw_outcome(outcome, ["a", "b"], tmp_path / "figure.png")
     assert json.loads(json.dumps(outcome.as_dict(), allow_nan=False))["estimates"]["all"]["a"]["n"] == 2
 

@@ -1,0 +1,39 @@
+"""A run that is asked to stop by a signal."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Handlers inside the block, the former ones after it; only the main thread can have any."""
+
+        def stop(number: int, frame: Any) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+            logger.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
