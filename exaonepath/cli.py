@@ -36,6 +36,7 @@ from exaonepath.feature_extraction.command import (
 )
 from exaonepath.feature_extraction.preprocessing import PreprocessingConfig
 from exaonepath.feature_extraction.progress import progress_bar
+from exaonepath.files.atomic import ensure_folder
 from exaonepath.models import loading
 from exaonepath.models.device import resolve_device, resolve_dtype
 from exaonepath.models.loading import DEFAULT_WEIGHTS
@@ -43,7 +44,6 @@ from exaonepath.models.memory_plan import parse_memory
 from exaonepath.patches import patchfy
 from exaonepath.pipeline import encode_slide, find_slides
 from exaonepath.slide_embedding import embed_features_file
-from exaonepath.storage import ensure_folder
 from exaonepath.training.command import train
 from exaonepath.version import __version__
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from exaonepath.errors import ExaonePathError
+from exaonepath.files.atomic import atomic_path, ensure_folder
 from exaonepath.models.device import resolve_device
 from exaonepath.models.loading import DEFAULT_WEIGHTS, load_patch_encoder, load_slide_encoder
 from exaonepath.patches import PatchSettings, SegmentationSettings, SlideImage, Tissue, read_patches, segment_tissue
 from exaonepath.patches.pipeline import plan_grid
 from exaonepath.pipeline import encode_slide, read_embedding
-from exaonepath.storage import atomic_path, ensure_folder
 from exaonepath.synthetic import make_slide
 from exaonepath.viz import draw_overview, require_matplotlib
 

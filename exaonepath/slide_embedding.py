@@ -15,18 +15,12 @@ import torch
 
 from exaonepath.errors import BackendError, DataFileError, OutputCollisionError
 from exaonepath.feature_extraction.store import FeatureSet, read_features
+from exaonepath.files.artifact import check_owner, refuse_foreign, refuse_input_as_output, settings_hash
+from exaonepath.files.atomic import ensure_folder
+from exaonepath.files.hdf5 import atomic_h5, open_h5
 from exaonepath.models.device import inference
 from exaonepath.models.loading import LoadedEncoder
 from exaonepath.models.slide_encoder import ExaonePathSlideEncoderModel
-from exaonepath.storage import (
-    atomic_h5,
-    check_owner,
-    ensure_folder,
-    open_h5,
-    refuse_foreign,
-    refuse_input_as_output,
-    settings_hash,
-)
 from exaonepath.version import __version__
 
 logger = logging.getLogger(__name__)

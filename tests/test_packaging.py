@@ -28,7 +28,7 @@ def test_the_extension_belongs_to_this_version():
 
 ORDER = [
     ("errors", "version"),
-    ("storage",),
+    ("files",),
     ("reference",),
     ("kernels",),
     ("ops",),

@@ -26,7 +26,7 @@ from exaonepath.cohort.tables import (
     short_reason,
 )
 from exaonepath.errors import DataFileError
-from exaonepath.storage import open_h5
+from exaonepath.files.hdf5 import open_h5
 
 # Variant classes of the MAF specification that change the protein (or its splicing), as maftools takes them.
 NON_SILENT = frozenset(

@@ -11,7 +11,7 @@ import numpy as np
 from exaonepath.cohort.report import CohortReport, some
 from exaonepath.cohort.tables import ModalityTable
 from exaonepath.errors import ConfigError
-from exaonepath.storage import settings_hash
+from exaonepath.files.artifact import settings_hash
 
 
 @dataclass(frozen=True)

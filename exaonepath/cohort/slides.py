@@ -13,7 +13,7 @@ from exaonepath.cohort.report import CohortReport, some
 from exaonepath.cohort.tables import read_frame
 from exaonepath.errors import DataFileError, ExaonePathError
 from exaonepath.feature_extraction.store import read_features
-from exaonepath.storage import open_h5
+from exaonepath.files.hdf5 import open_h5
 
 FeatureCheck = Literal["full", "header"]
 _COLUMNS = ("patient", "slide", "features")

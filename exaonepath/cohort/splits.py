@@ -16,7 +16,7 @@ import pandas as pd
 
 from exaonepath.cohort.report import some
 from exaonepath.errors import DataFileError, SettingsError
-from exaonepath.storage import write_text
+from exaonepath.files.atomic import write_text
 
 logger = logging.getLogger(__name__)
 

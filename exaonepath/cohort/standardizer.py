@@ -18,7 +18,7 @@ from exaonepath.cohort.manifest import FeatureManifest, check_totals
 from exaonepath.cohort.report import CohortReport, some
 from exaonepath.cohort.tables import ModalityTable
 from exaonepath.errors import DataFileError, SettingsError
-from exaonepath.storage import atomic_path
+from exaonepath.files.atomic import atomic_path
 
 _FORMAT = "exaonepath-standardizer-1"
 

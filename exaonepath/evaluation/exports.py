@@ -23,7 +23,8 @@ import numpy as np
 
 from exaonepath.errors import SettingsError
 from exaonepath.evaluation.retrieval import unit_rows
-from exaonepath.storage import atomic_h5, ensure_folder
+from exaonepath.files.atomic import ensure_folder
+from exaonepath.files.hdf5 import atomic_h5
 
 _UNSAFE = re.compile(r"[/\\\0]|^\.{0,2}$")
 

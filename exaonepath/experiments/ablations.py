@@ -24,7 +24,8 @@ from exaonepath.evaluation.retrieval import cross_modal_retrieval
 from exaonepath.experiments.evaluate import column, require_labels
 from exaonepath.experiments.questions import Study
 from exaonepath.experiments.subject import Subject, open_subject
-from exaonepath.storage import ensure_folder, settings_hash, write_text
+from exaonepath.files.artifact import settings_hash
+from exaonepath.files.atomic import ensure_folder, write_text
 from exaonepath.training.data import load_training_cohort, make_split
 from exaonepath.training.run import train
 from exaonepath.training.settings import TrainSettings, build_settings

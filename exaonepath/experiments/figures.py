@@ -12,7 +12,7 @@ import numpy as np
 
 from exaonepath.evaluation.attention_map import AttentionMap
 from exaonepath.experiments.ablations import Outcome
-from exaonepath.storage import atomic_path
+from exaonepath.files.atomic import atomic_path
 from exaonepath.viz import require_matplotlib
 from exaonepath.viz.panels import HAIRLINE, INK, MUTED
 

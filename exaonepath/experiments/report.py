@@ -17,7 +17,8 @@ from exaonepath.evaluation.exports import export_pooled
 from exaonepath.experiments.evaluate import EvaluationSettings, embeddings_of, evaluate
 from exaonepath.experiments.figures import draw_attention, draw_missing, draw_projections, draw_retrieval
 from exaonepath.experiments.subject import Subject
-from exaonepath.storage import ensure_folder, settings_hash, write_text
+from exaonepath.files.artifact import settings_hash
+from exaonepath.files.atomic import ensure_folder, write_text
 from exaonepath.version import __version__
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from exaonepath.experiments.figures import draw_missing, draw_outcome, draw_proj
 from exaonepath.experiments.questions import STUDIES
 from exaonepath.experiments.report import draw_attention_of, provenance
 from exaonepath.experiments.subject import open_subject
-from exaonepath.storage import ensure_folder, settings_hash, write_text
+from exaonepath.files.artifact import settings_hash
+from exaonepath.files.atomic import ensure_folder, write_text
 
 Report = Callable[[str], None]
 

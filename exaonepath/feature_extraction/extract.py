@@ -23,18 +23,12 @@ from exaonepath.feature_extraction.partial import Block, PartialFile
 from exaonepath.feature_extraction.preprocessing import PreprocessingConfig, normalise
 from exaonepath.feature_extraction.reader import PatchBatch, PatchFailure, PatchReader
 from exaonepath.feature_extraction.store import read_failures, write_features
+from exaonepath.files.artifact import canonical_json, check_owner, refuse_foreign, refuse_input_as_output, settings_hash
+from exaonepath.files.atomic import ensure_folder
+from exaonepath.files.hdf5 import open_h5
 from exaonepath.models.device import inference
 from exaonepath.patches import PatchSet, SlideImage, read_patches
 from exaonepath.patches.slide import opened
-from exaonepath.storage import (
-    canonical_json,
-    check_owner,
-    ensure_folder,
-    open_h5,
-    refuse_foreign,
-    refuse_input_as_output,
-    settings_hash,
-)
 from exaonepath.version import __version__
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ import numpy as np
 
 from exaonepath.errors import OutputError
 from exaonepath.feature_extraction.reader import PatchFailure
-from exaonepath.storage import canonical_json, output_error
+from exaonepath.files.artifact import canonical_json
+from exaonepath.files.atomic import output_error
 
 try:
     import fcntl

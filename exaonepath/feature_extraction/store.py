@@ -17,7 +17,7 @@ import numpy as np
 
 from exaonepath.errors import DataFileError
 from exaonepath.feature_extraction.reader import PatchFailure
-from exaonepath.storage import atomic_h5, open_h5
+from exaonepath.files.hdf5 import atomic_h5, open_h5
 
 _CHECK_ROWS = 8192  # rows looked at together: 24 MiB at width 768
 

@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 
 from exaonepath.errors import OutputError
+from exaonepath.files.atomic import atomic_path
 from exaonepath.patches.segmentation import Tissue
 from exaonepath.patches.slide import SlideImage
-from exaonepath.storage import atomic_path
 
 LONGEST_SIDE = 4096
 _SMALL_CACHE = 8 << 20

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from exaonepath.errors import DataFileError, SettingsError, SlideSkippedError
+from exaonepath.files.artifact import check_owner, refuse_foreign, settings_hash
+from exaonepath.files.atomic import ensure_folder, write_text
 from exaonepath.patches.grid import PatchGrid, patch_grid
 from exaonepath.patches.picture import draw_tissue, write_picture
 from exaonepath.patches.segmentation import MAX_SEG_PIXELS, SegmentationSettings, Tissue, segment_tissue
 from exaonepath.patches.slide import SlideImage, opened
 from exaonepath.patches.store import PatchSet, read_patches, stored_origin, write_patches
-from exaonepath.storage import check_owner, ensure_folder, refuse_foreign, settings_hash, write_text
 
 logger = logging.getLogger(__name__)
 

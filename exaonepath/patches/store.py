@@ -13,8 +13,9 @@ import h5py
 import numpy as np
 
 from exaonepath.errors import DataFileError
+from exaonepath.files.artifact import canonical_json, settings_hash
+from exaonepath.files.hdf5 import atomic_h5, open_h5
 from exaonepath.patches.slide import SlideImage
-from exaonepath.storage import atomic_h5, canonical_json, open_h5, settings_hash
 from exaonepath.version import __version__
 
 

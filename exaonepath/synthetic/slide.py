@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from exaonepath.errors import BackendError, MissingDependencyError, SettingsError
-from exaonepath.storage import atomic_path
+from exaonepath.files.atomic import atomic_path
 from exaonepath.synthetic.tissue import BACKGROUND, Tissue
 
 _SMALLEST_LEVEL = 512

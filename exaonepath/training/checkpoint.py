@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exaonepath.errors import WeightsError
-from exaonepath.storage import ensure_folder, output_error
+from exaonepath.files.atomic import ensure_folder, output_error
 
 logger = logging.getLogger(__name__)
 

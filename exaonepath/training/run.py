@@ -13,8 +13,8 @@ import torch
 
 from exaonepath.cohort.cohort import Cohort
 from exaonepath.cohort.splits import Split
+from exaonepath.files.atomic import write_text
 from exaonepath.models.multimodal.alignment import ExaonePathAlignmentModel
-from exaonepath.storage import write_text
 from exaonepath.training.batch_plan import derive_seed
 from exaonepath.training.build import build_model, load_initial_model
 from exaonepath.training.data import (

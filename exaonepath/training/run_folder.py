@@ -22,7 +22,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from exaonepath.errors import DataFileError, FileBusyError, OutputCollisionError, SettingsError
-from exaonepath.storage import ensure_folder, output_error, settings_hash, write_text
+from exaonepath.files.artifact import settings_hash
+from exaonepath.files.atomic import ensure_folder, output_error, write_text
 from exaonepath.training.settings import differing_keys
 from exaonepath.version import __version__
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from exaonepath.errors import DataFileError, OutputError
-from exaonepath.storage import atomic_h5, atomic_path, ensure_folder, open_h5, settings_hash, write_text
+from exaonepath.files.artifact import settings_hash
+from exaonepath.files.atomic import atomic_path, ensure_folder, write_text
+from exaonepath.files.hdf5 import atomic_h5, open_h5
 
 
 def leftovers(folder):
