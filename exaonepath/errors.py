@@ -61,6 +61,18 @@ class DataFileError(ExaonePathError):
     """An input HDF5 file is corrupt, incomplete, lacks a dataset, or its datasets do not fit together."""
 
 
+class DamagedFileError(DataFileError):
+    """An HDF5 file was whole once and is not any more: truncated, or its content and its checksums disagree."""
+
+
+class UnfinishedFileError(DataFileError):
+    """An HDF5 file lacks the mark that its writer puts there last."""
+
+
+class ForeignFileError(DataFileError):
+    """A file that no stage of this package writes: another format, another layout, or data that lie elsewhere."""
+
+
 class FileBusyError(ExaonePathError, OSError):
     """An HDF5 file is there but cannot be opened now: locked by another process, or not readable by this user."""
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from exaonepath.errors import BackendError, DataFileError, OutputCollisionError
+from exaonepath.errors import BackendError, DataFileError, OutputCollisionError, UnfinishedFileError
 from exaonepath.feature_extraction.store import FeatureSet, read_features
 from exaonepath.files.artifact import check_owner, refuse_foreign, refuse_input_as_output, settings_hash
 from exaonepath.files.atomic import ensure_folder
-from exaonepath.files.hdf5 import atomic_h5, open_h5
+from exaonepath.files.hdf5 import open_h5
+from exaonepath.files.hdf5_output import atomic_h5
 from exaonepath.models.device import inference
 from exaonepath.models.loading import LoadedEncoder
 from exaonepath.models.slide_encoder import ExaonePathSlideEncoderModel
@@ -26,6 +27,20 @@ from exaonepath.version import __version__
 logger = logging.getLogger(__name__)
 
 _DATASETS = ("slide_embedding", "patch_embedding", "coords", "contour_index")
+_ATTRIBUTES = (
+    "features_sha256",
+    "weights_fingerprint",
+    "dtype",
+    "settings_hash",
+    "weights",
+    "random_weights",
+    "n_patches",
+    "n_failed",
+    "exaonepath_version",
+    "slide_fingerprint",
+    "slide_path",
+    "complete",
+)
 
 
 @dataclass(frozen=True)
@@ -147,8 +162,8 @@ def embed_features_file(
     attrs |= {name: features.attrs[name] for name in ("slide_fingerprint", "slide_path") if name in features.attrs}
     with atomic_h5(out) as file:
         for name in _DATASETS:
-            file[name] = getattr(embedding, name)
-        file.attrs.update({**attrs, "complete": True})
+            file.array(name, getattr(embedding, name))
+        file.attributes({**attrs, "complete": True})
     return out, False
 
 
@@ -159,14 +174,15 @@ def read_embedding(path: str | os.PathLike[str]) -> SlideEmbedding:
         DataFileError: missing, corrupt or half written, or datasets that do not fit together.
     """
     with open_h5(path, _DATASETS) as file:
-        if not file.attrs.get("complete", False):
-            raise DataFileError(f"{path} is half written: delete it and run the slide stage again")
-        arrays = {name: file[name][()] for name in _DATASETS}
-        attrs = dict(file.attrs)
-    n = len(arrays["patch_embedding"])
-    if not n == len(arrays["coords"]) == len(arrays["contour_index"]):
-        raise DataFileError(f"{path}: patch_embedding, coords and contour_index have different lengths")
-    return SlideEmbedding(**arrays, attrs=attrs)
+        if not file.attribute("complete", False):
+            raise UnfinishedFileError(
+                f'{path} is half written: it has no "complete" mark, which comes last; make it again'
+            )
+        attrs = file.attributes(_ATTRIBUTES)
+        width = len(slide := file.dataset("slide_embedding", "f", (None,)))
+        n = len(patches := file.dataset("patch_embedding", "f", (None, width)))
+        coords, contours = file.dataset("coords", "iu", (n, 2)), file.dataset("contour_index", "iu", (n,))
+        return SlideEmbedding(slide.read(), patches.read(), coords.read(), contours.read(), attrs)
 
 
 def _is_finished(out: Path, key: str, digest: str, slide: Mapping[str, Any], overwrite: bool) -> bool:
@@ -176,17 +192,20 @@ def _is_finished(out: Path, key: str, digest: str, slide: Mapping[str, Any], ove
     try:
         with open_h5(out, _DATASETS) as file:
             origin = (slide.get("slide_fingerprint"), slide.get("slide_path"))
-            known = [attrs.get("slide_fingerprint") is not None for attrs in (file.attrs, slide)]
-            if known[0] != known[1] and file.attrs.get("features_sha256") != digest and not overwrite:
+            attrs = file.attributes(_ATTRIBUTES)
+            known = [each.get("slide_fingerprint") is not None for each in (attrs, slide)]
+            if known[0] != known[1] and attrs.get("features_sha256") != digest and not overwrite:
                 # Features of the original do not say of which slide they are: nothing tells that this is the same one.
                 raise OutputCollisionError(
                     f"{out} was made from other features, perhaps of another slide; name another output, or ask to "
                     "overwrite it"
                 )
-            if not check_owner(out, file.attrs, *origin, overwrite=overwrite):
+            if not check_owner(out, attrs, *origin, overwrite=overwrite):
                 return False
-            finished = bool(file.attrs.get("complete", False)) and file.attrs.get("settings_hash") == key
-            return finished and not overwrite
+            finished = bool(attrs.get("complete", False)) and attrs.get("settings_hash") == key and not overwrite
+            if finished:
+                file.verify()
+            return finished
     except DataFileError as exc:
         logger.warning("%s; computing it again", exc)
         return False

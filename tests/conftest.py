@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,16 @@ def device(request) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def abandoned():
+    """`abandoned("a.h5")`: the temporary name that a process which was killed while it wrote a.h5 leaves behind."""
+    from exaonepath.files.atomic import _process_space
+
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    return lambda name: f".{name}.{_process_space()}-{gone.pid}-0123abcd.tmp"
 
 
 @pytest.fixture(scope="session")

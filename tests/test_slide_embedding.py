@@ -140,7 +140,7 @@ def test_reading_a_broken_embedding(write, encoder, tmp_path):
     with h5py.File(out, "a") as file:
         del file["coords"]
         file["coords"] = np.zeros((2, 2), np.int32)
-    with pytest.raises(DataFileError, match="different lengths"):
+    with pytest.raises(DataFileError, match=r"coords must be integers \[30, 2\], got int32 \[2, 2\]"):
         read_embedding(out)
     with h5py.File(out, "a") as file:
         file.attrs["complete"] = False

@@ -26,7 +26,7 @@ from exaonepath.cohort.tables import (
     short_reason,
 )
 from exaonepath.errors import DataFileError
-from exaonepath.files.hdf5 import open_h5
+from exaonepath.files.hdf5 import open_h5_tree
 
 # Variant classes of the MAF specification that change the protein (or its splicing), as maftools takes them.
 NON_SILENT = frozenset(
@@ -215,7 +215,7 @@ def _open(path: Path) -> Iterator[h5py.File]:
     """`open_h5` for files that come from elsewhere: they cannot be made again by a stage of ours."""
     ours: DataFileError | None = None
     try:
-        with open_h5(path) as file:
+        with open_h5_tree(path) as file:
             try:
                 yield file
             except DataFileError as exc:

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from exaonepath.cohort.patient_ids import PatientIds, tcga_patient
 from exaonepath.cohort.report import CohortReport, some
 from exaonepath.cohort.tables import read_frame
-from exaonepath.errors import DataFileError, ExaonePathError
-from exaonepath.feature_extraction.store import read_features
+from exaonepath.errors import ExaonePathError, UnfinishedFileError
+from exaonepath.feature_extraction.store import ATTRIBUTES, read_features
 from exaonepath.files.hdf5 import open_h5
 
 FeatureCheck = Literal["full", "header"]
@@ -210,9 +210,9 @@ def _shape(file: Path, check: FeatureCheck) -> tuple[int, int, dict[str, Any]]:
         features = read_features(file)
         return *features.features.shape, features.attrs
     with open_h5(file, ("features", "coords")) as opened:
-        dataset = opened["features"]
-        if not opened.attrs.get("complete", True):
-            raise DataFileError(f"{file} is marked as not complete; run the features stage again")
-        if dataset.ndim != 2 or dataset.dtype.kind != "f" or opened["coords"].shape != (len(dataset), 2):
-            raise DataFileError(f"{file}: features must be floating point [N, D] with coords [N, 2]")
-        return *dataset.shape, dict(opened.attrs)
+        attrs = opened.attributes(ATTRIBUTES)
+        if not attrs.get("complete", True):
+            raise UnfinishedFileError(f"{file} is marked as not complete; run the features stage again")
+        n_patches, dim = opened.dataset("features", "f", (None, None)).shape
+        opened.dataset("coords", "iu", (n_patches, 2))
+        return n_patches, dim, attrs

@@ -24,7 +24,7 @@ import numpy as np
 from exaonepath.errors import SettingsError
 from exaonepath.evaluation.retrieval import unit_rows
 from exaonepath.files.atomic import ensure_folder
-from exaonepath.files.hdf5 import atomic_h5
+from exaonepath.files.hdf5_output import atomic_h5
 
 _UNSAFE = re.compile(r"[/\\\0]|^\.{0,2}$")
 
@@ -114,10 +114,11 @@ def _write(
     attrs: Mapping[str, Any],
 ) -> Path:
     with atomic_h5(path) as file:
-        data = file.create_dataset("features", data=features.astype("<f4"))
-        data.attrs.update({"name": name, **attrs})
+        file.array("features", features.astype("<f4"))
+        file.attributes({"name": name, **attrs}, of="features")
         if coords is not None:
-            file.create_dataset("coords", data=coords).attrs.update(coords_attrs)
+            file.array("coords", coords)
+            file.attributes(coords_attrs, of="coords")
     return path
 
 

@@ -22,7 +22,7 @@ from exaonepath.errors import BackendError, DataFileError, DeviceError, Settings
 from exaonepath.feature_extraction.partial import Block, PartialFile
 from exaonepath.feature_extraction.preprocessing import PreprocessingConfig, normalise
 from exaonepath.feature_extraction.reader import PatchBatch, PatchFailure, PatchReader
-from exaonepath.feature_extraction.store import read_failures, write_features
+from exaonepath.feature_extraction.store import ATTRIBUTES, Rows, merge_by_index, read_failures, write_features
 from exaonepath.files.artifact import canonical_json, check_owner, refuse_foreign, refuse_input_as_output, settings_hash
 from exaonepath.files.atomic import ensure_folder
 from exaonepath.files.hdf5 import open_h5
@@ -34,7 +34,6 @@ from exaonepath.version import __version__
 logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_COPY_ROWS = 1024  # rows of a finished file copied together
 
 
 @dataclass(frozen=True)
@@ -249,17 +248,17 @@ def _check_features(features: np.ndarray, batch: PatchBatch, dim: int | None) ->
         )
 
 
-def _merged(
-    partial: PartialFile, finished: Path | None, n: int, retried: tuple[PatchFailure, ...]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of the partial file, and before them those of the finished file that is being completed."""
-    if finished is not None:
+def _merged(partial: PartialFile, finished: Path | None, n: int, retried: tuple[PatchFailure, ...]) -> Iterator[Rows]:
+    """Rows of the partial file and, in between, those of the finished file that is being completed, by index."""
+    recovered = ((block.indices, block.features) for block in partial.blocks())
+    if finished is None:
+        yield from recovered
+        return
+    with open_h5(finished) as file:
+        features = file.dataset("features", "f", (n - len(retried), None))
         indices = np.setdiff1d(np.arange(n, dtype=np.int64), [failure.index for failure in retried])
-        with open_h5(finished, ("features",)) as file:
-            for start in range(0, len(indices), _COPY_ROWS):
-                yield indices[start : start + _COPY_ROWS], file["features"][start : start + _COPY_ROWS]
-    for block in partial.blocks():
-        yield block.indices, block.features
+        kept = ((indices[start : start + len(rows)], rows) for start, rows in features.parts())
+        yield from merge_by_index(kept, recovered)
 
 
 def _stored_failures(out: Path, key: str, slide: SlideImage, overwrite: bool) -> tuple[PatchFailure, ...] | None:
@@ -269,11 +268,13 @@ def _stored_failures(out: Path, key: str, slide: SlideImage, overwrite: bool) ->
         return None
     try:
         with open_h5(out, ("features", "coords", "contour_index")) as file:
-            if not check_owner(out, file.attrs, slide.fingerprint(), str(slide.path.resolve()), overwrite=overwrite):
+            attrs = file.attributes(ATTRIBUTES)
+            if not check_owner(out, attrs, slide.fingerprint(), str(slide.path.resolve()), overwrite=overwrite):
                 return None
             if overwrite:
                 return None
-            if file.attrs.get("settings_hash") == key and file.attrs.get("complete", False):
+            if attrs.get("settings_hash") == key and attrs.get("complete", False):
+                file.verify()
                 return read_failures(out, file)
             logger.info("%s was made with other settings; extracting again", out)
     except DataFileError as exc:

@@ -22,12 +22,7 @@ import numpy as np
 from exaonepath.errors import OutputError
 from exaonepath.feature_extraction.reader import PatchFailure
 from exaonepath.files.artifact import canonical_json
-from exaonepath.files.atomic import output_error
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs writing one file are not told apart there
-    fcntl = None  # type: ignore[assignment]
+from exaonepath.files.atomic import open_private, output_error, try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -105,12 +100,18 @@ class PartialFile:
 
     def close(self) -> None:
         """Close the file, which stays for a later run."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as exc:  # every block has a checksum: what did not get there is done again
+            logger.warning("%s: closing failed (%s)", self.path, exc)
 
     def remove(self) -> None:
         """Delete the file: its rows are in the finished output."""
-        self.path.unlink(missing_ok=True)  # before the lock goes, so that nobody is left with a deleted file
-        self._file.close()
+        try:
+            self.path.unlink(missing_ok=True)  # before the lock goes, so that nobody is left with a deleted file
+        except OSError as exc:
+            logger.warning("%s cannot be removed (%s); its rows are in the finished file", self.path, exc)
+        self.close()
 
     def _recover(self) -> None:
         end = self._begin
@@ -164,12 +165,9 @@ def _unpack(file: BinaryIO) -> Block | None:
 def _open_locked(path: Path) -> FileIO:
     """The file, opened and locked, and still the one that the path names."""
     while True:
-        try:
-            # "a+b" neither empties the file before it is locked, nor fails where it is not there yet. Unbuffered: a
-            # full disk shows in the write that meets it, not when the file is closed.
-            file: FileIO = path.open("a+b", buffering=0)
-        except OSError as exc:
-            raise output_error(path, exc) from exc
+        # Appending neither empties the file before it is locked, nor fails where it does not exist yet. Unbuffered: a
+        # full disk shows in the write that meets it, not when the file is closed.
+        file = FileIO(open_private(path), "a+")
         try:
             _lock(file, path)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -189,11 +187,5 @@ def _write(file: FileIO, data: bytes) -> None:
 
 
 def _lock(file: FileIO, path: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as exc:
-        raise OutputError(f"{path} is being written by another process; let it finish, or stop it") from exc
-    except OSError as exc:  # a file system without locks
-        logger.debug("%s cannot be locked (%s)", path, exc)
+    if not try_lock(file.fileno()):
+        raise OutputError(f"{path} is being written by another process; let it finish, or stop it")

@@ -7,19 +7,35 @@ the patches that could not be read (`failed_index`, `failed_coords`, `failed_rea
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
-from exaonepath.errors import DataFileError
+from exaonepath.errors import DataFileError, ForeignFileError, UnfinishedFileError
 from exaonepath.feature_extraction.reader import PatchFailure
-from exaonepath.files.hdf5 import atomic_h5, open_h5
+from exaonepath.files.hdf5 import StoredFile, open_h5
+from exaonepath.files.hdf5_output import atomic_h5
 
-_CHECK_ROWS = 8192  # rows looked at together: 24 MiB at width 768
+Rows = tuple[np.ndarray, np.ndarray]  # indices int64 [b], features float32 [b, D]
+
+# What `write_features` stores as attributes; no other attribute of a file is read.
+ATTRIBUTES = (
+    "slide_fingerprint",
+    "patch_size",
+    "preprocessing",
+    "weights_fingerprint",
+    "dtype",
+    "settings_hash",
+    "slide_path",
+    "weights",
+    "exaonepath_version",
+    "n_features",
+    "n_failed",
+    "complete",
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +46,7 @@ class FeatureSet:
         features: float32 [N, D], one row per patch.
         coords: int32 [N, 2], (x, y) at level 0 in pixels; None where the file has none and that was allowed.
         contour_index: int32 [N], the tissue fragment of each patch; zeros where the file has none.
-        attrs: the file's attributes (empty for a file of the original).
+        attrs: those of `ATTRIBUTES` that the file has (none in a file of the original).
         failures: the patches that have no row because they could not be read.
     """
 
@@ -56,21 +72,24 @@ def read_features(
             shapes or different lengths, a feature is NaN or infinite, or the width is not `expected_dim`.
     """
     path = Path(path)
-    with open_h5(path, ("features", "coords") if require_coords else ("features",)) as file:
-        attrs = {key: _plain(value) for key, value in file.attrs.items()}
+    with open_h5(path) as file:
+        _check_layout(path, file)
+        if require_coords and "coords" not in file:
+            raise DataFileError(f"{path} lacks coords; it holds {file.names}")
+        attrs = file.attributes(ATTRIBUTES)
         if not attrs.get("complete", True):
-            raise DataFileError(f"{path} is marked as not complete; run the features stage again")
-        features = _features(path, file["features"], expected_dim)
+            raise UnfinishedFileError(f"{path} is marked as not complete; run the features stage again")
+        features = _features(path, file, expected_dim)
         n = len(features)
-        coords = _integers(path, file["coords"], (n, 2)) if "coords" in file else None
-        contours = _integers(path, file["contour_index"], (n,)) if "contour_index" in file else None
+        coords = _integers(path, file, "coords", (n, 2)) if "coords" in file else None
+        contours = _integers(path, file, "contour_index", (n,)) if "contour_index" in file else None
         failures = read_failures(path, file)
     return FeatureSet(features, coords, np.zeros(n, np.int32) if contours is None else contours, attrs, failures)
 
 
 def write_features(
     path: Path,
-    blocks: Iterable[tuple[np.ndarray, np.ndarray]],
+    blocks: Iterable[Rows],
     coords: np.ndarray,
     contour_index: np.ndarray,
     dim: int,
@@ -81,7 +100,8 @@ def write_features(
 
     Args:
         path: the output.
-        blocks: (indices int64 [b], features float32 [b, dim]); together every patch that did not fail, once.
+        blocks: (indices int64 [b], features float32 [b, dim]) by increasing index; together every patch that did not
+            fail, once.
         coords: int32 [N, 2] of all patches, failed ones too.
         contour_index: int32 [N], likewise.
         dim: width of a row.
@@ -98,29 +118,52 @@ def write_features(
     failures = sorted(failures, key=lambda failure: failure.index)
     kept = np.setdiff1d(np.arange(len(coords), dtype=np.int64), [failure.index for failure in failures])
     with atomic_h5(path) as file:
-        features = file.create_dataset("features", (len(kept), dim), "<f4")
+        features = file.rows("features", (len(kept), dim), "<f4")
         written = 0
         for indices, rows in blocks:
-            at = np.searchsorted(kept, indices)
+            if not np.array_equal(indices, kept[written : written + len(indices)]):
+                raise DataFileError(f"{path}: feature rows are missing or twice after row {written}; run it again")
+            features.append(rows)
             written += len(indices)
-            # Slices are what HDF5 is fast at; a block falls apart only where recovered patches go in between.
-            for run in np.split(np.arange(len(at)), np.flatnonzero(np.diff(at) != 1) + 1):
-                if len(run):
-                    features[at[run[0]] : at[run[0]] + len(run)] = rows[run[0] : run[-1] + 1]
         if written != len(kept):
             raise DataFileError(f"{path}: {written} feature rows for {len(kept)} readable patches; run it again")
-        file["coords"] = coords[kept].astype("<i4")
-        file["contour_index"] = contour_index[kept].astype("<i4")
-        file["failed_index"] = np.array([failure.index for failure in failures], "<i8")
-        file["failed_coords"] = np.array([(f.x, f.y) for f in failures], "<i4").reshape(-1, 2)
-        file.create_dataset("failed_reason", data=[f.reason for f in failures], dtype=h5py.string_dtype())
-        file.attrs.update({**attrs, "n_features": len(kept), "n_failed": len(failures), "complete": True})
+        features.finish()
+        file.array("coords", coords[kept].astype("<i4"))
+        file.array("contour_index", contour_index[kept].astype("<i4"))
+        file.array("failed_index", np.array([failure.index for failure in failures], "<i8"))
+        file.array("failed_coords", np.array([(f.x, f.y) for f in failures], "<i4").reshape(-1, 2))
+        file.strings("failed_reason", [f.reason for f in failures])
+        file.attributes({**attrs, "n_features": len(kept), "n_failed": len(failures), "complete": True})
     return len(kept)
 
 
-def _features(path: Path, dataset: h5py.Dataset, expected_dim: int | None) -> np.ndarray:
-    if dataset.ndim != 2 or dataset.dtype.kind != "f":
-        raise DataFileError(f"{path}: features must be floating point [N, D], got {_describe(dataset)}")
+def merge_by_index(first: Iterator[Rows], second: Iterator[Rows]) -> Iterator[Rows]:
+    """Two streams of (increasing indices, rows) as one stream in the order of the indices, cut where they alternate."""
+    streams = (first, second)
+    waiting = [next(stream, None) for stream in streams]
+    while (a := waiting[0]) is not None and (b := waiting[1]) is not None:
+        lead = 1 if len(a[0]) and (not len(b[0]) or b[0][0] < a[0][0]) else 0
+        (indices, rows), (limit, _) = (b, a) if lead else (a, b)
+        cut = int(np.searchsorted(indices, limit[0])) if len(limit) else len(indices)
+        if cut:
+            yield indices[:cut], rows[:cut]
+        waiting[lead] = (indices[cut:], rows[cut:]) if cut < len(indices) else next(streams[lead], None)
+    for stream, rest in zip(streams, waiting, strict=True):
+        if rest is not None:
+            yield rest
+            yield from stream
+
+
+def _check_layout(path: Path, file: StoredFile) -> None:
+    """Name the other layouts that users hand in, where "features" is missing or of another shape."""
+    if "features" not in file:
+        if "feats" in file:
+            raise ForeignFileError(f"{path} holds STAMP's layout (feats); features [N, D] and coords [N, 2] are read")
+        raise DataFileError(f"{path} lacks features; it holds {file.names or 'nothing'}")
+
+
+def _features(path: Path, file: StoredFile, expected_dim: int | None) -> np.ndarray:
+    dataset = file.dataset("features", "f", (None, None))
     if expected_dim is not None and dataset.shape[1] != expected_dim:
         raise DataFileError(
             f"{path}: features are {dataset.shape[1]} wide, the model takes {expected_dim}; "
@@ -128,9 +171,9 @@ def _features(path: Path, dataset: h5py.Dataset, expected_dim: int | None) -> np
         )
     features = np.empty(dataset.shape, np.float32)
     bad: list[int] = []
-    for start in range(0, len(features), _CHECK_ROWS):
-        part = features[start : start + _CHECK_ROWS]
-        part[:] = dataset[start : start + _CHECK_ROWS]
+    for start, values in dataset.parts():
+        part = features[start : start + len(values)]
+        part[:] = values
         bad += (start + np.flatnonzero(~np.isfinite(part).all(axis=1))).tolist()
     if bad:
         raise DataFileError(
@@ -140,41 +183,31 @@ def _features(path: Path, dataset: h5py.Dataset, expected_dim: int | None) -> np
     return features
 
 
-def _integers(path: Path, dataset: h5py.Dataset, shape: tuple[int, ...]) -> np.ndarray:
-    name = dataset.name.lstrip("/")
-    if dataset.ndim != len(shape) or dataset.shape[1:] != shape[1:] or dataset.dtype.kind not in "iu":
-        wanted = "[N, 2]" if len(shape) == 2 else "[N]"
-        raise DataFileError(f"{path}: {name} must be integers {wanted}, got {_describe(dataset)}")
+def _integers(path: Path, file: StoredFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    dataset = file.dataset(name, "iu", (None, *shape[1:]))
     if len(dataset) != shape[0]:
         raise DataFileError(f"{path}: {len(dataset)} rows in {name} but {shape[0]} in features; they must be equal")
-    values = dataset[:]
+    values = dataset.read()
     limits = np.iinfo(np.int32)
     if values.size and (values.min() < limits.min or values.max() > limits.max):
         raise DataFileError(f"{path}: {name} holds values beyond 32 bits")
-    return values.astype(np.int32)
+    return values.astype(np.int32, copy=False)
 
 
-def read_failures(path: Path, file: h5py.File) -> tuple[PatchFailure, ...]:
+def read_failures(path: Path, file: StoredFile) -> tuple[PatchFailure, ...]:
     """The unreadable patches an open features file lists, by increasing index; none in a file of the original."""
     names = ("failed_index", "failed_coords", "failed_reason")
     if not all(name in file for name in names):
         return ()
-    index, coords, reasons = file[names[0]][:], file[names[1]][:], file[names[2]].asstr()[:]
-    if not len(index) == len(coords) == len(reasons):
+    index = file.dataset(names[0], "iu", (None,)).read()
+    coords = file.dataset(names[1], "iu", (None, 2)).read()
+    if len(index) != len(coords):
         raise DataFileError(f"{path}: the lists of failed patches have different lengths")
+    reasons = file.strings(names[2], len(index))
     return tuple(
-        PatchFailure(int(i), int(x), int(y), str(reason))
-        for i, (x, y), reason in zip(index, coords, reasons, strict=True)
+        PatchFailure(int(i), int(x), int(y), reason) for i, (x, y), reason in zip(index, coords, reasons, strict=True)
     )
-
-
-def _describe(dataset: h5py.Dataset) -> str:
-    return f"{dataset.dtype} {list(dataset.shape)}"
 
 
 def _first(rows: list[int]) -> str:
     return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value

@@ -61,13 +61,13 @@ def refuse_foreign(path: Path, marker: str, foreign: Iterable[str] = ()) -> None
     if not path.exists() or path.stat().st_size == 0:
         return
     other = OutputCollisionError(
-        f"{path} is there already and is no earlier result of this stage; name another output, or delete it"
+        f"{path} is there already and is no earlier result of this stage; name another output, or move it away"
     )
     if not h5py.is_hdf5(path):
         raise other
     try:
         with open_h5(path) as file:
-            names = set(file)
+            names = set(file.names)
     except DataFileError:
         return
     if names and (marker not in names or names & set(foreign)):

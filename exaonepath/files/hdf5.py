@@ -1,57 +1,426 @@
-"""HDF5 files: written whole or not at all, and read through one gate that turns what is broken into one error."""
+"""Reading HDF5 files: one gate that hands out plain, complete, checked datasets and refuses everything else.
+
+A file of unknown origin can make HDF5 follow links into other files, call plug-ins, wait for a pipe, or ask for more
+memory than there is. Nothing of that is wanted of a file of arrays, so it is refused before any of it happens. What
+this package wrote carries checksums (`checksums.py`), and no row of it is returned without having been compared.
+"""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 import h5py
+import numpy as np
 
-from exaonepath.errors import DataFileError, ExaonePathError, FileBusyError, OutputError
-from exaonepath.files.atomic import atomic_path
+from exaonepath.errors import DamagedFileError, DataFileError, ExaonePathError, FileBusyError, ForeignFileError
+from exaonepath.files import checksums
+from exaonepath.files.atomic import try_lock
+from exaonepath.files.raw_file import RawFile
+from exaonepath.files.signals import signals_held
 
-_BUSY = {errno.EACCES, errno.EPERM, errno.EAGAIN, errno.ENOLCK, errno.EBUSY, errno.ESTALE}
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_BUSY = {errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EBUSY, errno.ESTALE}
+# What other formats begin with, so that a file given by mistake is called what it is.
+_OTHER_FORMATS = (
+    (b"PK\x03\x04", "a ZIP archive, such as PyTorch's .pt or NumPy's .npz"),
+    (b"\x93NUMPY", "a NumPy .npy file"),
+    (b"\x80", "a Python pickle"),
+    (b"II*\0", "a TIFF image"),
+    (b"MM\0*", "a TIFF image"),
+    (b"PAR1", "a Parquet table"),
+)
+
+_MAX_BYTES = 1 << 36  # of one dataset: 10 million patches of width 1536
+_MAX_RATIO = 1100  # deflate cannot pack tighter; a file that claims more is made to exhaust memory
+_SLACK = 1 << 24  # below this a declared size is no danger
+_MAX_ATTRIBUTE = 1 << 16
+_MAX_ELSEWHERE = 1 << 25  # bytes of a file outside its datasets, where variable-length attributes lie
+_STRING_REFERENCE = 16
+_READ_BYTES = 1 << 25  # read and checked at a time
+# deflate, shuffle, fletcher32, szip, nbit, scaleoffset, lzf. For any other filter HDF5 would look for code and load it.
+_FILTERS = {1, 2, 3, 4, 5, 6, 32000}
 
 
 @contextmanager
-def atomic_h5(target: str | os.PathLike[str]) -> Iterator[h5py.File]:
-    """`atomic_path` for an HDF5 file opened for writing."""
-    with atomic_path(target) as temporary:
-        try:
-            with h5py.File(temporary, "w") as file:
-                yield file
-        except RuntimeError as exc:
-            # HDF5 reports some failed writes (a full disk met while closing) as RuntimeError.
-            raise OutputError(f"cannot write {target}: {exc}; check that the disk is not full and run again") from exc
-
-
-@contextmanager
-def open_h5(path: str | os.PathLike[str], required: Iterable[str] = ()) -> Iterator[h5py.File]:
-    """Open an HDF5 file for reading and check that the `required` datasets are there.
+def open_h5(path: str | os.PathLike[str], required: Iterable[str] = ()) -> Iterator[StoredFile]:
+    """Open a file of arrays for reading and check that the `required` datasets are in it.
 
     Raises:
-        DataFileError: the file is missing, is not HDF5, is truncated, lacks a dataset, or a damaged part of it shows
-            while the block reads it.
-        FileBusyError: the file is there, but another process holds it, or it may not be read.
+        DataFileError: the file is missing or lacks a dataset.
+        DamagedFileError: it is truncated or damaged, or a damaged part shows while the block reads it.
+        ForeignFileError: it is no HDF5 file, or holds what no file of arrays needs: links, external or virtual data.
+        FileBusyError: another process is writing it, or it may not be read.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataFileError(f"{path}: no such file")
+    with _opened(path) as (file, raw):
+        stored = StoredFile(path, file, raw)
+        missing = [name for name in required if name not in stored]
+        if missing:
+            raise DataFileError(f"{path} lacks {', '.join(missing)}; it holds {stored.names or 'nothing'}")
+        yield stored
+
+
+@contextmanager
+def open_h5_tree(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
+    """Open a file of groups within groups (AnnData's, say), after looking for data that would lie in other files.
+
+    Raises: as `open_h5`.
+    """
+    path = Path(path)
+    with _opened(path) as (file, _):
+        _check_tree(path, file)
+        yield file
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[h5py.File, RawFile]]:
+    with _raw(path) as raw, signals_held():
+        try:
+            # No lock of HDF5's own: some file systems have none, and `_raw` has looked at the one that writers take.
+            with h5py.File(raw, "r") as file:
+                yield file, raw
+        except ExaonePathError:
+            raise
+        # What a damaged file makes HDF5 say has no one type, and comes not only while opening.
+        except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as exc:
+            if raw.error is not None:
+                raise DataFileError(f"{path} cannot be read: {raw.error}") from exc
+            raise DamagedFileError(_damaged(path, " ".join(str(exc).split()))) from exc
+        if raw.error is not None:
+            raise DataFileError(f"{path} cannot be read: {raw.error}") from raw.error
+
+
+@contextmanager
+def _raw(path: Path) -> Iterator[RawFile]:
+    """The regular file at `path`, with the signature of HDF5, that nobody is writing."""
     try:
-        with h5py.File(path, "r") as file:
-            missing = [name for name in required if not isinstance(file.get(name), h5py.Dataset)]
-            if missing:
-                raise DataFileError(f"{path} lacks {', '.join(missing)}; it holds {sorted(file) or 'nothing'}")
-            yield file
-    except ExaonePathError:
-        raise
-    # What a damaged file makes HDF5 say: it is told by no one type, and not only while opening.
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as exc:
-        if getattr(exc, "errno", None) in _BUSY:
-            raise FileBusyError(f"{path} cannot be opened now ({exc}); is another process using it?") from exc
-        raise DataFileError(
-            f"{path} cannot be read as HDF5 ({exc}); it is corrupt or half written: delete it and run the stage again"
-        ) from exc
+        # O_NONBLOCK: a pipe must not be waited on; a regular file does not mind.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError as exc:
+        raise DataFileError(f"{path}: no such file") from exc
+    except OSError as exc:
+        if exc.errno in _BUSY:
+            raise FileBusyError(f"{path} cannot be opened: {exc.strerror}; is another process using it?") from exc
+        raise DataFileError(f"{path} cannot be opened: {exc.strerror}") from exc
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DataFileError(f"{path} is not a regular file")
+    with RawFile(descriptor, "r", path) as raw:
+        if not try_lock(descriptor, shared=True):
+            raise FileBusyError(f"{path} is being written by another process; let it finish")
+        _check_signature(path, raw)
+        yield raw
+
+
+def _check_signature(path: Path, raw: RawFile) -> None:
+    size, offset = raw.size(), 0
+    beginning = bytearray(8)
+    # HDF5 looks for its signature at 0, 512, 1024, 2048, ...
+    while offset + len(_SIGNATURE) <= size:
+        found = bytearray(8)
+        raw.seek(offset)
+        raw.readinto(found)
+        if bytes(found) == _SIGNATURE:
+            return
+        if offset == 0:
+            beginning = found
+        offset = 2 * offset or 512
+    if raw.error is not None:
+        raise DataFileError(f"{path} cannot be read: {raw.error}") from raw.error
+    if size == 0:
+        raise DamagedFileError(_damaged(path, "it is empty"))
+    if not any(beginning):
+        raise DamagedFileError(_damaged(path, "it begins with zeros"))
+    other = next((what for magic, what in _OTHER_FORMATS if bytes(beginning).startswith(magic)), "another kind of file")
+    raise ForeignFileError(f"{path} cannot be read as HDF5: it is {other}")
+
+
+class StoredFile:
+    """An HDF5 file open for reading.
+
+    Attributes:
+        path: of the file.
+        names: of what is directly inside, sorted.
+        has_checksums: whether every dataset is checked as it is read (False for files of other programs).
+    """
+
+    def __init__(self, path: Path, file: h5py.File, raw: RawFile) -> None:
+        self.path = path
+        self._file = file
+        self._size = raw.size()
+        self.names = sorted(file)
+        self._elsewhere: int | None = None
+        self._covered = self._check_attributes()
+        self.has_checksums = self._covered is not None
+        for name in self._covered or ():
+            if name and name not in self:
+                self.damaged(f"{name} is missing")
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a dataset of this name (a link is refused, wherever it leads)."""
+        if name not in self.names:
+            return False
+        link = self._file.get(name, getlink=True)
+        if not isinstance(link, h5py.HardLink):
+            self.foreign(f"{name} is a link{f' to {link.filename}' if isinstance(link, h5py.ExternalLink) else ''}")
+        return self._file.get(name, getclass=True) is h5py.Dataset
+
+    def damaged(self, what: str) -> NoReturn:
+        """Raise `DamagedFileError` for this file."""
+        raise DamagedFileError(_damaged(self.path, what))
+
+    def foreign(self, what: str) -> NoReturn:
+        """Raise `ForeignFileError` for this file."""
+        raise ForeignFileError(f"{self.path}: {what}; such a file is not read")
+
+    def attribute(self, name: str, default: Any = None, *, of: str = "") -> Any:
+        """An attribute of the file, or of the dataset `of`: str, a plain number or bool, or an array.
+
+        Raises:
+            ForeignFileError: it is larger than any attribute has to be, or refers to something else.
+        """
+        owner = self._file[of] if of else self._file
+        key = name.encode()
+        if not h5py.h5a.exists(owner.id, key):
+            return default
+        attribute = h5py.h5a.open(owner.id, key)
+        kind = attribute.get_type()
+        if isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str():
+            if self._bytes_elsewhere() > _MAX_ELSEWHERE:
+                self.foreign(f"{self._bytes_elsewhere()} bytes of it are attributes")
+        elif not isinstance(kind, h5py.h5t.TypeStringID | h5py.h5t.TypeIntegerID | h5py.h5t.TypeFloatID) and not (
+            isinstance(kind, h5py.h5t.TypeEnumID)
+        ):
+            self.foreign(f"its attribute {name} is neither text nor numbers")
+        if attribute.get_storage_size() > _MAX_ATTRIBUTE:
+            self.foreign(f"its attribute {name} has {attribute.get_storage_size()} bytes")
+        value = owner.attrs[name]
+        if isinstance(value, bytes):
+            return value.decode("utf-8", "replace")
+        return value.item() if isinstance(value, np.generic) else value
+
+    def attributes(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of these attributes of the file that there are."""
+        values = {name: self.attribute(name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def dataset(self, name: str, kinds: str, shape: tuple[int | None, ...]) -> StoredArray:
+        """A dataset after every check that can be made without reading it.
+
+        Args:
+            name: directly inside the file.
+            kinds: NumPy's letters of allowed types, "f" or "iu".
+            shape: its rank, and lengths where they are known (None: any).
+
+        Raises:
+            DataFileError: not there, or of another type or shape.
+            DamagedFileError: not all of it is in the file. ForeignFileError: its bytes lie elsewhere.
+        """
+        dataset = self._plain(name)
+        wanted = "integers" if kinds == "iu" else "floating point"
+        sides = ", ".join("ND"[at] if side is None else str(side) for at, side in enumerate(shape))
+        fits = dataset.dtype.kind in kinds and dataset.dtype.itemsize <= 8 and dataset.ndim == len(shape)
+        if not fits or any(side not in (None, got) for side, got in zip(shape, dataset.shape, strict=True)):
+            raise DataFileError(
+                f"{self.path}: {name} must be {wanted} [{sides}], got {dataset.dtype} {list(dataset.shape)}"
+            )
+        return StoredArray(self, name, dataset, self._stored_checksums(name, dataset))
+
+    def strings(self, name: str, length: int) -> list[str]:
+        """A dataset of `length` strings."""
+        dataset = self._plain(name, strings=True)
+        if dataset.shape != (length,):
+            raise DataFileError(f"{self.path}: {name} must be [{length}], got {list(dataset.shape)}")
+        values = [str(value) for value in dataset.asstr("utf-8", "replace")[:]]
+        if self._covered is not None:
+            stored = self.attribute(checksums.CRCS, of=name)
+            if not np.array_equal(stored, checksums.strings_checksum(name, values)):
+                self.damaged(f"the checksum of {name} does not match")
+        return values
+
+    def verify(self) -> None:
+        """Read every covered dataset and compare it with its checksums; nothing to do where there are none."""
+        for name in self._covered or ():
+            if not name:
+                continue
+            dataset = self._plain(name, strings=True)
+            if h5py.check_string_dtype(dataset.dtype):
+                self.strings(name, len(dataset))
+            else:
+                StoredArray(self, name, dataset, self._stored_checksums(name, dataset)).verify()
+
+    def _plain(self, name: str, strings: bool = False) -> h5py.Dataset:
+        """The dataset, where all of its bytes are in this file and it is no larger than they can make it."""
+        if name not in self:
+            raise DataFileError(f"{self.path} lacks the dataset {name}; it holds {self.names or 'nothing'}")
+        dataset = self._file[name]
+        text = h5py.check_string_dtype(dataset.dtype)
+        if dataset.dtype.kind not in "fiu" and not (strings and text):
+            raise DataFileError(f"{self.path}: {name} holds {dataset.dtype}, not numbers")
+        if dataset.shape is None:
+            self.damaged(f"{name} has no extent")
+        plan = dataset.id.get_create_plist()
+        layout = plan.get_layout()
+        if _lies_elsewhere(dataset):
+            self.foreign(f"the data of {name} lie in another file")
+        filters = [plan.get_filter(at)[0] for at in range(plan.get_nfilters())]
+        if not set(filters) <= _FILTERS:
+            self.foreign(f"{name} is packed by a filter that HDF5 does not bring")
+        # A string of variable length is stored as its length and where in the file it lies.
+        item = _STRING_REFERENCE if text and text.length is None else dataset.dtype.itemsize
+        declared, stored = dataset.size * item, dataset.id.get_storage_size()
+        if declared > _MAX_BYTES:
+            self.foreign(f"{name} declares {list(dataset.shape)}, {declared} bytes, more than is ever read")
+        complete = stored == declared
+        if layout == h5py.h5d.CHUNKED:
+            if np.prod(dataset.chunks, dtype=object) * item > max(declared, _SLACK):
+                self.foreign(f"{name} has chunks of {list(dataset.chunks)}, larger than itself")
+            wanted = np.prod([-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)], dtype=object)
+            complete = dataset.size == 0 or (
+                dataset.id.get_num_chunks() == wanted and declared <= max(_SLACK, _MAX_RATIO * stored)
+            )
+        if not complete or stored > self._size:
+            self.damaged(f"{name} declares {list(dataset.shape)}, and only {min(stored, self._size)} bytes are stored")
+        return dataset
+
+    def _stored_checksums(self, name: str, dataset: h5py.Dataset) -> tuple[int, np.ndarray] | None:
+        rows, crcs = self.attribute(checksums.ROWS, of=name), self.attribute(checksums.CRCS, of=name)
+        if self._covered is None:
+            if rows is not None or crcs is not None:
+                self.damaged(f"{name} has checksums and the file's own is missing")
+            return None
+        if name not in self._covered:
+            return None  # added by somebody else
+        blocks = -(-max(1, dataset.shape[0]) // rows) if isinstance(rows, int) and rows > 0 else -1
+        if not isinstance(crcs, np.ndarray) or crcs.shape != (blocks,):
+            self.damaged(f"the checksums of {name} are missing")
+        return rows, crcs
+
+    def _check_attributes(self) -> set[str] | None:
+        """Names of the datasets with checksums; None for a file without any."""
+        covered, stored = self.attribute(checksums.COVERED), self.attribute(checksums.ATTRIBUTES)
+        if covered is None and stored is None:
+            return None
+        try:
+            names = json.loads(covered)
+            values = {
+                owner: {name: (self._file[owner] if owner else self._file).attrs[name] for name in listed}
+                for owner, listed in names.items()
+                if self._readable(owner, listed)
+            }
+        except (TypeError, ValueError, LookupError, AttributeError, OSError, RuntimeError, OverflowError) as exc:
+            raise DamagedFileError(_damaged(self.path, f"its attributes cannot be read ({exc})")) from exc
+        if checksums.attributes_checksum(covered, values) != stored:
+            self.damaged("the checksum of its attributes does not match")
+        return set(names)
+
+    def _readable(self, owner: str, names: Iterable[str]) -> bool:
+        """True, after the checks that `attribute` makes."""
+        if owner and owner not in self:
+            self.damaged(f"{owner} is missing")
+        for name in names:
+            self.attribute(name, of=owner)
+        return True
+
+    def _bytes_elsewhere(self) -> int:
+        """Bytes of the file that belong to no dataset, an upper bound of what its attributes hold."""
+        if self._elsewhere is None:
+            self._elsewhere = self._size
+            if self._size > _MAX_ELSEWHERE:
+                found: list[int] = []
+                self._file.visititems(
+                    lambda _, item: found.append(item.id.get_storage_size()) if isinstance(item, h5py.Dataset) else None
+                )
+                self._elsewhere -= sum(found)
+        return self._elsewhere
+
+
+class StoredArray:
+    """A dataset whose rows are checked as they are read."""
+
+    def __init__(
+        self, file: StoredFile, name: str, dataset: h5py.Dataset, check: tuple[int, np.ndarray] | None
+    ) -> None:
+        self._file, self._name, self._dataset, self._check = file, name, dataset, check
+        self.shape: tuple[int, ...] = dataset.shape
+        self.dtype: np.dtype = dataset.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self) -> np.ndarray:
+        """All of it, in the stored type."""
+        values = np.empty(self.shape, self.dtype)
+        for start, part in self.parts():
+            values[start : start + len(part)] = part
+        return values
+
+    def parts(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, rows), in order, a bounded number of bytes at a time; at least one, also of no rows."""
+        unit = self._check[0] if self._check else 1
+        row = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
+        step = unit * max(1, _READ_BYTES // (unit * row))
+        for start in range(0, max(1, len(self)), step):
+            values = self._dataset[start : start + step]
+            self._compare(start, values)
+            yield start, values
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop`."""
+        unit = self._check[0] if self._check else 1
+        first = start // unit * unit
+        values = self._dataset[first : min(-(-stop // unit) * unit, len(self))]
+        self._compare(first, values)
+        return values[start - first : stop - first]
+
+    def verify(self) -> None:
+        """Read everything, keep nothing."""
+        if self._check:
+            for _ in self.parts():
+                pass
+
+    def _compare(self, first: int, values: np.ndarray) -> None:
+        if self._check is None:
+            return
+        unit, stored = self._check
+        check = checksums.BlockChecksums(self._name, self.shape, self.dtype, unit, first)
+        check.add(values)
+        found, block = check.result(), first // unit
+        wrong = np.flatnonzero(found != stored[block : block + len(found)])
+        if len(wrong):
+            self._file.damaged(f"the checksum of {self._name} does not match (rows from {(block + wrong[0]) * unit})")
+
+
+def _check_tree(path: Path, root: h5py.File) -> None:
+    waiting, seen = [root], set()
+    while waiting:
+        group = waiting.pop()
+        address = h5py.h5o.get_info(group.id).addr
+        if address in seen:
+            continue
+        seen.add(address)
+        for name in group:
+            link = group.get(name, getlink=True)
+            if not isinstance(link, h5py.HardLink):
+                raise ForeignFileError(f"{path}: {group.name.rstrip('/')}/{name} is a link; such a file is not read")
+            item = group[name]
+            if isinstance(item, h5py.Group):
+                waiting.append(item)
+            elif isinstance(item, h5py.Dataset) and _lies_elsewhere(item):
+                raise ForeignFileError(f"{path}: the data of {item.name} lie in another file; such a file is not read")
+
+
+def _lies_elsewhere(dataset: h5py.Dataset) -> bool:
+    plan = dataset.id.get_create_plist()
+    return bool(plan.get_external_count()) or plan.get_layout() == h5py.h5d.VIRTUAL
+
+
+def _damaged(path: Path, what: str) -> str:
+    return f"{path} is damaged ({what}); nothing of it was used: restore it, or make it again"

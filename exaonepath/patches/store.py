@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
-from exaonepath.errors import DataFileError
+from exaonepath.errors import DataFileError, UnfinishedFileError
 from exaonepath.files.artifact import canonical_json, settings_hash
-from exaonepath.files.hdf5 import atomic_h5, open_h5
+from exaonepath.files.hdf5 import StoredFile, open_h5
+from exaonepath.files.hdf5_output import atomic_h5
 from exaonepath.patches.slide import SlideImage
 from exaonepath.version import __version__
 
@@ -69,98 +69,106 @@ def write_patches(
         OutputError: the file cannot be written.
     """
     with atomic_h5(path) as file:
-        stored = file.create_dataset("coords", data=np.asarray(coords, np.int32).reshape(-1, 2))
+        file.array("coords", np.asarray(coords, np.int32).reshape(-1, 2))
         size = slide.level_dimensions[patch_level]
-        stored.attrs.update(
-            patch_size=patch_size,
-            patch_level=patch_level,
-            downsample=slide.level_downsamples[patch_level],
-            downsampled_level_dim=size,
-            level_dim=size,
-            name=slide.name,
-        )
-        index = file.create_dataset("contour_index", data=np.asarray(contour_index, np.int32))
-        index.attrs["name"] = slide.name
-        file.attrs.update(
-            n_coords=len(coords),
-            settings=canonical_json(settings),
-            settings_hash=settings_hash(settings),
-            slide_fingerprint=slide.fingerprint(),
-            slide_path=str(slide.path.resolve()),
-            mpp=slide.mpp,
-            mpp_source=slide.mpp_source,
-            exaonepath_version=__version__,
-        )
-        file.attrs["complete"] = True
+        attributes = {
+            "patch_size": patch_size,
+            "patch_level": patch_level,
+            "downsample": slide.level_downsamples[patch_level],
+            "downsampled_level_dim": size,
+            "level_dim": size,
+            "name": slide.name,
+        }
+        file.attributes(attributes, of="coords")
+        file.array("contour_index", np.asarray(contour_index, np.int32))
+        file.attributes({"name": slide.name}, of="contour_index")
+        made_by = {
+            "n_coords": len(coords),
+            "settings": canonical_json(settings),
+            "settings_hash": settings_hash(settings),
+            "slide_fingerprint": slide.fingerprint(),
+            "slide_path": str(slide.path.resolve()),
+            "mpp": slide.mpp,
+            "mpp_source": slide.mpp_source,
+            "exaonepath_version": __version__,
+            "complete": True,
+        }
+        file.attributes(made_by)
 
 
 def read_patches(path: str | os.PathLike[str]) -> PatchSet:
-    """Read and check a patch file, made by this package or by EXAONE Path.
+    """Read and check a patch file, made by this package, by EXAONE Path, or by TRIDENT or CLAM.
 
     Raises:
-        DataFileError: missing, corrupt or half-written file; no coords; shapes or types that cannot be coordinates;
+        DataFileError: missing, damaged or half-written file; no coords; shapes or types that cannot be coordinates;
             coords and contour_index of different lengths; no patch_size.
     """
     path = Path(path)
     with open_h5(path, required=["coords"]) as file:
-        try:
-            return _parse(path, file)
-        except (ValueError, TypeError) as exc:
-            raise DataFileError(
-                f"{path} cannot be read ({exc}); it is damaged: delete it and run patchfy again"
-            ) from exc
+        return _parse(path, file)
 
 
-def _parse(path: Path, file: h5py.File) -> PatchSet:
-    if not bool(file.attrs.get("complete", False)):
-        raise DataFileError(f'{path} is half written (no "complete" mark): delete it and run patchfy again')
-    dataset = file["coords"]
-    coords = _integers(path, dataset, "coords")
-    if coords.ndim != 2 or coords.shape[1] != 2:
-        raise DataFileError(f"{path}: coords must be [N, 2], not {list(coords.shape)}")
+def _parse(path: Path, file: StoredFile) -> PatchSet:
+    coords = _int32(path, "coords", file.dataset("coords", "iu", (None, 2)).read())
+    patch_size = _foreign_patch_size(file)
+    if patch_size is None:
+        if not file.attribute("complete", False):
+            raise UnfinishedFileError(
+                f'{path} is half written: it has no "complete" mark, which comes last; make it again'
+            )
+        patch_size = file.attribute("patch_size", of="coords")
     index = np.zeros(len(coords), np.int32)
     if "contour_index" in file:
-        index = _integers(path, file["contour_index"], "contour_index")
-        if index.shape != (len(coords),):
-            raise DataFileError(f"{path}: contour_index is {list(index.shape)} for {len(coords)} coords")
-    stated = file.attrs.get("n_coords")
-    if stated is not None and int(stated) != len(coords):
-        raise DataFileError(f"{path} states n_coords = {int(stated)} and holds {len(coords)}")
-    if "patch_size" not in dataset.attrs:
+        index = _int32(path, "contour_index", file.dataset("contour_index", "iu", (len(coords),)).read())
+    stated = file.attribute("n_coords")
+    if stated is not None and stated != len(coords):
+        raise DataFileError(f"{path} states n_coords = {stated} and holds {len(coords)}")
+    if patch_size is None:
         raise DataFileError(f"{path}: coords has no patch_size attribute")
-    patch_size = int(dataset.attrs["patch_size"])
-    if patch_size <= 0:
+    if not isinstance(patch_size, int | float) or int(patch_size) <= 0:
         raise DataFileError(f"{path}: patch_size is {patch_size}")
     return PatchSet(
         coords=coords,
         contour_index=index,
-        patch_size=patch_size,
-        patch_level=int(dataset.attrs.get("patch_level", 0)),
-        name=_text(dataset.attrs.get("name")) or path.stem,
-        slide_fingerprint=_text(file.attrs.get("slide_fingerprint")),
-        settings_hash=_text(file.attrs.get("settings_hash")),
+        patch_size=int(patch_size),
+        patch_level=int(file.attribute("patch_level", 0, of="coords")),
+        name=file.attribute("name", of="coords") or path.stem,
+        slide_fingerprint=file.attribute("slide_fingerprint"),
+        settings_hash=file.attribute("settings_hash"),
     )
 
 
-def _integers(path: Path, dataset: h5py.Dataset, name: str) -> np.ndarray:
-    if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "iu":
-        kind = getattr(dataset, "dtype", "a group")
-        raise DataFileError(f"{path}: {name} must hold integers, not {kind}")
-    values = dataset[...]
+def foreign_writer(file: StoredFile) -> str | None:
+    """The other program whose layout a file of coordinates has; None for EXAONE Path's layout, which is ours."""
+    if file.attribute("complete") is not None or "contour_index" in file:
+        return None
+    if file.attribute("patch_size_level0", of="coords") is not None:
+        return "TRIDENT"
+    # What CLAM stores, and EXAONE Path took over from it, less the mark and the contours.
+    clam = ("patch_size", "patch_level", "downsample", "save_path")
+    return "CLAM" if all(file.attribute(name, of="coords") is not None for name in clam) else None
+
+
+def _foreign_patch_size(file: StoredFile) -> int | None:
+    """Side of a patch in level-0 pixels, in files of the programs that say it in their own way."""
+    writer = foreign_writer(file)
+    if writer == "TRIDENT":  # its patch_size is in pixels of the target magnification
+        return int(file.attribute("patch_size_level0", of="coords"))
+    if writer == "CLAM":  # its patch_size is in pixels of patch_level
+        downsample = float(np.ravel(file.attribute("downsample", of="coords"))[0])
+        return int(file.attribute("patch_size", of="coords") * downsample)
+    return None
+
+
+def _int32(path: Path, name: str, values: np.ndarray) -> np.ndarray:
     limits = np.iinfo(np.int32)
     if values.size and (values.min() < limits.min or values.max() > limits.max):
         raise DataFileError(f"{path}: {name} holds values beyond 32 bits")
-    return values.astype(np.int32)
+    return values.astype(np.int32, copy=False)
 
 
 def stored_origin(path: str | os.PathLike[str]) -> tuple[str | None, dict[str, Any]]:
     """(slide_path, settings) that made a readable patch file; (None, {}) for one made by EXAONE Path."""
     with open_h5(path) as file:
-        settings = _text(file.attrs.get("settings"))
-        return _text(file.attrs.get("slide_path")), json.loads(settings) if settings else {}
-
-
-def _text(value: object) -> str | None:
-    if value is None:
-        return None
-    return value.decode() if isinstance(value, bytes) else str(value)
+        settings = file.attribute("settings")
+        return file.attribute("slide_path"), json.loads(settings) if settings else {}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
-import tempfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exaonepath.errors import WeightsError
-from exaonepath.files.atomic import ensure_folder, output_error
+from exaonepath.files.atomic import atomic_folder, ensure_folder, output_error, recover_folder
 
 logger = logging.getLogger(__name__)
 
@@ -60,28 +59,21 @@ def save_checkpoint(
     """
     ensure_folder(folder)
     target = folder / f"step-{step:08d}"
-    try:
-        work = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-        try:
-            for group, named in tensors.items():
-                contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    with atomic_folder(target) as work:
+        for group, named in tensors.items():
+            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+            try:
                 save_file(contiguous, work / f"{group}.safetensors")
-            text = json.dumps({"step": step, "groups": sorted(tensors), "state": dict(state)})
-            (work / _STATE).write_text(text, encoding="utf-8")
-            for path in (*work.iterdir(), work):
-                _sync(path)
-            work.chmod(0o755)
-            if target.exists():
-                # The same step again, after resuming: what is there is set aside until the new one has its name.
-                shutil.rmtree(work.with_suffix(".old"), ignore_errors=True)
-                target.rename(work.with_suffix(".old"))
-            work.rename(target)
-            _sync(folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-            shutil.rmtree(work.with_suffix(".old"), ignore_errors=True)
-    except (OSError, SafetensorError) as exc:
-        raise output_error(target, exc if isinstance(exc, OSError) else OSError(str(exc))) from exc
+            except SafetensorError as exc:
+                raise output_error(target, OSError(str(exc))) from exc
+        content = {
+            "step": step,
+            "groups": sorted(tensors),
+            "checksums": {group: _checksum(work / f"{group}.safetensors") for group in tensors},
+            "state": dict(state),
+        }
+        content["crc32"] = zlib.crc32(json.dumps(content).encode())
+        (work / _STATE).write_text(json.dumps(content), encoding="utf-8")
     for old in _steps(folder)[:-keep]:
         shutil.rmtree(folder / f"step-{old:08d}", ignore_errors=True)
     return target
@@ -94,26 +86,23 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         WeightsError: there are checkpoints, and none can be read.
     """
     problems = []
+    for aside in folder.glob(".step-*.replaced"):
+        recover_folder(folder / aside.name[1:].removesuffix(".replaced"))
     for step in reversed(_steps(folder)):
         path = folder / f"step-{step:08d}"
         try:
-            content = json.loads((path / _STATE).read_text(encoding="utf-8"))
-            tensors = {group: load_file(path / f"{group}.safetensors") for group in content["groups"]}
+            content = _state(path / _STATE)
+            checks = content.get("checksums")
+            tensors = {group: _tensors(path / f"{group}.safetensors", checks) for group in content["groups"]}
             return Checkpoint(path, int(content["step"]), content["state"], tensors)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as exc:
             logger.warning("checkpoint %s cannot be read (%s); trying the one before it", path, exc)
             problems.append(f"{path.name}: {exc}")
     if problems:
         raise WeightsError(
-            f"no checkpoint in {folder} can be read ({'; '.join(problems)}); delete the folder to start over"
+            f"no checkpoint in {folder} can be read ({'; '.join(problems)}); restore one, or ask to overwrite the run"
         )
     return None
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed process was writing."""
-    for path in folder.glob(".writing-*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
@@ -155,9 +144,27 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _state(path: Path) -> dict[str, Any]:
+    """The content of a state file; `ValueError` where it is not what was written."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    check = content.pop("crc32", None)
+    # Text to values to text is the identity for what this module writes. Version 0.1 wrote neither of the two keys.
+    if (check is None) != ("checksums" not in content) or (
+        check is not None and check != zlib.crc32(json.dumps(content).encode())
+    ):
+        raise ValueError(f"the checksum of {path.name} does not match")
+    return content
+
+
+def _tensors(path: Path, checksums: Mapping[str, int] | None) -> dict[str, Tensor]:
+    if checksums is not None and checksums[path.stem] != _checksum(path):
+        raise ValueError(f"the checksum of {path.name} does not match")
+    return load_file(path)
+
+
+def _checksum(path: Path) -> int:
+    check = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            check = zlib.crc32(block, check)
+    return check

@@ -8,22 +8,31 @@ checkpoints/        step-<n>/, to resume from                                   
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from exaonepath.errors import DataFileError, FileBusyError, OutputCollisionError, SettingsError
 from exaonepath.files.artifact import settings_hash
-from exaonepath.files.atomic import ensure_folder, output_error, write_text
+from exaonepath.files.atomic import (
+    atomic_folder,
+    ensure_folder,
+    open_private,
+    output_error,
+    recover_folder,
+    remove_abandoned,
+    try_lock,
+    write_text,
+)
 from exaonepath.training.settings import differing_keys
 from exaonepath.version import __version__
 
@@ -50,11 +59,9 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the folder for this run; raises `FileBusyError` where another process trains into it."""
         ensure_folder(self.path)
-        with (self.path / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as exc:
-                raise FileBusyError(f"another process is training into {self.path}") from exc
+        with FileIO(open_private(self.path / ".lock"), "a+") as lock:
+            if not try_lock(lock.fileno()):
+                raise FileBusyError(f"another process is training into {self.path}")
             yield
 
     def claim(self, settings: Mapping[str, Any], cohort_hash: str, *, overwrite: bool) -> bool:
@@ -141,25 +148,18 @@ class RunFolder:
 
     def save_model(self, model: PreTrainedModel, target: Path) -> None:
         """`save_pretrained` into `target`, whole or not at all; an earlier model there is replaced."""
-        try:
-            work = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.path))
+        with atomic_folder(target) as work:
             try:
                 model.save_pretrained(work)
-                work.chmod(0o755)
-                old = work.with_suffix(".old")
-                if target.exists():
-                    target.rename(old)
-                work.rename(target)
-                shutil.rmtree(old, ignore_errors=True)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-        except OSError as exc:
-            raise output_error(target, exc) from exc
+            except SafetensorError as exc:
+                raise output_error(target, OSError(str(exc))) from exc
 
     def clean(self) -> None:
-        """Delete what a killed process was writing."""
-        for path in [*self.path.glob(".writing-*"), *self.checkpoints.glob(".writing-*")]:
-            shutil.rmtree(path, ignore_errors=True)
+        """Finish or delete what a killed process was writing."""
+        for target in (self.best, self.model):
+            recover_folder(target)
+        for folder in (self.path, self.checkpoints):
+            remove_abandoned(folder)
 
     def _stored(self) -> dict[str, Any]:
         try:

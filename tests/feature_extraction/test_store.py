@@ -6,9 +6,9 @@ import h5py
 import numpy as np
 import pytest
 
-from exaonepath.errors import DataFileError
+from exaonepath.errors import DamagedFileError, DataFileError, ForeignFileError
 from exaonepath.feature_extraction.reader import PatchFailure
-from exaonepath.feature_extraction.store import read_features, write_features
+from exaonepath.feature_extraction.store import merge_by_index, read_features, write_features
 
 N, D = 50, 768
 
@@ -104,7 +104,7 @@ def test_missing_file(tmp_path):
 def test_not_hdf5(tmp_path):
     path = tmp_path / "text.h5"
     path.write_text("features")
-    with pytest.raises(DataFileError, match="corrupt"):
+    with pytest.raises(ForeignFileError, match="cannot be read as HDF5: it is another kind of file"):
         read_features(path)
 
 
@@ -112,7 +112,7 @@ def test_not_hdf5(tmp_path):
 def test_half_a_file(original, keep):
     data = original.read_bytes()
     original.write_bytes(data[: int(len(data) * keep)])
-    with pytest.raises(DataFileError, match="corrupt or half written"):
+    with pytest.raises(DamagedFileError, match="is damaged"):
         read_features(original)
 
 
@@ -125,7 +125,7 @@ def test_a_damaged_chunk(original):
     with original.open("r+b") as raw:
         raw.seek(place.byte_offset)
         raw.write(b"\x00" * 200)
-    with pytest.raises(DataFileError, match="cannot be read"):
+    with pytest.raises(DamagedFileError, match="is damaged"):
         read_features(original)
 
 
@@ -142,9 +142,10 @@ def test_written_files_read_back(tmp_path):
     coords, contours = rng.integers(0, 1000, (N, 2)), rng.integers(0, 4, N)
     failures = [PatchFailure(30, *coords[30].tolist(), "spoilt: ümläut"), PatchFailure(2, *coords[2].tolist(), "x")]
     kept = np.delete(np.arange(N), [2, 30])
-    # out of order, as when recovered patches come after those of an earlier file
+    # in between each other, as when recovered patches are added to those of an earlier file
     first, second = kept[kept % 3 != 0], kept[kept % 3 == 0]
-    blocks = [(first, features[first]), (second[:4], features[second[:4]]), (second[4:], features[second[4:]])]
+    recovered = [(second[:4], features[second[:4]]), (second[4:], features[second[4:]])]
+    blocks = merge_by_index(iter([(first, features[first])]), iter(recovered))
     path = tmp_path / "out.h5"
     assert write_features(path, blocks, coords, contours, 7, failures, {"weights": "random:0"}) == N - 2
     stored = read_features(path)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from exaonepath.errors import OutputError, WeightsError
-from exaonepath.training import checkpoint
+from exaonepath.files import atomic
+from exaonepath.files.atomic import remove_abandoned
 from exaonepath.training.checkpoint import (
     load_checkpoint,
     optimizer_tensors,
-    remove_unfinished,
     restore_optimizer,
     save_checkpoint,
 )
@@ -31,23 +31,50 @@ def test_the_newest_is_read_and_old_ones_go(tmp_path):
     assert {p.suffix for p in found.path.iterdir()} == {".safetensors", ".json"}
 
 
-def test_a_killed_write_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_killed_write_leaves_the_one_before(tmp_path, monkeypatch, abandoned):
     save(tmp_path, 1)
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_sync", killed)
+    monkeypatch.setattr(atomic, "_sync", killed)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 2)
     monkeypatch.undo()
     assert load_checkpoint(tmp_path).step == 1
     # What no handler could clean up, a real kill, is swept by the next run.
-    (tmp_path / ".writing-abc").mkdir()
-    (tmp_path / ".writing-abc" / "model.safetensors").write_bytes(b"half")
+    left = tmp_path / abandoned("step-00000002")
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
     assert load_checkpoint(tmp_path).step == 1
-    remove_unfinished(tmp_path)
+    remove_abandoned(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json"])
+def test_one_flipped_bit_is_damage(tmp_path, name):
+    """Also where the file still parses: the step count, a weight."""
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / name
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 31):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        found = load_checkpoint(tmp_path)
+        assert found.step == 1
+    path.write_bytes(whole)
+    assert load_checkpoint(tmp_path).step == 2
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    """The old folder is set aside, the new one has not got its name yet."""
+    save(tmp_path, 1)
+    target = save(tmp_path, 2, value=3.0)
+    target.rename(atomic._set_aside(target))
+    assert load_checkpoint(tmp_path).step == 2
+    assert load_checkpoint(tmp_path).tensors["model"]["w"].tolist() == [3.0] * 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_a_damaged_one_is_passed_over_and_said(tmp_path, caplog):

@@ -109,7 +109,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert standardizer.scalings["rna"].std.min() > 0
 
 
-def test_killed_and_resumed_equals_uninterrupted(finished, cohort_folder, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(finished, cohort_folder, tmp_path, abandoned):
     """SIGKILL after step 5: the run goes on from the checkpoint of step 4, bit for bit, log included."""
     code = f"""
 import json, os, signal, sys
@@ -129,7 +129,7 @@ train(settings, "killed", progress=lambda step, total, row: step == 5 and os.kil
     # A half-written line, and a half-written checkpoint, as a kill can leave them.
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 6, "lo')
-    (folder / "checkpoints" / ".writing-x").mkdir()
+    (folder / "checkpoints" / abandoned("step-00000006")).mkdir()
     result = train(_settings(cohort_folder), folder)
     assert (result.resumed_from, result.step, result.finished) == (4, 6, True)
     same(folder, finished)

@@ -1,0 +1,122 @@
+"""Writing HDF5 files: whole or not at all, no failed write unnoticed, every dataset and attribute with a checksum."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from exaonepath.errors import OutputError
+from exaonepath.files import checksums
+from exaonepath.files.atomic import atomic_path, output_error
+from exaonepath.files.raw_file import RawFile
+from exaonepath.files.signals import signals_held
+
+
+@contextmanager
+def atomic_h5(target: str | os.PathLike[str]) -> Iterator[Hdf5Output]:
+    """`atomic_path` for an HDF5 file; see `Hdf5Output` for what can be written into it.
+
+    Raises:
+        OutputError: anything that had to be written was not, however late the system said so.
+    """
+    with atomic_path(target) as temporary, signals_held():
+        raw = RawFile(os.open(temporary, os.O_RDWR), "r+", target)
+        try:
+            # No lock: the name is this process's own.
+            with h5py.File(raw, "w") as file:
+                output = Hdf5Output(file)
+                yield output
+                output.finish()
+            raw.sync()
+        except (OSError, RuntimeError, ValueError, KeyError) as exc:
+            # After a failed write HDF5 may stumble over what it reads back; the failed write is the cause.
+            if raw.error is not None and exc is not raw.error:
+                raise output_error(Path(target), raw.error) from exc
+            if isinstance(exc, RuntimeError) and not isinstance(exc, OutputError):
+                raise OutputError(f"cannot write {target}: {exc}") from exc
+            raise
+        finally:
+            raw.close()
+        raw.raise_error()
+
+
+class Hdf5Output:
+    """An HDF5 file being written."""
+
+    def __init__(self, file: h5py.File) -> None:
+        self._file = file
+        self._names: dict[str, list[str]] = {"": []}
+
+    def attributes(self, values: Mapping[str, Any], of: str = "") -> None:
+        """Set attributes of the file, or of the dataset `of`."""
+        texts = {name: _encodable(value) if isinstance(value, str) else value for name, value in values.items()}
+        (self._file[of] if of else self._file).attrs.update(texts)
+        self._names.setdefault(of, []).extend(values)
+
+    def array(self, name: str, values: np.ndarray) -> None:
+        """Write a dataset whole."""
+        values = np.ascontiguousarray(values)
+        rows = self.rows(name, values.shape, values.dtype)
+        rows.append(values)
+        rows.finish()
+
+    def rows(self, name: str, shape: tuple[int, ...], dtype: np.dtype | str) -> RowsOutput:
+        """A dataset whose rows are appended in order; `RowsOutput.finish` must be called on it."""
+        self._names.setdefault(name, [])
+        return RowsOutput(self._file.create_dataset(name, shape, np.dtype(dtype)), name)
+
+    def strings(self, name: str, values: Sequence[str]) -> None:
+        """Write a dataset of variable-length UTF-8 strings."""
+        texts = [_encodable(value) for value in values]
+        dataset = self._file.create_dataset(name, data=texts, shape=(len(texts),), dtype=h5py.string_dtype())
+        dataset.attrs[checksums.CRCS] = checksums.strings_checksum(name, texts)
+        self._names.setdefault(name, [])
+
+    def finish(self) -> None:
+        """Add the checksum of all attributes, as they read back."""
+        covered = json.dumps({owner: sorted(set(names)) for owner, names in self._names.items()}, sort_keys=True)
+        values = {
+            owner: {name: (self._file[owner] if owner else self._file).attrs[name] for name in names}
+            for owner, names in self._names.items()
+        }
+        self._file.attrs[checksums.COVERED] = covered
+        self._file.attrs[checksums.ATTRIBUTES] = np.uint32(checksums.attributes_checksum(covered, values))
+
+
+class RowsOutput:
+    """A dataset that is written row by row, in order."""
+
+    def __init__(self, dataset: h5py.Dataset, name: str) -> None:
+        self._dataset = dataset
+        self._checks = checksums.BlockChecksums(name, dataset.shape, dataset.dtype)
+        self._next = 0
+
+    def append(self, values: np.ndarray) -> None:
+        """Write the next rows; `ValueError` where there are more than the dataset was made for."""
+        values = np.ascontiguousarray(values, self._dataset.dtype)
+        end = self._next + len(values)
+        if end > len(self._dataset):
+            raise ValueError(f"{self._dataset.name} has {len(self._dataset)} rows; {end} were written")
+        if values.size:
+            self._dataset[self._next : end] = values
+        self._checks.add(values)
+        self._next = end
+
+    def finish(self) -> None:
+        """Store the checksums; `ValueError` where rows are missing."""
+        if self._next != len(self._dataset):
+            raise ValueError(f"{self._dataset.name} has {len(self._dataset)} rows; {self._next} were written")
+        self._dataset.attrs[checksums.ROWS] = np.int64(self._checks.rows)
+        self._dataset.attrs[checksums.CRCS] = self._checks.result()
+
+
+def _encodable(text: str) -> str:
+    """The text with what UTF-8 cannot hold (a file name that was not UTF-8, say) escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

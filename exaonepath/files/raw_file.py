@@ -1,0 +1,119 @@
+"""The file object that HDF5 reads and writes through.
+
+HDF5 loses failed operations: a write that fails while a dataset object is being dropped is reported nowhere, and a full
+disk can end in a crash inside the library. This object therefore keeps the first OSError to itself and lets HDF5
+believe that all went well; whoever opened the file asks for the error at the end. After it nothing reaches the disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class RawFile(io.RawIOBase):
+    """An open file whose operations do not raise.
+
+    Args:
+        descriptor: of the file; closed with this object.
+        mode: "r" or "r+".
+        name: for messages.
+
+    Attributes:
+        error: the first OSError of any operation; None while there was none.
+    """
+
+    def __init__(self, descriptor: int, mode: str, name: object) -> None:
+        self.name = name
+        self._file = io.FileIO(descriptor, mode)  # owns the descriptor from here on
+        self.error: OSError | None = None
+
+    def __repr__(self) -> str:
+        return str(self.name)  # by which h5py names the file in its own messages
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return self._file.readable()
+
+    def writable(self) -> bool:
+        return self._file.writable()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def tell(self) -> int:
+        return self._attempt(self._file.tell, 0)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._attempt(lambda: self._file.seek(offset, whence), 0)
+
+    def size(self) -> int:
+        """Bytes in the file; 0 after an error."""
+        return self._attempt(lambda: os.fstat(self.fileno()).st_size, 0)
+
+    def readinto(self, buffer: Any) -> int:
+        target = memoryview(buffer).cast("B")
+
+        def read() -> int:
+            done = 0
+            while done < len(target) and (count := self._file.readinto(target[done:])):
+                done += count
+            return done
+
+        done = self._attempt(read, 0)
+        target[done:] = bytes(len(target) - done)  # past the end, or after an error: never what lay in that memory
+        return len(target)
+
+    def write(self, data: Any) -> int:
+        source = memoryview(data).cast("B")
+
+        def write() -> None:
+            done = 0
+            while done < len(source):
+                done += self._file.write(source[done:])
+
+        self._attempt(write, None)
+        return len(source)
+
+    def truncate(self, size: int | None = None) -> int:
+        return self._attempt(lambda: self._file.truncate(size), size or 0)
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
+
+    def sync(self) -> None:
+        """Have the disk confirm what was written."""
+        try:
+            os.fsync(self.fileno())
+        except OSError as exc:
+            # Some network file systems cannot; a write that failed has been noticed then.
+            if exc.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+                self.error = self.error or exc
+
+    def close(self) -> None:
+        try:
+            self._file.close()  # some failed writes are reported only here, and the descriptor is closed all the same
+        except OSError as exc:
+            self.error = self.error or exc
+        super().close()
+
+    def raise_error(self) -> None:
+        """Raise the first error, if there was one."""
+        if self.error is not None:
+            raise self.error
+
+    def _attempt(self, operation: Callable[[], T], otherwise: T) -> T:
+        if self.error is not None:
+            return otherwise
+        try:
+            return operation()
+        except OSError as exc:
+            self.error = exc
+            return otherwise
