@@ -374,6 +374,8 @@ class StoredArray:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop`."""
+        if stop <= start:
+            return np.empty((0, *self.shape[1:]), self.dtype)
         unit = self._check[0] if self._check else 1
         first = start // unit * unit
         values = self._dataset[first : min(-(-stop // unit) * unit, len(self))]

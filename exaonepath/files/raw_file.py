@@ -10,10 +10,15 @@ from __future__ import annotations
 import errno
 import io
 import os
+import struct
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_HEAP = b"GCOL"
+_HEAP_HEADER = struct.Struct("<4s4xQ")  # signature, version and padding, bytes of the collection
+_HEAP_OBJECT = struct.Struct("<HH4xQ")  # index (0: the free rest), references, bytes
 
 
 class RawFile(io.RawIOBase):
@@ -68,6 +73,8 @@ class RawFile(io.RawIOBase):
             return done
 
         done = self._attempt(read, 0)
+        if target[:4] == _HEAP and not _heap_is_sound(target):
+            target[:4] = bytes(4)  # an error in HDF5, in place of a loop without end
         target[done:] = bytes(len(target) - done)  # past the end, or after an error: never what lay in that memory
         return len(target)
 
@@ -117,3 +124,22 @@ class RawFile(io.RawIOBase):
         except OSError as exc:
             self.error = exc
             return otherwise
+
+
+def _heap_is_sound(image: memoryview) -> bool:
+    """Whether the objects of a global heap collection, as far as it was read, follow one another inside it.
+
+    HDF5 keeps strings of variable length there. It walks from object to object by their stored sizes, for ever where a
+    damaged size leads nowhere.
+    """
+    if len(image) < _HEAP_HEADER.size:
+        return True  # too short to be walked
+    _, end = _HEAP_HEADER.unpack_from(image)
+    at = _HEAP_HEADER.size
+    while at + _HEAP_OBJECT.size <= min(end, len(image)):
+        index, _, size = _HEAP_OBJECT.unpack_from(image, at)
+        step = _HEAP_OBJECT.size + -(-size // 8) * 8 if index else size
+        if step < _HEAP_OBJECT.size or step > end - at:
+            return False
+        at += step
+    return end >= _HEAP_HEADER.size
