@@ -17,6 +17,7 @@ from exaonepath.models.memory_plan import MemoryPlan, Workload, available_memory
 from exaonepath.models.slide_transformer import SlideTransformer, TokenOrder
 from exaonepath.models.slide_transformer import ffn_hidden as ffn_hidden
 from exaonepath.models.streaming import RowReader, RowWriter
+from exaonepath.models.unmodified import execution_device, is_unmodified, own
 from exaonepath.ops import FragmentLayout, Rotation, Segments, build_fragment_layout
 
 
@@ -33,20 +34,30 @@ class SlideEncoderOutput(ModelOutput):
     slide_embedding: Tensor | None = None
 
 
+@own
 class _WsiEncoder(nn.Module):
-    """A level of the published parameter names."""
+    """A level of the published parameter names; called like what it holds."""
 
     def __init__(self, transformer: SlideTransformer) -> None:
         super().__init__()
         self.transformer = transformer
 
+    def forward(self, features: Tensor, layout: FragmentLayout, coords: Tensor | None, backend: str) -> Tensor:
+        out: Tensor = self.transformer(features, layout, coords, backend)
+        return out
 
+
+@own
 class _SlideEncoder(nn.Module):
-    """A level of the published parameter names."""
+    """A level of the published parameter names; called like what it holds."""
 
     def __init__(self, transformer: SlideTransformer) -> None:
         super().__init__()
         self.wsi_encoder = _WsiEncoder(transformer)
+
+    def forward(self, features: Tensor, layout: FragmentLayout, coords: Tensor | None, backend: str) -> Tensor:
+        out: Tensor = self.wsi_encoder(features, layout, coords, backend)
+        return out
 
 
 class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
@@ -97,8 +108,8 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
             MemoryLimitError: without autograd, the slide cannot fit into the GPU's free memory.
         """
         mask = self._check(patch_features, patch_mask, patch_coords, patch_contour_index)
-        if torch.is_grad_enabled():
-            output = self._forward_train(patch_features, mask, patch_coords, patch_contour_index)
+        if torch.is_grad_enabled() or not is_unmodified(self.slide_encoder):
+            output = self._forward_whole(patch_features, mask, patch_coords, patch_contour_index)
         else:
             home = patch_features.device
             output = self._infer(patch_features, mask, patch_coords, patch_contour_index, home, None)
@@ -140,7 +151,18 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
         assert features is not None
         mask = self._check(features, inputs[1], coords, contour, streamed=True)
         limit = None if max_memory is None else parse_memory(max_memory)
-        return self._infer(features, mask, coords, contour, torch.device("cpu"), limit)
+        host = torch.device("cpu")
+        if is_unmodified(self.slide_encoder):
+            return self._infer(features, mask, coords, contour, host, limit)
+        if limit is not None:
+            raise SettingsError(
+                "max_memory cannot be planned for an encoder with hooks, replaced, quantised or offloaded layers; "
+                "leave it out"
+            )
+        device = execution_device(self.slide_encoder)
+        moved = [None if t is None else t.to(device) for t in (coords, contour)]
+        output = self._forward_whole(features.to(device), mask.to(device), *moved)
+        return SlideEncoderOutput(*(t.to(host) for t in output.to_tuple()))
 
     def plan_memory(
         self,
@@ -232,16 +254,13 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
         means = (feature_sums / count).to(out_device), (encoded_sums / count.to(x.device)).to(out_device)
         return SlideEncoderOutput(patch_embedding=patches, slide_embedding=torch.cat(means, -1).to(dtype))
 
-    def _forward_train(
+    def _forward_whole(
         self, features: Tensor, mask: Tensor, coords: Tensor | None, contour: Tensor | None
     ) -> SlideEncoderOutput:
-        transformer = self.transformer
-        layout = build_fragment_layout(transformer.n_prefix, mask, contour)
+        """Every module called, gradients where they are wanted."""
+        layout = build_fragment_layout(self.transformer.n_prefix, mask, contour)
         order = TokenOrder.of(layout, mask.numel())
-        rotation = transformer.rotation(order, coords)
-        packed = transformer.encode_with_grad(
-            features.flatten(0, 1), layout, order, rotation, self.config._attn_implementation
-        )
+        packed = self.slide_encoder(features.flatten(0, 1), layout, coords, self.config._attn_implementation)
         positions = order.positions()
         encoded = packed.index_select(0, positions.clamp(min=0)).unflatten(0, mask.shape)
         del packed

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from exaonepath.errors import SettingsError
 from exaonepath.models.configuration import FFN_ALIGN
-from exaonepath.models.layers import (
-    Block,
-    LayerNorm,
-    Linear,
-    RMSNorm,
-    RopePeriods,
-    compute_dtype,
-    projection,
-    stream_dtype,
-)
+from exaonepath.models.layers import Block, LayerNorm, Linear, RMSNorm, RopePeriods, compute_dtype, stream_dtype
+from exaonepath.models.lean_block import block_by_rows, block_in_place, projection
 from exaonepath.models.memory_plan import default_rows
 from exaonepath.models.row_checkpoint import by_rows
 from exaonepath.models.streaming import RowReader
+from exaonepath.models.unmodified import is_unmodified, own
 from exaonepath.ops import FragmentLayout, Rotation, Segments, resolve_backend
 from exaonepath.ops.attend_rows import cut_rows
 
@@ -91,6 +85,7 @@ class TokenOrder:
         )
 
 
+@own
 class PatchEmbed(nn.Module):
     """Linear projection of patch features, with an optional layer norm."""
 
@@ -100,10 +95,16 @@ class PatchEmbed(nn.Module):
         self.norm = LayerNorm(embed_dim, eps=_EPS) if use_norm else nn.Identity()
 
     def forward(self, features: Tensor, dtype: torch.dtype, stream: torch.dtype) -> Tensor:
+        out: Tensor = self.norm(self.proj(features.to(dtype)).to(stream))
+        return out
+
+    def lean(self, features: Tensor, dtype: torch.dtype, stream: torch.dtype) -> Tensor:
+        """The same past `proj`: autocast would keep its cast weight, and a graph with it, from chunk to chunk."""
         out: Tensor = self.norm(projection(self.proj, dtype)(features.to(dtype)).to(stream))
         return out
 
 
+@own
 class SlideTransformer(nn.Module):
     """CLS and storage tokens, then patches; blocks without positions alternate with fragment-wise RoPE blocks."""
 
@@ -124,9 +125,9 @@ class SlideTransformer(nn.Module):
         # transformers' switch; see `ExaonePathPreTrainedModel`.
         self.gradient_checkpointing = False
 
-    def _checkpoint(self, block: nn.Module, *arguments: Any) -> Tensor:
-        # What `gradient_checkpointing_enable` left here. A reentrant checkpoint runs the block without autograd, and it
-        # would work in place.
+    def _checkpoint(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        # What `gradient_checkpointing_enable` left here. A reentrant one would run the block without autograd, and the
+        # row checkpoints inside it would keep nothing.
         function: Callable[..., Tensor] = self.__dict__.get("_gradient_checkpointing_func", checkpoint)
         return function(block, *arguments, use_reentrant=False)
 
@@ -136,16 +137,26 @@ class SlideTransformer(nn.Module):
         return self.patch_embed.proj.weight
 
     def forward(self, features: Tensor, layout: FragmentLayout, coords: Tensor | None, backend: str) -> Tensor:
-        """features [B, N, C] to the encoder's output [B, N, E], 0 at padded patches; all on the encoder's device."""
-        flat = features.flatten(0, 1)
-        order = TokenOrder.of(layout, flat.shape[0])
+        """Features to tokens, all on one device.
+
+        Args:
+            features: [rows, C], patches in the caller's order.
+            layout: of the packed tokens.
+            coords: [B, N, 2] of the same patches, or None.
+            backend: of attention.
+
+        Returns:
+            The encoder's output over packed tokens, [T, E] (`layout.unpack_patches` gives the caller's order).
+        """
+        order = TokenOrder.of(layout, features.shape[0])
         rotation = self.rotation(order, coords)
-        if torch.is_grad_enabled():
-            return layout.unpack_patches(self.encode_with_grad(flat, layout, order, rotation, backend))
-        rows = default_rows(order.n_tokens, flat.device.type)
-        reader = RowReader(flat, flat.device, rows)
-        x = self.encode(reader, layout, order, rotation, backend, rows, 4 * rows)
-        return layout.unpack_patches(self.norm(x))
+        unmodified = is_unmodified(self)
+        if unmodified and not torch.is_grad_enabled():
+            rows = default_rows(order.n_tokens, features.device.type)
+            reader = RowReader(features, features.device, rows)
+            out: Tensor = self.norm(self.encode(reader, layout, order, rotation, backend, rows, 4 * rows))
+            return out
+        return self._encode_whole(features, layout, order, rotation, backend, lean=unmodified)
 
     def rotation(self, order: TokenOrder, coords: Tensor | None) -> Rotation | None:
         """Rotation of the packed tokens from the caller's coordinates [B, N, 2], on their device.
@@ -157,7 +168,7 @@ class SlideTransformer(nn.Module):
             return None
         valid = coords.flatten(0, 1).index_select(0, order.patch_rows)
         _check_coords(valid)
-        of_patches = Rotation.from_coords(valid, self.rope_embed.exact(), self.cfg["patch_size"])
+        of_patches = Rotation.from_coords(valid, self.rope_embed(), self.cfg["patch_size"])
         # Position 0 is an angle of 0: prefix tokens come out of the rotation as they went in.
         positions = of_patches.positions.new_zeros((order.n_tokens, 2))
         positions.index_copy_(0, order.patch_positions, of_patches.positions)
@@ -188,7 +199,7 @@ class SlideTransformer(nn.Module):
         rows: int,
         attention_rows: int,
     ) -> Tensor:
-        """Inference, up to the last norm.
+        """Inference of an unmodified encoder (`is_unmodified`), up to the last norm.
 
         Args:
             features: reads rows of the caller's patches, numbered as in `order`.
@@ -211,12 +222,12 @@ class SlideTransformer(nn.Module):
         here = order.to(device)
         x.index_copy_(0, here.prefix_positions, self._prefix(here, stream))
         for index, positions in zip(order.patch_rows.split(rows), here.patch_positions.split(rows), strict=True):
-            x.index_copy_(0, positions, self.patch_embed(features.take(index), dtype, stream))
+            x.index_copy_(0, positions, self.patch_embed.lean(features.take(index), dtype, stream))
         del here
         for i, block in enumerate(self.blocks):
             nope = self._is_nope(i)
             segments, attention = resolved[nope]
-            x = block(x, segments, None if nope else rotation, attention, chunks[nope], rows)
+            block_in_place(cast(Block, block), x, segments, None if nope else rotation, attention, chunks[nope], rows)
         return x
 
     def leave(
@@ -242,10 +253,21 @@ class SlideTransformer(nn.Module):
                     values.masked_fill_((index.reshape(-1) < 0)[:, None], 0)
                 yield *where, values.view(*index.shape, -1)
 
-    def encode_with_grad(
-        self, features: Tensor, layout: FragmentLayout, order: TokenOrder, rotation: Rotation | None, backend: str
+    def _encode_whole(
+        self,
+        features: Tensor,
+        layout: FragmentLayout,
+        order: TokenOrder,
+        rotation: Rotation | None,
+        backend: str,
+        *,
+        lean: bool,
     ) -> Tensor:
-        """Under autograd: features [rows, C] to the encoder's output [T, E] over packed tokens."""
+        """Features [rows, C] to the encoder's output [T, E], with gradients where they are wanted.
+
+        Lean: linear layers by chunks of rows, and computed again in the backward pass where gradient checkpointing is
+        on. Else nothing but calls of modules, each once (and once more per checkpointed block, as checkpoints do).
+        """
         dtype, stream = compute_dtype(self.weight), stream_dtype(self.weight)
         resolved = self.backends(layout, backend, features.device)
         recompute = self.gradient_checkpointing
@@ -257,19 +279,30 @@ class SlideTransformer(nn.Module):
             positions = order.positions()
         else:
             features = features.index_select(0, order.patch_rows)
-        embedded = by_rows(
-            lambda part: self.patch_embed(part, dtype, stream), (features,), (self.patch_embed,), rows, recompute
-        )
+        if lean:
+            embedded = by_rows(
+                lambda part: self.patch_embed.lean(part, dtype, stream),
+                (features,),
+                (self.patch_embed,),
+                rows,
+                recompute,
+            )
+        else:
+            embedded = self.patch_embed(features, dtype, stream)
         prefix = self._prefix(order, stream)
         x = torch.cat([prefix, embedded.to(stream)]).index_select(0, _inverse(order.prefix_positions, positions))
         del embedded
         for i, block in enumerate(self.blocks):
             nope = self._is_nope(i)
             segments, attention = resolved[nope]
-            arguments = (x, segments, None if nope else rotation, attention, None, rows, recompute)
-            x = self._checkpoint(block, *arguments) if recompute else block(*arguments)
+            arguments = (x, segments, None if nope else rotation, attention)
+            run = partial(block_by_rows, cast(Block, block), rows=rows, recompute=recompute) if lean else block
+            x = self._checkpoint(run, *arguments) if recompute else run(*arguments)
             del arguments
-        return by_rows(self.norm, (x,), (self.norm,), rows, recompute)
+        if lean:
+            return by_rows(self.norm, (x,), (self.norm,), rows, recompute)
+        out: Tensor = self.norm(x)
+        return out
 
 
 def _inverse(*positions: Tensor) -> Tensor:

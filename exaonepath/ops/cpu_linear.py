@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
@@ -26,20 +28,33 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., M]
     """
-    if _use_onednn(x, weight):
+    if _use_onednn(x, weight, bias):
         return _onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def _use_onednn(x: Tensor, weight: Tensor) -> bool:
+def _use_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        # Only what the operator was made for: tensor subclasses, tracing and function transforms do not know it.
+        all(_is_plain(tensor) for tensor in (x, weight, bias) if tensor is not None)
         and x.numel() > 0
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and weight.numel() > 0
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if t is not None))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._functorch.maybe_current_level() is None
+        and forward_ad._current_level < 0
         and onednn_available()
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.dtype == torch.float32
+        and tensor.layout == torch.strided
     )
 
 

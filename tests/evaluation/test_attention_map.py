@@ -39,7 +39,7 @@ def written_out(model, features, coords, contour):
 
     prefix = "slide_encoder.wsi_encoder.transformer."
     state = {name.removeprefix(prefix): value for name, value in model.state_dict().items()}
-    config = {**model.config.wsi, "periods": model.transformer.rope_embed.exact(), "norm_eps": 1e-5}
+    config = {**model.config.wsi, "periods": model.transformer.rope_embed(), "norm_eps": 1e-5}
     slide_encoder(
         state,
         config,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from exaonepath import ExaonePathSlideEncoderConfig, ExaonePathSlideEncoderModel
-from exaonepath.models import layers, memory_plan, slide_encoder, slide_transformer
+from exaonepath.models import layers, lean_block, memory_plan, slide_encoder, slide_transformer
 from exaonepath.models.row_checkpoint import by_rows
 from exaonepath.ops import FragmentLayout, Rotation, Segments
 
@@ -74,7 +74,7 @@ def test_training_fits_its_target(live_memory, monkeypatch, n, target):
 
     The peak lies in the backward pass of the last block, while the inputs of all blocks are there: it goes no further.
     """
-    for module in (layers, slide_transformer, slide_encoder):
+    for module in (layers, lean_block, slide_transformer, slide_encoder):
         monkeypatch.setattr(module, "compute_dtype", lambda _: torch.bfloat16)
     with META:
         model = ExaonePathSlideEncoderModel(ExaonePathSlideEncoderConfig()).train()

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from exaonepath import ExaonePathSlideEncoderConfig, ExaonePathSlideEncoderModel
 from exaonepath.errors import MemoryLimitError, SettingsError
-from exaonepath.models import layers, memory_plan, slide_transformer
+from exaonepath.models import layers, lean_block, memory_plan, slide_transformer
 from exaonepath.models.memory_plan import parse_memory, plan_memory
 from exaonepath.models.slide_transformer import TokenOrder
 from exaonepath.ops import FragmentLayout, Rotation, Segments
@@ -67,7 +67,7 @@ def meta_layout(tokens: int, n: int, fragments: int) -> tuple[FragmentLayout, Ro
 def test_published_encoder_stays_within_its_plan(published, live_memory, monkeypatch, n, backend, half):
     """The real inference code on tensors without storage, at the size of real slides, features on the host."""
     dtype = torch.bfloat16 if half else torch.float32
-    for module in (layers, slide_transformer):
+    for module in (layers, lean_block, slide_transformer):
         monkeypatch.setattr(module, "compute_dtype", lambda _: dtype)  # as autocast on a GPU would have it
     # A flash kernel, which there is none of without a device, makes its result and nothing else of that size.
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, scale: torch.empty_like(q))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from exaonepath.models.layers import Block, LayerNorm
+from exaonepath.models.lean_block import block_in_place
 from exaonepath.ops import Rotation, Segments, rotary_periods
 from exaonepath.ops.attend_rows import cut_rows
 
@@ -53,8 +54,12 @@ def test_inference_is_one_graph(block, stream, backend, rope):
     rotation = rotation if rope else None
     chunks = cut_rows(segments, 16)
     torch._dynamo.reset()
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(block_in_place, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        plain = block(x.clone(), segments, rotation, backend, chunks, 8)
-        graph = compiled(x.clone(), segments, rotation, backend, chunks, 8)
+        plain = block_in_place(block, x.clone(), segments, rotation, backend, chunks, 8)
+        graph = compiled(block, x.clone(), segments, rotation, backend, chunks, 8)
+        called = block(x, segments, rotation, backend)
+        whole = torch.compile(block, fullgraph=True, backend="aot_eager")(x, segments, rotation, backend)
     assert torch.allclose(plain, graph, rtol=0, atol=1e-5 * plain.abs().max())
+    assert torch.allclose(plain, called, rtol=0, atol=1e-5 * plain.abs().max())
+    assert torch.allclose(plain, whole, rtol=0, atol=1e-5 * plain.abs().max())

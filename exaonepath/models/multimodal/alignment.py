@@ -154,7 +154,7 @@ class ExaonePathAlignmentModel(ExaonePathPreTrainedModel):
         )
         backend = encoder.config._attn_implementation
         coords = None if coords is None else coords[None]
-        encoded = encoder.transformer(slides.features[None], layout, coords, backend)[0]
+        encoded = layout.unpack_patches(encoder.slide_encoder(slides.features, layout, coords, backend))[0]
         both = torch.cat([slides.features.to(encoded.dtype), encoded], -1)
         embeddings = torch.stack([part.mean(0) for part in both.split(slides.lengths)])
         # A product with a small matrix, and not index_add: the same sums in the same order on every device.

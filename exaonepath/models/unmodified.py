@@ -1,0 +1,82 @@
+"""Whether the parameters of a model may be read past the modules that own them.
+
+The lean paths (`lean_block`) cast weights once, cut matrices in two and work in place; they take a parameter from its
+module without calling the module. That is right only where the call would do nothing else. Hooks, a `forward` replaced
+on an instance, adapters, quantised, parametrised or offloaded weights, tracing and function transforms all act through
+the call; wherever one of them may be present, the plain path is taken, which does nothing but call modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+
+C = TypeVar("C", bound=type[nn.Module])
+
+# The classes whose mathematics the lean paths know, and their forward when this package was imported.
+_OWN: dict[type[nn.Module], Any] = {cls: cls.forward for cls in (nn.Dropout, nn.Identity)}
+_OWN[nn.ModuleList] = nn.ModuleList.forward  # never called: a container
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CALLS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "_compiled_call_impl")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+
+
+def own(cls: C) -> C:
+    """Class decorator: the lean paths compute exactly what this class does."""
+    _OWN[cls] = cls.forward
+    return cls
+
+
+def is_unmodified(model: nn.Module) -> bool:
+    """Whether a call of any module in `model` does just what its class says, with parameters that are all present."""
+    if is_transformed() or any(getattr(torch_module, name, None) for name in _GLOBAL_HOOKS):
+        return False
+    devices: set[torch.device] = set()
+    for module in model.modules():
+        if not _is_plain_module(module):
+            return False
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                if not is_plain_tensor(parameter):
+                    return False
+                devices.add(parameter.device)
+    # Weights that an offloading library keeps elsewhere stand on "meta", which has no values.
+    return len(devices) <= 1
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Where a model computes whose weights may be kept elsewhere until they are needed (accelerate's hooks say)."""
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    tensors = (*model.parameters(), *model.buffers())
+    return next((t.device for t in tensors if t.device.type != "meta"), torch.device("cpu"))
+
+
+def is_transformed() -> bool:
+    """Whether torch is tracing, compiling, exporting, or inside a function transform or forward-mode AD."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_plain_tensor(tensor: Tensor) -> bool:
+    """A strided tensor of torch's own class: no subclass that computes in another way."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+
+
+def _is_plain_module(module: nn.Module) -> bool:
+    cls = type(module)
+    if cls not in _OWN or cls.forward is not _OWN[cls] or any(getattr(module, name, None) for name in _HOOKS):
+        return False
+    # What an instance replaces: accelerate and others put their own `forward` there.
+    return not any(name in module.__dict__ for name in _CALLS)
