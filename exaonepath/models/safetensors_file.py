@@ -85,7 +85,8 @@ def read_tensor(file: BinaryIO, name: str, tensor: StoredTensor, where: str) -> 
             raise WeightsError(f"{where} cannot be read: {exc}") from exc
         if count != len(view):
             raise WeightsError(f"{where} became shorter while it was read")
-        if not torch.isfinite(values).all():
+        # NaN passes through a minimum; one pass without a copy, where isfinite takes twenty times as long.
+        if not torch.isfinite(torch.stack(torch.aminmax(values))).all():
             bad = int(values.numel() - torch.isfinite(values).sum())
             raise WeightsError(
                 f"{where}: {bad:,} of {values.numel():,} values of {shown(name)} are NaN or infinite, and so would be "

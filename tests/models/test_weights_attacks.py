@@ -30,6 +30,7 @@ from exaonepath.models.multimodal import (
     ExaonePathOmicsEncoderConfig,
     ExaonePathOmicsEncoderModel,
 )
+from exaonepath.models.safetensors_file import read_header, read_tensor
 
 WSI = {"input_dim": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "ffn_layer": "swiglu", "n_storage_tokens": 2}
 KERNEL = "kernels-community/flash-attn2"
@@ -648,6 +649,20 @@ def test_weights_that_are_not_finite(copy, value):
     save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
     refused_everywhere(copy, key)
     refused_everywhere(copy, "NaN or infinite")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_one_value_anywhere_that_is_not_finite_is_seen(tmp_path, dtype):
+    for size in (1, 7, 100, 3001):
+        for at in {0, size // 3, size - 1}:
+            for value in (float("nan"), float("inf"), -float("inf")):
+                values = torch.ones(size, dtype=dtype)
+                values[at] = value
+                save_file({"x": values}, tmp_path / "x.safetensors")
+                with (tmp_path / "x.safetensors").open("rb") as file:
+                    stored = read_header(file, "x")["x"]
+                    with pytest.raises(WeightsError, match=f"1 of {size:,} values of 'x'"):
+                        read_tensor(file, "x", stored, "x")
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
