@@ -46,7 +46,7 @@ NORM_LAYERS = ("layernorm", "rmsnorm")
 _INTEGERS = {
     "input_dim": (1, 2**20),
     "embed_dim": (1, 2**16),
-    "depth": (0, 1024),
+    "depth": (0, 256),
     "num_heads": (1, 2**12),
     "n_storage_tokens": (0, 2**16),
     "nope_interval": (1, 2**31),
