@@ -78,4 +78,5 @@ class FileBusyError(ExaonePathError, OSError):
 
 
 class WeightsError(ExaonePathError):
-    """Weights cannot be found, or do not match the model (missing, unexpected or misshapen keys)."""
+    """A model's files cannot be found or read, are damaged, or do not fit the model (missing, unexpected or misshapen
+    tensors, others than floating point, NaN)."""

@@ -13,6 +13,7 @@ from exaonepath.errors import SettingsError
 from exaonepath.models.base import ExaonePathPreTrainedModel
 from exaonepath.models.configuration import ExaonePathConfig
 from exaonepath.models.patch_encoder import ExaonePathPatchEncoderModel
+from exaonepath.models.repository import HUB_ARGUMENTS
 from exaonepath.models.slide_encoder import ExaonePathSlideEncoderModel, SlideEncoderOutput
 
 
@@ -52,15 +53,10 @@ class ExaonePathModel(ExaonePathPreTrainedModel):
             SettingsError: an unknown component.
             WeightsError: the weights are missing or do not fit.
         """
-        kwargs.pop("use_safetensors", None)
         config = kwargs.pop("config", None)
-        hub = {
-            k: kwargs[k]
-            for k in ("revision", "token", "cache_dir", "local_files_only", "force_download")
-            if k in kwargs
-        }
         if not isinstance(config, ExaonePathConfig):
-            config = ExaonePathConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+            where: Any = pretrained_model_name_or_path if config is None else config
+            config = ExaonePathConfig.from_pretrained(where, **{k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs})
         # AutoModel has moved this argument into the root config by now.
         if getattr(config, "_attn_implementation", None) is not None:
             kwargs.setdefault("attn_implementation", config._attn_implementation)

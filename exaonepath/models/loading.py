@@ -6,25 +6,25 @@ A Hub id, a directory, or `random:SEED`: reproducible random weights for trying 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
+import os
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import PreTrainedModel
 
 from exaonepath.errors import SettingsError, WeightsError
+from exaonepath.models.base_configuration import read_config
 from exaonepath.models.composite import ExaonePathModel
 from exaonepath.models.device import resolve_device, resolve_dtype
 from exaonepath.models.patch_encoder import ExaonePathPatchEncoderModel
+from exaonepath.models.repository import Repository
 from exaonepath.models.slide_encoder import ExaonePathSlideEncoderModel
+from exaonepath.models.strict_json import shown
 
 logger = logging.getLogger(__name__)
 
@@ -111,58 +111,21 @@ def _load(
 
 
 def _pretrained(cls: type[M], component: str, weights: str, options: dict[str, Any]) -> M:
-    root = Path(weights).expanduser()
-    source: str = str(root) if root.exists() else weights
+    expanded = os.path.expanduser(weights)  # noqa: PTH111  Path.expanduser raises where there is no such user
+    repository = Repository(expanded if os.path.lexists(expanded) else weights)
     options = {**options, "dtype": torch.float32}
-    try:
-        if root.is_dir() and not (root / "config.json").is_file() and (root / f"{component}-encoder").is_dir():
-            return cls.from_pretrained(source, subfolder=f"{component}-encoder", **options)
-        config = _config(source, component)
-        if config.get("model_type") == cls.config_class.model_type:
-            return cls.from_pretrained(source, **options)
-        if config.get("model_type") == ExaonePathModel.config_class.model_type:
-            return ExaonePathModel.from_pretrained(source, component=component, **options)
-        if not config:
-            return cls.from_pretrained(source, subfolder=f"{component}-encoder", **options)
-    except (OSError, HfHubHTTPError, HFValidationError) as exc:
-        raise WeightsError(f"{_not_found(weights)} ({exc})") from exc
-    except WeightsError as exc:
-        if isinstance(exc.__cause__, OSError) and not root.exists():
-            raise WeightsError(f"{_not_found(weights)} ({exc.__cause__})") from exc
-        raise
+    config = read_config(repository)
+    if repository.unreachable:
+        options["local_files_only"] = True  # asking again would only wait again
+    if config is None:
+        return cls.from_pretrained(repository.where, subfolder=f"{component}-encoder", **options)
+    if config.get("model_type") == cls.config_class.model_type:
+        return cls.from_pretrained(repository.where, **options)
+    if config.get("model_type") == ExaonePathModel.config_class.model_type:
+        return ExaonePathModel.from_pretrained(repository.where, component=component, **options)
     raise WeightsError(
-        f"{weights} holds a model of type {config.get('model_type')!r}, not a {component} encoder of this family"
+        f"{weights} holds a model of type {shown(config.get('model_type'))}, not a {component} encoder of this family"
     )
-
-
-def _not_found(weights: str) -> str:
-    return (
-        f"no weights at {weights!r}: neither a directory nor a Hub repository that can be reached. Check the "
-        "name, log in with `hf auth login` if the repository is gated, or use random:0 to try the pipeline out"
-    )
-
-
-def _config(source: str, component: str) -> dict[str, Any]:
-    """The root config.json as a dict; empty where the repository has none (only subfolders)."""
-    if Path(source).is_dir():
-        path = Path(source) / "config.json"
-        if not path.is_file():
-            return {}
-    else:
-        try:
-            path = Path(hf_hub_download(source, "config.json"))
-        except LocalEntryNotFoundError:
-            # No connection. A cached encoder subfolder is enough; otherwise asking again would only wait again.
-            if isinstance(try_to_load_from_cache(source, f"{component}-encoder/config.json"), str):
-                return {}
-            raise
-        except EntryNotFoundError:
-            return {}
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise WeightsError(f"{path} is not valid JSON: {exc}") from exc
-    return config
 
 
 def _random_model(cls: type[M], weights: str, options: dict[str, Any]) -> M:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from transformers import PretrainedConfig
-
 from exaonepath.errors import ConfigError
-from exaonepath.models.configuration import FFN_ALIGN, complete_wsi_cfg
+from exaonepath.models.base_configuration import ExaonePathPretrainedConfig, check_size, is_integer
+from exaonepath.models.configuration import FFN_ALIGN, complete_wsi_cfg, ffn_parameters, wsi_parameters
+from exaonepath.models.strict_json import shown
 
 WSI = "wsi"
 # The order of the paper; pairs are formed, and embeddings listed, in it.
@@ -27,6 +27,11 @@ ROPE_MODES = {
 }
 
 TRANSFORMS = ("none", "log1p", "cpm_log1p")
+
+_MAX_WIDTH = 2**16
+_MAX_FFN_RATIO = 1024
+_MAX_FOUNDATION = 2**20
+_MAX_MODALITIES = 32
 
 _OMICS_DEFAULTS: dict[str, Any] = {
     "feature_names": [],
@@ -55,48 +60,65 @@ def complete_omics_cfg(cfg: Mapping[str, Any], where: str = "omics encoder") -> 
     Raises:
         ConfigError: an unknown key, or a value that no encoder can be built from.
     """
+    if not isinstance(cfg, Mapping):
+        raise ConfigError(f"{where}: settings must be a mapping, got {shown(cfg)}")
     for key in cfg:
         if key not in _OMICS_DEFAULTS:
-            raise ConfigError(f"{where}: unknown key {key!r}{close_to(str(key), _OMICS_DEFAULTS)}")
+            raise ConfigError(f"{where}: unknown key {shown(key)}{close_to(str(key)[:80], _OMICS_DEFAULTS)}")
     out = {**_OMICS_DEFAULTS, **cfg}
+    if isinstance(out["feature_names"], str | Mapping) or not isinstance(out["feature_names"], Iterable):
+        raise ConfigError(f"{where}: feature_names must be a list of names, got {shown(out['feature_names'])}")
     names = out["feature_names"] = [str(name) for name in out["feature_names"]]
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ConfigError(f"{where}: {len(twice)} feature names are there twice: {', '.join(twice[:5])}")
-    if isinstance(out["embed_dim"], bool) or not isinstance(out["embed_dim"], int) or out["embed_dim"] < 1:
-        raise ConfigError(f"{where}: embed_dim must be a positive integer, got {out['embed_dim']!r}")
-    if out["ffn_layer"] not in FFN_ALIGN:
-        raise ConfigError(f"{where}: ffn_layer must be one of {', '.join(FFN_ALIGN)}, got {out['ffn_layer']!r}")
-    if not _is_number(out["ffn_ratio"]) or out["ffn_ratio"] <= 0:
-        raise ConfigError(f"{where}: ffn_ratio must be a positive number, got {out['ffn_ratio']!r}")
+    if not is_integer(out["embed_dim"], 1, _MAX_WIDTH):
+        raise ConfigError(
+            f"{where}: embed_dim must be an integer from 1 to {_MAX_WIDTH}, got {shown(out['embed_dim'])}"
+        )
+    if out["ffn_layer"] not in tuple(FFN_ALIGN):
+        raise ConfigError(f"{where}: ffn_layer must be one of {', '.join(FFN_ALIGN)}, got {shown(out['ffn_layer'])}")
+    if not _is_number(out["ffn_ratio"]) or not 0 < out["ffn_ratio"] <= _MAX_FFN_RATIO:
+        raise ConfigError(
+            f"{where}: ffn_ratio must be a positive number, at most {_MAX_FFN_RATIO}, got {shown(out['ffn_ratio'])}"
+        )
     for key in ("dropout", "input_dropout"):
         if not _is_number(out[key]) or not 0 <= out[key] < 1:
-            raise ConfigError(f"{where}: {key} must be in [0, 1), got {out[key]!r}")
+            raise ConfigError(f"{where}: {key} must be in [0, 1), got {shown(out[key])}")
     if out["transform"] not in TRANSFORMS:
-        raise ConfigError(f"{where}: transform must be one of {', '.join(TRANSFORMS)}, got {out['transform']!r}")
+        raise ConfigError(f"{where}: transform must be one of {', '.join(TRANSFORMS)}, got {shown(out['transform'])}")
     if out["clip"] is not None and not (_is_number(out["clip"]) and out["clip"] > 0):
-        raise ConfigError(f"{where}: clip must be positive or null, got {out['clip']!r}")
+        raise ConfigError(f"{where}: clip must be positive or null, got {shown(out['clip'])}")
     foundation = out["foundation"]
     if foundation is not None and (
         not isinstance(foundation, Mapping)
         or set(foundation) - {"dim", "fingerprint"}
-        or not isinstance(foundation.get("dim"), int)
-        or foundation["dim"] < 1
+        or not is_integer(foundation.get("dim"), 1, _MAX_FOUNDATION)
+        or not isinstance(foundation.get("fingerprint"), str | None)
     ):
         raise ConfigError(f'{where}: foundation must be {{"dim": width, "fingerprint": hash or null}}')
+    check_size(_omics_parameters(out), f"the encoder of {where}")
     return out
 
 
-class ExaonePathOmicsEncoderConfig(PretrainedConfig):
+def _omics_parameters(cfg: Mapping[str, Any]) -> int:
+    """About how many parameters the encoder of completed settings has."""
+    inputs = cfg["foundation"]["dim"] if cfg["foundation"] else len(cfg["feature_names"])
+    return int(cfg["embed_dim"] * inputs) + ffn_parameters(cfg["embed_dim"], cfg["ffn_ratio"])
+
+
+class ExaonePathOmicsEncoderConfig(ExaonePathPretrainedConfig):
     """Encoder of one molecular modality; `omics_cfg` is kept as given, `omics` is its completed, checked form."""
 
     model_type = "exaonepath_omics_encoder"
 
     def __init__(self, modality: str = "rna", omics_cfg: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not isinstance(modality, str):
+            raise ConfigError(f"modality must be a name, got {shown(modality)}")
         complete_omics_cfg(omics_cfg or {}, modality)
         self.modality = modality
         self.omics_cfg = dict(omics_cfg or {})
-        super().__init__(**_others(kwargs, "modality", "omics_cfg"))
+        super().__init__(**self.check_others(kwargs, "modality", "omics_cfg"))
 
     @property
     def omics(self) -> dict[str, Any]:
@@ -109,7 +131,7 @@ class ExaonePathOmicsEncoderConfig(PretrainedConfig):
         return int(self.omics["embed_dim"])
 
 
-class ExaonePathAlignmentConfig(PretrainedConfig):
+class ExaonePathAlignmentConfig(ExaonePathPretrainedConfig):
     """Slide encoder, omics encoders and the pairwise loss over them.
 
     Args:
@@ -141,27 +163,32 @@ class ExaonePathAlignmentConfig(PretrainedConfig):
     ) -> None:
         if wsi_cfg is not None:
             complete_wsi_cfg(wsi_cfg)
-        if isinstance(projection_dim, bool) or not isinstance(projection_dim, int) or projection_dim < 1:
-            raise ConfigError(f"projection_dim must be a positive integer, got {projection_dim!r}")
+        if not is_integer(projection_dim, 1, _MAX_WIDTH):
+            raise ConfigError(f"projection_dim must be an integer from 1 to {_MAX_WIDTH}, got {shown(projection_dim)}")
         for key, value, choices in (
             ("rope_mode", rope_mode, ROPE_MODES),
             ("loss", loss, ("sigmoid", "softmax")),
             ("pairs", pairs, ("all", "wsi")),
         ):
-            if value not in choices:
-                raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
+            if value not in tuple(choices):
+                raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {shown(value)}")
+        for key, mapping in (("omics", omics), ("pair_weights", pair_weights), ("provenance", provenance)):
+            if mapping is not None and not isinstance(mapping, Mapping):
+                raise ConfigError(f"{key} must be a mapping, got {shown(mapping)}")
+        if len(omics or {}) > _MAX_MODALITIES:
+            raise ConfigError(f"omics: {len(omics or {}):,} modalities, more than the {_MAX_MODALITIES} allowed")
         if isinstance(pos_weight, str) and pos_weight != "balanced":
-            raise ConfigError(f'pos_weight as text can be "balanced" alone, got {pos_weight!r}')
+            raise ConfigError(f'pos_weight as text can be "balanced" alone, got {shown(pos_weight)}')
         if (
             pos_weight is not None
             and not isinstance(pos_weight, str)
             and not (_is_number(pos_weight) and pos_weight > 0)
         ):
-            raise ConfigError(f'pos_weight must be null, a positive number or "balanced", got {pos_weight!r}')
+            raise ConfigError(f'pos_weight must be null, a positive number or "balanced", got {shown(pos_weight)}')
         for name, cfg in (omics or {}).items():
             if name == WSI or not name.isidentifier():
                 raise ConfigError(
-                    f"{name!r} cannot name a molecular modality; use rna, snp, cnv, methylation or a word"
+                    f"{shown(name)} cannot name a molecular modality; use rna, snp, cnv, methylation or a word"
                 )
             complete_omics_cfg(cfg, name)
         self.wsi_cfg = None if wsi_cfg is None else dict(wsi_cfg)
@@ -176,14 +203,21 @@ class ExaonePathAlignmentConfig(PretrainedConfig):
         known = {f"{a}-{b}" for a, b in self.modality_pairs}
         for name, weight in self.pair_weights.items():
             if name not in known:
-                raise ConfigError(f"pair_weights: no pair {name!r}; pairs are {', '.join(sorted(known)) or 'none'}")
+                raise ConfigError(
+                    f"pair_weights: no pair {shown(name)}; pairs are {', '.join(sorted(known)) or 'none'}"
+                )
             if not _is_number(weight) or weight < 0:
-                raise ConfigError(f"pair_weights[{name!r}] must be a number >= 0, got {weight!r}")
-        super().__init__(
-            **_others(
-                kwargs, "wsi_cfg", "omics", "projection_dim", "rope_mode", "pos_weight", "pair_weights", "provenance"
-            )
-        )
+                raise ConfigError(f"pair_weights[{name!r}] must be a number >= 0, got {shown(weight)}")
+        check_size(self._parameters(), "the model")
+        own = ("wsi_cfg", "omics", "projection_dim", "rope_mode", "loss", "pairs", "pos_weight", "pair_weights")
+        super().__init__(**self.check_others(kwargs, *own, "provenance"))
+
+    def _parameters(self) -> int:
+        slide = 0 if self.wsi_cfg is None else wsi_parameters(complete_wsi_cfg(self.wsi_cfg))
+        profiles = sum(_omics_parameters(complete_omics_cfg(cfg, name)) for name, cfg in self.omics.items())
+        # Each modality has one projection for every other.
+        projections = sum(self.widths.values()) * max(len(self.modalities) - 1, 0) * self.projection_dim
+        return slide + profiles + projections
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -212,15 +246,6 @@ def close_to(key: str, known: Mapping[str, Any] | set[str]) -> str:
     """The end of an error message about an unknown key: the one that was probably meant, or all of them."""
     close = difflib.get_close_matches(key, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
-
-
-def _others(fields: dict[str, Any], *own: str) -> dict[str, Any]:
-    """What is left to transformers, which keeps any key: a misspelt one of ours must not be lost in there."""
-    for key in fields:
-        close = difflib.get_close_matches(key, own, n=1, cutoff=0.8)
-        if close:
-            raise ConfigError(f"unknown key {key!r}; did you mean {close[0]!r}?")
-    return {key: value for key, value in fields.items() if key != "auto_map"}
 
 
 def _is_number(value: object) -> bool:
