@@ -42,6 +42,17 @@ def abandoned():
 
 
 @pytest.fixture(scope="session")
+def drop_checksums():
+    """`drop_checksums(file)`: make an HDF5 file of ours one that another program could have written."""
+
+    def drop(file) -> None:
+        for name in [name for name in file.attrs if name.startswith("crc32")]:
+            del file.attrs[name]
+
+    return drop
+
+
+@pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of slides and golden files; skips where it is absent."""
     if not DATA.is_dir():

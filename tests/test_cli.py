@@ -270,7 +270,7 @@ def test_unreadable_patches_are_told_by_the_exit_status(run, slide, tmp_path, mo
         (["patch", "{slide}", "--out", "{tmp}/file/o"], 1, "file stands where a folder is needed"),
         (["features", "{slide}", "{tmp}/no.h5", "--out", "{tmp}/f.h5", "--weights", "random:0"], 1, "no such file"),
         (["slide", "{tmp}/no.h5", "--out", "{tmp}/e.h5", "--weights", "random:0"], 1, "no such file"),
-        (["slide", "{tmp}/file", "--out", "{tmp}/e.h5", "--weights", "random:0"], 1, "cannot be read as HDF5"),
+        (["slide", "{tmp}/file", "--out", "{tmp}/e.h5", "--weights", "random:0"], 1, "is damaged (it is empty)"),
         (["slide", "{tmp}/file", "--out", "{tmp}/e.h5", "--weights", "{tmp}/none"], 1, "no weights at"),
         (["slide", "{tmp}/no.h5", "--out", "{tmp}/e.h5", "--max-memory", "lots"], 1, "not an amount of memory"),
         (["encode", "{slide}", "--out", "{tmp}/o", "--max-memory", "0GB"], 1, "must be positive"),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from exaonepath.errors import BackendError, DataFileError, MemoryLimitError, OutputCollisionError
+from exaonepath.errors import BackendError, DamagedFileError, DataFileError, MemoryLimitError, OutputCollisionError
 from exaonepath.feature_extraction.store import FeatureSet, read_features
 from exaonepath.models.loading import load_slide_encoder
 from exaonepath.slide_embedding import embed_features_file, embed_slide, read_embedding
@@ -134,12 +134,16 @@ def test_an_encoder_that_gives_nan_is_an_error(encoder):
         embed_slide(features, encoder)
 
 
-def test_reading_a_broken_embedding(write, encoder, tmp_path):
+def test_reading_a_broken_embedding(write, encoder, tmp_path, drop_checksums):
     out = tmp_path / "out.h5"
     embed_features_file(write(), out, encoder)
     with h5py.File(out, "a") as file:
         del file["coords"]
         file["coords"] = np.zeros((2, 2), np.int32)
+    with pytest.raises(DamagedFileError, match="attributes|coords"):
+        read_embedding(out)
+    with h5py.File(out, "a") as file:
+        drop_checksums(file)
     with pytest.raises(DataFileError, match=r"coords must be integers \[30, 2\], got int32 \[2, 2\]"):
         read_embedding(out)
     with h5py.File(out, "a") as file:

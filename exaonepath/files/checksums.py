@@ -1,8 +1,9 @@
 """Checksums stored inside an HDF5 file, written with the data and compared whenever they are read.
 
-Every dataset carries `crc32`, one CRC-32 per block of `crc32_rows` rows (so that part of a dataset can be read and
-checked without the rest), seeded with its name, type and shape. The file carries `crc32_attributes`, one CRC-32 over
-every attribute that was written, and `crc32_of`, the JSON list of what is covered: what a user adds later is not.
+They are attributes of the file, since the attributes of the datasets are those of EXAONE Path and nothing else:
+`crc32:<name>`, one CRC-32 per block of rows of that dataset (so that part of it can be read and checked without the
+rest), seeded with its name, type and shape; `crc32_attributes`, one CRC-32 over every attribute that was written; and
+`crc32_of`, the JSON list of what is covered: what a user adds later is not.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ from typing import Any
 import h5py
 import numpy as np
 
-ROWS, CRCS = "crc32_rows", "crc32"
 COVERED, ATTRIBUTES = "crc32_of", "crc32_attributes"
 
 _BLOCK_ROWS = 256
 _MAX_BLOCKS = 8192  # an HDF5 attribute in the object header holds 64 KiB
 
 
+def of_dataset(name: str) -> str:
+    """The attribute of the file that holds the checksums of a dataset."""
+    return f"crc32:{name}"
+
+
 def block_rows(n_rows: int) -> int:
-    """Rows that share a checksum in a dataset of `n_rows` rows."""
+    """Rows that share a checksum in a dataset of `n_rows` rows: part of the format."""
     return max(_BLOCK_ROWS, -(-n_rows // _MAX_BLOCKS))
 
 
@@ -33,12 +38,11 @@ class BlockChecksums:
     Args:
         name: of the dataset.
         shape, dtype: of the whole dataset, as stored.
-        rows: rows in a block; None: `block_rows`.
         first: row that arrives first, the beginning of a block.
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...], dtype: np.dtype, rows: int | None = None, first: int = 0):
-        self.rows = block_rows(shape[0] if shape else 1) if rows is None else rows
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: np.dtype, first: int = 0):
+        self.rows = block_rows(shape[0])
         self._seed = zlib.crc32(f"{name}:{dtype.str}:{list(shape)}".encode())
         self._row = first
         self._block = self._seed

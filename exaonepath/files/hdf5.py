@@ -240,7 +240,7 @@ class StoredFile:
             raise DataFileError(f"{self.path}: {name} must be [{length}], got {list(dataset.shape)}")
         values = [str(value) for value in dataset.asstr("utf-8", "replace")[:]]
         if self._covered is not None:
-            stored = self.attribute(checksums.CRCS, of=name)
+            stored = self.attribute(checksums.of_dataset(name))
             if not np.array_equal(stored, checksums.strings_checksum(name, values)):
                 self.damaged(f"the checksum of {name} does not match")
         return values
@@ -290,18 +290,18 @@ class StoredFile:
             self.damaged(f"{name} declares {list(dataset.shape)}, and only {min(stored, self._size)} bytes are stored")
         return dataset
 
-    def _stored_checksums(self, name: str, dataset: h5py.Dataset) -> tuple[int, np.ndarray] | None:
-        rows, crcs = self.attribute(checksums.ROWS, of=name), self.attribute(checksums.CRCS, of=name)
+    def _stored_checksums(self, name: str, dataset: h5py.Dataset) -> np.ndarray | None:
+        crcs = self.attribute(checksums.of_dataset(name))
         if self._covered is None:
-            if rows is not None or crcs is not None:
-                self.damaged(f"{name} has checksums and the file's own is missing")
+            if crcs is not None:
+                self.damaged(f"{name} has checksums, and the list of what they cover is missing")
             return None
         if name not in self._covered:
             return None  # added by somebody else
-        blocks = -(-max(1, dataset.shape[0]) // rows) if isinstance(rows, int) and rows > 0 else -1
-        if not isinstance(crcs, np.ndarray) or crcs.shape != (blocks,):
+        rows = dataset.shape[0]
+        if not isinstance(crcs, np.ndarray) or crcs.shape != (-(-max(1, rows) // checksums.block_rows(rows)),):
             self.damaged(f"the checksums of {name} are missing")
-        return rows, crcs
+        return crcs
 
     def _check_attributes(self) -> set[str] | None:
         """Names of the datasets with checksums; None for a file without any."""
@@ -345,11 +345,10 @@ class StoredFile:
 class StoredArray:
     """A dataset whose rows are checked as they are read."""
 
-    def __init__(
-        self, file: StoredFile, name: str, dataset: h5py.Dataset, check: tuple[int, np.ndarray] | None
-    ) -> None:
-        self._file, self._name, self._dataset, self._check = file, name, dataset, check
+    def __init__(self, file: StoredFile, name: str, dataset: h5py.Dataset, crcs: np.ndarray | None) -> None:
+        self._file, self._name, self._dataset, self._crcs = file, name, dataset, crcs
         self.shape: tuple[int, ...] = dataset.shape
+        self._unit = 1 if crcs is None else checksums.block_rows(self.shape[0])
         self.dtype: np.dtype = dataset.dtype
 
     def __len__(self) -> int:
@@ -364,9 +363,8 @@ class StoredArray:
 
     def parts(self) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, rows), in order, a bounded number of bytes at a time; at least one, also of no rows."""
-        unit = self._check[0] if self._check else 1
         row = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
-        step = unit * max(1, _READ_BYTES // (unit * row))
+        step = self._unit * max(1, _READ_BYTES // (self._unit * row))
         for start in range(0, max(1, len(self)), step):
             values = self._dataset[start : start + step]
             self._compare(start, values)
@@ -376,28 +374,27 @@ class StoredArray:
         """Rows `start` to `stop`."""
         if stop <= start:
             return np.empty((0, *self.shape[1:]), self.dtype)
-        unit = self._check[0] if self._check else 1
-        first = start // unit * unit
-        values = self._dataset[first : min(-(-stop // unit) * unit, len(self))]
+        first = start // self._unit * self._unit
+        values = self._dataset[first : min(-(-stop // self._unit) * self._unit, len(self))]
         self._compare(first, values)
         return values[start - first : stop - first]
 
     def verify(self) -> None:
         """Read everything, keep nothing."""
-        if self._check:
+        if self._crcs is not None:
             for _ in self.parts():
                 pass
 
     def _compare(self, first: int, values: np.ndarray) -> None:
-        if self._check is None:
+        if self._crcs is None:
             return
-        unit, stored = self._check
-        check = checksums.BlockChecksums(self._name, self.shape, self.dtype, unit, first)
+        check = checksums.BlockChecksums(self._name, self.shape, self.dtype, first)
         check.add(values)
-        found, block = check.result(), first // unit
-        wrong = np.flatnonzero(found != stored[block : block + len(found)])
+        found, block = check.result(), first // self._unit
+        wrong = np.flatnonzero(found != self._crcs[block : block + len(found)])
         if len(wrong):
-            self._file.damaged(f"the checksum of {self._name} does not match (rows from {(block + wrong[0]) * unit})")
+            row = (block + wrong[0]) * self._unit
+            self._file.damaged(f"the checksum of {self._name} does not match (rows from {row})")
 
 
 def _check_tree(path: Path, root: h5py.File) -> None:

@@ -53,6 +53,7 @@ class Hdf5Output:
     def __init__(self, file: h5py.File) -> None:
         self._file = file
         self._names: dict[str, list[str]] = {"": []}
+        self._checks: dict[str, np.ndarray] = {}
 
     def attributes(self, values: Mapping[str, Any], of: str = "") -> None:
         """Set attributes of the file, or of the dataset `of`."""
@@ -70,31 +71,33 @@ class Hdf5Output:
     def rows(self, name: str, shape: tuple[int, ...], dtype: np.dtype | str) -> RowsOutput:
         """A dataset whose rows are appended in order; `RowsOutput.finish` must be called on it."""
         self._names.setdefault(name, [])
-        return RowsOutput(self._file.create_dataset(name, shape, np.dtype(dtype)), name)
+        return RowsOutput(self._file.create_dataset(name, shape, np.dtype(dtype)), name, self._checks)
 
     def strings(self, name: str, values: Sequence[str]) -> None:
         """Write a dataset of variable-length UTF-8 strings."""
         texts = [_encodable(value) for value in values]
-        dataset = self._file.create_dataset(name, data=texts, shape=(len(texts),), dtype=h5py.string_dtype())
-        dataset.attrs[checksums.CRCS] = checksums.strings_checksum(name, texts)
+        self._file.create_dataset(name, data=texts, shape=(len(texts),), dtype=h5py.string_dtype())
+        self._checks[name] = checksums.strings_checksum(name, texts)
         self._names.setdefault(name, [])
 
     def finish(self) -> None:
-        """Add the checksum of all attributes, as they read back."""
+        """Add the checksums: of the datasets, and of all attributes as they read back."""
+        for name, values in self._checks.items():
+            self._file.attrs[checksums.of_dataset(name)] = values
         covered = json.dumps({owner: sorted(set(names)) for owner, names in self._names.items()}, sort_keys=True)
-        values = {
+        found = {
             owner: {name: (self._file[owner] if owner else self._file).attrs[name] for name in names}
             for owner, names in self._names.items()
         }
         self._file.attrs[checksums.COVERED] = covered
-        self._file.attrs[checksums.ATTRIBUTES] = np.uint32(checksums.attributes_checksum(covered, values))
+        self._file.attrs[checksums.ATTRIBUTES] = np.uint32(checksums.attributes_checksum(covered, found))
 
 
 class RowsOutput:
     """A dataset that is written row by row, in order."""
 
-    def __init__(self, dataset: h5py.Dataset, name: str) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: h5py.Dataset, name: str, results: dict[str, np.ndarray]) -> None:
+        self._dataset, self._name, self._results = dataset, name, results
         self._checks = checksums.BlockChecksums(name, dataset.shape, dataset.dtype)
         self._next = 0
 
@@ -113,8 +116,7 @@ class RowsOutput:
         """Store the checksums; `ValueError` where rows are missing."""
         if self._next != len(self._dataset):
             raise ValueError(f"{self._dataset.name} has {len(self._dataset)} rows; {self._next} were written")
-        self._dataset.attrs[checksums.ROWS] = np.int64(self._checks.rows)
-        self._dataset.attrs[checksums.CRCS] = self._checks.result()
+        self._results[self._name] = self._checks.result()
 
 
 def _encodable(text: str) -> str:

@@ -92,7 +92,7 @@ def test_unreadable_patches_have_an_exit_code(arguments, stub_weights, coords, b
         ("--slide_path", "absent.svs", "absent.svs: no such file"),
         ("--slide_path", __file__, "not a slide"),
         ("--coords_h5_path", "absent.h5", "absent.h5: no such file"),
-        ("--coords_h5_path", __file__, "corrupt or half written"),
+        ("--coords_h5_path", __file__, "cannot be read as HDF5"),
         ("--resize", "100", "black frame"),
         ("--batch_size_per_gpu", "0", "batch size"),
         ("--num_workers", "-1", "threads"),

@@ -100,7 +100,7 @@ def test_checksums_cannot_be_lost_one_by_one(tmp_path, name):
     write(path)
     with h5py.File(path, "a") as file:
         if name == "features":
-            del file[name].attrs[checksums.CRCS]
+            del file.attrs[checksums.of_dataset(name)]
         else:
             del file.attrs[name]
     with pytest.raises(DamagedFileError):

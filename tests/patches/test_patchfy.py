@@ -390,11 +390,11 @@ import os, signal, sys
 import h5py
 from exaonepath.patches import patchfy
 create = h5py.File.create_dataset
-def create_and_die(self, name, **kwargs):
+def create_and_die(self, name, *args, **kwargs):
     if name == "contour_index":
         self.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-    return create(self, name, **kwargs)
+    return create(self, name, *args, **kwargs)
 h5py.File.create_dataset = create_and_die
 patchfy(sys.argv[1], sys.argv[2])
 """
