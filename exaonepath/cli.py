@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -75,6 +76,9 @@ Otsu = Annotated[bool, typer.Option("--otsu", help="Otsu's threshold in place of
 SegDownsample = Annotated[
     float, typer.Option(help="Shrink the image that is segmented: for flat (single-level) slides, 4 to 16.")
 ]
+StrictScale = Annotated[
+    bool, typer.Option("--strict-scale", help="An assumed or implausible pixel size is an error, not a warning.")
+]
 MaxMemory = Annotated[
     str | None,
     typer.Option(
@@ -103,8 +107,11 @@ def _guarded(command: F) -> F:
         try:
             with interruptible():
                 command(*args, verbose=verbose, quiet=quiet, **kwargs)
-        except ExaonePathError as exc:
-            _tell(exc, verbose)
+        except (click.exceptions.ClickException, typer.Exit, typer.Abort):
+            raise
+        # The one line and the status that scripts rely on, whatever a library or a strange file came up with.
+        except Exception as exc:
+            _report(exc, verbose)
             raise typer.Exit(EXIT_ERROR) from exc
         except KeyboardInterrupt as exc:
             say("interrupted; finished work is kept: the same command resumes")
@@ -113,10 +120,16 @@ def _guarded(command: F) -> F:
     return run  # type: ignore[return-value]
 
 
-def _tell(exc: ExaonePathError, verbose: int) -> None:
+def _report(exc: Exception, verbose: int, slide: Path | None = None) -> None:
+    """One line for an error; with -v its traceback as well."""
     if verbose:
         logger.error("failed", exc_info=exc)
-    say(f"error: {exc}")
+    if isinstance(exc, ExaonePathError):
+        say(f"error: {exc}")
+        return
+    about = "" if slide is None else f"{slide}: "
+    reason = " ".join(str(exc).split())
+    say(f"error: {about}unexpected {type(exc).__name__}{f': {reason}' if reason else ''} (-v shows where)")
 
 
 def _show_version(value: bool) -> None:
@@ -145,6 +158,7 @@ def encode(
     patch_level: PatchLevel = 0,
     otsu: Otsu = False,
     seg_downsample: SegDownsample = 1.0,
+    strict_scale: StrictScale = False,
     resize: Resize = 256,
     batch_size: BatchSize = 32,
     num_workers: Workers = None,
@@ -164,7 +178,7 @@ def encode(
     resolve_dtype(dtype, target)
     limit = None if max_memory is None else parse_memory(max_memory)
     preprocessing = PreprocessingConfig(resize=resize)
-    patching = _patching(patch_size, step_size, patch_level, otsu, seg_downsample)
+    patching = _patching(patch_size, step_size, patch_level, otsu, seg_downsample, strict_scale)
     if not files:
         raise problems[0]
     ensure_folder(out)
@@ -207,12 +221,13 @@ def patch(
     patch_level: PatchLevel = 0,
     otsu: Otsu = False,
     seg_downsample: SegDownsample = 1.0,
+    strict_scale: StrictScale = False,
     overwrite: Overwrite = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
     """Find tissue and lay the patch grid: <out>/patches/<id>.h5 and <out>/masks/<id>.jpg."""
-    arguments = _patching(patch_size, step_size, patch_level, otsu, seg_downsample)
+    arguments = _patching(patch_size, step_size, patch_level, otsu, seg_downsample, strict_scale)
 
     def patch_one(file: Path) -> int:
         path, coords, _ = patchfy(file, out, **arguments, overwrite=overwrite)
@@ -338,21 +353,28 @@ app.command()(_guarded(ablate))
 def _each(files: list[Path], work: Callable[[Path], int], problems: list[SlideOpenError], verbose: int) -> None:
     """Work through files: one bad slide must not cost a lab the other hundred. Exits with the worst status."""
     statuses = {EXIT_ERROR} if problems else set()
+    failed = len(problems)
     for problem in problems:
-        _tell(problem, verbose)
+        _report(problem, verbose)
     for file in files:
         try:
             statuses.add(work(file))
-        except ExaonePathError as exc:
-            _tell(exc, verbose)
+        # A slide is the boundary of a fault, whatever its bytes make a library raise, MemoryError included.
+        except Exception as exc:  # noqa: BLE001
+            _report(exc, verbose, file)
             statuses.add(EXIT_ERROR)
+            failed += 1
+            # The traceback holds the frames, and with them the arrays, of what failed for want of memory.
+            exc.__traceback__ = None
+    if failed and len(files) + len(problems) > 1:
+        say(f"{failed} of {len(files) + len(problems)} slides failed")
     for status in (EXIT_ERROR, EXIT_UNREADABLE):
         if status in statuses:
             raise typer.Exit(status)
 
 
 def _patching(
-    patch_size: int, step_size: int | None, patch_level: int, otsu: bool, seg_downsample: float
+    patch_size: int, step_size: int | None, patch_level: int, otsu: bool, seg_downsample: float, strict_scale: bool
 ) -> dict[str, Any]:
     return {
         "patch_size": patch_size,
@@ -360,6 +382,7 @@ def _patching(
         "patch_level": patch_level,
         "use_otsu": otsu,
         "seg_downsample": seg_downsample,
+        "strict_scale": strict_scale,
     }
 
 

@@ -41,6 +41,14 @@ class SlideOpenError(SlideError):
     """The slide is missing, unreadable, truncated, has no level, or is not a slide at all."""
 
 
+class SlideChangedError(SlideError):
+    """The slide file was replaced or written to while it was being read; nothing read since can be used."""
+
+
+class ScaleError(SlideError):
+    """The slide's pixel size is doubtful and strictness was asked for, or no patch can be computed with it."""
+
+
 class SlideReadError(SlideError):
     """Pixels of an opened slide could not be read, also not through a fresh handle."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,13 @@ from exaonepath.models.memory_plan import parse_memory
 from exaonepath.models.patch_encoder import ExaonePathPatchEncoderModel
 from exaonepath.models.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.patches import SlideImage, patchfy
+from exaonepath.patches.dicom import series_identity
 from exaonepath.patches.slide import opened
 from exaonepath.slide_embedding import SlideEmbedding, embed_features_file, read_embedding
 
 __all__ = ["EncodeResult", "SlideEmbedding", "encode_slide", "find_slides", "output_paths", "read_embedding"]
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -140,6 +145,7 @@ def encode_slide(
             max_memory=max_memory,
             overwrite=overwrite,
         )
+        image.check_unchanged()
     reused = [name for name, done in (("features", extraction.reused), ("slide", slide_reused)) if done]
     return EncodeResult(
         image.name,
@@ -168,7 +174,7 @@ def find_slides(paths: Iterable[str | os.PathLike[str]], problems: list[SlideOpe
 
     Args:
         paths: files and folders.
-        problems: where given, a missing path or an empty folder is put here instead of being raised.
+        problems: where given, a missing path, a broken link or an empty folder is put here instead of being raised.
 
     Raises:
         SlideOpenError: a path does not exist, or a folder holds no slide.
@@ -178,18 +184,14 @@ def find_slides(paths: Iterable[str | os.PathLike[str]], problems: list[SlideOpe
     problems_here: list[SlideOpenError] = [] if problems is None else problems
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SLIDE_SUFFIXES and p.is_file())
-            if not inside:
-                problems_here.append(
-                    SlideOpenError(f"{path} holds no slide file ({', '.join(sorted(SLIDE_SUFFIXES))})")
-                )
-            slides += inside
+            slides += _slides_in(path, problems_here)
         elif path.exists():
             slides.append(path)
         else:
             problems_here.append(SlideOpenError(f"{path}: no such file"))
     if problems is None and problems_here:
         raise problems_here[0]
+    slides = _one_per_series(slides)
     by_stem: dict[str, Path] = {}
     for slide in slides:
         first = by_stem.setdefault(slide.stem, slide)
@@ -206,3 +208,59 @@ def find_slides(paths: Iterable[str | os.PathLike[str]], problems: list[SlideOpe
                 "them into different output folders"
             )
     return list(by_stem.values())
+
+
+def _slides_in(folder: Path, problems: list[SlideOpenError]) -> list[Path]:
+    """Slide files directly inside a folder, in name order; what is left out is logged, or one of the problems."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as exc:
+        problems.append(SlideOpenError(f"{folder} cannot be listed: {exc.strerror}"))
+        return []
+    slides: list[Path] = []
+    broken: list[Path] = []
+    deeper: list[Path] = []
+    for entry in entries:
+        if entry.is_dir():
+            with suppress(OSError):
+                deeper += [p for p in entry.iterdir() if _looks_like_a_slide(p)]
+        elif not _looks_like_a_slide(entry):
+            continue
+        elif entry.name.startswith("."):
+            # "._slide.svs" is what macOS adds on a foreign disk: attributes of the file, no slide.
+            logger.warning("%s is a hidden file and is skipped", entry)
+        elif entry.is_symlink() and not entry.exists():
+            broken.append(entry)
+        else:
+            slides.append(entry)
+    problems += [SlideOpenError(f"{path} is a link to a file that does not exist") for path in broken]
+    if deeper:
+        logger.warning(
+            "%s has folders with %d more slide files, such as %s, which are skipped: name those folders as well",
+            folder,
+            len(deeper),
+            deeper[0],
+        )
+    if not slides and not broken:
+        problems.append(SlideOpenError(f"{folder} holds no slide file ({', '.join(sorted(SLIDE_SUFFIXES))})"))
+    return slides
+
+
+def _looks_like_a_slide(path: Path) -> bool:
+    return path.suffix.lower() in SLIDE_SUFFIXES and not path.is_dir()
+
+
+def _one_per_series(slides: list[Path]) -> list[Path]:
+    """One file for each DICOM series: the largest, which holds level 0. OpenSlide finds the others from it."""
+    series: dict[tuple[Path, str], list[Path]] = {}
+    keys: dict[Path, tuple[Path, str]] = {}
+    for slide in slides:
+        uid = series_identity(slide) if slide.suffix.lower() == ".dcm" else None
+        if uid is not None:
+            keys[slide] = (slide.parent.resolve(), uid)
+            series.setdefault(keys[slide], []).append(slide)
+    chosen = {key: max(sorted(files), key=lambda f: f.stat().st_size) for key, files in series.items()}
+    for key, files in series.items():
+        if len(files) > 1:
+            logger.info("%s stands for a DICOM series of %d files", chosen[key], len(files))
+    return [slide for slide in slides if slide not in keys or chosen[keys[slide]] == slide]

@@ -27,7 +27,7 @@ def test_the_extension_belongs_to_this_version():
 
 
 ORDER = [
-    ("errors", "version"),
+    ("errors", "version", "memory", "text"),
     ("files",),
     ("reference",),
     ("kernels",),

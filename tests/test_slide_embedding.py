@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from exaonepath.errors import BackendError, DamagedFileError, DataFileError, MemoryLimitError, OutputCollisionError
+from exaonepath.errors import BackendError, DataFileError, MemoryLimitError, OutputCollisionError
 from exaonepath.feature_extraction.store import FeatureSet, read_features
 from exaonepath.models.loading import load_slide_encoder
 from exaonepath.slide_embedding import embed_features_file, embed_slide, read_embedding
@@ -140,13 +140,10 @@ def test_reading_a_broken_embedding(write, encoder, tmp_path, drop_checksums):
     with h5py.File(out, "a") as file:
         del file["coords"]
         file["coords"] = np.zeros((2, 2), np.int32)
-    with pytest.raises(DamagedFileError, match="attributes|coords"):
-        read_embedding(out)
-    with h5py.File(out, "a") as file:
-        drop_checksums(file)
     with pytest.raises(DataFileError, match=r"coords must be integers \[30, 2\], got int32 \[2, 2\]"):
         read_embedding(out)
     with h5py.File(out, "a") as file:
         file.attrs["complete"] = False
+        drop_checksums(file)
     with pytest.raises(DataFileError, match="half written"):
         read_embedding(out)

@@ -21,6 +21,7 @@ from exaonepath.feature_extraction.progress import progress_bar
 from exaonepath.models import loading
 from exaonepath.models.device import resolve_device, resolve_dtype
 from exaonepath.patches.slide import SlideImage
+from exaonepath.text import printable
 
 _handler: logging.Handler | None = None
 
@@ -94,10 +95,11 @@ def set_up_logging(verbose: int, quiet: bool) -> None:
     if _handler is not None:
         root.removeHandler(_handler)
     if sys.stderr.isatty():
-        _handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+        _handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
+        _handler.setFormatter(_PrintableFormatter("%(message)s"))
     else:
         _handler = logging.StreamHandler()
-        _handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        _handler.setFormatter(_PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
     # The level is the handler's: a program that runs a command of ours keeps its own handlers and what they see.
     _handler.setLevel(level)
     root.addHandler(_handler)
@@ -112,16 +114,24 @@ def set_up_logging(verbose: int, quiet: bool) -> None:
         disable_progress_bars()
 
 
+class _PrintableFormatter(logging.Formatter):
+    """Escapes what a name of a file would do to the terminal; line breaks of a traceback stay."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
 def say(message: str) -> None:
-    """One line to standard error."""
-    sys.stderr.write(message + "\n")
+    """One line to standard error, whatever characters the names in it hold."""
+    sys.stderr.write(printable(message) + "\n")
 
 
 def say_result(path: Path, what: str, reused: bool, quiet: bool) -> None:
     """One line to standard output: the file, two spaces, what it holds."""
     if not quiet:
         note = ", ".join(filter(None, [what, "already there" if reused else ""]))
-        sys.stdout.write(f"{path}  {note}".rstrip() + "\n")
+        sys.stdout.write(printable(f"{path}  {note}".rstrip()) + "\n")
 
 
 def say_unreadable(count: int, total: int, slide: Path, listed_in: Path) -> None:

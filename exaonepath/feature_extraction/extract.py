@@ -97,6 +97,7 @@ def extract_features(
     Raises:
         SettingsError: an argument that cannot be used, or an encoder that does not return [B, D].
         SlideOpenError: the slide cannot be opened, or vanished in mid-run (what was done is kept).
+        SlideChangedError: the slide file was replaced in mid-run (what was done is not used).
         DataFileError: the coordinates file is broken, or belongs to another slide.
         OutputCollisionError: the output is one of the inputs, or holds the features of another slide.
         OutputError: the output cannot be written (what was done is kept).
@@ -159,6 +160,7 @@ def extract_features(
         )
         encode = stack.enter_context(_Encoder(encoder, preprocessing, torch.device(device), dtype))
         _run(reader, encode, partial, resumed_from, len(rows), progress)
+        slide.check_unchanged()
         failures = tuple(partial.failures)
         if retry and len(failures) == len(retry):
             partial.remove()
@@ -223,6 +225,7 @@ def _run(
     if progress:
         progress(done, total)
     batches = iter(reader)
+    partly_missing = 0
     with ExitStack() as stack:
         stack.callback(
             batches.close
@@ -230,10 +233,19 @@ def _run(
         for batch in batches:
             features = encode(batch.images) if len(batch.indices) else np.empty((0, partial.dim or 0), np.float32)
             _check_features(features, batch, partial.dim)
+            reader.slide.check_unchanged()  # before the rows are kept: they may be those of another file
+            partly_missing += len(batch.partly_missing)
             partial.append(Block(batch.indices, features, batch.failures, batch.stop))
             done += len(batch.indices) + len(batch.failures)
             if progress:
                 progress(done, total)
+    if partly_missing:
+        logger.warning(
+            "%s: %d of %d patches lie partly on tiles without data, which read as black: the file is incomplete",
+            reader.slide.path,
+            partly_missing,
+            total,
+        )
 
 
 def _check_features(features: np.ndarray, batch: PatchBatch, dim: int | None) -> None:

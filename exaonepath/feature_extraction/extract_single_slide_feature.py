@@ -53,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             logger.exception("failed")
         say(f"error: {exc}")
         return EXIT_ERROR
+    # The one line and the status that scripts rely on, whatever a library or a strange file came up with.
+    except Exception as exc:
+        if args.verbose:
+            logger.exception("failed")
+        say(f"error: unexpected {type(exc).__name__}: {' '.join(str(exc).split())} (-v shows where)")
+        return EXIT_ERROR
     except KeyboardInterrupt:
         say("interrupted; what was done is kept: the same command resumes")
         return EXIT_INTERRUPTED

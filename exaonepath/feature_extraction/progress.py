@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from exaonepath.text import printable
+
 
 @contextmanager
 def progress_bar(description: str, *, disable: bool = False) -> Iterator[Callable[[int, int], None] | None]:
@@ -14,6 +16,7 @@ def progress_bar(description: str, *, disable: bool = False) -> Iterator[Callabl
         yield None
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -31,5 +34,5 @@ def progress_bar(description: str, *, disable: bool = False) -> Iterator[Callabl
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=None)
+        task = bar.add_task(escape(printable(description)), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

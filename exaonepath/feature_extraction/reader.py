@@ -48,12 +48,14 @@ class PatchBatch:
         images: uint8 [b, crop, crop, 3] RGB, in the order of `indices`.
         failures: the batch's unreadable patches.
         stop: one past the last row this batch covers, readable or not.
+        partly_missing: rows of patches on which the file has no data for some of the pixels (they are black).
     """
 
     indices: np.ndarray
     images: np.ndarray
     failures: tuple[PatchFailure, ...]
     stop: int
+    partly_missing: tuple[int, ...] = ()
 
 
 def default_workers() -> int:
@@ -164,12 +166,18 @@ class PatchReader:
                 return
             index = int(job.rows[at])
             x, y = int(self.coords[index, 0]), int(self.coords[index, 1])
+            corner = (x + offset, y + offset)
             try:
-                part = self.slide.read_image((x + offset, y + offset), 0, (size, size))
+                part = self.slide.read_image(corner, 0, (size, size))
+                missing = self.slide.missing_share(part, corner)
+                if missing == 1:
+                    raise SlideReadError(f"{self.slide.path} has no image data there (tiles of zero length)")
             except SlideReadError as exc:
                 logger.warning("patch %d at (%d, %d) cannot be read: %s", index, x, y, exc)
                 job.failures[at] = PatchFailure(index, x, y, str(exc))
             else:
+                if missing:
+                    job.partly_missing[at] = missing
                 job.images[at] = self._window.finish(part)
 
 
@@ -180,6 +188,7 @@ class _Job:
         self.rows = rows
         self.images = np.empty((len(rows), crop, crop, 3), np.uint8)
         self.failures: dict[int, PatchFailure] = {}
+        self.partly_missing: dict[int, float] = {}
         self.runs: list[Future[None]] = []
 
     def result(self) -> PatchBatch:
@@ -190,4 +199,5 @@ class _Job:
         if failures:
             readable = np.setdiff1d(np.arange(len(rows)), list(self.failures))
             rows, images = rows[readable], images[readable]
-        return PatchBatch(rows, images, failures, stop=int(self.rows[-1]) + 1)
+        partial = tuple(int(self.rows[at]) for at in sorted(self.partly_missing))
+        return PatchBatch(rows, images, failures, stop=int(self.rows[-1]) + 1, partly_missing=partial)

@@ -22,6 +22,7 @@ from exaonepath.patches.slide import SlideImage
 CELL = 4096
 _PIECE_WIDTH, _PIECE_HEIGHT = 2048, 256
 _STRIP_PIXELS = 1 << 19
+_PIECES_BYTES = 1 << 26  # a cell of 4096 x 4096 pixels
 
 
 class Piece(NamedTuple):
@@ -63,6 +64,13 @@ class LevelReader:
         """(width, height) of the result; 0 where the level is smaller than `shrink`."""
         w, h = self.slide.level_dimensions[self.level]
         return (int(w / self.shrink), int(h / self.shrink)) if self.shrink > 1 else (w, h)
+
+    def peak_bytes(self) -> int:
+        """Bytes that segmenting this takes, contours apart: 8 a pixel of the result, and what reading it needs."""
+        width, height = self.size
+        level_width, level_height = self.slide.level_dimensions[self.level]
+        whole = 0 if self._even_factor() is not None else 3 * level_width * level_height
+        return 8 * width * height + whole + _PIECES_BYTES
 
     def bands(self) -> Iterator[Band]:
         """The bands, in order; each row belongs to exactly one.

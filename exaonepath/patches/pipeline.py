@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.errors import DataFileError, SettingsError, SlideSkippedError
+from exaonepath.errors import DataFileError, ScaleError, SettingsError, SlideSkippedError
 from exaonepath.files.artifact import check_owner, refuse_foreign, settings_hash
 from exaonepath.files.atomic import ensure_folder, write_text
 from exaonepath.patches.grid import PatchGrid, patch_grid
@@ -24,6 +24,7 @@ from exaonepath.patches.store import PatchSet, read_patches, stored_origin, writ
 logger = logging.getLogger(__name__)
 
 REFERENCE_MPP = 0.5
+_MAX_PATCH = 1 << 24  # pixels; the largest slides have 2^18 along a side
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,18 @@ class PatchSettings:
         return values | {name: kinds[name](value) for name, value in seg.items()}
 
     def effective(self, slide: SlideImage) -> tuple[int, int]:
-        """(patch size, step) in level-0 pixels of this slide."""
+        """(patch size, step) in level-0 pixels of this slide.
+
+        Raises:
+            ScaleError: the slide's pixel size is so small that no patch can be that large.
+        """
         factor = REFERENCE_MPP / slide.mpp
+        largest = max(self.patch_size, self.step_size) * factor
+        if not largest <= _MAX_PATCH:
+            raise ScaleError(
+                f"{slide.path}: with pixels of {slide.mpp:g} um ({slide.mpp_source}) a patch would be {largest:.3g} "
+                "pixels wide; the pixel size in the file's metadata is wrong"
+            )
         patch, step = int(self.patch_size * factor), int(self.step_size * factor)
         return patch if patch > 0 else int(self.patch_size), step if step > 0 else int(self.step_size)
 
@@ -87,6 +98,7 @@ def patchfy(
     seg_downsample: float = 1.0,
     max_seg_pixels: int | None = MAX_SEG_PIXELS,
     overwrite: bool = False,
+    strict_scale: bool = False,
 ) -> tuple[Path | None, np.ndarray, np.ndarray]:
     """Find the tissue of a slide and the patches on it.
 
@@ -106,6 +118,8 @@ def patchfy(
             `SegmentationSettings`.
         line_thickness: of the contours in the picture, in level-0 pixels.
         overwrite: redo finished work, and replace the result of a different slide of the same name.
+        strict_scale: an assumed or implausible pixel size, or one that differs between the axes, is an error; otherwise
+            it is a warning.
 
     Returns:
         The path of the HDF5 file (None without `save_h5`), coords int32 [N, 2] as (x, y) at level 0, and contour_index
@@ -115,6 +129,9 @@ def patchfy(
         SettingsError: a setting cannot be used, in general or on this slide. Nothing has been written.
         SlideOpenError, SlideReadError: the slide cannot be opened or read.
         SlideSkippedError: the slide is above `max_seg_pixels`; the reason is in `<out>/skipped/<id>.txt`.
+        ScaleError: `strict_scale`, and the pixel size is doubtful; or no patch of this size can be computed with.
+        SlideChangedError: the file was replaced while it was read; nothing has been written.
+        MemoryLimitError: segmenting the slide takes more memory than there is.
         OutputError: the output cannot be written.
         OutputCollisionError: the output of a different slide with the same stem is there.
     """
@@ -129,6 +146,9 @@ def patchfy(
             raise SettingsError(
                 f"{slide.path} has no level {patch_level}: levels are 0 to {len(slide.level_dimensions) - 1}"
             )
+        if strict_scale and slide.scale_doubts:
+            raise ScaleError(f"{slide.path} {'; '.join(slide.scale_doubts)} (strict_scale)")
+        settings.effective(slide)
         folder = ensure_folder(out)
         h5_path = folder / "patches" / f"{slide.name}.h5"
         mask_path = folder / "masks" / f"{slide.name}.jpg"
@@ -142,6 +162,10 @@ def patchfy(
             ensure_folder(path.parent)
         tissue = _segment(slide, segmentation, folder)
         grid = plan_grid(slide, tissue, settings)
+        slide.check_unchanged()
+        if not len(grid.coords):
+            reason = tissue.nothing or f"no patch of the grid lies on the {len(tissue.contours)} contours"
+            logger.warning("%s has no patch: %s", slide.path, reason)
         # The HDF5 file comes last: where it is, everything else is too.
         if save_mask:
             write_picture(mask_path, draw_tissue(slide, tissue, line_thickness))

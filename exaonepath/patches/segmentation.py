@@ -10,14 +10,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from exaonepath.errors import SettingsError, SlideReadError, SlideSkippedError
+from exaonepath.errors import MemoryLimitError, SettingsError, SlideReadError, SlideSkippedError
+from exaonepath.memory import available_host_memory
 from exaonepath.patches.levels import LevelReader
 from exaonepath.patches.slide import SlideImage
 
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 MAX_SEG_PIXELS = 40_000_000_000
 WANTED_DOWNSAMPLE = 64
 _WHITE_BAND = 20
+_SMALLEST_SHRUNK = 8 * _WHITE_BAND
 _FLAT_LAPLACIAN = 15
 _UNIT_SIDE = 512
 _BAND_PIXELS = 1 << 20
@@ -93,11 +95,15 @@ class Tissue(NamedTuple):
         contours: outer outlines, each int32 [P, 2] as (x, y); their index is the patches' `contour_index`.
         holes: for each contour, its kept holes, each int32 [P, 2].
         seg_level: the pyramid level that was segmented.
+        shrink: by which that level was reduced first.
+        nothing: why there is no contour; empty where there is one.
     """
 
     contours: list[np.ndarray]
     holes: list[list[np.ndarray]]
     seg_level: int
+    shrink: float = 1.0
+    nothing: str = ""
 
 
 def segment_tissue(slide: SlideImage, settings: SegmentationSettings | None = None) -> Tissue:
@@ -106,11 +112,41 @@ def segment_tissue(slide: SlideImage, settings: SegmentationSettings | None = No
     Memory stays below 8 bytes per pixel of the segmented level, whatever its size; a level that cannot be read is
     replaced by level min(2, levels - 1), with a warning.
 
+    A slide without a level near the wanted downsample, on which nothing is found so, is segmented again, shrunk to it
+    or, where it is small, as far as leaves 160 pixels on its shorter side.
+
     Raises:
         SlideSkippedError: the level has more than `max_seg_pixels` pixels.
+        MemoryLimitError: segmenting it takes more memory than there is.
         SlideReadError: neither level can be read.
     """
     settings = settings or SegmentationSettings()
+    tissue = _segment(slide, settings)
+    factor = max(slide.level_downsamples[tissue.seg_level]) * settings.seg_downsample
+    if tissue.contours or factor >= WANTED_DOWNSAMPLE / 2:
+        return tissue
+    # Laplacian and median are made for a coarse image: at full resolution stained tissue has no texture to them. But no
+    # coarser than leaves the white frame, which counts pixels of that image, a small part of it.
+    side = min(slide.level_dimensions[tissue.seg_level]) / settings.seg_downsample
+    powers = [2**n for n in range(1, 7) if 2**n * factor <= WANTED_DOWNSAMPLE and side / 2**n >= _SMALLEST_SHRUNK]
+    if not powers:
+        return tissue
+    shrink = settings.seg_downsample * powers[-1]
+    again = _segment(slide, replace(settings, seg_downsample=shrink))
+    if again.contours:
+        logger.warning(
+            "%s has no level near %dx: 0 contours were found at %.3gx, and after shrinking to %.3gx %d, which are used",
+            slide.path,
+            WANTED_DOWNSAMPLE,
+            factor,
+            factor * shrink / settings.seg_downsample,
+            len(again.contours),
+        )
+        return again
+    return tissue
+
+
+def _segment(slide: SlideImage, settings: SegmentationSettings) -> Tissue:
     level = slide.get_best_level_for_downsample(WANTED_DOWNSAMPLE)
     fallback = min(2, len(slide.level_dimensions) - 1)
     _check_size(slide, level, settings)
@@ -129,6 +165,12 @@ def segment_tissue(slide: SlideImage, settings: SegmentationSettings | None = No
 def _check_size(slide: SlideImage, level: int, settings: SegmentationSettings) -> None:
     w, h = slide.level_dimensions[level]
     limit = settings.max_seg_pixels
+    needed, free = LevelReader(slide, level, settings.seg_downsample).peak_bytes(), available_host_memory()
+    if free is not None and needed > free:
+        raise MemoryLimitError(
+            f"{slide.path}: segmenting level {level} of {w} x {h} pixels takes {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free; shrink it first (seg_downsample = 16, or --seg-downsample 16)"
+        )
     if limit is not None and 0 < limit < w * h:
         raise SlideSkippedError(
             f"{slide.path}: segmentation level {level} has {w} x {h} = {w * h} pixels, more than max_seg_pixels = "
@@ -150,12 +192,23 @@ def _segment_level(slide: SlideImage, level: int, settings: SegmentationSettings
     if settings.close > 0:
         cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((settings.close, settings.close), np.uint8), dst=mask)
     outlines, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    coloured = bool(mask.any())
     del mask
     scale = tuple(d * settings.seg_downsample for d in slide.level_downsamples[level])
     kept = _keep(outlines, hierarchy, settings, scale)
     contours = [_scaled(outlines[index], scale) for index, _ in kept]
     holes = [[_scaled(outlines[hole], scale) for hole in inside] for _, inside in kept]
-    return Tissue(contours, holes, level)
+    nothing = ""
+    if not contours:
+        where = f"level {level}" + (f" shrunk {settings.seg_downsample:g}x" if settings.seg_downsample > 1 else "")
+        if not coloured:
+            nothing = (
+                f"no textured pixel of {where} has a saturation above the threshold of {settings.sthresh}; the "
+                f"outer {_WHITE_BAND} pixels are not looked at"
+            )
+        else:
+            nothing = f"all {len(outlines)} outlines on {where} are smaller than a_t = {settings.a_t:g} allows"
+    return Tissue(contours, holes, level, settings.seg_downsample, nothing)
 
 
 def textured_saturation(reader: LevelReader) -> np.ndarray:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 import threading
 from collections.abc import Iterator
@@ -21,11 +20,13 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from exaonepath.errors import SettingsError, SlideOpenError, SlideReadError
+from exaonepath.errors import SettingsError, SlideChangedError, SlideOpenError, SlideReadError
+from exaonepath.patches.formats import why_not_a_slide, wrong_pixels
+from exaonepath.patches.scale import doubts, pixel_size
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MPP = 0.5
+_SPARSE_FORMATS = {"mirax", "dicom", "philips", "ventana"}  # tiles without tissue are left out
 _BLOCK = 1024  # side of what a thumbnail reads at a time, in pixels
 _DEFAULT_CACHE = 32 << 20  # OpenSlide's own
 _SAMPLE_BLOCKS, _SAMPLE_BYTES = 64, 1 << 16
@@ -42,6 +43,7 @@ class SlideImage:
         scalar_downsamples: OpenSlide's own factor of each level, by which it divides the locations it is given.
         mpp: micrometres per pixel at level 0.
         mpp_source: which property `mpp` came from, or "assumed".
+        scale_doubts: what speaks against `mpp`, a phrase each; each was logged as a warning.
 
     Raises:
         SlideOpenError: the file is missing, unreadable, truncated, has no level, or is not a slide.
@@ -53,6 +55,7 @@ class SlideImage:
         self._lock = threading.Lock()
         self._closed = False
         self._cache: openslide.OpenSlideCache | None = None
+        self._identity = _identity(self.path)
         self._slide: openslide.OpenSlide | None = _open(self.path)
         # Readers inside each handle, by id. A handle is closed when it is retired and its last reader has left.
         self._readers: dict[int, int] = {}
@@ -65,10 +68,16 @@ class SlideImage:
         w0, h0 = self.level_dimensions[0]
         self.level_downsamples = tuple((w0 / w, h0 / h) for w, h in self.level_dimensions)
         self.scalar_downsamples: tuple[float, ...] = tuple(self._slide.level_downsamples)
-        self.mpp, self.mpp_source = _microns_per_pixel(self.properties)
-        if self.mpp_source == "assumed":
-            logger.warning("%s states neither MPP nor objective power; assuming %.2f um per pixel", self.path, self.mpp)
+        wrong = wrong_pixels(self.path, self.properties)
+        if wrong is not None:
+            self.close()
+            raise SlideOpenError(f"{self.path} {wrong}")
+        self.mpp, self.mpp_source = pixel_size(self.properties)
+        self.scale_doubts = tuple(doubts(self.properties, self.mpp, self.mpp_source))
+        for doubt in self.scale_doubts:
+            logger.warning("%s %s", self.path, doubt)
         self._fingerprint: str | None = None
+        self.check_unchanged()
 
     @property
     def dimensions(self) -> tuple[int, int]:
@@ -150,6 +159,24 @@ class SlideImage:
         self._adopt(fresh)
         return image
 
+    def missing_share(self, image: Image.Image, location: tuple[int, int]) -> float:
+        """Share of a level-0 region's pixels inside the slide for which the file holds no data; they read as black.
+
+        Tiles of zero length are a fault in most formats, and plain background in those that leave empty glass out.
+
+        Args:
+            image: what `read_image` returned, RGBA. location: of its top left corner.
+        """
+        if self.properties.get("openslide.vendor") in _SPARSE_FORMATS:
+            return 0.0
+        alpha = np.asarray(image.getchannel("A"))
+        if not alpha.size or alpha.min() > 0:
+            return 0.0
+        (x, y), (width, height) = location, self.dimensions
+        left, top = max(0, -x), max(0, -y)
+        inside = alpha[top : max(top, height - y), left : max(left, width - x)]
+        return float(np.count_nonzero(inside == 0)) / inside.size if inside.size else 0.0
+
     def thumbnail(self, longest_side: int) -> np.ndarray:
         """Whole slide as RGB uint8 [h, w, 3], white where the slide is transparent, at most `longest_side` pixels.
 
@@ -196,8 +223,30 @@ class SlideImage:
                         digest.update(file.read(_SAMPLE_BYTES))
             except OSError as exc:
                 raise SlideOpenError(f"{self.path} cannot be read any more: {exc}") from exc
+            self.check_unchanged()
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+    def check_unchanged(self) -> None:
+        """Check that the path still names the file that was opened, as it was then.
+
+        Two files read as one slide would give rows of both, and nothing else would show it.
+
+        Raises:
+            SlideChangedError: it names another file, or the file was written to.
+            SlideOpenError: there is no file any more.
+        """
+        now = _identity(self.path)
+        if now is None:
+            raise SlideOpenError(f"{self.path} cannot be read any more: it is gone")
+        if now != self._identity:
+            raise SlideChangedError(
+                f"{self.path} was replaced or changed while it was read; what was read since is not used: run again"
+            )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # To another process, or a copy, goes the path: handles and locks belong to one process.
+        return _reopened, (self.path, self._identity)
 
     def close(self) -> None:
         """Close the file (as soon as no other thread reads it). Reading afterwards raises `SlideReadError`."""
@@ -232,6 +281,11 @@ class SlideImage:
         if self._closed:
             raise SlideReadError(f"{self.path} was closed")
         handle = _open(self.path)
+        try:
+            self.check_unchanged()
+        except SlideChangedError:
+            handle.close()
+            raise
         if self._cache is not None:
             handle.set_cache(self._cache)
         return handle
@@ -286,8 +340,10 @@ def _open(path: Path) -> openslide.OpenSlide:
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as exc:
-        raise SlideOpenError(f"{path} is not a slide in a format that OpenSlide reads") from exc
+        raise SlideOpenError(f"{path} {why_not_a_slide(path)}") from exc
     except (openslide.OpenSlideError, OSError) as exc:
+        if "Unsupported TIFF compression" in str(exc):
+            raise SlideOpenError(f"{path} {why_not_a_slide(path)}") from exc
         raise SlideOpenError(f"{path} cannot be opened as a slide ({exc}); the file may be truncated") from exc
 
 
@@ -300,20 +356,17 @@ def _on_white(pixels: np.ndarray) -> np.ndarray:
     return ((pixels[..., :3] * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
 
 
-def _microns_per_pixel(properties: dict[str, str]) -> tuple[float, str]:
-    for key in ("openslide.mpp-x", "aperio.MPP"):
-        value = _positive_number(properties.get(key))
-        if value is not None:
-            return value, key
-    power = _positive_number(properties.get("openslide.objective-power"))
-    if power is not None:
-        return 10.0 / power, "openslide.objective-power"
-    return DEFAULT_MPP, "assumed"
-
-
-def _positive_number(text: str | None) -> float | None:
+def _identity(path: Path) -> tuple[int, int, int, int] | None:
+    """Device, inode, size and modification time; None where there is no file (opening it says so)."""
     try:
-        value = float(text) if text is not None else math.nan
-    except ValueError:
+        status = path.stat()
+    except OSError:
         return None
-    return value if math.isfinite(value) and value > 0 else None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _reopened(path: Path, identity: tuple[int, int, int, int] | None) -> SlideImage:
+    slide = SlideImage(path)
+    slide._identity = identity
+    slide.check_unchanged()
+    return slide

@@ -1,0 +1,23 @@
+"""Text that is safe to show: names of files may hold anything."""
+
+from __future__ import annotations
+
+import unicodedata
+
+# Control, format (bidirectional overrides, zero-width), surrogate, private use, line and paragraph separators.
+_ESCAPED = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+
+
+def printable(text: object) -> str:
+    """The text with everything escaped that a terminal would act on or could not show.
+
+    Control characters (ESC, newline, ...), marks that reverse the direction of writing, and bytes of a name that are
+    not UTF-8 become `\\x1b`, `\\u202e`, `\\udcff`; a backslash stays one.
+    """
+    return "".join(_escaped(c) if unicodedata.category(c) in _ESCAPED else c for c in str(text))
+
+
+def _escaped(character: str) -> str:
+    if ord(character) < 128:
+        return f"\\x{ord(character):02x}"
+    return character.encode("ascii", "backslashreplace").decode()

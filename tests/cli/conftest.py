@@ -1,0 +1,35 @@
+"""The command in this process, with a patch encoder that costs nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from exaonepath.cli import app
+from exaonepath.models import loading
+from exaonepath.synthetic import make_slide
+
+
+class ColourEncoder(torch.nn.Module):
+    """Stands in for the ViT: mean colours spread over 768 numbers, in no time."""
+
+    def forward(self, x):
+        return x.mean((2, 3)).repeat(1, 256)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run the command with these arguments; the result has exit_code, stdout and stderr."""
+
+    def fake(weights="random:0", *, device="cpu", **_):
+        return loading.LoadedEncoder(ColourEncoder(), weights, f"colour:{weights}", weights.startswith("random:"))
+
+    monkeypatch.setattr(loading, "load_patch_encoder", fake)
+    monkeypatch.setattr(loading.LoadedEncoder, "device", torch.device("cpu"))
+    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory):
+    return make_slide(tmp_path_factory.mktemp("slides") / "one.svs", 1200, 1000, fragments=1, holes=False)
