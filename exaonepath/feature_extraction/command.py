@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
@@ -25,6 +28,7 @@ from exaonepath.text import printable
 
 _handler: logging.Handler | None = None
 
+_SHOWN_CAUSES = 8  # of an error, in a trace
 EXIT_OK, EXIT_ERROR, EXIT_UNREADABLE, EXIT_INTERRUPTED = 0, 1, 3, 130
 
 
@@ -117,9 +121,23 @@ def set_up_logging(verbose: int, quiet: bool) -> None:
 class _PrintableFormatter(logging.Formatter):
     """Escapes what a name of a file would do to the terminal; line breaks of a traceback stay."""
 
+    def format(self, record: logging.LogRecord) -> str:
+        record = copy.copy(record)
+        record.exc_text = None  # as another handler may have left it here, unescaped
+        return super().format(record)
+
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = printable(record.message)
         return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        parts: list[str] = []
+        exc = ei[1]
+        while exc is not None and len(parts) < _SHOWN_CAUSES:
+            stack = "".join(traceback.format_tb(exc.__traceback__))
+            parts.append(f"Traceback (most recent call last):\n{stack}{printable(f'{type(exc).__name__}: {exc}')}")
+            exc = exc.__cause__ or (None if exc.__suppress_context__ else exc.__context__)
+        return "\n\nwhich led to:\n\n".join(reversed(parts))
 
 
 def say(message: str) -> None:

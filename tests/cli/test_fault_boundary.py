@@ -32,14 +32,14 @@ def slides(slide, tmp_path):
     ids=lambda error: type(error).__name__,
 )
 def test_whatever_a_slide_raises_is_one_line_and_the_next_slide(run, slides, tmp_path, monkeypatch, error):
-    patchfy = pipeline.patchfy
+    extract = pipeline.extract_features
 
     def failing(slide, *args, **kwargs):
         if slide.name == "b":
             raise error
-        return patchfy(slide, *args, **kwargs)
+        return extract(slide, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "patchfy", failing)
+    monkeypatch.setattr(pipeline, "extract_features", failing)
     done = run("encode", slides, "--out", tmp_path / "out", "--weights", "random:0")
     assert done.exit_code == 1
     assert sorted(p.stem for p in (tmp_path / "out" / "embeddings").glob("*.h5")) == ["a", "c"]
@@ -55,7 +55,7 @@ def test_the_trace_is_shown_where_asked_for(run, slides, tmp_path, monkeypatch):
     def failing(*_, **__):
         raise OverflowError("x")
 
-    monkeypatch.setattr(pipeline, "patchfy", failing)
+    monkeypatch.setattr(pipeline, "extract_features", failing)
     done = run("encode", slides, "--out", tmp_path / "out", "--weights", "random:0", "-v")
     assert (done.exit_code, done.stderr.count("Traceback")) == (1, 3)
 
@@ -80,11 +80,11 @@ def test_other_commands_keep_to_one_line_too(run, slide, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_what_ends_the_program_is_not_a_fault_of_a_slide(run, slides, tmp_path, monkeypatch, error):
     def failing(*_, **__):
-        raise error
+        raise error(7)
 
-    monkeypatch.setattr(pipeline, "patchfy", failing)
+    monkeypatch.setattr(pipeline, "extract_features", failing)
     done = run("encode", slides, "--out", tmp_path / "out", "--weights", "random:0")
-    assert done.exit_code == (130 if error is KeyboardInterrupt else 0)
+    assert done.exit_code == (130 if error is KeyboardInterrupt else 7)
     assert "slides failed" not in done.stderr
 
 

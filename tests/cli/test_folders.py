@@ -69,7 +69,7 @@ HOSTILE = {
     "newline": "a\nerror: all is well.svs",
     "return": "a\rb.svs",
     "bidi": "a\u202egnp.svs",
-    "markup": "a[red]b[/].svs",
+    "markup": "a[red]b[bold].svs",
     "bytes": os.fsdecode(b"a\xff\xfe.svs"),
 }
 
