@@ -58,6 +58,17 @@ def load_rows(p_x, first, exists, s_token, BLOCK: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
+def only_finite(x):
+    """x [ROWS, D] with 0 for what is infinite or NaN, and per row 0, or NaN if something was.
+
+    A masked probability is 0, but 0 * NaN is NaN: in a product, a bad row of one segment would reach every segment of
+    its tile. So the product gets the cleaned rows, and who may meet a bad row gets the NaN through its probabilities.
+    """
+    finite = tl.abs(x) < float("inf")  # false for NaN
+    return tl.where(finite, x, 0.0).to(x.dtype), tl.sum(tl.where(finite, 0.0, float("nan")), 1)
+
+
+@triton.jit
 def load_angles(p_cos, p_sin, first, exists, BLOCK: tl.constexpr, HALF: tl.constexpr):
     """cos and sin of BLOCK tokens from `first` on: two float32 [BLOCK, D/2]."""
     o = wide(first) * HALF + (tl.arange(0, BLOCK) * HALF)[:, None] + tl.arange(0, HALF)[None, :]

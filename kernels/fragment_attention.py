@@ -15,6 +15,7 @@ from exaonepath.kernels.blocks import (
     load_bounds,
     load_rows,
     load_tile,
+    only_finite,
     store_rows,
     turn,
     unmasked_end,
@@ -34,7 +35,8 @@ def _forward_step(
     k = load_rows(p_k, start, there, s_k_token, BLOCK_N, D, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
     if MASKED:
-        s = tl.where(within(keys, lo, hi), s, -float("inf"))
+        seen = within(keys, lo, hi)
+        s = tl.where(seen, s, -float("inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
     # A row that has met no key yet keeps m = -inf, and -inf - -inf is not a number.
     m_safe = tl.where(m_new == -float("inf"), 0.0, m_new) if MASKED else m_new
@@ -42,6 +44,9 @@ def _forward_step(
     p = tl.exp2(tl.fma(s, scale_log2, shift[:, None]))
     rescale = tl.exp2(tl.fma(m, scale_log2, shift))
     v = load_rows(p_v, start, there, s_v_token, BLOCK_N, D, MASKED)
+    if MASKED:
+        v, poison = only_finite(v)
+        p += tl.where(seen, poison[None, :], 0.0)
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
     return acc, l * rescale + tl.sum(p, 1), m_new
 
@@ -90,7 +95,7 @@ def forward_kernel(
             p_k, p_v, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
             D, BLOCK_N, True, PRECISION,
         )  # fmt: skip
-    l = tl.where(l == 0.0, 1.0, l)  # rows beyond the tile
+    l = tl.where(exists, l, 1.0)  # of a row that exists, 0 means that every score was -inf: not a number, as in softmax
     if STORE_LSE:
         p = p_lse + head * n_tokens + wide(first) + tl.arange(0, BLOCK_M)
         tl.store(p, tl.fma(m, scale_log2, tl.log2(l)), mask=exists)

@@ -15,6 +15,7 @@ from exaonepath.kernels.blocks import (
     load_bounds,
     load_rows,
     load_tile,
+    only_finite,
     store_rows,
     turn,
     unmasked_end,
@@ -51,11 +52,12 @@ def _query_gradient_step(
     v = load_rows(p_v, start, there, s_token, BLOCK_N, D, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = tl.exp2(tl.fma(s, scale_log2, -lse[:, None]))  # [BM, BN]
-    if MASKED:
-        p = tl.where(within(keys, lo, hi), p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-    ds = (p * (dp - delta[:, None])).to(k.dtype)
-    return tl.dot(ds, k, dq, input_precision=PRECISION)
+    ds = p * (dp - delta[:, None])
+    if MASKED:
+        k, poison = only_finite(k)
+        ds = tl.where(within(keys, lo, hi), ds + poison[None, :], 0.0)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -110,11 +112,16 @@ def _key_gradient_step(
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     p = tl.exp2(tl.fma(s, scale_log2, -lse[None, :]))  # [BN, BM]
     if MASKED:
-        p = tl.where(within(rows, lo, hi), p, 0.0)  # a key meets the queries of its own interval
+        q, poison = only_finite(q)
+        dout, more = only_finite(dout)
+        seen = within(rows, lo, hi)  # a key meets the queries of its own interval
+        p = tl.where(seen, p + (poison + more)[None, :], 0.0)
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-    ds = (p * (dp - delta[None, :])).to(q.dtype)
-    return tl.dot(ds, q, dk, input_precision=PRECISION), dv
+    ds = p * (dp - delta[None, :])
+    if MASKED:
+        ds = tl.where(seen, ds, 0.0)  # what a foreign query has in delta, times a probability of 0
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 
 @triton.jit(do_not_specialize=["n_tokens"])

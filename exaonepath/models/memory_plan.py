@@ -203,7 +203,8 @@ def _attention(work: Workload, queries: int) -> int:
         return 0
     rotation = _rotation(work, queries)
     if work.backend == "eager":
-        return max(rotation, work.heads * queries * work.tokens * 3 * max(4, small) + 3 * work.tokens * width * small)
+        scores = work.heads * queries * work.longest * 3 * max(4, small)
+        return max(rotation, scores + 3 * work.tokens * width * small)
     # Short segments of a chunk are gathered, at most 16,384 tokens at once: queries, keys, values, result, reordered.
     gathered = 5 * min(queries, 1 << 14) * width * small
     result = 2 * queries * width * small

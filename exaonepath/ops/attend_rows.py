@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from exaonepath.errors import SettingsError
 from exaonepath.ops import cpu_attention
 from exaonepath.ops.fragment_layout import Segments
 from exaonepath.ops.rotary import Rotation, apply_rotation
+from exaonepath.ops.segment_attention import eager_attention, sdpa_attention
 from exaonepath.ops.triton_attention import triton_attend_rows, triton_rotate_rows
-from exaonepath.reference.fragment_attention import dense_fragment_attention
 
 # Segments this short are gathered by equal length and run as one batch: a call each would cost more than the work.
 _SHORT = 128
@@ -119,7 +118,7 @@ def attend_rows(
         segments: which tokens attend to each other; covers all T tokens.
         chunk: one of `cut_rows(segments, ...)`.
         rotation: of all packed tokens, for the queries (RoPE blocks), or None (NoPE blocks).
-        backend: "sdpa", "eager" (holds R x T, for tests) or "triton".
+        backend: "sdpa", "eager" (holds all scores, for tests) or "triton".
         scale: factor on the scores; default D ** -0.5.
 
     Raises:
@@ -139,24 +138,16 @@ def attend_rows(
     if backend == "triton":
         triton_attend_rows(q, k, v, segments, chunk.first, rotation, scale)
         return
+    if backend not in ("sdpa", "eager"):
+        raise SettingsError(f"unknown attention backend {backend!r}; choose sdpa, eager or triton")
     if rotation is not None:
         rotate_rows(q, rotation, chunk.first, backend=backend)
-    if backend == "eager":
-        ids = segments.ids()
-        q.copy_(dense_fragment_attention(q, k, v, ids[chunk.first : chunk.first + chunk.count], scale, ids))
-    elif backend == "sdpa":
-        for piece in chunk.pieces:
-            _attend(q, k, v, piece, scale)
-    else:
-        raise SettingsError(f"unknown attention backend {backend!r}; choose sdpa, eager or triton")
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, piece: _Piece, scale: float) -> None:
-    queries, keys, values = q[piece.rows], k[piece.keys], v[piece.keys]
-    if piece.count == 1 and cpu_attention.can_attend(q, piece.length):
-        cpu_attention.attend_segment(queries, keys, values, scale, queries)
-        return
-    heads, dim = q.shape[1:]
-    batch = [t.reshape(piece.count, -1, heads, dim).transpose(1, 2) for t in (queries, keys, values)]
-    out = F.scaled_dot_product_attention(batch[0], batch[1], batch[2], scale=scale)
-    q[piece.rows] = out.transpose(1, 2).reshape(-1, heads, dim)
+    for piece in chunk.pieces:
+        queries, keys, values = q[piece.rows], k[piece.keys], v[piece.keys]
+        if backend == "sdpa" and piece.count == 1 and cpu_attention.can_attend(q, piece.length):
+            cpu_attention.attend_segment(queries, keys, values, scale, queries)
+            continue
+        heads, dim = q.shape[1:]
+        batch = [t.reshape(piece.count, -1, heads, dim).transpose(1, 2) for t in (queries, keys, values)]
+        attend = eager_attention if backend == "eager" else sdpa_attention
+        q[piece.rows] = attend(batch[0], batch[1], batch[2], scale).transpose(1, 2).reshape(-1, heads, dim)

@@ -1,28 +1,30 @@
 """Attention over packed tokens, restricted to contiguous segments, with the 2D rotation applied on the way.
 
-One operation, several backends, one result: `eager` is the dense mask written out (tests), `sdpa` calls torch's
-attention segment by segment (any device), `triton` is one fused kernel (CUDA). Only `eager` allocates anything of size
-T x T.
+One operation, several backends, one result: `eager` is plain products, segment by segment (tests), `sdpa` calls torch's
+attention segment by segment (any device), `triton` is one fused kernel (CUDA). Only `eager` holds all scores of a
+segment.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from exaonepath.errors import SettingsError
 from exaonepath.kernels.launch_config import attention_config
 from exaonepath.ops import cpu_attention
 from exaonepath.ops.fragment_layout import Segments
 from exaonepath.ops.rotary import Rotation, apply_rotation, rotate_inplace
+from exaonepath.ops.segment_attention import eager_attention, sdpa_attention
 from exaonepath.ops.triton_attention import triton_attention, unable, unsuited
-from exaonepath.reference.fragment_attention import dense_fragment_attention
 
 logger = logging.getLogger(__name__)
+
+_Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 ATTENTION_BACKENDS = ("auto", "sdpa", "eager", "triton")
 
@@ -87,7 +89,7 @@ def fragment_attention(
         segments: which tokens attend to each other; covers all T tokens.
         rotation: 2D rotation of queries and keys (RoPE blocks); None leaves them as they are (NoPE blocks).
         backend: "triton" (CUDA; float32, float16 or bfloat16; head dimension 32, 64 or 128), "sdpa", "eager" (holds
-            T x T, for tests), or "auto", as `resolve_backend` tells.
+            all scores of a segment, for tests), or "auto", see `resolve_backend`.
         scale: positive factor on the scores; default D ** -0.5.
         overwrite_qkv: without autograd, rotate inside `qkv` instead of in a copy, and maybe put the result where the
             queries were; its contents are lost to the caller.
@@ -121,25 +123,24 @@ def fragment_attention(
             rotate_inplace(k, cos, sin)
         else:
             q, k = apply_rotation(q, cos, sin), apply_rotation(k, cos, sin)
-    if backend == "eager":
-        return dense_fragment_attention(q, k, v, segments.ids(), scale)
-    return _sdpa(q, k, v, segments, scale)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+    attend = eager_attention if backend == "eager" else sdpa_attention
     # Written in place without autograd; with it, every slice assignment would copy the whole gradient once.
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _sdpa_with_grad(q, k, v, segments, scale)
+        return _with_grad(q, k, v, segments, scale, attend)
+    return _without_grad(q, k, v, segments, scale, attend)
+
+
+def _without_grad(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, attend: _Attend) -> Tensor:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for rows, count, length in segments.equal_length_groups:
-        if count == 1 and cpu_attention.can_attend(q, length):
+        if attend is sdpa_attention and count == 1 and cpu_attention.can_attend(q, length):
             cpu_attention.attend_segment(q[rows], k[rows], v[rows], scale, out[rows])
         else:
-            out[rows] = _attend(q[rows], k[rows], v[rows], count, length, scale)
+            out[rows] = _batched(q[rows], k[rows], v[rows], count, length, scale, attend)
     return out
 
 
-def _sdpa_with_grad(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+def _with_grad(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, attend: _Attend) -> Tensor:
     if not segments.lengths:
         return q * 0  # no token at all: keeps the graph connected
     # Split once: backward, that is one concatenation, while each slice would write a gradient of all tokens.
@@ -149,18 +150,17 @@ def _sdpa_with_grad(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: 
         length = segments.lengths[members[0]]
         if len(members) == 1:
             one = parts[members[0]]
-            out[members[0]] = _attend(one[0], one[1], one[2], 1, length, scale)
+            out[members[0]] = _batched(one[0], one[1], one[2], 1, length, scale, attend)
             continue
         queries, keys, values = (torch.cat([parts[i][axis] for i in members]) for axis in range(3))
-        together = _attend(queries, keys, values, len(members), length, scale)
+        together = _batched(queries, keys, values, len(members), length, scale, attend)
         for i, attended in zip(members, together.split(length), strict=True):
             out[i] = attended
     return torch.cat(out)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, count: int, length: int, scale: float) -> Tensor:
+def _batched(q: Tensor, k: Tensor, v: Tensor, count: int, length: int, scale: float, attend: _Attend) -> Tensor:
     """Attention of `count` segments of equal length, [count * length, H, D] each."""
     heads, dim = q.shape[1:]
     q, k, v = (x.reshape(count, length, heads, dim).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return out.transpose(1, 2).reshape(count * length, heads, dim)
+    return attend(q, k, v, scale).transpose(1, 2).reshape(count * length, heads, dim)

@@ -2,7 +2,8 @@
 
 Made once per batch and kept beside the segments' offsets tensor, weakly: every layer and every row chunk of a batch
 shares them, they go when the batch goes, and an operator that is handed nothing but that tensor (a compiled graph, the
-backward pass) finds them again.
+backward pass) finds them again. A tensor of offsets that was written to since, as a buffer that is used for one slide
+after another, counts as a new one.
 """
 
 from __future__ import annotations
@@ -53,12 +54,15 @@ _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def schedules(offsets: Tensor, segments: Segments | None = None) -> TileSchedules:
     """The schedules of the segments with these int64 [S + 1] offsets.
 
-    Without `segments`, offsets that were never seen before are read from their device once.
+    Without `segments`, offsets that were never seen before are read from their device once. With them, the lengths that
+    the host holds count, not what the tensor holds.
 
     Raises:
         SettingsError: offsets that were read do not ascend from 0.
     """
-    known: TileSchedules | None = _KNOWN.get(offsets)
+    version = 0 if offsets.is_inference() else offsets._version  # counts every write to the tensor
+    seen: tuple[int, TileSchedules] | None = _KNOWN.get(offsets)
+    known = seen[1] if seen is not None and seen[0] == version else None
     if known is None:
         if segments is None:
             numbers = np.array(offsets.tolist(), np.int64)
@@ -67,7 +71,8 @@ def schedules(offsets: Tensor, segments: Segments | None = None) -> TileSchedule
                 raise SettingsError("segment offsets must ascend from 0; use Segments.from_lengths")
         else:
             lengths = np.array(segments.lengths, np.int64)
-        known = _KNOWN[offsets] = TileSchedules(lengths, offsets.device)
+        known = TileSchedules(lengths, offsets.device)
+        _KNOWN[offsets] = version, known
     return known
 
 

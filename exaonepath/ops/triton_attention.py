@@ -2,11 +2,14 @@
 
 The operators take tensors only; what the kernels need beyond them (tile lists, launch settings, whether the machine can
 run them at all) is looked up inside, at run time, so that a compiled graph neither breaks nor specialises on a slide.
+A CUDA graph would replay the launches of the slide it was captured with: the operators are tagged, so that a compiler
+leaves them out of its graphs, and capturing them by hand logs a warning.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import os
 from typing import Any
@@ -20,8 +23,11 @@ from exaonepath.ops.fragment_layout import Segments
 from exaonepath.ops.rotary import Rotation
 from exaonepath.ops.tiles import TileSchedules, schedules
 
+logger = logging.getLogger(__name__)
+
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LOOKS_UP_TILES = (torch.Tag.cudagraph_unsafe,)
 _MAX_TOKENS = 2**31 - 256  # token numbers are 32-bit inside the kernels
 
 
@@ -193,11 +199,11 @@ def _launch_rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, first_row: 
         )  # fmt: skip
 
 
-@torch.library.custom_op("exaonepath::attend_rows", mutates_args=("q",))
+@torch.library.custom_op("exaonepath::attend_rows", mutates_args=("q",), tags=_LOOKS_UP_TILES)
 def _attend_rows(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, first_row: int, scale: float
 ) -> None:
-    known = schedules(offsets)
+    known = _schedules(offsets)
     _launch_forward(q, k, v, q, None, cos, sin, known, first_row, cos.numel() > 0, scale)
 
 
@@ -217,14 +223,14 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, first_row: int) -> None:
     return None
 
 
-@torch.library.custom_op("exaonepath::fragment_attention", mutates_args=())
+@torch.library.custom_op("exaonepath::fragment_attention", mutates_args=(), tags=_LOOKS_UP_TILES)
 def _forward(
     qkv: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, scale: float, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [T, H, D]; for training lse [H, T] and, where there is a rotation, the rotated qkv. Else those are empty."""
     tokens, _, heads, dim = qkv.shape
     _refuse(unable(qkv.device))
-    known = schedules(offsets)
+    known = _schedules(offsets)
     rope = cos.numel() > 0
     if training:
         qkv = qkv.contiguous()  # a compiler may hand over other strides than those it traced
@@ -253,7 +259,7 @@ def _(
     return qkv.new_empty((tokens, heads, dim)), lse, turned
 
 
-@torch.library.custom_op("exaonepath::fragment_attention_backward", mutates_args=())
+@torch.library.custom_op("exaonepath::fragment_attention_backward", mutates_args=(), tags=_LOOKS_UP_TILES)
 def _backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, scale: float
 ) -> Tensor:
@@ -261,7 +267,7 @@ def _backward(
     from exaonepath.kernels.fragment_attention_backward import key_gradient_kernel, query_gradient_kernel
 
     tokens, _, heads, dim = qkv.shape
-    known, config = schedules(offsets), _config(qkv)
+    known, config = _schedules(offsets), _config(qkv)
     turn_back = cos.numel() > 0
     qkv, dout = qkv.contiguous(), dout.contiguous()
     dqkv = torch.empty_like(qkv)
@@ -308,6 +314,15 @@ def _gradient(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
+
+
+def _schedules(offsets: Tensor) -> TileSchedules:
+    if offsets.is_cuda and torch.cuda.is_current_stream_capturing():
+        logger.warning(
+            "fragment attention is captured in a CUDA graph: every replay uses the segments of this call, whatever the "
+            "offsets hold by then; capture one graph for each set of segments"
+        )
+    return schedules(offsets)
 
 
 def _on(tensor: Tensor) -> Any:

@@ -231,6 +231,30 @@ def test_masked_rows_get_no_gradient_and_never_nan(make_slide_encoder, make_slid
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "triton"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_slides_of_a_batch_never_touch(backend, grad, make_slide_encoder, make_slide):
+    """NaN in one slide: its own result is NaN, the others' are the same bits, gradients too."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    model = make_slide_encoder(embed_dim=64, num_heads=2).float()
+    model.set_attn_implementation(backend)
+    features, mask, coords, contour = make_slide(batch=3)
+    results = []
+    for bad in (False, True):
+        x = features.float()
+        if bad:
+            x[1, int(mask[1].nonzero()[0])] = float("nan")
+        x.requires_grad_(grad)
+        with torch.set_grad_enabled(grad):
+            out = model(x, mask, coords, contour)
+        gradient = torch.autograd.grad(out.slide_embedding.sum(), x)[0] if grad else torch.zeros(3)
+        results.append((out.slide_embedding.detach(), out.patch_embedding.detach(), gradient))
+    for clean, spoilt in zip(*results, strict=True):
+        assert torch.equal(clean[[0, 2]], spoilt[[0, 2]])
+    assert results[1][0][1].isnan().all()
+
+
 def test_a_slide_does_not_depend_on_its_batch(make_slide_encoder, make_slide):
     model = make_slide_encoder()
     features, mask, coords, contour = make_slide(batch=3)

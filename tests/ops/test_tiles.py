@@ -84,3 +84,14 @@ def test_offsets_alone_are_enough_and_are_checked():
     for wrong in ([1, 3], [0, 3, 2], [0, 0], []):
         with pytest.raises(SettingsError, match="ascend from 0"):
             schedules(torch.tensor(wrong, dtype=torch.int64))
+
+
+def test_offsets_that_were_written_to_are_read_again():
+    """A static buffer, as CUDA graphs use it: the same tensor, another slide of as many tokens and segments."""
+    buffer = torch.tensor([0, 10, 30, 33])
+    assert schedules(buffer).lengths.tolist() == [10, 20, 3]
+    assert schedules(buffer) is schedules(buffer)
+    buffer.copy_(torch.tensor([0, 3, 13, 33]))
+    assert schedules(buffer).lengths.tolist() == [3, 10, 20]
+    with torch.inference_mode():
+        assert schedules(torch.tensor([0, 4])).lengths.tolist() == [4]

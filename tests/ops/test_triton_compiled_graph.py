@@ -90,3 +90,30 @@ def test_the_choice_of_a_backend_does_not_break_a_graph(monkeypatch):
         return x + (1 if resolve_backend("auto", torch.device("cuda:0"), torch.bfloat16, 64) == "triton" else 2)
 
     assert chosen(torch.zeros(3)).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_two_slides_of_equal_length(training, device):
+    """As many tokens and fragments, other fragments: everything a graph is specialised on is equal."""
+    torch._dynamo.reset()
+    mode = {"mode": "reduce-overhead"} if device.type == "cuda" else {"backend": graph_backend(device)}
+    compiled = torch.compile(lambda *a: fragment_attention(*a, backend="triton") * 2, fullgraph=True, **mode)
+    slides = [inputs(lengths, device) for lengths in ([40, 5, 7], [7, 40, 5], [5, 40, 7])]
+    for qkv, segments, rotation in slides * 2:
+        results = []
+        for backend in ("triton", "sdpa"):
+            leaf = qkv.clone().requires_grad_(training)
+            with torch.set_grad_enabled(training):
+                run = compiled if backend == "triton" else lambda *a: fragment_attention(*a, backend="sdpa") * 2
+                out = run(leaf, segments, rotation)
+                if training:
+                    out.sum().backward()
+            results.append((out.detach().clone(), leaf.grad))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("operator", ["fragment_attention", "fragment_attention_backward", "attend_rows"])
+def test_operators_that_look_up_tiles_are_left_out_of_cuda_graphs(operator):
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.exaonepath, operator).default.tags
+    assert torch.Tag.cudagraph_unsafe not in torch.ops.exaonepath.rotate_rows.default.tags
