@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench plots wheel clean
+.PHONY: demo test faults lint bench plots wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/exaonepath demo --out demo-output
@@ -14,6 +14,10 @@ demo: $(INSTALLED)
 # Two at a time, a file's tests together: they share what is slow to make.
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# Every file operation of encode, slide and train failed, killed and interrupted; `make test` takes a part of them.
+faults: $(INSTALLED)
+	EXAONEPATH_FAULTS=all $(BIN)/pytest -n 2 -s tests/faults
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ def test_accuracy(benchmark, name, dtype):
     filled = weights.fill({k: tuple(v.shape) for k, v in model.state_dict().items()}, int(data["weight_seed"]))
     model.load_state_dict({k: torch.from_numpy(v) for k, v in filled.items()}, strict=False)
     state = {k.removeprefix(PREFIX): torch.from_numpy(v) for k, v in filled.items()}
-    config = {**model.config.wsi, "norm_eps": 1e-5, "periods": model.transformer.rope_embed.exact()}
+    config = {**model.config.wsi, "norm_eps": 1e-5, "periods": model.transformer.rope_embed()}
     inputs = [torch.from_numpy(data[k]) for k in ("patch_features", "patch_mask")]
     inputs += [torch.from_numpy(data[k]) if k in data else None for k in ("patch_coords", "patch_contour_index")]
 

@@ -30,7 +30,7 @@ def test_slide_encoder(compare, full, session, device, n, dtype):
     session.need_time()
     encoder = load_slide_encoder("random:0", device=device)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in encoder.model.state_dict().items()}
-    periods = encoder.model.transformer.rope_embed.exact().to(device)
+    periods = encoder.model.transformer.rope_embed().to(device)
     config = {**encoder.model.config.wsi, "norm_eps": 1e-5, "periods": periods}
     generator = torch.Generator().manual_seed(n)
     features = torch.randn(1, n, 768, generator=generator).to(device)

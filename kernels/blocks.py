@@ -11,6 +11,9 @@ Addresses are one 64-bit base per block of tokens and 32-bit offsets inside it: 
 import triton
 import triton.language as tl
 
+# Tokens a CAREFUL step works on: few, so that the loop that hardly ever runs asks for no register beyond the others'.
+CAREFUL_BLOCK = tl.constexpr(16)
+
 
 @triton.jit
 def wide(token):
@@ -61,11 +64,18 @@ def load_rows(p_x, first, exists, s_token, BLOCK: tl.constexpr, D: tl.constexpr,
 def only_finite(x):
     """x [ROWS, D] with 0 for what is infinite or NaN, and per row 0, or NaN if something was.
 
-    A masked probability is 0, but 0 * NaN is NaN: in a product, a bad row of one segment would reach every segment of
-    its tile. So the product gets the cleaned rows, and who may meet a bad row gets the NaN through its probabilities.
+    A masked probability is 0, but 0 * NaN is NaN: in a product, a bad row of one segment reaches every segment of its
+    tile. So where a tile has met one it is worked on again, with CAREFUL steps: products get the cleaned rows, and
+    whoever may meet a bad row gets the NaN through its probabilities.
     """
     finite = tl.abs(x) < float("inf")  # false for NaN
     return tl.where(finite, x, 0.0).to(x.dtype), tl.sum(tl.where(finite, 0.0, float("nan")), 1)
+
+
+@triton.jit
+def not_finite(x):
+    """Whether anything in x [ROWS, D] is infinite or NaN."""
+    return tl.sum(tl.sum(x * 0.0, 1), 0) != 0.0  # inf * 0 is NaN, and NaN differs from everything
 
 
 @triton.jit

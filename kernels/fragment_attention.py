@@ -11,10 +11,12 @@ dimension is contiguous, the other strides are free. out may be q: no other prog
 import triton
 import triton.language as tl
 from exaonepath.kernels.blocks import (
+    CAREFUL_BLOCK,
     load_angles,
     load_bounds,
     load_rows,
     load_tile,
+    not_finite,
     only_finite,
     store_rows,
     turn,
@@ -27,7 +29,7 @@ from exaonepath.kernels.blocks import (
 @triton.jit
 def _forward_step(
     p_k, p_v, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over one block of keys. m is the largest score before scaling; scale_log2 > 0."""
     keys = start + tl.arange(0, BLOCK_N)
@@ -35,8 +37,7 @@ def _forward_step(
     k = load_rows(p_k, start, there, s_k_token, BLOCK_N, D, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
     if MASKED:
-        seen = within(keys, lo, hi)
-        s = tl.where(seen, s, -float("inf"))
+        s = tl.where(within(keys, lo, hi), s, -float("inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
     # A row that has met no key yet keeps m = -inf, and -inf - -inf is not a number.
     m_safe = tl.where(m_new == -float("inf"), 0.0, m_new) if MASKED else m_new
@@ -44,9 +45,9 @@ def _forward_step(
     p = tl.exp2(tl.fma(s, scale_log2, shift[:, None]))
     rescale = tl.exp2(tl.fma(m, scale_log2, shift))
     v = load_rows(p_v, start, there, s_v_token, BLOCK_N, D, MASKED)
-    if MASKED:
+    if CAREFUL:
         v, poison = only_finite(v)
-        p += tl.where(seen, poison[None, :], 0.0)
+        p += tl.where(within(keys, lo, hi), poison[None, :], 0.0)
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
     return acc, l * rescale + tl.sum(p, 1), m_new
 
@@ -87,16 +88,35 @@ def forward_kernel(
     for start in tl.range(begin, plain, BLOCK_N, num_stages=STAGES):
         acc, l, m = _forward_step(
             p_k, p_v, start, end, begin, end, q, acc, l, m, s_k_token, s_v_token, scale_log2,
-            D, BLOCK_N, False, PRECISION,
+            D, BLOCK_N, False, False, PRECISION,
         )  # fmt: skip
     lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)  # here, so that no register holds them in the loop above
     for start in tl.range(plain, end, BLOCK_N, num_stages=STAGES):
         acc, l, m = _forward_step(
             p_k, p_v, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
-            D, BLOCK_N, True, PRECISION,
+            D, BLOCK_N, True, False, PRECISION,
         )  # fmt: skip
+    if plain == begin and not_finite(acc):
+        acc = tl.zeros([BLOCK_M, D], tl.float32)
+        l = tl.zeros([BLOCK_M], tl.float32)
+        m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        # All loaded again behind a barrier, so that no register holds it for here through the loops above.
+        tl.debug_barrier()
+        first, _, begin, end, exists = load_tile(p_tiles, BLOCK_M)
+        if TURN_Q:
+            q = load_rows(p_out + head * s_out_head, first - first_row, exists, s_out_token, BLOCK_M, D, True)
+        else:
+            q = load_rows(p_q, first - first_row, exists, s_q_token, BLOCK_M, D, True)
+        lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)
+        for start in tl.range(begin, end, CAREFUL_BLOCK, num_stages=1):
+            acc, l, m = _forward_step(
+                p_k, p_v, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
+                D, CAREFUL_BLOCK, True, True, PRECISION,
+            )  # fmt: skip
+    # Loaded again, so that no register holds the addresses of the rows through the loops.
+    first, _, _, _, exists = load_tile(p_tiles, BLOCK_M)
     l = tl.where(exists, l, 1.0)  # of a row that exists, 0 means that every score was -inf: not a number, as in softmax
     if STORE_LSE:
         p = p_lse + head * n_tokens + wide(first) + tl.arange(0, BLOCK_M)
         tl.store(p, tl.fma(m, scale_log2, tl.log2(l)), mask=exists)
-    store_rows(p_out + head * s_out_head, row, exists, s_out_token, acc * (1.0 / l)[:, None], BLOCK_M, D)
+    store_rows(p_out + head * s_out_head, first - first_row, exists, s_out_token, acc * (1.0 / l)[:, None], BLOCK_M, D)

@@ -11,10 +11,12 @@ float32 [T, D/2]; lse and delta float32 [H, T]; bounds int32 [T, 2]; tiles int32
 import triton
 import triton.language as tl
 from exaonepath.kernels.blocks import (
+    CAREFUL_BLOCK,
     load_angles,
     load_bounds,
     load_rows,
     load_tile,
+    not_finite,
     only_finite,
     store_rows,
     turn,
@@ -43,7 +45,7 @@ def _store_gradient(
 @triton.jit
 def _query_gradient_step(
     p_k, p_v, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one block of keys adds to the gradient of a tile of turned queries."""
     keys = start + tl.arange(0, BLOCK_N)
@@ -52,9 +54,11 @@ def _query_gradient_step(
     v = load_rows(p_v, start, there, s_token, BLOCK_N, D, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = tl.exp2(tl.fma(s, scale_log2, -lse[:, None]))  # [BM, BN]
+    if MASKED:
+        p = tl.where(within(keys, lo, hi), p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     ds = p * (dp - delta[:, None])
-    if MASKED:
+    if CAREFUL:
         k, poison = only_finite(k)
         ds = tl.where(within(keys, lo, hi), ds + poison[None, :], 0.0)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -83,13 +87,25 @@ def query_gradient_kernel(
     plain = unmasked_end(p_bounds, first, last, begin, end, BLOCK_N)
     for start in tl.range(begin, plain, BLOCK_N, num_stages=STAGES):
         dq = _query_gradient_step(
-            p_k, p_v, start, end, begin, end, q, dout, lse, delta, dq, s_token, scale_log2, D, BLOCK_N, False, PRECISION
-        )
+            p_k, p_v, start, end, begin, end, q, dout, lse, delta, dq, s_token, scale_log2,
+            D, BLOCK_N, False, False, PRECISION,
+        )  # fmt: skip
     lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)  # here, so that no register holds them in the loop above
     for start in tl.range(plain, end, BLOCK_N, num_stages=STAGES):
         dq = _query_gradient_step(
-            p_k, p_v, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2, D, BLOCK_N, True, PRECISION
-        )
+            p_k, p_v, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2,
+            D, BLOCK_N, True, False, PRECISION,
+        )  # fmt: skip
+    if plain == begin and not_finite(dq):
+        dq = tl.zeros([BLOCK_M, D], tl.float32)
+        first, _, begin, end, exists = load_tile(p_tiles, BLOCK_M)  # again: no register holds them through the loops
+        lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)
+        for start in tl.range(begin, end, CAREFUL_BLOCK, num_stages=1):
+            dq = _query_gradient_step(
+                p_k, p_v, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2,
+                D, CAREFUL_BLOCK, True, True, PRECISION,
+            )  # fmt: skip
+    first, _, _, _, exists = load_tile(p_tiles, BLOCK_M)
     p_dq = p_dqkv + head * s_head
     _store_gradient(p_dq, p_cos, p_sin, first, exists, s_token, dq * scale, BLOCK_M, D, TURN_BACK)
 
@@ -97,7 +113,7 @@ def query_gradient_kernel(
 @triton.jit
 def _key_gradient_step(
     p_q, p_dout, p_lse, p_delta, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token, scale_log2,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one block of queries adds to the gradients of a tile of turned keys and of values."""
     rows = start + tl.arange(0, BLOCK_M)
@@ -111,16 +127,17 @@ def _key_gradient_step(
         lse, delta = tl.load(p_l), tl.load(p_d)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     p = tl.exp2(tl.fma(s, scale_log2, -lse[None, :]))  # [BN, BM]
-    if MASKED:
+    if CAREFUL:
         q, poison = only_finite(q)
         dout, more = only_finite(dout)
-        seen = within(rows, lo, hi)  # a key meets the queries of its own interval
-        p = tl.where(seen, p + (poison + more)[None, :], 0.0)
+        p += (poison + more)[None, :]
+    if MASKED:
+        p = tl.where(within(rows, lo, hi), p, 0.0)  # a key meets the queries of its own interval
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
-    if MASKED:
-        ds = tl.where(seen, ds, 0.0)  # what a foreign query has in delta, times a probability of 0
+    if CAREFUL:
+        ds = tl.where(within(rows, lo, hi), ds, 0.0)  # delta of a foreign query may be NaN
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 
@@ -144,14 +161,25 @@ def key_gradient_kernel(
     for start in tl.range(begin, plain, BLOCK_M, num_stages=STAGES):
         dk, dv = _key_gradient_step(
             p_q, p_do, p_l, p_d, start, end, begin, end, k, v, dk, dv, s_token, s_out_token, scale_log2,
-            D, BLOCK_M, False, PRECISION,
+            D, BLOCK_M, False, False, PRECISION,
         )  # fmt: skip
     lo, hi = load_bounds(p_bounds, first, exists, BLOCK_N)
     for start in tl.range(plain, end, BLOCK_M, num_stages=STAGES):
         dk, dv = _key_gradient_step(
             p_q, p_do, p_l, p_d, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token, scale_log2,
-            D, BLOCK_M, True, PRECISION,
+            D, BLOCK_M, True, False, PRECISION,
         )  # fmt: skip
+    if plain == begin and (not_finite(dk) or not_finite(dv)):
+        dk = tl.zeros([BLOCK_N, D], tl.float32)
+        dv = tl.zeros([BLOCK_N, D], tl.float32)
+        first, _, begin, end, exists = load_tile(p_tiles, BLOCK_N)  # again: no register holds them through the loops
+        lo, hi = load_bounds(p_bounds, first, exists, BLOCK_N)
+        for start in tl.range(begin, end, CAREFUL_BLOCK, num_stages=1):
+            dk, dv = _key_gradient_step(
+                p_q, p_do, p_l, p_d, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token, scale_log2,
+                D, CAREFUL_BLOCK, True, True, PRECISION,
+            )  # fmt: skip
+    first, _, _, _, exists = load_tile(p_tiles, BLOCK_N)
     p_dk = p_dqkv + head * s_head + s_slot
     _store_gradient(p_dk, p_cos, p_sin, first, exists, s_token, dk * scale, BLOCK_N, D, TURN_BACK)
     store_rows(p_dk + s_slot, first, exists, s_token, dv, BLOCK_N, D)

@@ -89,7 +89,7 @@ class Slide:
         """The published arithmetic on the same parameters; gradients go to them as well."""
         model = self.model
         state = {name.removeprefix(_PREFIX): tensor for name, tensor in model.named_parameters()}
-        config = {**model.config.wsi, "norm_eps": 1e-5, "periods": model.transformer.rope_embed.exact()}
+        config = {**model.config.wsi, "norm_eps": 1e-5, "periods": model.transformer.rope_embed()}
         config["periods"] = config["periods"].to(self.problem.device)
         return self._pass(
             lambda: reference(state, config, *self.inputs, dtype=torch.float32, attention=sdpa_dense_mask)[1]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from exaonepath.errors import BackendError, DataFileError, DeviceError, SettingsError
-from exaonepath.feature_extraction.partial import Block, PartialFile
+from exaonepath.feature_extraction.partial import Block, PartialFile, remove_finished
 from exaonepath.feature_extraction.preprocessing import PreprocessingConfig, normalise
 from exaonepath.feature_extraction.reader import PatchBatch, PatchFailure, PatchReader
 from exaonepath.feature_extraction.store import ATTRIBUTES, Rows, merge_by_index, read_failures, write_features
@@ -131,16 +131,16 @@ def extract_features(
 
         retry = _stored_failures(out, key, slide, overwrite)
         n = len(patches.coords)
+        part = out.with_name(f".{out.name}.part")
         if retry == ():
+            remove_finished(part)
             logger.info("%s is up to date", out)
             return ExtractionResult(out, n, n, (), reused=True, resumed_from=0)
         rows = np.arange(n, dtype=np.int64)
         if retry:
             logger.info("%s lacks %d patches that could not be read; trying them again", out, len(retry))
             rows = np.array([failure.index for failure in retry], np.int64)
-        partial = PartialFile(
-            out.with_name(f".{out.name}.part"), {"settings": key, "rows": _digest(rows)}, fresh=overwrite
-        )
+        partial = PartialFile(part, {"settings": key, "rows": _digest(rows)}, fresh=overwrite)
         stack.callback(partial.close)
         if retry is None and not overwrite and _stored_failures(out, key, slide, False) == ():
             # Another process had the partial file until now, and has finished the work.

@@ -131,6 +131,18 @@ class PartialFile:
         self.failures.extend(block.failures)
 
 
+def remove_finished(path: Path) -> None:
+    """Delete the partial file of an output that is finished, if no process holds it: a kill may have left it."""
+    if not path.is_file() or path.is_symlink():
+        return
+    try:
+        with FileIO(open_private(path), "a+") as file:
+            if try_lock(file.fileno()) and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                path.unlink()
+    except (OSError, OutputError) as exc:
+        logger.warning("%s cannot be removed (%s); its rows are in the finished file", path, exc)
+
+
 def _pack(block: Block) -> bytes:
     indices = np.ascontiguousarray(block.indices, "<i8")
     features = np.ascontiguousarray(block.features, "<f4")

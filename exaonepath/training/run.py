@@ -137,10 +137,12 @@ def train(
                 stack.enter_context(folder.locked())
                 resumed = folder.claim(settings.as_dict(), prepared.data.cohort.fingerprint, overwrite=overwrite)
                 folder.clean()
-                if not resumed:
-                    prepared.data.split.save(folder.path / "split.json")
+                # Each by itself: a run may have been stopped between any two of its files.
+                if not (resumed and folder.split_file.exists()):
+                    prepared.data.split.save(folder.split_file)
+                if not (resumed and folder.report_file.exists()):
                     findings = json.dumps(prepared.data.cohort.report.as_dict(), indent=1)
-                    write_text(folder.path / "cohort_report.json", findings + "\n")
+                    write_text(folder.report_file, findings + "\n")
             prepared.processes.wait()
             if report is not None and prepared.processes.is_main:
                 report(prepared.summary())

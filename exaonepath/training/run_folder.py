@@ -51,6 +51,8 @@ class RunFolder:
         self.path = path
         self.settings_file = path / "settings.json"
         self.metrics_file = path / "metrics.jsonl"
+        self.split_file = path / "split.json"
+        self.report_file = path / "cohort_report.json"
         self.checkpoints = path / "checkpoints"
         self.best = path / "best"
         self.model = path / "model"

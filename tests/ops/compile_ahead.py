@@ -21,7 +21,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("kernel_resources.json")
-COLUMNS = ("shared", "registers", "stack", "instructions", "warp_mma", "warpgroup_mma")
+COLUMNS = ("shared", "registers", "stack", "spills_in_loops", "instructions", "warp_mma", "warpgroup_mma")
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 HEAD_DIMS = (32, 64, 128)
 DTYPES = ("bf16", "fp16", "fp32")
@@ -124,7 +124,20 @@ def measure(key: str) -> list[int]:
     operations = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.MULTILINE)
     counts = [len(operations) - operations.count("NOP"), operations.count("HMMA")]
     warpgroup = sum(operation in _WARPGROUP_MMA for operation in operations)
-    return [compiled.metadata.shared, int(registers), int(stack), *counts, warpgroup]
+    return [compiled.metadata.shared, int(registers), int(stack), _spills_in_loops(code), *counts, warpgroup]
+
+
+def _spills_in_loops(code: str) -> int:
+    """Instructions that move spilled registers inside a loop; outside one they run once and do not matter."""
+    lines = code.splitlines()
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\.L_\w+):", line))}
+    loops = [
+        (labels[match[1]], i)
+        for i, line in enumerate(lines)
+        if (match := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)) and labels[match[1]] < i
+    ]
+    moved = [i for i, line in enumerate(lines) if re.search(r"\b(STL|LDL)\b", line)]
+    return sum(any(begin < i < end for begin, end in loops) for i in moved)
 
 
 def write() -> None:

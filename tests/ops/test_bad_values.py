@@ -34,12 +34,13 @@ def rows_of(lengths, segment):
     return slice(first, first + lengths[segment])
 
 
-def check_others(lengths, segment, clean, spoilt):
-    """Rows of all other segments, bit for bit."""
+def check_others(backend, lengths, segment, clean, spoilt):
+    """Rows of all other segments: bit for bit; a tile that is worked on again sums in another order."""
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if backend == "triton" else {"rtol": 0, "atol": 0}
     others = torch.ones(sum(lengths), dtype=torch.bool)
     others[rows_of(lengths, segment)] = False
     for before, after in zip(clean, spoilt, strict=True):
-        torch.testing.assert_close(after[others], before[others], rtol=0, atol=0)
+        torch.testing.assert_close(after[others], before[others], **tolerance)
 
 
 @pytest.mark.parametrize("bad", VALUES)
@@ -56,7 +57,7 @@ def test_a_bad_value_reaches_its_own_segment_only(backend, name, part, bad, devi
 
     clean = runs(lengths, True, backend=backend, device=device)
     spoilt = runs(lengths, True, spoil, backend=backend, device=device)
-    check_others(lengths, segment, clean, spoilt)
+    check_others(backend, lengths, segment, clean, spoilt)
     if bad != bad:
         for out in (spoilt[0], spoilt[2]):
             # A query is its own row's; a key or value is met by every query of its segment.
@@ -79,7 +80,7 @@ def test_a_bad_gradient_reaches_its_own_segment_only(backend, name, device):
 
     clean = runs(lengths, True, backend=backend, device=device)
     spoilt = runs(lengths, True, spoil, backend=backend, device=device)
-    check_others(lengths, segment, clean, spoilt)
+    check_others(backend, lengths, segment, clean, spoilt)
     assert spoilt[1][rows, VALUE].isnan().flatten(1).any(1).all()
     if lengths[segment] > 1:
         assert spoilt[1][rows, KEY].isnan().flatten(1).any(1).all()
@@ -119,5 +120,5 @@ def test_rows_in_chunks(backend, part, device):
         return q
 
     clean, spoilt = run(False), run(True)
-    check_others(lengths, 1, [clean], [spoilt])
+    check_others(backend, lengths, 1, [clean], [spoilt])
     assert spoilt[8].isnan().any()

@@ -37,7 +37,9 @@ def hold_to_the_card(key, row, *, spills=True):
     seen = figures(row)
     assert seen["shared"] <= SHARED_BYTES[int(architecture.removeprefix("sm_"))], key
     assert seen["registers"] <= 255, key
-    assert not spills or seen["stack"] == 0, f"{key} spills {seen['stack']} bytes a thread"
+    # A few addresses that wait on the stack for the epilogue cost nothing; what a loop moves there costs every turn.
+    assert not spills or seen["spills_in_loops"] == 0, f"{key} spills inside a loop"
+    assert not spills or seen["stack"] <= 128, f"{key} spills {seen['stack']} bytes a thread"
     if launch == "rotate":
         return
     assert seen["warp_mma"] + seen["warpgroup_mma"] > 0, key
