@@ -160,6 +160,11 @@ def _check_layout(path: Path, file: StoredFile) -> None:
         if "feats" in file:
             raise ForeignFileError(f"{path} holds STAMP's layout (feats); features [N, D] and coords [N, 2] are read")
         raise DataFileError(f"{path} lacks features; it holds {file.names or 'nothing'}")
+    shape = file.shape("features")
+    if len(shape) == 3 and shape[0] == 1:
+        raise ForeignFileError(
+            f"{path} holds features {list(shape)}, one slide as a batch; features [N, D] and coords [N, 2] are read"
+        )
 
 
 def _features(path: Path, file: StoredFile, expected_dim: int | None) -> np.ndarray:

@@ -13,6 +13,7 @@ import h5py
 
 from exaonepath.errors import DataFileError, OutputCollisionError, OutputError
 from exaonepath.files.hdf5 import open_h5
+from exaonepath.files.hdf5_output import encodable
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def check_owner(
     if stored is None or fingerprint is None or stored == fingerprint:
         return True
     origin = attrs.get("slide_path")
-    if overwrite or (origin is not None and origin == slide_path):
+    if overwrite or (origin is not None and slide_path is not None and origin == encodable(slide_path)):
         logger.warning("%s was made from other content than %s holds now: doing it again", path, slide_path)
         return False
     raise OutputCollisionError(

@@ -233,6 +233,10 @@ class StoredFile:
             )
         return StoredArray(self, name, dataset, self._stored_checksums(name, dataset))
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a plain dataset of numbers, as declared."""
+        return tuple(self._plain(name).shape)
+
     def strings(self, name: str, length: int) -> list[str]:
         """A dataset of `length` strings."""
         dataset = self._plain(name, strings=True)

@@ -57,7 +57,7 @@ class Hdf5Output:
 
     def attributes(self, values: Mapping[str, Any], of: str = "") -> None:
         """Set attributes of the file, or of the dataset `of`."""
-        texts = {name: _encodable(value) if isinstance(value, str) else value for name, value in values.items()}
+        texts = {name: encodable(value) if isinstance(value, str) else value for name, value in values.items()}
         (self._file[of] if of else self._file).attrs.update(texts)
         self._names.setdefault(of, []).extend(values)
 
@@ -75,7 +75,7 @@ class Hdf5Output:
 
     def strings(self, name: str, values: Sequence[str]) -> None:
         """Write a dataset of variable-length UTF-8 strings."""
-        texts = [_encodable(value) for value in values]
+        texts = [encodable(value) for value in values]
         self._file.create_dataset(name, data=texts, shape=(len(texts),), dtype=h5py.string_dtype())
         self._checks[name] = checksums.strings_checksum(name, texts)
         self._names.setdefault(name, [])
@@ -119,6 +119,6 @@ class RowsOutput:
         self._results[self._name] = self._checks.result()
 
 
-def _encodable(text: str) -> str:
-    """The text with what UTF-8 cannot hold (a file name that was not UTF-8, say) escaped."""
+def encodable(text: str) -> str:
+    """The text as files hold it: what UTF-8 cannot hold (in a file name that was not UTF-8, say) is escaped."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -19,7 +19,7 @@ from exaonepath.patches.grid import PatchGrid, patch_grid
 from exaonepath.patches.picture import draw_tissue, write_picture
 from exaonepath.patches.segmentation import MAX_SEG_PIXELS, SegmentationSettings, Tissue, segment_tissue
 from exaonepath.patches.slide import SlideImage, opened
-from exaonepath.patches.store import PatchSet, read_patches, stored_origin, write_patches
+from exaonepath.patches.store import PatchSet, read_patches, refuse_other_program, stored_origin, write_patches
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +187,7 @@ def _stored(path: Path, slide: SlideImage, settings: PatchSettings, overwrite: b
     refuse_foreign(path, "coords", ("features", "slide_embedding"))
     if not path.exists():
         return None
+    refuse_other_program(path)
     try:
         stored = read_patches(path)
         origin, old = stored_origin(path)

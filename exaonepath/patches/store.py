@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.errors import DataFileError, UnfinishedFileError
+from exaonepath.errors import DataFileError, OutputCollisionError, UnfinishedFileError
 from exaonepath.files.artifact import canonical_json, settings_hash
 from exaonepath.files.hdf5 import StoredFile, open_h5
 from exaonepath.files.hdf5_output import atomic_h5
@@ -147,6 +147,20 @@ def foreign_writer(file: StoredFile) -> str | None:
     # What CLAM stores, and EXAONE Path took over from it, less the mark and the contours.
     clam = ("patch_size", "patch_level", "downsample", "save_path")
     return "CLAM" if all(file.attribute(name, of="coords") is not None for name in clam) else None
+
+
+def refuse_other_program(path: Path) -> None:
+    """Raise `OutputCollisionError` where coordinates of TRIDENT or CLAM lie: they are read, and never replaced."""
+    try:
+        with open_h5(path) as file:
+            writer = foreign_writer(file)
+    except DataFileError:
+        return  # a damaged file is reported by whoever reads it
+    if writer is not None:
+        raise OutputCollisionError(
+            f"{path} holds coordinates of {writer}, which are read but not replaced; name another output folder, or "
+            "move the file away"
+        )
 
 
 def _foreign_patch_size(file: StoredFile) -> int | None:

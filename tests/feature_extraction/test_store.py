@@ -67,7 +67,8 @@ def test_other_float_types_are_taken(original, dtype):
     ("datasets", "says"),
     [
         ({"features": None}, "lacks features"),
-        ({"features": np.zeros((1, N, D), np.float32)}, r"must be floating point \[N, D\], got float32 \[1, 50, 768\]"),
+        ({"features": np.zeros((1, N, D), np.float32)}, r"features \[1, 50, 768\], one slide as a batch"),
+        ({"features": np.zeros((2, N, D), np.float32)}, r"must be floating point \[N, D\], got float32 \[2, 50, 768\]"),
         ({"features": np.zeros(N, np.float32)}, r"\[N, D\]"),
         ({"features": np.zeros((N, D), np.int64)}, "floating point"),
         ({"coords": np.zeros((N - 1, 2), np.int32)}, "49 rows in coords but 50 in features"),

@@ -3,16 +3,17 @@
 import errno
 import os
 import stat
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-from exaonepath.errors import DamagedFileError, DataFileError, OutputError
-from exaonepath.files.artifact import settings_hash
+from exaonepath.errors import DamagedFileError, DataFileError, OutputCollisionError, OutputError
+from exaonepath.files.artifact import check_owner, settings_hash
 from exaonepath.files.atomic import atomic_path, ensure_folder, write_text
 from exaonepath.files.hdf5 import open_h5
-from exaonepath.files.hdf5_output import atomic_h5
+from exaonepath.files.hdf5_output import atomic_h5, encodable
 
 
 def leftovers(folder):
@@ -120,3 +121,12 @@ def test_any_way_a_damaged_file_fails_is_a_data_error(tmp_path):
 def test_settings_hash_knows_values_but_not_order():
     assert settings_hash({"a": 1, "b": [2, None]}) == settings_hash({"b": [2, None], "a": 1})
     assert settings_hash({"a": 1}) != settings_hash({"a": 2})
+
+
+def test_a_slide_whose_name_is_not_utf8_is_replaced_like_any_other():
+    """Attributes hold such a name escaped; compared as it is, the slide's own result would count as another slide's."""
+    path = os.fsdecode(b"/slides/a\xff.svs")
+    attrs = {"slide_fingerprint": "old", "slide_path": encodable(path)}
+    assert not check_owner(Path("a.h5"), attrs, "new", path, overwrite=False)
+    with pytest.raises(OutputCollisionError):
+        check_owner(Path("a.h5"), attrs, "new", "/slides/b.svs", overwrite=False)

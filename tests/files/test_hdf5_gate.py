@@ -10,13 +10,15 @@ import h5py
 import numpy as np
 import pytest
 
-from exaonepath.errors import DamagedFileError, DataFileError, FileBusyError, ForeignFileError
+from exaonepath.errors import DamagedFileError, DataFileError, FileBusyError, ForeignFileError, OutputCollisionError
 from exaonepath.feature_extraction.store import read_features
 from exaonepath.files import atomic
 from exaonepath.files.hdf5 import open_h5, open_h5_tree
 from exaonepath.files.hdf5_output import atomic_h5
+from exaonepath.patches import patchfy
 from exaonepath.patches.store import read_patches
 from exaonepath.slide_embedding import read_embedding
+from exaonepath.synthetic import make_slide
 
 N = 6
 
@@ -329,6 +331,12 @@ def test_layouts_of_other_programs_are_named_or_read(tmp_path, features):
     replace(features, "features", lambda file: file.update({"feats": np.ones((N, 4), np.float32)}))
     with pytest.raises(ForeignFileError, match="STAMP"):
         read_features(features)
+    batch = tmp_path / "batch.h5"
+    with h5py.File(batch, "w") as file:
+        file["features"] = np.ones((1, N, 4), np.float32)
+        file["coords"] = np.zeros((1, N, 2), np.int32)
+    with pytest.raises(ForeignFileError, match="one slide as a batch"):
+        read_features(batch)
 
     trident = tmp_path / "trident.h5"
     with h5py.File(trident, "w") as file:
@@ -357,3 +365,21 @@ def test_layouts_of_other_programs_are_named_or_read(tmp_path, features):
             save_path="/somewhere",
         )
     assert read_patches(clam).patch_size == 1024
+
+
+def test_coordinates_of_other_programs_are_never_replaced(tmp_path):
+    slide = make_slide(tmp_path / "case.svs", 1200, 1000, fragments=1, holes=False)
+    target = tmp_path / "out" / "patches" / "case.h5"
+    target.parent.mkdir(parents=True)
+    for overwrite in (False, True):
+        for attributes in (
+            {"patch_size": 256, "patch_size_level0": 512},
+            {"patch_size": 256, "patch_level": 0, "downsample": 1.0, "save_path": "/somewhere"},
+        ):
+            with h5py.File(target, "w") as file:
+                file["coords"] = np.arange(8).reshape(4, 2)
+                file["coords"].attrs.update(attributes)
+            before = target.read_bytes()
+            with pytest.raises(OutputCollisionError, match=r"TRIDENT|CLAM"):
+                patchfy(slide, tmp_path / "out", overwrite=overwrite)
+            assert target.read_bytes() == before
