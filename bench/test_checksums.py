@@ -11,8 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-from exaonepath.feature_extraction.store import read_features, write_features
 from exaonepath.files import checksums
+from exaonepath.files.features import read_features, write_features
 
 N, D, BLOCK = 50_000, 768, 64
 

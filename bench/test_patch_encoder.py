@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exaonepath.models.loading import load_patch_encoder
+from exaonepath.encoders.loading import load_patch_encoder
 from exaonepath.reference.patch_encoder import patch_encoder as reference
 
 BATCH = 16

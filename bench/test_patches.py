@@ -15,9 +15,10 @@ import numpy as np
 import openslide
 import pytest
 
-from exaonepath.patches import SegmentationSettings, SlideImage, segment_tissue
-from exaonepath.patches.grid import patch_grid
 from exaonepath.reference.patches import grid_by_points, segment_at_once
+from exaonepath.slides.image import SlideImage
+from exaonepath.slides.patches.grid import patch_grid
+from exaonepath.slides.patches.segmentation import SegmentationSettings, segment_tissue
 from exaonepath.synthetic import make_slide
 
 SCALE = 16  # downsample of the level the outlines below come from

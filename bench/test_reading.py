@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from exaonepath.feature_extraction.preprocessing import IMAGENET_MEAN, IMAGENET_STD, PreprocessingConfig, normalise
-from exaonepath.feature_extraction.reader import PatchReader, default_workers
-from exaonepath.patches.slide import SlideImage
+from exaonepath.slides.features.preprocessing import IMAGENET_MEAN, IMAGENET_STD, PreprocessingConfig, normalise
+from exaonepath.slides.features.reader import PatchReader, default_workers
+from exaonepath.slides.image import SlideImage
 from exaonepath.synthetic import make_slide
 
 ROUNDS, BATCH = 5, 32

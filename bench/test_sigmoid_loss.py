@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from exaonepath.ops.sigmoid_loss import sigmoid_loss
-from exaonepath.ops.sigmoid_loss_products import product_nt
+from exaonepath.ops.sigmoid_loss.loss import sigmoid_loss
+from exaonepath.ops.sigmoid_loss.products import product_nt
 
 MODALITIES = 5
 PAIRS = list(combinations(range(MODALITIES), 2))

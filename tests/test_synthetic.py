@@ -10,7 +10,8 @@ import openslide
 import pytest
 
 from exaonepath.errors import OutputError, SettingsError
-from exaonepath.patches import SlideImage, segment_tissue
+from exaonepath.slides.image import SlideImage
+from exaonepath.slides.patches.segmentation import segment_tissue
 from exaonepath.synthetic import make_slide
 from exaonepath.synthetic import slide as maker
 from exaonepath.synthetic.tissue import Tissue

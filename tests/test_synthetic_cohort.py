@@ -14,9 +14,11 @@ from sklearn.model_selection import cross_val_predict, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from exaonepath.cohort import CohortConfig, Standardizer, load_cohort
+from exaonepath.alignment.data.cohort import load_cohort
+from exaonepath.alignment.data.config import CohortConfig
+from exaonepath.alignment.data.standardizer import Standardizer
 from exaonepath.errors import OutputCollisionError, SettingsError
-from exaonepath.feature_extraction import read_features
+from exaonepath.files.features import read_features
 from exaonepath.synthetic.cohort import SyntheticCohortSettings, draw_patient_slides, write_synthetic_cohort
 from exaonepath.synthetic.cohort_biology import (
     MODALITIES,

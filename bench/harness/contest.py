@@ -14,7 +14,7 @@ from peers import PEERS, Peer
 from peers.rotation import separate_rotation
 from torch import Tensor
 
-from exaonepath.ops import fragment_attention
+from exaonepath.ops.attention.fragment_attention import fragment_attention
 
 from .clock import Timed, host_clock, rounds_for, synchronize, time_once
 from .exact import TOLERANCE, Sample, exact_sample

@@ -13,7 +13,7 @@ import torch
 from peers.dense_mask import wraps_around
 from torch import Tensor
 
-from exaonepath.models.loading import load_slide_encoder
+from exaonepath.encoders.loading import load_slide_encoder
 from exaonepath.reference.slide_encoder import sdpa_dense_mask
 from exaonepath.reference.slide_encoder import slide_encoder as reference
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exaonepath.ops import apply_rotation
+from exaonepath.ops.attention.rotary import apply_rotation
 
 from .problems import Problem
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exaonepath.ops import Rotation, Segments, rotary_periods
+from exaonepath.ops.attention.layout import Segments
+from exaonepath.ops.attention.rotary import Rotation, rotary_periods
 
 SPREADS = ("equal", "lognormal", "zipf")
 PATCH = 256

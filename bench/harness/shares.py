@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from exaonepath import kernels
-from exaonepath.models import layers
+from exaonepath.encoders import block as layers
 
 _RANGE = "bench: attention"
 _FLASH = ("flash", "fmha", "sdpa", "attention")
@@ -82,7 +82,7 @@ def _nothing() -> Iterator[None]:
 @contextmanager
 def _attention_marked() -> Iterator[None]:
     """Every attention function of ours that the layers call, inside a named range."""
-    rooms = ("exaonepath.ops.fragment_attention", "exaonepath.ops.attend_rows")
+    rooms = ("exaonepath.ops.attention.fragment_attention", "exaonepath.ops.attention.rows")
     kept = {
         name: value
         for name, value in vars(layers).items()

@@ -9,7 +9,7 @@ import torch
 from harness.problems import Problem
 from torch import Tensor
 
-from exaonepath.ops import apply_rotation
+from exaonepath.ops.attention.rotary import apply_rotation
 
 Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -15,8 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from exaonepath.errors import ExaonePathError
-from exaonepath.feature_extraction.command import (
+from exaonepath.cli.feature_command import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
     interruptible,
@@ -24,7 +23,8 @@ from exaonepath.feature_extraction.command import (
     say,
     set_up_logging,
 )
-from exaonepath.models.loading import DEFAULT_WEIGHTS
+from exaonepath.encoders.loading import DEFAULT_WEIGHTS
+from exaonepath.errors import ExaonePathError
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@
 segments.
 """
 
-from exaonepath.ops.fragment_attention import ATTENTION_BACKENDS, fragment_attention, resolve_backend
-from exaonepath.ops.fragment_layout import FragmentLayout, Segments, build_fragment_layout
-from exaonepath.ops.rotary import Rotation, apply_rotation, rotary_periods
+from exaonepath.ops.attention.fragment_attention import ATTENTION_BACKENDS, fragment_attention, resolve_backend
+from exaonepath.ops.attention.layout import FragmentLayout, Segments, build_fragment_layout
+from exaonepath.ops.attention.rotary import Rotation, apply_rotation, rotary_periods
 
 __all__ = [
     "ATTENTION_BACKENDS",

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from exaonepath.errors import DataFileError, MissingDependencyError, OutputCollisionError, SettingsError
-from exaonepath.feature_extraction.store import write_features
 from exaonepath.files.artifact import settings_hash
 from exaonepath.files.atomic import atomic_path, ensure_folder, write_text
+from exaonepath.files.features import write_features
 from exaonepath.synthetic.cohort_biology import (
     MODALITIES,
     OMICS,

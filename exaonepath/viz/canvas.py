@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from exaonepath.patches import SlideImage
+from exaonepath.slides.image import SlideImage
 from exaonepath.viz.colors import to_oklab, to_srgb
 
 _MARGIN = 0.03  # around the tissue, of its longer side

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from exaonepath.errors import SlideReadError
-from exaonepath.patches import SlideImage
+from exaonepath.slides.image import SlideImage
 
 logger = logging.getLogger(__name__)
 

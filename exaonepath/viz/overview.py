@@ -12,7 +12,7 @@ import numpy as np
 
 from exaonepath.errors import MissingDependencyError, SettingsError
 from exaonepath.files.atomic import atomic_path
-from exaonepath.patches import SlideImage
+from exaonepath.slides.image import SlideImage
 from exaonepath.viz import panels
 from exaonepath.viz.canvas import Canvas, color_field, grid_step, restain, tissue_mask, view
 from exaonepath.viz.colors import project, score_colors, score_oklab, to_oklab

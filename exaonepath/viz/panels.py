@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.patches import SlideImage
+from exaonepath.slides.image import SlideImage
 from exaonepath.viz.canvas import Canvas
 from exaonepath.viz.gallery import read_tile
 

@@ -7,7 +7,7 @@ from harness.problems import Problem
 from harness.shares import time_shares
 
 from exaonepath import ExaonePathSlideEncoderConfig, ExaonePathSlideEncoderModel
-from exaonepath.models.loading import randomize
+from exaonepath.encoders.loading import randomize
 
 
 class SmallSlide(encoder.Slide):

@@ -13,7 +13,8 @@ from harness.session import Session
 from peers import PEERS, Peer, flex, sdpa_loop
 from peers.base import offsets
 
-from exaonepath.ops import apply_rotation, fragment_attention
+from exaonepath.ops.attention.fragment_attention import fragment_attention
+from exaonepath.ops.attention.rotary import apply_rotation
 from exaonepath.reference.fragment_attention import dense_fragment_attention
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from exaonepath.cli import app
-from exaonepath.models import loading
+from exaonepath.cli.app import app
+from exaonepath.encoders import loading
 from exaonepath.synthetic import make_slide
 
 

@@ -6,7 +6,8 @@ import zlib
 
 import pytest
 
-from exaonepath import cli, pipeline
+from exaonepath.cli.app import app as cli
+from exaonepath.slides import encode as pipeline
 
 
 @pytest.fixture

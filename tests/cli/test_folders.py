@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from exaonepath.errors import SlideOpenError
-from exaonepath.pipeline import find_slides
+from exaonepath.slides.encode import find_slides
 from exaonepath.text import printable
 
 

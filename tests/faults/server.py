@@ -42,8 +42,9 @@ def prepare() -> None:
 
     torch.set_num_threads(1)  # a thread pool does not survive a fork
 
-    from exaonepath import ExaonePathSlideEncoderConfig, ExaonePathSlideEncoderModel, cli  # noqa: F401
-    from exaonepath.models import loading
+    from exaonepath import ExaonePathSlideEncoderConfig, ExaonePathSlideEncoderModel
+    from exaonepath.cli.app import app as cli  # noqa: F401
+    from exaonepath.encoders import loading
 
     class ColourEncoder(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -62,8 +63,8 @@ def prepare() -> None:
         import anndata
         import sklearn.metrics  # noqa: F401
 
-        from exaonepath.cohort import load_cohort  # noqa: F401
-        from exaonepath.training import run, trainer  # noqa: F401
+        from exaonepath.alignment.data.cohort import load_cohort  # noqa: F401
+        from exaonepath.alignment.training import run, trainer  # noqa: F401
 
         del accelerate, anndata
     except ImportError:
@@ -76,7 +77,7 @@ def child(request: dict) -> None:
         opened = os.open(target, flags)
         os.dup2(opened, descriptor)
         os.close(opened)
-    from exaonepath.cli import main
+    from exaonepath.cli.app import main
 
     sys.argv = ["exaonepath", *request["arguments"]]
     try:

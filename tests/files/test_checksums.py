@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from exaonepath.errors import DamagedFileError, DataFileError
-from exaonepath.feature_extraction.reader import PatchFailure
-from exaonepath.feature_extraction.store import read_features, write_features
 from exaonepath.files import checksums
+from exaonepath.files.features import read_features, write_features
 from exaonepath.files.hdf5 import open_h5
 from exaonepath.files.hdf5_output import atomic_h5
-from exaonepath.slide_embedding import read_embedding
+from exaonepath.slides.embed import read_embedding
+from exaonepath.slides.features.reader import PatchFailure
 
 N, D = 40, 12
 

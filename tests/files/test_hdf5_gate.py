@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from exaonepath.errors import DamagedFileError, DataFileError, FileBusyError, ForeignFileError, OutputCollisionError
-from exaonepath.feature_extraction.store import read_features
 from exaonepath.files import atomic
+from exaonepath.files.features import read_features
 from exaonepath.files.hdf5 import open_h5, open_h5_tree
 from exaonepath.files.hdf5_output import atomic_h5
-from exaonepath.patches import patchfy
-from exaonepath.patches.store import read_patches
-from exaonepath.slide_embedding import read_embedding
+from exaonepath.files.patches import read_patches
+from exaonepath.slides.embed import read_embedding
+from exaonepath.slides.patches.pipeline import patchfy
 from exaonepath.synthetic import make_slide
 
 N = 6

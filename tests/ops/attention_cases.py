@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from exaonepath.ops import Rotation, Segments, rotary_periods
+from exaonepath.ops.attention.layout import Segments
+from exaonepath.ops.attention.rotary import Rotation, rotary_periods
 from exaonepath.reference.fragment_attention import dense_fragment_attention, rotate
 
 SHAPES = {

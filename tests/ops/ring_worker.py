@@ -13,8 +13,8 @@ import torch.distributed as dist
 from live_bytes import LiveBytes
 from torch.nn.parallel import DistributedDataParallel
 
+from exaonepath.alignment.model.loss import PairwiseSigmoidLoss
 from exaonepath.errors import BackendError, ExaonePathError, SettingsError
-from exaonepath.models.multimodal.loss import PairwiseSigmoidLoss
 
 WIDTHS = {"wsi": 12, "rna": 8, "cnv": 5}
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from exaonepath.errors import SettingsError
-from exaonepath.ops import Rotation, Segments, rotary_periods
-from exaonepath.ops.attend_rows import attend_rows, cut_rows, rotate_rows
+from exaonepath.ops.attention.layout import Segments
+from exaonepath.ops.attention.rotary import Rotation, rotary_periods
+from exaonepath.ops.attention.rows import attend_rows, cut_rows, rotate_rows
 from exaonepath.reference.fragment_attention import dense_fragment_attention, rotate
 
 STRUCTURES = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 from attention_cases import inputs
 
-from exaonepath.ops import fragment_attention
-from exaonepath.ops.attend_rows import attend_rows, cut_rows
+from exaonepath.ops.attention.fragment_attention import fragment_attention
+from exaonepath.ops.attention.rows import attend_rows, cut_rows
 
 LENGTHS = {"short": [5, 7, 6], "long": [3, 40, 33], "tiny": [1, 2, 1, 3, 2, 1]}
 BACKENDS = ("triton", "sdpa", "eager")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from exaonepath.ops import cpu_linear
+from exaonepath.ops import linear as cpu_linear
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (7, 3, 64), (0, 64), (513, 64)])

@@ -8,18 +8,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exaonepath.errors import SettingsError
-from exaonepath.ops import (
-    Rotation,
-    Segments,
-    apply_rotation,
-    cpu_attention,
-    fragment_attention,
-    resolve_backend,
-    rotary_periods,
-)
+from exaonepath.ops.attention import cpu as cpu_attention
+from exaonepath.ops.attention.fragment_attention import fragment_attention, resolve_backend
+from exaonepath.ops.attention.layout import Segments
+from exaonepath.ops.attention.rotary import Rotation, apply_rotation, rotary_periods
 from exaonepath.reference.fragment_attention import dense_fragment_attention, rotate
 
-module = importlib.import_module("exaonepath.ops.fragment_attention")  # the name `ops` exports is the function
+module = importlib.import_module(
+    "exaonepath.ops.attention.fragment_attention"
+)  # the name `ops` exports is the function
 
 SHAPES = {
     "one token": [1],

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exaonepath.errors import SettingsError
-from exaonepath.ops import Segments, build_fragment_layout
+from exaonepath.ops.attention.layout import Segments, build_fragment_layout
 
 
 @st.composite

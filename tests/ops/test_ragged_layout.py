@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from exaonepath.errors import SettingsError
-from exaonepath.ops import build_fragment_layout
-from exaonepath.ops.ragged_layout import build_ragged_layout
+from exaonepath.ops.attention.layout import build_fragment_layout
+from exaonepath.ops.attention.ragged import build_ragged_layout
 
 
 def padded(lengths, values):

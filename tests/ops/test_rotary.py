@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from exaonepath.errors import SettingsError
-from exaonepath.ops import Rotation, apply_rotation, rotary, rotary_periods
-from exaonepath.ops.rotary import rotate_inplace
+from exaonepath.ops.attention import rotary
+from exaonepath.ops.attention.rotary import Rotation, apply_rotation, rotary_periods, rotate_inplace
 from exaonepath.reference.fragment_attention import rotate
 
 

@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from exaonepath.errors import BackendError, SettingsError
-from exaonepath.ops import extension, sigmoid_loss_checks, sigmoid_loss_engine, sigmoid_loss_pairs, sigmoid_loss_sweep
-from exaonepath.ops.sigmoid_loss import sigmoid_loss
-from exaonepath.ops.sigmoid_loss_sweep import Tile
+from exaonepath.ops import extension
+from exaonepath.ops.sigmoid_loss.loss import checks as sigmoid_loss_checks
+from exaonepath.ops.sigmoid_loss.loss import engine as sigmoid_loss_engine
+from exaonepath.ops.sigmoid_loss.loss import pairs as sigmoid_loss_pairs
+from exaonepath.ops.sigmoid_loss.loss import sigmoid_loss
+from exaonepath.ops.sigmoid_loss.loss import sweep as sigmoid_loss_sweep
+from exaonepath.ops.sigmoid_loss.sweep import Tile
 from exaonepath.reference.sigmoid_loss import dense_sigmoid_loss
 
 MODES = {"none": None, "three": 3.0, "balanced": "balanced"}

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from exaonepath.ops.sigmoid_loss_checks import check_inputs
-from exaonepath.ops.sigmoid_loss_engine import choose_engine, why_not
-from exaonepath.ops.sigmoid_loss_pairs import LocalBatch, pairwise_sigmoid
+from exaonepath.ops.sigmoid_loss.checks import check_inputs
+from exaonepath.ops.sigmoid_loss.engine import choose_engine, why_not
+from exaonepath.ops.sigmoid_loss.pairs import LocalBatch, pairwise_sigmoid
 
 MEASURED = Path(__file__).with_name("live_bytes.py")
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from exaonepath.errors import SettingsError
-from exaonepath.ops.sigmoid_loss_ring import Ring
+from exaonepath.ops.sigmoid_loss.ring import Ring
 
 WORKER = Path(__file__).with_name("ring_worker.py")
 WORLD = 3
@@ -97,7 +97,7 @@ def test_needs_a_process_group():
 
 
 def test_one_rank_is_a_ring_too(tmp_path):
-    from exaonepath.models.multimodal.loss import PairwiseSigmoidLoss
+    from exaonepath.alignment.model.loss import PairwiseSigmoidLoss
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
     try:

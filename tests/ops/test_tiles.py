@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exaonepath.errors import SettingsError
-from exaonepath.ops import Segments, tiles
-from exaonepath.ops.tiles import schedules
+from exaonepath.ops.attention import tiles
+from exaonepath.ops.attention.layout import Segments
+from exaonepath.ops.attention.tiles import schedules
 
 
 def segments(lengths):

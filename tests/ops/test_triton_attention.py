@@ -10,8 +10,10 @@ import torch
 from attention_cases import SHAPES, exact, inputs, relative, with_gradient
 
 from exaonepath.errors import BackendError, SettingsError
-from exaonepath.ops import Rotation, Segments, build_fragment_layout, fragment_attention, rotary_periods
-from exaonepath.ops import triton_attention as kernels
+from exaonepath.ops.attention import triton as kernels
+from exaonepath.ops.attention.fragment_attention import fragment_attention
+from exaonepath.ops.attention.layout import Segments, build_fragment_layout
+from exaonepath.ops.attention.rotary import Rotation, rotary_periods
 
 pytest.importorskip("triton")
 

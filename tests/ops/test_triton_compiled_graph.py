@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from exaonepath.ops import Rotation, Segments, fragment_attention, resolve_backend, rotary_periods
-from exaonepath.ops import triton_attention as kernels
+from exaonepath.ops.attention import triton as kernels
+from exaonepath.ops.attention.fragment_attention import fragment_attention, resolve_backend
+from exaonepath.ops.attention.layout import Segments
+from exaonepath.ops.attention.rotary import Rotation, rotary_periods
 
 pytest.importorskip("triton")
 

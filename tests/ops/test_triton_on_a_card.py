@@ -13,8 +13,8 @@ import pytest
 import torch
 from attention_cases import exact, inputs, with_gradient
 
-from exaonepath.ops import fragment_attention
-from exaonepath.ops import triton_attention as kernels
+from exaonepath.ops.attention import triton as kernels
+from exaonepath.ops.attention.fragment_attention import fragment_attention
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from exaonepath.errors import BackendError, ExaonePathError, OutputError, SettingsError
-from exaonepath.patches import SlideImage, segment_tissue
-from exaonepath.patches.grid import patch_grid
+from exaonepath.slides.image import SlideImage
+from exaonepath.slides.patches.grid import patch_grid
+from exaonepath.slides.patches.segmentation import segment_tissue
 from exaonepath.synthetic import make_slide
 from exaonepath.viz import draw_overview
 from exaonepath.viz.layout import arrange

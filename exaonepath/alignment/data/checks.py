@@ -1,0 +1,283 @@
+"""Checks of one modality's table: ids, missing and infinite values, and whether the numbers are what they should be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from exaonepath.alignment.data.report import CohortReport, some
+from exaonepath.alignment.data.tables import ModalityTable
+
+Missing = Literal["error", "mean"]
+DuplicateFeatures = Literal["error", "mean"]
+
+# What the numbers of a modality may be; the first is taken where neither the user nor the file says it. "auto" looks.
+SCALES: dict[str, tuple[str, ...]] = {
+    "rna": ("auto", "counts", "tpm", "log", "any"),
+    "snp": ("indicator", "any"),
+    "cnv": ("copy-number", "any"),
+    "methylation": ("beta", "m-value", "any"),
+}
+# log2(TPM + 1) of the most expressed gene stays below 20, natural logs further below; the largest TPM of a sample is
+# never so small (its million spreads over some 20,000 genes, unevenly).
+_LARGEST_LOG = 25.0
+# HTSeq's begin with two underscores: __no_feature, __ambiguous, ...
+_STAR_TALLIES = frozenset({"N_unmapped", "N_multimapping", "N_noFeature", "N_ambiguous"})
+_LARGEST_COPY_NUMBER = 50.0
+_LARGEST_M_VALUE = 30.0
+
+
+@dataclass
+class Figures:
+    """What one pass over a table counts."""
+
+    n: int
+    minimum: float
+    maximum: float
+    n_missing: int
+    n_infinite: int
+    n_negative: int
+    n_above_one: int
+    n_fractional: int
+    all_missing_rows: np.ndarray  # int64, rows without any value
+    rows_missing: np.ndarray  # int64, rows with some value and some missing
+    features_missing: np.ndarray  # int64, columns with a missing value in such a row
+    rows_infinite: np.ndarray
+    features_infinite: np.ndarray
+
+    def share(self, count: int) -> str:
+        """ "123 of 4000 values (3.1%)"."""
+        return f"{count} of {self.n} values ({100 * count / max(1, self.n):.2g}%)"
+
+
+def measure(table: ModalityTable) -> Figures:
+    """`Figures` of a table, a block of rows at a time."""
+    width = len(table.features)
+    low, high = np.inf, -np.inf
+    counts = dict.fromkeys(("n", "n_missing", "n_infinite", "n_negative", "n_above_one", "n_fractional"), 0)
+    empty, partial, rows_infinite = [], [], []
+    missing_features, infinite_features = np.zeros(width, bool), np.zeros(width, bool)
+    for rows, block in table.row_blocks():
+        missing, infinite = np.isnan(block), np.isinf(block)
+        per_row = missing.sum(1)
+        empty += (rows.start + np.flatnonzero(per_row == width)).tolist()
+        partly = (per_row > 0) & (per_row < width)
+        partial += (rows.start + np.flatnonzero(partly)).tolist()
+        rows_infinite += (rows.start + np.flatnonzero(infinite.any(1))).tolist()
+        missing_features |= missing[partly].any(0)
+        infinite_features |= infinite.any(0)
+        finite = block[~(missing | infinite)]
+        if finite.size:
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+        counts["n"] += finite.size
+        counts["n_missing"] += int(per_row[partly].sum())
+        counts["n_infinite"] += int(infinite.sum())
+        counts["n_negative"] += int((finite < 0).sum())
+        counts["n_above_one"] += int((finite > 1).sum())
+        counts["n_fractional"] += int((finite != np.round(finite)).sum())
+    return Figures(
+        minimum=low,
+        maximum=high,
+        all_missing_rows=np.array(empty, np.int64),
+        rows_missing=np.array(partial, np.int64),
+        features_missing=np.flatnonzero(missing_features),
+        rows_infinite=np.array(rows_infinite, np.int64),
+        features_infinite=np.flatnonzero(infinite_features),
+        **counts,
+    )
+
+
+def check_table(
+    modality: str,
+    table: ModalityTable,
+    report: CohortReport,
+    *,
+    scale: str | None = None,
+    missing: Missing = "error",
+    duplicate_features: DuplicateFeatures = "error",
+) -> ModalityTable:
+    """Check a table (one row a patient already) and settle its scale; findings go into the report.
+
+    Args:
+        modality: "rna", "snp", "cnv" or "methylation".
+        table: the table.
+        report: where findings go.
+        scale: what the user says the numbers are; None: what the format says, or the modality's usual scale.
+        missing: "error" refuses single missing values, "mean" lets them be filled with the fitted mean later.
+        duplicate_features: "error" refuses two columns of one name, "mean" averages them.
+
+    Returns:
+        The table with its scale, without rows that hold no value at all, and without columns that are no features.
+    """
+    if modality == "rna":
+        table = _without_tallies(modality, table, report)
+    table = _unique_features(modality, table, report, duplicate_features)
+    figures = measure(table)
+    _check_finite(modality, table, figures, report, missing)
+    if len(figures.all_missing_rows):
+        names = [table.patients[row] for row in figures.all_missing_rows]
+        report.add(
+            "note",
+            "no-values",
+            modality,
+            f"{len(names)} patient(s) have no value at all, taken as not measured: {some(names)}",
+            patients=names,
+        )
+        table = table.take(np.setdiff1d(np.arange(len(table.patients)), figures.all_missing_rows))
+    scale = scale or (table.scale if table.scale != "any" else SCALES[modality][0])
+    if scale == "auto":
+        scale = _look(figures)
+        report.add("note", "scale", modality, f"taken as {_SAID[scale]}; values {_span(figures)}")
+    _check_scale(modality, scale, figures, report)
+    return replace(table, scale=scale)
+
+
+_SAID = {"counts": "counts (all integers)", "tpm": "TPM or the like", "log": "log values (taken as they are)"}
+
+
+def _look(figures: Figures) -> str:
+    if figures.n_negative or figures.maximum <= _LARGEST_LOG:
+        return "log" if figures.n_fractional or figures.n_negative else "counts"
+    return "tpm" if figures.n_fractional else "counts"
+
+
+def _check_finite(
+    modality: str, table: ModalityTable, figures: Figures, report: CohortReport, missing: Missing
+) -> None:
+    def patients(rows: np.ndarray) -> list[str]:
+        return [table.patients[row] for row in rows]
+
+    def features(columns: np.ndarray) -> list[str]:
+        return [table.features[column] for column in columns]
+
+    if figures.n_missing:
+        who, what = patients(figures.rows_missing), features(figures.features_missing)
+        done = (
+            "they will be filled with the mean of the training patients"
+            if missing == "mean"
+            else "mend them, or choose `missing: mean` to fill them with the mean of the training patients"
+        )
+        report.add(
+            "warning" if missing == "mean" else "error",
+            "missing-values",
+            modality,
+            f"{figures.n_missing} value(s) missing (NaN), in {len(who)} patient(s): {some(who)}; in {len(what)} "
+            f"feature(s): {some(what)}; {done}",
+            patients=who,
+            features=what,
+        )
+    if figures.n_infinite:
+        who, what = patients(figures.rows_infinite), features(figures.features_infinite)
+        report.add(
+            "error",
+            "infinite-values",
+            modality,
+            f"{figures.n_infinite} value(s) are infinite, in patient(s) {some(who)}, feature(s) {some(what)}; a log of "
+            "zero, perhaps",
+            patients=who,
+            features=what,
+        )
+
+
+def _check_scale(modality: str, scale: str, figures: Figures, report: CohortReport) -> None:
+    if figures.n == 0:
+        return
+    problem = _scale_problem(scale, figures)
+    if problem:
+        report.add("warning", "wrong-scale", modality, f"declared as {scale}, but {problem}; values {_span(figures)}")
+
+
+def _scale_problem(scale: str, figures: Figures) -> str | None:
+    fractional, negative = figures.n_fractional, figures.n_negative
+    if scale == "beta" and (negative or figures.n_above_one):
+        outside = figures.share(negative + figures.n_above_one)
+        if not fractional:
+            return f"{outside} lie outside 0..1 and all are integers: these look like counts, not beta values"
+        if negative and figures.maximum <= _LARGEST_M_VALUE:
+            return f"{outside} lie outside 0..1: these look like M-values (`scale: m-value`), not beta values"
+        return f"{outside} lie outside 0..1, where beta values end"
+    if scale == "m-value":
+        if not negative and not figures.n_above_one:
+            return "all lie in 0..1: these look like beta values (`scale: beta`)"
+        if max(-figures.minimum, figures.maximum) > _LARGEST_M_VALUE:
+            return f"they reach beyond +-{_LARGEST_M_VALUE:g}, where M-values do not"
+    if scale in ("counts", "tpm"):
+        if negative:
+            return f"{figures.share(negative)} are negative: log or standardised values, perhaps (`scale: log`)"
+        if fractional and figures.maximum <= _LARGEST_LOG:
+            return f"none exceeds {_LARGEST_LOG:g}: these look like log values (`scale: log`), and log1p would be twice"
+    if scale == "counts" and fractional:
+        return f"{figures.share(fractional)} are no integers: TPM, perhaps (`scale: tpm`)"
+    if scale == "log" and figures.maximum > _LARGEST_LOG:
+        return f"they exceed {_LARGEST_LOG:g}: these look like TPM or counts, not logs"
+    if scale == "indicator" and (negative or fractional or figures.maximum > 2):
+        return "0 and 1 (or 0, 1, 2 alleles) are expected"
+    if scale == "copy-number" and max(-figures.minimum, figures.maximum) > _LARGEST_COPY_NUMBER:
+        return f"they reach beyond +-{_LARGEST_COPY_NUMBER:g}: no copy numbers and no log ratios are so large"
+    return None
+
+
+def _span(figures: Figures) -> str:
+    return f"run from {figures.minimum:.4g} to {figures.maximum:.4g}"
+
+
+def _without_tallies(modality: str, table: ModalityTable, report: CohortReport) -> ModalityTable:
+    """The table without the reads that a counting program could not assign: they are of no gene, and of no total."""
+    tallies = [at for at, name in enumerate(table.features) if name.startswith("__") or name in _STAR_TALLIES]
+    if not tallies or len(tallies) == len(table.features):
+        return table
+    names = [table.features[at] for at in tallies]
+    report.add(
+        "note",
+        "no-features",
+        modality,
+        f"{len(names)} column(s) tally unassigned reads (of HTSeq or STAR) and were left out: {some(names)}",
+        features=names,
+    )
+    kept = np.setdiff1d(np.arange(len(table.features)), tallies)
+    return replace(table, features=tuple(table.features[at] for at in kept), values=table.values[:, kept])
+
+
+def _unique_features(
+    modality: str, table: ModalityTable, report: CohortReport, choice: DuplicateFeatures
+) -> ModalityTable:
+    twice = sorted(name for name, count in Counter(table.features).items() if count > 1)
+    unnamed = sum(not name for name in table.features)
+    if unnamed:
+        report.add("error", "empty-feature-name", modality, f"{unnamed} feature(s) have no name")
+    if not twice:
+        return table
+    first: dict[str, int] = {}
+    for at, name in enumerate(table.features):
+        first.setdefault(name, at)
+    kept = list(first.values())
+    if choice == "error":
+        report.add(
+            "error",
+            "duplicate-features",
+            modality,
+            f"{len(twice)} feature name(s) occur more than once: {some(twice)}; mend them, or choose "
+            "`duplicate_features: mean`",
+            features=twice,
+        )
+        return replace(table, features=tuple(first), values=table.values[:, kept])
+    report.add(
+        "note",
+        "duplicate-features",
+        modality,
+        f"{len(twice)} feature name(s) occur more than once and were averaged: {some(twice)}",
+        features=twice,
+    )
+    columns: dict[str, list[int]] = {}
+    for at, name in enumerate(table.features):
+        columns.setdefault(name, []).append(at)
+    at_of = {name: i for i, name in enumerate(first)}
+    values = (table.values.tolil() if table.is_sparse else table.values)[:, kept]
+    for name in twice:
+        part = table.values[:, columns[name]]
+        mean = part.toarray().mean(1) if table.is_sparse else part.mean(1)
+        values[:, at_of[name]] = mean[:, None] if table.is_sparse else mean
+    return replace(table, features=tuple(first), values=values.tocsr() if table.is_sparse else values)

@@ -1,0 +1,201 @@
+"""A cohort: patients, their molecular tables, their slides and labels, checked as a whole before training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from exaonepath.alignment.data.checks import check_table
+from exaonepath.alignment.data.config import MODALITIES, WSI, CohortConfig
+from exaonepath.alignment.data.formats import sparse_where_smaller
+from exaonepath.alignment.data.labels import read_labels
+from exaonepath.alignment.data.patient_ids import tcga_patient, to_patients
+from exaonepath.alignment.data.reading import read_tables
+from exaonepath.alignment.data.report import CohortReport, some
+from exaonepath.alignment.data.slides import SlideTable, read_slides
+from exaonepath.alignment.data.tables import ModalityTable
+from exaonepath.errors import SettingsError
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """Patients and what is known of each.
+
+    Attributes:
+        patients: sorted ids, every one with at least the asked number of modalities.
+        modalities: tables of those of `OMICS` that are there; their patients are a sorted part of `patients`.
+        slides: slides of these patients.
+        labels: one row a patient, in the order of `patients`; NaN where nothing is known.
+        report: what the checks found.
+    """
+
+    patients: tuple[str, ...]
+    modalities: dict[str, ModalityTable]
+    slides: SlideTable
+    labels: pd.DataFrame
+    report: CohortReport = field(default_factory=CohortReport, compare=False)
+
+    def availability(self) -> np.ndarray:
+        """bool [P, 5]: which of `MODALITIES` a patient has."""
+        index = {patient: at for at, patient in enumerate(self.patients)}
+        out = np.zeros((len(self.patients), len(MODALITIES)), bool)
+        for column, name in enumerate(MODALITIES):
+            table = self.slides if name == WSI else self.modalities.get(name)
+            for patient in () if table is None else table.patients:
+                out[index[patient], column] = True
+        return out
+
+    def subset(self, patients: Iterable[str]) -> Cohort:
+        """The cohort of these patients (sorted, each once).
+
+        Raises:
+            SettingsError: a patient is not of this cohort.
+        """
+        wanted = set(patients)
+        unknown = sorted(wanted - set(self.patients))
+        if unknown:
+            raise SettingsError(f"{len(unknown)} patient(s) are not in the cohort: {some(unknown)}")
+        keep = [at for at, patient in enumerate(self.patients) if patient in wanted]
+        return Cohort(
+            tuple(self.patients[at] for at in keep),
+            {name: _rows_of(table, wanted) for name, table in self.modalities.items()},
+            SlideTable(tuple(slide for slide in self.slides.slides if slide.patient in wanted)),
+            self.labels.iloc[keep],
+            self.report,
+        )
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Names of the modalities that are there, the slide first."""
+        return (*((WSI,) if len(self.slides) else ()), *self.modalities)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of ids, feature names, values and slide names: equal cohorts have equal ones, wherever they lie.
+
+        Patch features count by their number and width only: reading them all would take as long as an epoch.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.modalities):
+            table = self.modalities[name]
+            digest.update("\n".join((name, table.scale, *table.patients, "", *table.features, "")).encode())
+            for _, block in table.row_blocks():
+                digest.update(np.ascontiguousarray(block).tobytes())
+        for slide in self.slides.slides:
+            digest.update(f"{slide.patient}\t{slide.slide}\t{slide.n_patches}\t{slide.dim}\n".encode())
+        digest.update(self.labels.to_csv().encode())
+        return digest.hexdigest()
+
+
+def load_cohort(config: CohortConfig) -> Cohort:
+    """Read and check a cohort.
+
+    Every check runs, whatever the others found, so one call tells all there is to mend. Warnings and notes go to the
+    log and stay in `Cohort.report`.
+
+    Raises:
+        CohortError: it cannot be used; the message lists every reason with the ids concerned, and how many more.
+    """
+    report = CohortReport()
+    tables, obs = read_tables(config, report)
+    checked: dict[str, ModalityTable] = {}
+    for name, table in tables.items():
+        source = config.modalities.get(name)
+        table = to_patients(table, config.patient_ids, name, report)
+        table = check_table(
+            name,
+            table,
+            report,
+            scale=config.scales.get(name) if source is None else source.scale,
+            missing=config.missing,
+            duplicate_features="error" if source is None else source.duplicate_features,
+        )
+        checked[name] = sparse_where_smaller(table)
+    slides = SlideTable()
+    if config.slides is not None:
+        slides = read_slides(
+            config.slides,
+            report,
+            patient_ids=config.patient_ids,
+            expected_dim=config.feature_dim,
+            check=config.check_features,
+        )
+    labels = read_labels(obs, config, report)
+    cohort = _assemble(checked, slides, labels.frame, config, report)
+    labels.check(cohort.patients, report)
+    report.log()
+    report.raise_errors()
+    return cohort
+
+
+def _assemble(
+    tables: dict[str, ModalityTable],
+    slides: SlideTable,
+    labels: pd.DataFrame,
+    config: CohortConfig,
+    report: CohortReport,
+) -> Cohort:
+    min_modalities = config.min_modalities
+    owners = {name: frozenset(table.patients) for name, table in tables.items()}
+    if len(slides):
+        owners = {WSI: frozenset(slides.patients), **owners}
+    everyone = sorted(frozenset().union(*owners.values()))
+    count = {patient: sum(patient in ids for ids in owners.values()) for patient in everyone}
+    patients = tuple(patient for patient in everyone if count[patient] >= min_modalities)
+    few = [patient for patient in everyone if count[patient] < min_modalities]
+    if not patients:
+        shown = "; ".join(
+            f"{name}: {len(ids)} patients, such as {some(sorted(ids), 2)}" for name, ids in owners.items()
+        )
+        barcodes = any(tcga_patient(patient) for patient in everyone)
+        advice = (
+            "; if these are barcodes of samples, `patient_ids: tcga` takes the patient from them" if barcodes else ""
+        )
+        report.add(
+            "error",
+            "no-common-patients",
+            "cohort",
+            f"no patient has {min_modalities} modalities or more ({shown or 'nothing was read'}){advice}",
+        )
+    elif few:
+        report.add(
+            "note",
+            "too-few-modalities",
+            "cohort",
+            f"{len(few)} patient(s) have fewer than {min_modalities} modalities and were left out: {some(few)}",
+            patients=few,
+        )
+    kept = frozenset(patients)
+    unused = [name for name, ids in owners.items() if patients and not ids & kept]
+    for name in unused:
+        others = sorted(frozenset().union(*(ids for other, ids in owners.items() if other != name)))
+        # What the user named is meant to be used; what a file holds beside may be of other patients.
+        named = name in config.modalities or name == WSI
+        report.add(
+            "error" if named else "warning",
+            "unused-modality",
+            name,
+            f"none of its {len(owners[name])} patients ({some(sorted(owners[name]), 3)}) has another modality; the "
+            f"others have patients such as {some(others, 3)}; "
+            + ("mend the ids, or leave it out of the settings" if named else "left out"),
+            patients=sorted(owners[name]),
+        )
+    return Cohort(
+        patients,
+        {name: _rows_of(table, kept) for name, table in tables.items() if name not in unused},
+        SlideTable(tuple(slide for slide in slides.slides if slide.patient in kept)),
+        labels.reindex(list(patients)),
+        report,
+    )
+
+
+def _rows_of(table: ModalityTable, patients: Iterable[str]) -> ModalityTable:
+    """Rows of these patients, sorted by id: nothing later depends on the order of a file."""
+    wanted = patients if isinstance(patients, (set, frozenset)) else set(patients)
+    order = sorted((patient, row) for row, patient in enumerate(table.patients) if patient in wanted)
+    return replace(table.take([row for _, row in order]))

@@ -1,0 +1,149 @@
+"""What makes a cohort: the files, and what they do not say of themselves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from exaonepath.alignment.data.checks import SCALES, DuplicateFeatures, Missing
+from exaonepath.alignment.data.orientation import Orientation
+from exaonepath.alignment.data.patient_ids import PatientIds
+from exaonepath.alignment.data.slides import FeatureCheck
+from exaonepath.errors import SettingsError
+
+WSI = "wsi"
+OMICS = ("rna", "snp", "cnv", "methylation")
+MODALITIES = (WSI, *OMICS)
+
+Format = Literal["auto", "matrix", "maf", "gistic", "anndata"]
+
+
+@dataclass(frozen=True)
+class ModalitySource:
+    """Where a modality's table is, and what the file does not say of itself.
+
+    Attributes:
+        path: the file.
+        format: "matrix" (CSV, TSV, Parquet with ids), "maf", "gistic", "anndata" (.h5ad, or one modality of an .h5mu);
+            "auto" goes by the file name.
+        orientation: of a matrix; see `orient`.
+        scale: what the numbers are, one of `SCALES[modality]`; None: what the format says, or the usual scale.
+        key: the modality's name inside an .h5mu file.
+        duplicate_features: see `check_table`.
+    """
+
+    path: str | os.PathLike[str]
+    format: Format = "auto"
+    orientation: Orientation = "auto"
+    scale: str | None = None
+    key: str | None = None
+    duplicate_features: DuplicateFeatures = "error"
+
+    def __post_init__(self) -> None:
+        _one_of("format", self.format, get_args(Format))
+        _one_of("orientation", self.orientation, get_args(Orientation))
+        _one_of("duplicate_features", self.duplicate_features, get_args(DuplicateFeatures))
+
+
+@dataclass(frozen=True)
+class CohortConfig:
+    """What makes a cohort.
+
+    Attributes:
+        mudata: a .h5mu file with modalities named rna, snp, cnv, methylation (others are left alone, and named).
+        modalities: tables of single modalities; one given here replaces that of `mudata`.
+        slides: the table of slides; None: a cohort without slides.
+        labels: a table with a column `patient` and any others; it adds to the `obs` of `mudata`.
+        patient_ids: "as_is", or "tcga": ids are barcodes, of which the first three fields name the patient.
+        scales: for `mudata`, what the numbers of a modality are where it is not the usual scale.
+        missing: what to do about single missing values; see `check_table`.
+        min_modalities: patients with fewer are left out, and named.
+        feature_dim: width the slide encoder takes; None: any.
+        check_features: "full" or "header"; see `read_slides`.
+    """
+
+    mudata: str | os.PathLike[str] | None = None
+    modalities: Mapping[str, ModalitySource] = field(default_factory=dict)
+    slides: str | os.PathLike[str] | None = None
+    labels: str | os.PathLike[str] | None = None
+    patient_ids: PatientIds = "as_is"
+    scales: Mapping[str, str] = field(default_factory=dict)
+    missing: Missing = "error"
+    min_modalities: int = 2
+    feature_dim: int | None = None
+    check_features: FeatureCheck = "full"
+
+    def __post_init__(self) -> None:
+        for name in (*self.modalities, *self.scales):
+            if name not in OMICS:
+                raise SettingsError(f"unknown modality {name!r}; molecular modalities are {', '.join(OMICS)}")
+        told = {**self.scales, **{name: s.scale for name, s in self.modalities.items() if s.scale is not None}}
+        for name, scale in told.items():
+            if scale not in SCALES[name]:
+                raise SettingsError(f"scale {scale!r} of {name} is not one of {', '.join(SCALES[name])}")
+        _one_of("patient_ids", self.patient_ids, get_args(PatientIds))
+        _one_of("missing", self.missing, get_args(Missing))
+        _one_of("check_features", self.check_features, get_args(FeatureCheck))
+        if not 1 <= self.min_modalities <= len(MODALITIES):
+            raise SettingsError(f"min_modalities is {self.min_modalities}; it must be 1 to {len(MODALITIES)}")
+        if not (self.mudata or self.modalities or self.slides):
+            raise SettingsError("a cohort needs at least one of: mudata, modalities, slides")
+
+    @staticmethod
+    def from_folder(folder: str | os.PathLike[str], **settings: Any) -> CohortConfig:
+        """The cohort of a folder with `cohort.h5mu` and, where there are such, `slides.csv` and `labels.csv`.
+
+        Args:
+            folder: the folder.
+            settings: any other field.
+
+        Raises:
+            SettingsError: the folder has neither `cohort.h5mu` nor `slides.csv`.
+        """
+        found: dict[str, Any] = {}
+        for key, name in (("mudata", "cohort.h5mu"), ("slides", "slides.csv"), ("labels", "labels.csv")):
+            if (Path(folder) / name).is_file():
+                found[key] = Path(folder) / name
+        if not {"mudata", "slides"} & set(found):
+            raise SettingsError(f"{folder} has neither cohort.h5mu nor slides.csv; name the files one by one")
+        return CohortConfig(**{**found, **settings})
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], base: str | os.PathLike[str] = ".") -> CohortConfig:
+        """A cohort from plain values, as a settings file holds them.
+
+        Args:
+            data: fields of this class; each of `modalities` is a path, or a mapping of fields of `ModalitySource`.
+            base: the folder that relative paths start from.
+
+        Raises:
+            SettingsError: an unknown key, or a value that cannot be used.
+        """
+        data = dict(data)
+        _known_keys("the cohort", data, CohortConfig)
+        for key in ("mudata", "slides", "labels"):
+            if data.get(key) is not None:
+                data[key] = Path(base) / data[key]
+        sources = {}
+        for name, source in dict(data.get("modalities") or {}).items():
+            source = dict(source) if isinstance(source, Mapping) else {"path": source}
+            _known_keys(f"modality {name!r}", source, ModalitySource)
+            if not source.get("path"):
+                raise SettingsError(f"modality {name!r} has no path")
+            sources[name] = ModalitySource(**{**source, "path": Path(base) / source["path"]})
+        return CohortConfig(**{**data, "modalities": sources})
+
+
+def _known_keys(what: str, data: Mapping[str, Any], kind: type) -> None:
+    known = [entry.name for entry in fields(kind)]
+    unknown = sorted(set(data) - set(known))
+    if unknown:
+        raise SettingsError(f"unknown setting(s) of {what}: {', '.join(unknown)}; known are {', '.join(known)}")
+
+
+def _one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SettingsError(f"{what} is {value!r}; it must be one of {', '.join(choices)}")

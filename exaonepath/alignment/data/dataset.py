@@ -1,0 +1,278 @@
+"""Patients as a torch data set: ragged slides, molecular inputs, and which of them are there."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from exaonepath.alignment.data.cohort import Cohort
+from exaonepath.alignment.data.config import MODALITIES, WSI
+from exaonepath.alignment.data.sampling import choose_patches, stream
+from exaonepath.alignment.data.slides import Slide
+from exaonepath.alignment.data.standardizer import Standardizer
+from exaonepath.errors import DataFileError, SettingsError
+from exaonepath.files.features import FeatureSet, read_features
+
+SlideChoice = Literal["one", "all", "rows"]
+
+
+@dataclass(frozen=True)
+class SlidePatches:
+    """Patches of one slide.
+
+    Attributes:
+        slide: its id.
+        features: float32 [N, C].
+        coords: int32 [N, 2], (x, y) at level 0 in pixels.
+        contour_index: int32 [N].
+    """
+
+    slide: str
+    features: Tensor
+    coords: Tensor
+    contour_index: Tensor
+
+
+@dataclass(frozen=True)
+class PatientRow:
+    """One row of a batch: a patient with the slides chosen for it.
+
+    Attributes:
+        patient: id.
+        patient_index: its place in `Cohort.patients`; rows of one patient share it (the loss's patient id).
+        slides: none, one or several.
+        omics: modality to float32 [F]; zeros where the patient lacks it.
+        available: bool [5], in the order of `MODALITIES`.
+    """
+
+    patient: str
+    patient_index: int
+    slides: tuple[SlidePatches, ...]
+    omics: dict[str, Tensor]
+    available: Tensor
+
+
+@dataclass(frozen=True)
+class PatientBatch:
+    """Rows of patients together; slides stay ragged.
+
+    Attributes:
+        patients: B ids.
+        patient_index: int64 [B].
+        slides: S slides of the whole batch, row by row.
+        slide_row: int64 [S], the row of each slide.
+        omics: modality to float32 [B, F].
+        available: bool [B, 5], in the order of `MODALITIES`.
+    """
+
+    patients: tuple[str, ...]
+    patient_index: Tensor
+    slides: tuple[SlidePatches, ...]
+    slide_row: Tensor
+    omics: dict[str, Tensor]
+    available: Tensor
+
+    def __len__(self) -> int:
+        return len(self.patients)
+
+    def map(self, move: Any) -> PatientBatch:
+        """The batch with `move` (Tensor to Tensor) applied to every tensor."""
+        slides = tuple(
+            replace(s, features=move(s.features), coords=move(s.coords), contour_index=move(s.contour_index))
+            for s in self.slides
+        )
+        omics = {name: move(values) for name, values in self.omics.items()}
+        return PatientBatch(
+            self.patients, move(self.patient_index), slides, move(self.slide_row), omics, move(self.available)
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PatientBatch:
+        """The batch on a device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PatientBatch:
+        """The batch in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
+        return self.map(Tensor.pin_memory)
+
+
+class PatientDataset(Dataset[PatientRow]):
+    """Patients of a cohort, ready for a model.
+
+    What row i of epoch e holds depends on (seed, e, patient) alone: not on the worker, the order, or earlier rows. The
+    epoch lives in shared memory, so `set_epoch` reaches workers that are kept from one epoch to the next. No file stays
+    open between rows; features are kept up to `cache_bytes` in each process.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        standardizer: Standardizer,
+        patients: Sequence[str] | None = None,
+        *,
+        slides: SlideChoice = "one",
+        patch_budget: int | None = None,
+        seed: int = 0,
+        cache_bytes: int = 1 << 30,
+    ) -> None:
+        """Args:
+            cohort: from `load_cohort`.
+            standardizer: fitted on training patients; the cohort is aligned with it here.
+            patients: which patients; None: all.
+            slides: "one": one row a patient, one slide drawn each epoch; "all": one row a patient with all its slides
+                (evaluation); "rows": one row a slide (and one for a patient without any), several rows a patient.
+            patch_budget: patches a slide at most, whole fragments (`choose_patches`); None: all.
+            seed: of the draws.
+            cache_bytes: bound of the patch features kept in memory by each process; 0 keeps none.
+
+        Raises:
+            CohortError: the cohort does not fit the standardizer. SettingsError: an argument cannot be used.
+        """
+        if slides not in ("one", "all", "rows"):
+            raise SettingsError(f"slides is {slides!r}; it must be one, all or rows")
+        if patch_budget is not None and patch_budget < 1:
+            raise SettingsError(f"the patch budget is {patch_budget}; it must be 1 or more")
+        self.choice, self.patch_budget, self.seed = slides, patch_budget, seed
+        self.cohort = cohort if patients is None else cohort.subset(patients)
+        self.omics, self.report = standardizer.align(self.cohort)
+        self.dims = standardizer.manifest.dims
+        # Places in the whole cohort, so that parts of one cohort agree on them.
+        place = {patient: at for at, patient in enumerate(cohort.patients)}
+        self._place = [place[patient] for patient in self.cohort.patients]
+        self._row_of = {
+            name: {patient: row for row, patient in enumerate(rows.table.patients)} for name, rows in self.omics.items()
+        }
+        self._slides: dict[str, list[Slide]] = {patient: [] for patient in self.cohort.patients}
+        for slide in self.cohort.slides.slides:
+            self._slides[slide.patient].append(slide)
+        self._rows = self._make_rows()
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._cache = FeatureCache(cache_bytes)
+
+    def _make_rows(self) -> list[tuple[int, int | None]]:
+        """(patient, slide or None) of each row, by number."""
+        rows: list[tuple[int, int | None]] = []
+        for at, patient in enumerate(self.cohort.patients):
+            n = len(self._slides[patient])
+            rows += [(at, k) for k in range(n)] if self.choice == "rows" and n else [(at, None)]
+        return rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that draws are made for."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the draws of this epoch from now on, in every worker too; call it before iterating."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, row: int) -> PatientRow:
+        at, which = self._rows[row]
+        patient = self.cohort.patients[at]
+        rng = stream("row", self.seed, self.epoch, patient, -1 if which is None else which)
+        slides = self._slides[patient]
+        if which is not None:
+            chosen = [slides[which]]
+        elif self.choice == "one" and slides:
+            chosen = [slides[int(rng.integers(len(slides)))]]
+        else:
+            chosen = slides
+        omics = {name: torch.zeros(dim) for name, dim in self.dims.items()}
+        available = torch.zeros(len(MODALITIES), dtype=torch.bool)
+        available[MODALITIES.index(WSI)] = bool(chosen)
+        for name, rows in self.omics.items():
+            table_row = self._row_of[name].get(patient)
+            if table_row is not None:
+                omics[name] = torch.from_numpy(rows.rows([table_row])[0])
+                available[MODALITIES.index(name)] = True
+        patches = tuple(self._patches(slide, rng) for slide in chosen)
+        return PatientRow(patient, self._place[at], patches, omics, available)
+
+    def _patches(self, slide: Slide, rng: np.random.Generator) -> SlidePatches:
+        stored = self._cache.read(slide.features, slide.dim)
+        assert stored.coords is not None
+        features, coords, contours = stored.features, stored.coords, stored.contour_index
+        if len(features) != slide.n_patches:
+            raise DataFileError(
+                f"{slide.features} changed since the cohort was checked: {len(features)} patches, not {slide.n_patches}"
+            )
+        if self.patch_budget is not None and len(features) > self.patch_budget:
+            rows = choose_patches(coords, contours, self.patch_budget, rng)
+            features, coords, contours = features[rows], coords[rows], contours[rows]
+        # Copies: what a caller does to a row in place must not reach the cache.
+        return SlidePatches(slide.slide, *(torch.tensor(array) for array in (features, coords, contours)))
+
+
+class FeatureCache:
+    """Features files read lately, the least recently used dropped first; not sent to other processes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.n_bytes = 0
+        self._held: OrderedDict[Path, FeatureSet] = OrderedDict()
+
+    def read(self, path: Path, dim: int) -> FeatureSet:
+        """The contents of a features file; `DataFileError` where it cannot be used (any more)."""
+        if path in self._held:
+            self._held.move_to_end(path)
+            return self._held[path]
+        features = read_features(path, expected_dim=dim)
+        size = _n_bytes(features)
+        if size <= self.max_bytes:
+            self._held[path] = features
+            self.n_bytes += size
+            while self.n_bytes > self.max_bytes:
+                self.n_bytes -= _n_bytes(self._held.popitem(last=False)[1])
+        return features
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"max_bytes": self.max_bytes}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.max_bytes, self.n_bytes, self._held = state["max_bytes"], 0, OrderedDict()
+
+
+def _n_bytes(features: FeatureSet) -> int:
+    coords = 0 if features.coords is None else features.coords.nbytes
+    return features.features.nbytes + coords + features.contour_index.nbytes
+
+
+def collate_patients(rows: Sequence[PatientRow]) -> PatientBatch:
+    """Rows to a batch; slides stay apart (pad with `pad_slides`, or pack them)."""
+    counts = torch.tensor([len(row.slides) for row in rows], dtype=torch.int64)
+    names = rows[0].omics if rows else {}
+    return PatientBatch(
+        tuple(row.patient for row in rows),
+        torch.tensor([row.patient_index for row in rows], dtype=torch.int64),
+        tuple(slide for row in rows for slide in row.slides),
+        torch.repeat_interleave(torch.arange(len(rows)), counts),
+        {name: torch.stack([row.omics[name] for row in rows]) for name in names},
+        torch.stack([row.available for row in rows]) if rows else torch.zeros((0, len(MODALITIES)), dtype=torch.bool),
+    )
+
+
+def pad_slides(slides: Sequence[SlidePatches]) -> dict[str, Tensor]:
+    """The slide encoder's arguments for ragged slides; no slide at all is an error of the caller.
+
+    Returns:
+        `patch_features` [S, N, C], `patch_mask` bool [S, N], `patch_coords` int32 [S, N, 2] and `patch_contour_index`
+        int32 [S, N], N the longest slide's number of patches.
+    """
+    pad = torch.nn.utils.rnn.pad_sequence
+    lengths = torch.tensor([len(slide.features) for slide in slides], device=slides[0].features.device)
+    return {
+        "patch_features": pad([slide.features for slide in slides], batch_first=True),
+        "patch_mask": torch.arange(int(lengths.max()), device=lengths.device)[None] < lengths[:, None],
+        "patch_coords": pad([slide.coords for slide in slides], batch_first=True),
+        "patch_contour_index": pad([slide.contour_index for slide in slides], batch_first=True),
+    }

@@ -1,0 +1,121 @@
+"""Labels of patients: from the `obs` of a MuData file and from a table, one row a patient, held against the cohort."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from exaonepath.alignment.data.config import CohortConfig
+from exaonepath.alignment.data.patient_ids import PatientIds, tcga_patient, tumour_rows
+from exaonepath.alignment.data.report import CohortReport, some
+from exaonepath.alignment.data.tables import read_frame
+from exaonepath.errors import ExaonePathError
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """Labels, one row a patient.
+
+    Attributes:
+        frame: index: patient ids, each once.
+        source: the table that the user takes labels from; empty where there is none.
+        named: patients that `source` has a row of.
+    """
+
+    frame: pd.DataFrame
+    source: str = ""
+    named: frozenset[str] = frozenset()
+
+    def check(self, patients: Sequence[str], report: CohortReport) -> None:
+        """Report patients of a cohort that `source` does not name: all of them is an error."""
+        if not self.source or not patients:
+            return
+        lacking = [patient for patient in patients if patient not in self.named]
+        if len(lacking) == len(patients):
+            report.add(
+                "error",
+                "no-common-labels",
+                "labels",
+                f"{self.source} names none of the cohort's {len(patients)} patients (such as {some(patients[:3])}); "
+                f"it names {some(sorted(self.named), 3) or 'nobody'}; mend the ids, or leave the labels out",
+            )
+        elif lacking:
+            report.add(
+                "warning",
+                "lacking-labels",
+                "labels",
+                f"{len(lacking)} of {len(patients)} patients have no row in {self.source}, their labels are missing: "
+                f"{some(lacking)}",
+                patients=lacking,
+            )
+
+
+def read_labels(obs: pd.DataFrame, config: CohortConfig, report: CohortReport) -> Labels:
+    """The table of labels of `config`, with `obs` for what it does not say; problems go into the report."""
+    obs = obs.set_axis(obs.index.astype(str).str.strip())
+    obs = _one_row_a_patient(obs, config.patient_ids, f"the obs of {config.mudata}", report)
+    held = Labels(obs, f"the obs of {config.mudata}", frozenset(obs.index)) if len(obs.columns) else Labels(obs)
+    if config.labels is None:
+        return held
+    try:
+        frame = read_frame(config.labels)
+    except ExaonePathError as exc:
+        report.add("error", "unreadable", "labels", str(exc))
+        return held
+    if "patient" not in frame.columns:
+        report.add("error", "no-column", "labels", f"{config.labels} lacks the column patient; it has {list(frame)}")
+        return held
+    ids = frame.pop("patient")
+    frame = _numbers_where_all(frame.set_axis(ids.where(ids.notna(), "").astype(str).str.strip()))
+    frame = _one_row_a_patient(frame, config.patient_ids, str(config.labels), report)
+    return Labels(frame.combine_first(obs), str(config.labels), frozenset(frame.index) - {""})
+
+
+def _one_row_a_patient(frame: pd.DataFrame, ids: PatientIds, source: str, report: CohortReport) -> pd.DataFrame:
+    """Rows by patient: of barcodes the rows that a molecular table would keep, united where they agree."""
+    if ids == "tcga":
+        samples = tuple(frame.index)
+        parsed = [tcga_patient(name) for name in samples]
+        names = [name if entry is None else entry[0] for name, entry in zip(samples, parsed, strict=True)]
+        types = {row: entry[1] for row, entry in enumerate(parsed) if entry is not None}
+        kept = tumour_rows(samples, names, types, "labels", report)
+        frame = frame.iloc[kept].set_axis([names[row] for row in kept])
+    twice = sorted(set(frame.index[frame.index.duplicated()]))
+    if not twice:
+        return frame
+    if ids == "tcga":
+        groups = frame.loc[frame.index.isin(twice)].groupby(level=0)
+        differ = groups.nunique(dropna=True) > 1
+        for column in differ.columns[differ.any()]:
+            who = sorted(differ.index[differ[column]])
+            values = sorted(map(str, frame.loc[[who[0]], column].dropna().unique()))
+            report.add(
+                "error",
+                "conflicting-labels",
+                "labels",
+                f"{source}: {len(who)} patient(s) have rows that differ in {column!r}: {some(who)} (of {who[0]}: "
+                f"{some(values, 3)}); keep one value a patient",
+                patients=who,
+            )
+        return frame.groupby(level=0).first()
+    report.add(
+        "error",
+        "duplicate-patients",
+        "labels",
+        f"{source}: {len(twice)} patient id(s) occur more than once: {some(twice)}; keep one row a patient",
+        patients=twice,
+    )
+    return frame[~frame.index.duplicated()]
+
+
+def _numbers_where_all(frame: pd.DataFrame) -> pd.DataFrame:
+    """Columns whose every filled cell is a number as numbers; empty cells as missing."""
+    out = {}
+    for name in frame.columns:
+        column = frame[name].replace("", np.nan).infer_objects()
+        numbers = pd.to_numeric(column, errors="coerce")
+        out[name] = numbers if numbers.notna().equals(column.notna()) else column
+    return pd.DataFrame(out, index=frame.index)

@@ -1,0 +1,218 @@
+"""The table of slides: which patient, which slide, which features file; and whether the files can be used."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from exaonepath.alignment.data.patient_ids import PatientIds, tcga_patient
+from exaonepath.alignment.data.report import CohortReport, some
+from exaonepath.alignment.data.tables import read_frame
+from exaonepath.errors import ExaonePathError, UnfinishedFileError
+from exaonepath.files.features import ATTRIBUTES, read_features
+from exaonepath.files.hdf5 import open_h5
+
+FeatureCheck = Literal["full", "header"]
+_COLUMNS = ("patient", "slide", "features")
+
+
+@dataclass(frozen=True)
+class Slide:
+    """One slide of a patient.
+
+    Attributes:
+        patient, slide: ids.
+        features: the features file.
+        n_patches: rows in it.
+        dim: width of a row.
+    """
+
+    patient: str
+    slide: str
+    features: Path
+    n_patches: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class SlideTable:
+    """Slides of a cohort, sorted by (patient, slide); all of one feature width."""
+
+    slides: tuple[Slide, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.slides)
+
+    @property
+    def dim(self) -> int | None:
+        """Width of the patch features; None without slides."""
+        return self.slides[0].dim if self.slides else None
+
+    @property
+    def patients(self) -> tuple[str, ...]:
+        """Patients with a slide, sorted, each once."""
+        return tuple(dict.fromkeys(slide.patient for slide in self.slides))
+
+    def of(self, patient: str) -> tuple[Slide, ...]:
+        """The slides of a patient."""
+        return tuple(slide for slide in self.slides if slide.patient == patient)
+
+
+def read_slides(
+    path: str | os.PathLike[str],
+    report: CohortReport,
+    *,
+    patient_ids: PatientIds = "as_is",
+    expected_dim: int | None = None,
+    check: FeatureCheck = "full",
+) -> SlideTable:
+    """Read the table of slides and check every features file.
+
+    Args:
+        path: CSV, TSV or Parquet with the columns `patient`, `features` (path, relative to the table's folder unless
+            absolute) and, optionally, `slide` (else the file's stem); other columns are left alone.
+        report: where findings go; a slide that cannot be used is named there and left out.
+        patient_ids: "tcga" takes patients from barcodes.
+        expected_dim: the width the slide encoder takes; None: any, but one for all.
+        check: "full" reads every file through, so that no NaN turns up hours later; "header" looks at shapes only.
+    """
+    path = Path(path)
+    try:
+        frame = read_frame(path)
+    except ExaonePathError as exc:
+        report.add("error", "unreadable", "slides", str(exc))
+        return SlideTable()
+    frame.columns = [str(name).strip().lower() for name in frame.columns]
+    missing = [name for name in ("patient", "features") if name not in frame.columns]
+    if missing:
+        report.add(
+            "error", "no-column", "slides", f"{path} lacks the column(s) {', '.join(missing)}; it has {list(frame)}"
+        )
+        return SlideTable()
+    frame = frame.astype(object).where(frame.notna(), "")  # None or NaN in Parquet, by the version of pandas
+    rows = []
+    for at, entry in enumerate(frame.itertuples(index=False), start=2):
+        record = {name: str(getattr(entry, name, "") or "").strip() for name in _COLUMNS}
+        if not record["patient"] or not record["features"]:
+            report.add("error", "empty-cell", "slides", f"{path}, line {at}: patient or features is empty")
+            continue
+        features = path.parent / record["features"]
+        rows.append((record["patient"], record["slide"] or features.stem, features))
+    if patient_ids == "tcga":
+        rows = _from_barcodes(rows, report)
+    _check_unique(rows, report)
+    slides = _check_files(sorted(rows), report, expected_dim, check)
+    if not slides and not report.errors:
+        report.add("error", "no-slides", "slides", f"{path} lists no slide that can be used")
+    return SlideTable(tuple(slides))
+
+
+def _from_barcodes(rows: list[tuple[str, str, Path]], report: CohortReport) -> list[tuple[str, str, Path]]:
+    parsed = [tcga_patient(patient) for patient, _, _ in rows]
+    strange = [row[0] for row, entry in zip(rows, parsed, strict=True) if entry is None]
+    if strange:
+        report.add(
+            "error",
+            "no-tcga-barcode",
+            "slides",
+            f"{len(strange)} patient id(s) are no TCGA barcodes: {some(strange)}",
+            patients=strange,
+        )
+    return [(entry[0], *row[1:]) for row, entry in zip(rows, parsed, strict=True) if entry is not None]
+
+
+def _check_unique(rows: list[tuple[str, str, Path]], report: CohortReport) -> None:
+    for what, counts in (
+        ("slide id", Counter(slide for _, slide, _ in rows)),
+        ("features file", Counter(str(features) for _, _, features in rows)),
+    ):
+        twice = sorted(name for name, count in counts.items() if count > 1)
+        if twice:
+            report.add(
+                "error",
+                "duplicate-slides",
+                "slides",
+                f"{len(twice)} {what}(s) are listed more than once: {some(twice)}",
+            )
+
+
+def _check_files(
+    rows: list[tuple[str, str, Path]], report: CohortReport, expected_dim: int | None, check: FeatureCheck
+) -> list[Slide]:
+    absent = [row for row in rows if not row[2].is_file()]
+    if absent:
+        report.add(
+            "error",
+            "no-features-file",
+            "slides",
+            f"the features file of {len(absent)} slide(s) is missing: "
+            f"{some([f'{slide} (patient {patient}): {file}' for patient, slide, file in absent])}",
+            patients=[patient for patient, _, _ in absent],
+        )
+    slides: list[Slide] = []
+    makers: dict[tuple[Any, Any], list[str]] = {}
+    for patient, slide, file in rows:
+        if not file.is_file():
+            continue
+        try:
+            n_patches, dim, attrs = _shape(file, check)
+        except ExaonePathError as exc:
+            report.add("error", "unreadable", "slides", f"{slide} (patient {patient}): {exc}", patients=[patient])
+            continue
+        slides.append(Slide(patient, slide, file, n_patches, dim))
+        makers.setdefault((attrs.get("weights_fingerprint"), attrs.get("preprocessing")), []).append(slide)
+        if str(attrs.get("weights", "")).startswith("random:"):
+            report.add("warning", "random-weights", "slides", f"{slide}: features of an encoder with random weights")
+    if len(makers) > 1:
+        told = "; ".join(f"{len(names)} like {names[0]}" for names in makers.values())
+        report.add(
+            "warning",
+            "mixed-features",
+            "slides",
+            f"features come from {len(makers)} encoders or preprocessings: {told}",
+        )
+    empty = [slide for slide in slides if slide.n_patches == 0]
+    if empty:
+        report.add(
+            "warning",
+            "empty-slide",
+            "slides",
+            f"{len(empty)} slide(s) have no patch and were left out: {some([slide.slide for slide in empty])}",
+            patients=[slide.patient for slide in empty],
+        )
+        slides = [slide for slide in slides if slide.n_patches]
+    return _one_width(slides, report, expected_dim)
+
+
+def _one_width(slides: list[Slide], report: CohortReport, expected_dim: int | None) -> list[Slide]:
+    if not slides:
+        return slides
+    usual = expected_dim or Counter(slide.dim for slide in slides).most_common(1)[0][0]
+    others = [slide for slide in slides if slide.dim != usual]
+    if others:
+        whose = "the slide encoder takes" if expected_dim else "most slides have"
+        report.add(
+            "error",
+            "feature-width",
+            "slides",
+            f"{len(others)} slide(s) have features of another width than {usual}, which {whose}: "
+            f"{some([f'{slide.slide} ({slide.dim})' for slide in others])}",
+            patients=[slide.patient for slide in others],
+        )
+    return [slide for slide in slides if slide.dim == usual]
+
+
+def _shape(file: Path, check: FeatureCheck) -> tuple[int, int, dict[str, Any]]:
+    if check == "full":
+        features = read_features(file)
+        return *features.features.shape, features.attrs
+    with open_h5(file, ("features", "coords")) as opened:
+        attrs = opened.attributes(ATTRIBUTES)
+        if not attrs.get("complete", True):
+            raise UnfinishedFileError(f"{file} is marked as not complete; run the features stage again")
+        n_patches, dim = opened.dataset("features", "f", (None, None)).shape
+        opened.dataset("coords", "iu", (n_patches, 2))
+        return n_patches, dim, attrs

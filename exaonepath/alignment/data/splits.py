@@ -1,0 +1,146 @@
+"""Training, validation and test patients: by patient, stratified, seeded, the same whatever the order of rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+
+import pandas as pd
+
+from exaonepath.alignment.data.report import some
+from exaonepath.errors import DataFileError, SettingsError
+from exaonepath.files.atomic import write_text
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_FRACTIONS: Mapping[str, float] = MappingProxyType({"train": 0.7, "val": 0.1, "test": 0.2})
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which patients are for what.
+
+    Attributes:
+        parts: name ("train", "val", "test", ...) to sorted patient ids; no patient is in two.
+        seed: what the draw started from; None where the split was given.
+        stratified_by: label column, or None.
+    """
+
+    parts: Mapping[str, tuple[str, ...]]
+    seed: int | None = None
+    stratified_by: str | None = None
+
+    def __post_init__(self) -> None:
+        owner: dict[str, str] = {}
+        for name, patients in self.parts.items():
+            for patient in patients:
+                if patient in owner:
+                    raise SettingsError(f"patient {patient!r} is in {owner[patient]} and in {name}; parts are disjoint")
+                owner[patient] = name
+
+    def __getitem__(self, name: str) -> tuple[str, ...]:
+        """Patients of a part; a part that does not exist is a `SettingsError`."""
+        if name not in self.parts:
+            raise SettingsError(f"the split has no part {name!r}, only {', '.join(self.parts)}")
+        return self.parts[name]
+
+    def restricted_to(self, patients: Iterable[str]) -> Split:
+        """The split without patients that are not among these."""
+        known = set(patients)
+        parts = {name: tuple(p for p in part if p in known) for name, part in self.parts.items()}
+        return Split(parts, self.seed, self.stratified_by)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON; `OutputError` where that cannot be done."""
+        data = {
+            "seed": self.seed,
+            "stratified_by": self.stratified_by,
+            "parts": {k: list(v) for k, v in self.parts.items()},
+        }
+        write_text(path, json.dumps(data, indent=1) + "\n")
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Split:
+        """Read what `save` wrote (or a file of the same shape made by hand).
+
+        Raises:
+            DataFileError: missing, no JSON, no lists of ids, or a patient in two parts.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            parts = {str(name): tuple(sorted(map(str, ids))) for name, ids in data["parts"].items()}
+            return Split(parts, data.get("seed"), data.get("stratified_by"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise DataFileError(f"{path} cannot be read as a split ({exc})") from exc
+
+
+def split_patients(
+    patients: Iterable[str],
+    labels: pd.Series | None = None,
+    *,
+    fractions: Mapping[str, float] = DEFAULT_FRACTIONS,
+    seed: int = 0,
+) -> Split:
+    """Divide patients into parts.
+
+    Within each label patients are ordered by a hash of seed and id, and dealt out one by one to the part that lags most
+    behind its fraction. So sizes are right to one patient, and so are they within every label to one or two. Labels
+    with fewer patients than there are parts cannot be in all of them: they form one stratum together.
+
+    Args:
+        patients: ids, in any order.
+        labels: label of each patient (index: ids); patients without one form a stratum of their own. None: no strata.
+            A column most of whose labels have one patient is warned of.
+        fractions: part to share, positive and adding up to 1.
+        seed: another seed, another split.
+
+    Raises:
+        SettingsError: fractions that do not add up, duplicate ids, or a part that gets nobody.
+    """
+    patients = sorted(patients)
+    twice = sorted({a for a, b in pairwise(patients) if a == b})
+    if twice:
+        raise SettingsError(f"{len(twice)} patient id(s) occur more than once: {some(twice)}")
+    if not fractions or min(fractions.values()) <= 0 or abs(sum(fractions.values()) - 1) > 1e-6:
+        raise SettingsError(f"fractions must be positive and add up to 1, got {dict(fractions)}")
+    strata: dict[str, list[str]] = {}
+    for patient in patients:
+        label = None if labels is None else labels.get(patient)
+        strata.setdefault("" if label is None or pd.isna(label) else str(label), []).append(patient)
+    if labels is not None:
+        _warn_of_singles(str(labels.name), {label: ids for label, ids in strata.items() if label})
+    # Dealt label by label, a patient alone in its label would go to the same part whatever the seed.
+    small = [label for label in strata if len(strata[label]) < len(fractions)]
+    together = sorted(patient for label in small for patient in strata.pop(label))
+    parts: dict[str, list[str]] = {name: [] for name in fractions}
+    dealt = 0
+    for stratum in (*(strata[label] for label in sorted(strata)), together):
+        for patient in sorted(stratum, key=lambda p: hashlib.sha256(f"{seed}\0{p}".encode()).digest()):
+            dealt += 1
+            lag = {name: share * dealt - len(parts[name]) for name, share in fractions.items()}
+            parts[max(lag, key=lambda name: lag[name])].append(patient)
+    nobody = [name for name, ids in parts.items() if not ids]
+    if nobody:
+        raise SettingsError(f"{len(patients)} patients are too few: nobody is left for {', '.join(nobody)}")
+    column = None if labels is None else str(labels.name)
+    return Split({name: tuple(sorted(ids)) for name, ids in parts.items()}, seed, column)
+
+
+def _warn_of_singles(column: str, strata: Mapping[str, Sequence[str]]) -> None:
+    alone = [f"{label} ({ids[0]})" for label, ids in strata.items() if len(ids) == 1]
+    if 2 * len(alone) > len(strata) > 2:
+        logger.warning(
+            "%d of the %d labels in the column %r have one patient each, such as %s: a split cannot be stratified by "
+            "them; name a column of few classes",
+            len(alone),
+            len(strata),
+            column,
+            some(alone, 3),
+        )

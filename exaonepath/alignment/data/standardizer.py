@@ -1,0 +1,297 @@
+"""Measured values to model inputs: transform, then standardise per feature, fitted on training patients only."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from exaonepath.alignment.data.cohort import Cohort
+from exaonepath.alignment.data.config import OMICS
+from exaonepath.alignment.data.manifest import FeatureManifest, check_totals
+from exaonepath.alignment.data.report import CohortReport, some
+from exaonepath.alignment.data.tables import ModalityTable
+from exaonepath.errors import DataFileError, SettingsError
+from exaonepath.files.atomic import atomic_path
+
+_FORMAT = "exaonepath-standardizer-1"
+
+# What is done to the values of a scale before they are standardised. Counts are put to counts per million of the
+# patient's total first, so that sequencing depth does not look like biology.
+_TRANSFORM = {"counts": "cpm_log1p", "tpm": "log1p"}
+# A feature whose spread is below this share of its size is constant: float32 keeps seven digits.
+_CONSTANT = 1e-6
+
+
+@dataclass(frozen=True)
+class StandardizerSettings:
+    """How inputs are made.
+
+    Attributes:
+        top_variance: modality to the number of features kept: those that vary most, after the transform, among the
+            training patients. Modalities not named keep all.
+        clip: standardised values are held within +-clip; None: not at all.
+    """
+
+    top_variance: Mapping[str, int] = field(default_factory=dict)
+    clip: float | None = 10.0
+
+    def __post_init__(self) -> None:
+        for name, count in self.top_variance.items():
+            if name not in OMICS or count < 1:
+                raise SettingsError(f"top_variance of {name!r} is {count}; a known modality and 1 or more are needed")
+        if self.clip is not None and not self.clip > 0:
+            raise SettingsError(f"clip is {self.clip}; it must be positive, or None")
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """What was fitted for one modality.
+
+    Attributes:
+        features: F names, in the order of the model's inputs.
+        scale: what the numbers must be ("counts", "beta", ...).
+        transform: "none", "log1p" or "cpm_log1p".
+        mean, std: float32 [F], after the transform.
+        n_patients: how many training patients they come from.
+        measured: for counts, all features that were added up to a patient's total; empty: not known.
+    """
+
+    features: tuple[str, ...]
+    scale: str
+    transform: str
+    mean: np.ndarray
+    std: np.ndarray
+    n_patients: int
+    measured: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Standardizer:
+    """Fitted scalings of all modalities.
+
+    Attributes:
+        scalings: modality to `Scaling`.
+        clip: as in `StandardizerSettings`.
+    """
+
+    scalings: Mapping[str, Scaling]
+    clip: float | None = 10.0
+
+    @property
+    def manifest(self) -> FeatureManifest:
+        """The features a model on these inputs takes."""
+        return FeatureManifest({name: scaling.features for name, scaling in self.scalings.items()})
+
+    @staticmethod
+    def fit(
+        cohort: Cohort, patients: Iterable[str], settings: StandardizerSettings | None = None
+    ) -> tuple[Standardizer, CohortReport]:
+        """Fit on the given (training) patients.
+
+        Constant features, and those no training patient has a value of, are dropped and named in the report.
+
+        Raises:
+            CohortError: a modality has no training patient, or no feature that varies.
+            SettingsError: a patient is not of the cohort.
+        """
+        settings = settings or StandardizerSettings()
+        report = CohortReport()
+        training = cohort.subset(patients)
+        scalings = {}
+        for name, table in training.modalities.items():
+            if len(table.patients) < 2:
+                report.add(
+                    "error",
+                    "too-few-patients",
+                    name,
+                    f"{len(table.patients)} training patient(s) have it, at least 2 are needed; leave the modality out",
+                )
+                continue
+            scaling = _fit(name, table, settings, report)
+            if scaling is not None:
+                scalings[name] = scaling
+        report.log()
+        report.raise_errors()
+        return Standardizer(scalings, settings.clip), report
+
+    def align(self, cohort: Cohort) -> tuple[dict[str, OmicsRows], CohortReport]:
+        """Bring a cohort's tables into the order of the model's inputs.
+
+        Modalities the model does not know are left out, and those the cohort lacks are missing for everybody: the
+        report says so, as it says which features are lacking, and where counts would be put to another total.
+
+        Raises:
+            CohortError: a modality has no feature in common with the model's, or numbers of another scale.
+        """
+        report = CohortReport()
+        manifest = self.manifest
+        rows = {}
+        for name, table in cohort.modalities.items():
+            scaling = self.scalings.get(name)
+            if scaling is None:
+                report.add("warning", "unused-modality", name, "the model does not take it; left out")
+                continue
+            if table.scale != scaling.scale:
+                report.add(
+                    "error",
+                    "other-scale",
+                    name,
+                    f"the values are {table.scale}, the model was trained on {scaling.scale}; convert them, or declare "
+                    "the scale",
+                )
+            columns = manifest.columns(name, table, report)
+            if scaling.transform == "cpm_log1p" and (columns >= 0).any():
+                check_totals(name, table, scaling.features, scaling.measured, report)
+            rows[name] = OmicsRows(table, scaling, columns, self.clip)
+        absent = [name for name in self.scalings if name not in cohort.modalities]
+        if absent:
+            report.add("note", "absent-modality", "cohort", f"the cohort has no {', '.join(absent)}: taken as missing")
+        report.log()
+        report.raise_errors()
+        return rows, report
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file: means and deviations as tensors, everything else as JSON in its header.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        tensors = {}
+        facts = {}
+        for name, scaling in self.scalings.items():
+            tensors[f"{name}.mean"], tensors[f"{name}.std"] = scaling.mean, scaling.std
+            facts[name] = {
+                "features": list(scaling.features),
+                "scale": scaling.scale,
+                "transform": scaling.transform,
+                "n_patients": scaling.n_patients,
+                "measured": list(scaling.measured),
+            }
+        text = json.dumps({"clip": self.clip, "modalities": facts})
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, {"format": _FORMAT, "settings": text})
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Standardizer:
+        """Read what `save` wrote.
+
+        Raises:
+            DataFileError: missing, damaged, or no such file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise DataFileError(f"{path}: no such file")
+        try:
+            with safe_open(path, "np") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise DataFileError(f"{path} is no standardizer of this package ({metadata.get('format')!r})")
+                settings = json.loads(metadata["settings"])
+                scalings = {}
+                for name, facts in settings["modalities"].items():
+                    mean, std = file.get_tensor(f"{name}.mean"), file.get_tensor(f"{name}.std")
+                    features = tuple(facts["features"])
+                    if not mean.shape == std.shape == (len(features),):
+                        raise DataFileError(f"{path}: {len(features)} features of {name}, {mean.shape[0]} means")
+                    measured = tuple(facts.get("measured", ()))  # files of earlier versions do not tell
+                    scalings[name] = Scaling(
+                        features, facts["scale"], facts["transform"], mean, std, facts["n_patients"], measured
+                    )
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as exc:
+            raise DataFileError(f"{path} cannot be read as a standardizer ({exc})") from exc
+        return Standardizer(scalings, settings["clip"])
+
+
+@dataclass(frozen=True, eq=False)
+class OmicsRows:
+    """Model inputs of one modality, made row by row: the table stays as it was read, sparse where it was sparse.
+
+    Attributes:
+        table: the cohort's table.
+        scaling: what to do to it.
+        columns: int64 [F], column of the table for each input, -1 where the table lacks the feature.
+        clip: bound of the standardised values.
+    """
+
+    table: ModalityTable
+    scaling: Scaling
+    columns: np.ndarray
+    clip: float | None
+
+    def rows(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float32 [len(rows), F] of table rows: standardised, 0 where the value or the feature is missing."""
+        values = _transformed(self.table.rows(rows), self.scaling.transform)
+        out = (values[:, self.columns] - self.scaling.mean) / self.scaling.std
+        out[:, self.columns < 0] = 0
+        np.nan_to_num(out, copy=False, nan=0.0)
+        if self.clip is not None:
+            np.clip(out, -self.clip, self.clip, out=out)
+        return out.astype(np.float32, copy=False)
+
+
+def _transformed(values: np.ndarray, transform: str) -> np.ndarray:
+    if transform == "none":
+        return values
+    # A negative value here was warned of as a wrong scale; log1p of less than -1 would be NaN.
+    values = np.maximum(values, 0)
+    if transform == "cpm_log1p":
+        total = np.nansum(values, axis=1, keepdims=True, dtype=np.float64)
+        values = values * (1e6 / np.maximum(total, 1)).astype(np.float32)
+    return np.log1p(values)
+
+
+def _blocks(table: ModalityTable, transform: str) -> Iterator[np.ndarray]:
+    for _, block in table.row_blocks():
+        yield _transformed(block, transform).astype(np.float64)
+
+
+def _fit(name: str, table: ModalityTable, settings: StandardizerSettings, report: CohortReport) -> Scaling | None:
+    transform = _TRANSFORM.get(table.scale, "none")
+    width = len(table.features)
+    count, total = np.zeros(width), np.zeros(width)
+    for block in _blocks(table, transform):
+        count += (~np.isnan(block)).sum(0)
+        total += np.nansum(block, axis=0)
+    mean = total / np.maximum(count, 1)
+    # A second pass: the difference of sums of squares loses every digit of a feature that hardly varies.
+    squares = np.zeros(width)
+    for block in _blocks(table, transform):
+        squares += np.nansum((block - mean) ** 2, axis=0)
+    std = np.sqrt(squares / np.maximum(count, 1))
+    never = count == 0
+    constant = ~never & (std <= _CONSTANT * np.maximum(1.0, np.abs(mean)))
+    for code, mask, what in (
+        ("all-missing-features", never, "have no value among the training patients"),
+        ("constant-features", constant, "are the same for every training patient"),
+    ):
+        if mask.any():
+            names = [table.features[at] for at in np.flatnonzero(mask)]
+            report.add(
+                "note", code, name, f"{len(names)} feature(s) {what} and were dropped: {some(names)}", features=names
+            )
+    kept = np.flatnonzero(~never & ~constant)
+    if not len(kept):
+        report.add("error", "no-varying-feature", name, f"none of its {width} features varies among training patients")
+        return None
+    top = settings.top_variance.get(name)
+    if top is not None and top < len(kept):
+        # Ties go by name, so that the choice does not depend on the order of columns.
+        order = sorted(kept, key=lambda at: (-std[at], table.features[at]))
+        kept = np.sort(np.array(order[:top]))
+        report.add("note", "top-variance", name, f"{top} of {width} features kept: those that vary most")
+    return Scaling(
+        tuple(table.features[at] for at in kept),
+        table.scale,
+        transform,
+        mean[kept].astype(np.float32),
+        std[kept].astype(np.float32),
+        len(table.patients),
+        table.features if transform == "cpm_log1p" else (),
+    )

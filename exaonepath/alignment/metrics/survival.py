@@ -1,0 +1,153 @@
+"""Survival: Harrell's concordance index, and a Cox probe on a frozen embedding.
+
+Written here rather than taken from a survival package: the two together are a page, and each such package brings a
+dozen dependencies of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from exaonepath.alignment.metrics.intervals import Estimate, bootstrap, check_rows
+from exaonepath.alignment.metrics.probe_rows import numbers, probe_inputs, stratified_folds
+from exaonepath.alignment.metrics.probes import FOLDS, one_thread
+from exaonepath.errors import SettingsError
+
+_PENALTIES = (1.0, 10.0, 100.0)  # on coefficients of standardised inputs, as a sum over samples
+_CHUNK_ENTRIES = 1 << 22
+
+
+@dataclass(frozen=True)
+class SurvivalScores:
+    """Out-of-fold concordance of a Cox probe: 0.5 is chance, 1 perfect order; `events` of `n` patients were seen."""
+
+    c_index: Estimate
+    n: int
+    events: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"c_index": self.c_index.as_dict(), "n": self.n, "events": self.events}
+
+
+def concordance_index(
+    risk: Sequence[float] | np.ndarray,
+    time: Sequence[float] | np.ndarray,
+    event: Sequence[bool] | np.ndarray,
+    groups: Sequence[Any] | np.ndarray | None = None,
+) -> float:
+    """Harrell's C (Harrell et al. 1982): share of comparable pairs in which who died first had the higher risk.
+
+    A pair is comparable where the earlier time is an event, or where the times are equal and one of the two is an
+    event. Equal risks count one half.
+
+    Args:
+        risk: [n], higher is worse; time: [n]; event: [n], True where the event was seen, False where censored.
+        groups: [n]; only pairs within a group count (risks of different cross-validation folds do not compare).
+
+    Returns:
+        0 to 1; NaN where no pair is comparable.
+    """
+    r, t, e = np.asarray(risk, np.float64), np.asarray(time, np.float64), np.asarray(event, bool)
+    n = check_rows(risk=r, time=t, event=e)
+    group = np.zeros(n, np.int64) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    if not (np.isfinite(r).all() and np.isfinite(t).all()):
+        raise SettingsError("risk and time must be finite; leave out patients without a time")
+    concordant = comparable = 0.0
+    first = np.flatnonzero(e)
+    step = max(1, _CHUNK_ENTRIES // max(n, 1))
+    for start in range(0, len(first), step):
+        i = first[start : start + step, None]
+        pair = (group[i] == group) & ((t[i] < t) | ((t[i] == t) & ~e))
+        comparable += float(pair.sum())
+        concordant += float((pair & (r[i] > r)).sum()) + 0.5 * float((pair & (r[i] == r)).sum())
+    return concordant / comparable if comparable else math.nan
+
+
+@one_thread()
+def cox_probe(
+    embedding: Any,
+    time: Sequence[float] | np.ndarray,
+    event: Sequence[bool] | np.ndarray,
+    patients: Sequence[Any] | np.ndarray | None = None,
+    *,
+    folds: int = FOLDS,
+    seed: int = 0,
+) -> SurvivalScores:
+    """Concordance of a ridge-penalised Cox model under cross-validation, its penalty chosen inside each fold.
+
+    Args:
+        embedding: [n, d]; time: [n]; event: [n]; rows where one is missing (None, NaN, pandas' NA) are left out.
+        patients: patient of each row; folds never split one.
+
+    Raises:
+        SettingsError: fewer than two events per fold, or a time that is not positive.
+    """
+    from sklearn.preprocessing import StandardScaler
+
+    x, groups = probe_inputs(embedding, time, patients)
+    t, seen = numbers(time), numbers(event)
+    known = np.isfinite(t) & np.isfinite(seen)
+    x, groups, t, e = x[known], groups[known], t[known], seen[known] != 0
+    if (t <= 0).any():
+        raise SettingsError(f"survival times must be positive; {int((t <= 0).sum())} are not")
+    folds = min(folds, int(e.sum()) // 2)
+    if folds < 2:
+        raise SettingsError(f"a survival probe needs four events or more, got {int(e.sum())}")
+    risk, fold = np.zeros(len(t)), np.zeros(len(t), np.int64)
+    for k, (train, test) in enumerate(_folds(e, groups, folds, seed)):
+        scaler = StandardScaler().fit(x[train])
+        inside = scaler.transform(x[train])
+        penalty = _best_penalty(inside, t[train], e[train], groups[train], seed)
+        risk[test] = scaler.transform(x[test]) @ fit_cox(inside, t[train], e[train], penalty)
+        fold[test] = k
+
+    def c_index(rows: np.ndarray) -> float:
+        return concordance_index(risk[rows], t[rows], e[rows], fold[rows])
+
+    return SurvivalScores(bootstrap(c_index, groups, strata=e, resamples=200, seed=seed), len(t), int(e.sum()))
+
+
+def fit_cox(x: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: float) -> np.ndarray:
+    """Coefficients [d] of a Cox model with penalty / 2 |b|^2, by the partial likelihood with Breslow's ties."""
+    from scipy.optimize import minimize
+
+    order = np.argsort(-time, kind="stable")
+    x, time, event = x[order], time[order], event[order]
+    # Everybody with this time or a later one is at risk: in descending order, all up to the last equal time.
+    last = np.searchsorted(-time, -time, side="right") - 1
+
+    def objective(b: np.ndarray) -> tuple[float, np.ndarray]:
+        score = x @ b
+        shift = score.max()
+        weight = np.exp(score - shift)
+        total = np.cumsum(weight)[last]
+        mean = np.cumsum(weight[:, None] * x, axis=0)[last] / total[:, None]
+        loss = -(score - shift - np.log(total))[event].sum() + penalty / 2 * (b @ b)
+        return float(loss), -(x - mean)[event].sum(axis=0) + penalty * b
+
+    return np.asarray(minimize(objective, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B").x)
+
+
+def _best_penalty(x: np.ndarray, time: np.ndarray, event: np.ndarray, groups: np.ndarray, seed: int) -> float:
+    scores = np.zeros(len(_PENALTIES))
+    for train, test in _folds(event, groups, 3, seed) if event.sum() >= 6 else ():
+        for k, penalty in enumerate(_PENALTIES):
+            b = fit_cox(x[train], time[train], event[train], penalty)
+            c = concordance_index(x[test] @ b, time[test], event[test])
+            scores[k] += 0.5 if math.isnan(c) else c
+    return _PENALTIES[int(scores.argmax())] if scores.any() else _PENALTIES[len(_PENALTIES) // 2]
+
+
+def _folds(event: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> Any:
+    """Folds with alike shares of events; of the few censored, where they are fewer than the folds, no shares are kept.
+
+    scikit-learn warns of every such split otherwise, and folds as few as the censored would leave less to fit on.
+    """
+    strata = event.astype(int) if (~event).sum() >= folds else np.zeros(len(event), int)
+    return stratified_folds(strata, groups, folds, seed)

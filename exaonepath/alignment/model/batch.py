@@ -1,0 +1,146 @@
+"""What the alignment model reads: patients with ragged slides and molecular profiles, some of them missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from exaonepath.alignment.model.configuration import WSI
+from exaonepath.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class SlidePatches:
+    """Patch features of one slide.
+
+    Attributes:
+        features: [N, C] floating point.
+        coords: [N, 2], (x, y) of each patch in level-0 pixels; None: positions unknown, nothing is rotated.
+        contour_index: integer [N], tissue fragment of each patch; None: no fragment restriction.
+    """
+
+    features: Tensor
+    coords: Tensor | None = None
+    contour_index: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n = self.features.shape[0]
+        if self.features.ndim != 2 or not self.features.is_floating_point():
+            raise SettingsError(f"slide features must be floating point [N, C], got {list(self.features.shape)}")
+        if self.coords is not None and self.coords.shape != (n, 2):
+            raise SettingsError(f"coords must be [{n}, 2] to match the features, got {list(self.coords.shape)}")
+        if self.contour_index is not None and self.contour_index.shape != (n,):
+            raise SettingsError(f"contour_index must be [{n}], got {list(self.contour_index.shape)}")
+
+
+@dataclass(frozen=True)
+class SlideBatch:
+    """Slides one after the other, without padding.
+
+    Attributes:
+        features: [sum N, C].
+        coords: [sum N, 2] or None.
+        contour_index: int64 [sum N] or None.
+        lengths: N of each of the S slides.
+        patients: row of the patient of each slide, ascending.
+    """
+
+    features: Tensor
+    coords: Tensor | None
+    contour_index: Tensor | None
+    lengths: tuple[int, ...]
+    patients: tuple[int, ...]
+
+    @staticmethod
+    def join(slides: Sequence[Sequence[SlidePatches]]) -> SlideBatch | None:
+        """The slides of each patient, in order; slides without patches are left out; None where nothing is left.
+
+        Raises:
+            SettingsError: some slides have coordinates or fragments and others do not, or widths differ.
+        """
+        kept = [(row, slide) for row, of_one in enumerate(slides) for slide in of_one if slide.features.shape[0]]
+        if not kept:
+            return None
+        widths = {slide.features.shape[1] for _, slide in kept}
+        if len(widths) > 1:
+            raise SettingsError(f"slides have features of different widths: {sorted(widths)}")
+        return SlideBatch(
+            torch.cat([slide.features for _, slide in kept]),
+            _join("coords", [slide.coords for _, slide in kept]),
+            _join("contour_index", [slide.contour_index for _, slide in kept]),
+            tuple(slide.features.shape[0] for _, slide in kept),
+            tuple(row for row, _ in kept),
+        )
+
+    def to(self, device: torch.device) -> SlideBatch:
+        """The same slides on `device`."""
+        coords = None if self.coords is None else self.coords.to(device, non_blocking=True)
+        contours = None if self.contour_index is None else self.contour_index.to(device, non_blocking=True)
+        return SlideBatch(self.features.to(device, non_blocking=True), coords, contours, self.lengths, self.patients)
+
+
+@dataclass(frozen=True)
+class PatientBatch:
+    """B patients.
+
+    Attributes:
+        size: B.
+        slides: their slides; None where none has any.
+        profiles: modality to [B, F], standardised; rows of patients without the modality hold anything.
+        available: modality (the slide included) to bool [B].
+    """
+
+    size: int
+    slides: SlideBatch | None = None
+    profiles: Mapping[str, Tensor] = field(default_factory=dict)
+    available: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def build(
+        size: int,
+        slides: Sequence[Sequence[SlidePatches]] | None = None,
+        profiles: Mapping[str, Tensor] | None = None,
+        available: Mapping[str, Tensor] | None = None,
+    ) -> PatientBatch:
+        """Fill in what follows from the rest: a patient has the slide modality when there is a patch, and a profile
+        when `available` says so, or, where it does not say, when not all of it is NaN.
+
+        Raises:
+            SettingsError: row counts that do not fit.
+        """
+        profiles, available = dict(profiles or {}), dict(available or {})
+        for name, profile in profiles.items():
+            if profile.ndim != 2 or profile.shape[0] != size:
+                raise SettingsError(f"{name}: profiles must be [{size}, F], got {list(profile.shape)}")
+            available.setdefault(name, ~torch.isnan(profile).all(1))
+        joined = None
+        if slides is not None:
+            if len(slides) != size:
+                raise SettingsError(f"slides of {len(slides)} patients for a batch of {size}")
+            joined = SlideBatch.join(slides)
+            there = torch.zeros(size, dtype=torch.bool)
+            there[list(joined.patients) if joined else []] = True
+            available[WSI] = there & available[WSI] if WSI in available else there
+        for name, there in available.items():
+            if there.shape != (size,) or there.dtype != torch.bool:
+                raise SettingsError(f"{name}: available must be bool [{size}], got {there.dtype} {list(there.shape)}")
+        return PatientBatch(size, joined, profiles, available)
+
+    def to(self, device: torch.device) -> PatientBatch:
+        """The same patients on `device`; `available` stays on the host, where it decides what is computed."""
+        return PatientBatch(
+            self.size,
+            None if self.slides is None else self.slides.to(device),
+            {name: profile.to(device, non_blocking=True) for name, profile in self.profiles.items()},
+            self.available,
+        )
+
+
+def _join(name: str, parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    if there and len(there) < len(parts):
+        raise SettingsError(f"{len(parts) - len(there)} of {len(parts)} slides lack {name}; give all of them, or none")
+    return torch.cat(there) if there else None

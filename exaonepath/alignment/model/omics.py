@@ -1,0 +1,208 @@
+"""Encoders of molecular profiles: named features, standardised, then a linear layer and a SwiGLU FFN.
+
+The names of the features and the statistics they are standardised with are part of the model: a profile of another
+cohort is matched by name, never by column.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exaonepath.alignment.model.configuration import ExaonePathOmicsEncoderConfig
+from exaonepath.encoders.base import ExaonePathPreTrainedModel
+from exaonepath.encoders.block import LayerNorm, Linear, SwiGLU, compute_dtype, stream_dtype
+from exaonepath.encoders.loading import weights_fingerprint
+from exaonepath.encoders.slide_encoder import ffn_hidden
+from exaonepath.errors import ConfigError, SettingsError, WeightsError
+
+_EPS = 1e-5
+
+
+class OmicsEncoder(nn.Module):
+    """h = z + dropout(FFN(norm(z))), z = dropout(W x + b), then a norm (arXiv 2512.14019: "Linear, then SwiGLU FFN").
+
+    x is the standardised profile; a missing value (NaN) counts as the training mean, which is 0. With a foundation
+    model x is the norm of its output instead, and the profile goes to it as it was measured.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, cfg: dict[str, Any], name: str = "omics") -> None:
+        super().__init__()
+        self.name = name
+        self.transform, self.scale, self.clip = cfg["transform"], cfg["scale"], cfg["clip"]
+        self.feature_names: tuple[str, ...] = tuple(cfg["feature_names"])
+        self.foundation_cfg: dict[str, Any] | None = cfg["foundation"]
+        # Frozen and not ours to ship: kept out of the parameters, so out of the checkpoint and of the optimiser.
+        self._foundation: list[nn.Module] = []
+        width, n = cfg["embed_dim"], len(self.feature_names)
+        if not n and self.foundation_cfg is None:
+            raise ConfigError(f"{name}: an encoder needs feature_names, or a foundation model to take its input from")
+        if self.foundation_cfg is None:
+            self.register_buffer("mean", torch.zeros(n))
+            self.register_buffer("std", torch.ones(n))
+        else:
+            n = self.foundation_cfg["dim"]
+            self.foundation_norm = LayerNorm(n, eps=_EPS)
+        self.input_drop = nn.Dropout(cfg["input_dropout"])
+        self.proj = Linear(n, width)
+        self.drop = nn.Dropout(cfg["dropout"])
+        self.ffn_norm = LayerNorm(width, eps=_EPS)
+        self.ffn = SwiGLU(width, ffn_hidden(width, cfg["ffn_ratio"], cfg["ffn_layer"]), True, cfg["dropout"])
+        self.norm = LayerNorm(width, eps=_EPS)
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Store what profiles are standardised with, float [F] each: of the training patients, after the transform.
+
+        Raises:
+            SettingsError: another number of features, or a deviation that is not positive.
+        """
+        if self.foundation_cfg is not None:
+            raise SettingsError(f"{self.name}: the foundation model takes profiles as they are; nothing to standardise")
+        if mean.shape != self.mean.shape or std.shape != self.std.shape:
+            raise SettingsError(
+                f"{self.name}: statistics of {mean.numel()} and {std.numel()} features for {self.mean.numel()}"
+            )
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+            raise SettingsError(f"{self.name}: statistics must be finite, and deviations positive")
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def standardize(self, values: Tensor, totals: Tensor | None = None) -> Tensor:
+        """Measured values to what the encoder reads.
+
+        Args:
+            values: [B, F] as measured (`scale` says what they are), in the order of `feature_names`; NaN is missing.
+            totals: [B], for counts: the sum over all features that were measured, those the model does not read
+                included; default: the sum of `values`.
+
+        Returns:
+            [B, F]: transformed, standardised, clipped; 0 where missing. As they came where a foundation model reads.
+        """
+        if self.foundation_cfg is not None:
+            return values
+        x = values.to(torch.promote_types(values.dtype, torch.float32))
+        if self.transform != "none":
+            x = x.clamp(min=0)
+            if self.transform == "cpm_log1p":
+                totals = x.nansum(1) if totals is None else totals
+                x = x * (1e6 / totals.clamp(min=1))[:, None]
+            x = x.log1p()
+        x = _missing_as_mean((x - self.mean) / self.std)
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)
+
+    def attach_foundation(self, module: nn.Module) -> None:
+        """Put the frozen foundation model in its slot; `module` maps profiles [B, F] to [B, dim].
+
+        Raises:
+            SettingsError: this encoder has no slot. WeightsError: it is not the one this encoder was trained on.
+        """
+        if self.foundation_cfg is None:
+            raise SettingsError(f"{self.name}: this encoder reads its features itself and has no foundation model")
+        wanted, found = self.foundation_cfg.get("fingerprint"), weights_fingerprint(module)
+        if wanted is not None and wanted != found:
+            raise WeightsError(
+                f"{self.name}: the encoder was trained on a foundation model of fingerprint {wanted[:12]}..., this one "
+                f"is {found[:12]}...; attach the model it was trained on"
+            )
+        self.foundation_cfg["fingerprint"] = found
+        self._foundation[:] = [module.requires_grad_(False).eval().to(self.proj.weight.device)]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OmicsEncoder:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        # Expression and copy numbers do not survive half precision: a cast of the model leaves the statistics wide.
+        for name, tensor in self.named_buffers(recurse=False):
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, before[name].to(tensor.device))
+        for module in self._foundation:
+            module._apply(fn)
+        return self
+
+    def forward(self, profiles: Tensor) -> Tensor:
+        """profiles: [B, F] standardised (`standardize`; as measured for a foundation model); returns [B, embed_dim].
+
+        Raises:
+            SettingsError: another number of features, or the foundation model was not attached.
+        """
+        if profiles.ndim != 2 or (self.feature_names and profiles.shape[1] != len(self.feature_names)):
+            raise SettingsError(
+                f"{self.name}: profiles must be [B, {len(self.feature_names) or 'F'}], got {list(profiles.shape)}"
+            )
+        weight = self.proj.weight
+        stream = stream_dtype(weight)
+        if self.foundation_cfg is None:
+            x = _missing_as_mean(profiles.to(stream))
+        else:
+            x = self.foundation_norm(self._through_foundation(profiles).to(stream))
+        z: Tensor = self.drop(self.proj(self.input_drop(x).to(compute_dtype(weight)))).to(stream)
+        ffn: Tensor = self.ffn(self.ffn_norm(z).to(compute_dtype(weight)))
+        out: Tensor = self.norm(z + ffn)
+        return out
+
+    @torch.no_grad()
+    def _through_foundation(self, profiles: Tensor) -> Tensor:
+        if not self._foundation:
+            raise SettingsError(
+                f"{self.name}: this encoder sits on a frozen foundation model that is not part of the checkpoint; hand "
+                f"it over with attach_foundation() or from_pretrained(..., foundation=...)"
+            )
+        assert self.foundation_cfg is not None
+        # Frozen means frozen: a training loop's .train() must not switch its dropout on.
+        out: Tensor = self._foundation[0].eval()(profiles)
+        if out.shape != (profiles.shape[0], self.foundation_cfg["dim"]):
+            raise SettingsError(
+                f"{self.name}: the foundation model gave {list(out.shape)} for {list(profiles.shape)}; expected "
+                f"[{profiles.shape[0]}, {self.foundation_cfg['dim']}]"
+            )
+        return out
+
+
+def _missing_as_mean(x: Tensor) -> Tensor:
+    """NaN to 0, the mean of standardised values; infinity stays what it is, for all to see."""
+    return torch.where(torch.isnan(x), 0, x)
+
+
+class ExaonePathOmicsEncoderModel(ExaonePathPreTrainedModel):
+    """One omics encoder on its own, with save and load."""
+
+    config_class = ExaonePathOmicsEncoderConfig
+    base_model_prefix = "omics_encoder"
+    main_input_name = "profiles"
+    component_names = ("omics",)
+
+    def __init__(self, config: ExaonePathOmicsEncoderConfig) -> None:
+        super().__init__(config)
+        self.omics_encoder = OmicsEncoder(config.omics, config.modality)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *args: Any,
+        foundation: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load as the other models, strictly; `foundation` is attached where the encoder has a slot for one."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if foundation is not None:
+            (loaded[0] if isinstance(loaded, tuple) else loaded).omics_encoder.attach_foundation(foundation)
+        return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the fingerprint of an attached foundation model is written with the configuration."""
+        if self.omics_encoder.foundation_cfg is not None:
+            self.config.omics_cfg["foundation"] = dict(self.omics_encoder.foundation_cfg)
+        return super().save_pretrained(*args, **kwargs)
+
+    def forward(self, profiles: Tensor) -> Tensor:
+        """[B, F] profiles, columns in the order of `feature_names`, to embeddings [B, embed_dim]."""
+        out: Tensor = self.omics_encoder(profiles)
+        return out

@@ -1,0 +1,249 @@
+"""Studies run: variants trained beside each other, measured, and kept.
+
+A study varies a base configuration; every variant is trained with several seeds into `<out>/runs/<hash of settings and
+cohort>`, measured on the same held-out patients, and compared over seeds. Runs are shared between studies (the base
+variant above all) and resumed where they were stopped: the same command goes on until everything is there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exaonepath.alignment.evaluate import column, require_labels
+from exaonepath.alignment.metrics.intervals import Estimate, across_runs
+from exaonepath.alignment.metrics.probes import fit_probe
+from exaonepath.alignment.metrics.retrieval import cross_modal_retrieval
+from exaonepath.alignment.studies.questions import Study
+from exaonepath.alignment.subject import Subject, open_subject
+from exaonepath.alignment.training.data import load_training_cohort, make_split
+from exaonepath.alignment.training.run import train
+from exaonepath.alignment.training.settings import TrainSettings, build_settings
+from exaonepath.errors import SettingsError
+from exaonepath.files.artifact import settings_hash
+from exaonepath.files.atomic import ensure_folder, write_text
+
+logger = logging.getLogger(__name__)
+
+_MEASURES = 3  # version of what `measure` stores; another number, another file
+
+
+@dataclass(frozen=True)
+class StudyBase:
+    """What all variants of a study share.
+
+    Attributes:
+        settings: of the base variant, with the split of the whole cohort: who is held out is the same for all.
+        modalities: that the base trains with.
+        cohort_hash: part of every run's name, so that runs of other data are not taken for these.
+    """
+
+    settings: TrainSettings
+    modalities: tuple[str, ...]
+    cohort_hash: str
+
+    @staticmethod
+    def open(settings: TrainSettings, out: Path, labels: Sequence[str]) -> StudyBase:
+        """Read the cohort and fix the split, which is kept in `<out>/splits`.
+
+        Raises:
+            ExaonePathError: the cohort cannot be used, or lacks a label.
+        """
+        cohort = load_training_cohort(settings.data)
+        require_labels(cohort, labels)
+        split = make_split(cohort, settings.data)
+        folder = ensure_folder(out / "splits")
+        key = settings_hash({name: list(ids) for name, ids in split.parts.items()})[:16]
+        split.save(folder / f"{key}.json")
+        fixed = with_overrides(settings, {"data.split": str(folder / f"{key}.json")})
+        return StudyBase(fixed, cohort.held, cohort.fingerprint)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study found.
+
+    Attributes:
+        study: the study. seeds: of its runs.
+        values: variant -> measure -> one value a seed (None where the variant cannot have it).
+        chance: measure -> what a guess would reach.
+        intervals: as `values`: each run's own interval over patients.
+    """
+
+    study: Study
+    seeds: tuple[int, ...]
+    values: dict[str, dict[str, list[float | None]]]
+    chance: dict[str, float]
+    intervals: dict[str, dict[str, list[tuple[float, float] | None]]] = field(default_factory=dict)
+
+    def estimate(self, variant: str, measure: str) -> Estimate:
+        """Mean over seeds, with an interval over seeds and patients (`across_runs`)."""
+        values = self.values[variant].get(measure, [])
+        intervals = self.intervals.get(variant, {}).get(measure, [None] * len(values))
+        there = [(value, interval) for value, interval in zip(values, intervals, strict=True) if value is not None]
+        known = [interval for _, interval in there if interval is not None]
+        return across_runs([value for value, _ in there], known if len(known) == len(there) else ())
+
+    def measures(self) -> list[str]:
+        """Names of all measures, in order."""
+        return list(dict.fromkeys(m for found in self.values.values() for m in found))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "study": self.study.name,
+            "question": self.study.question,
+            "seeds": list(self.seeds),
+            "variants": {v.name: dict(v.overrides) for v in self.study.variants},
+            "values": self.values,
+            "intervals": self.intervals,
+            "chance": self.chance,
+            "estimates": {
+                name: {m: self.estimate(name, m).as_dict() for m in found} for name, found in self.values.items()
+            },
+        }
+
+
+def run_study(
+    study: Study,
+    base: StudyBase,
+    out: Path,
+    *,
+    seeds: Sequence[int],
+    labels: Sequence[str],
+    report: Callable[[str], None] | None = None,
+) -> Outcome:
+    """Train what is not there yet, measure it, and gather the outcome.
+
+    Args:
+        study: one of `STUDIES`, for the base's modalities.
+        base: of all variants.
+        out: folder; runs go to `<out>/runs`, shared by all studies with this folder.
+        seeds: of initial weights and batches; the split stays the base's.
+        labels: columns that probes look for.
+        report: told a line for each run.
+
+    Raises:
+        ExaonePathError: settings that cannot be used; before training.
+    """
+    if not seeds:
+        raise SettingsError("a study needs at least one seed")
+    for variant in study.variants:
+        with_overrides(base.settings, variant.overrides)
+    ensure_folder(out / "runs")
+    values: dict[str, dict[str, list[float | None]]] = {}
+    intervals: dict[str, dict[str, list[tuple[float, float] | None]]] = {}
+    chance: dict[str, float] = {}
+    for variant in study.variants:
+        runs = []
+        for seed in seeds:
+            runs.append(run_variant(base, variant.overrides, seed, out / "runs", labels))
+            if report is not None:
+                report(f"{study.name}: {variant.name}, seed {seed}: " + _told(runs[-1]["values"]))
+            # Without a modality other patients remain: chance is told for the base.
+            chance = {**runs[-1]["chance"], **chance}
+        names = list(dict.fromkeys(name for run in runs for name in run["values"]))
+        values[variant.name] = {name: [run["values"].get(name) for run in runs] for name in names}
+        intervals[variant.name] = {name: [run["intervals"].get(name) for run in runs] for name in names}
+    return Outcome(study, tuple(seeds), values, chance, intervals)
+
+
+def run_variant(
+    base: StudyBase, overrides: Mapping[str, Any], seed: int, runs: Path, labels: Sequence[str]
+) -> dict[str, Any]:
+    """Train (or find) one run and measure (or read) it; see `measure`."""
+    settings = with_overrides(base.settings, {**overrides, "run.seed": seed})
+    folder = run_folder(base, settings, runs)
+    if not (folder / "model").is_dir():
+        train(settings, folder)
+        if not (folder / "model").is_dir():
+            raise KeyboardInterrupt  # stopped by a signal, with a checkpoint to go on from
+    stored = folder / "measured.json"
+    key = settings_hash({"labels": list(labels), "measures": _MEASURES})
+    if stored.is_file():
+        found: dict[str, Any] = json.loads(stored.read_text(encoding="utf-8"))
+        if found.get("key") == key:
+            return found
+    found = {"key": key, **measure(open_subject(folder, device=settings.run.device), labels)}
+    write_text(stored, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def run_folder(base: StudyBase, settings: TrainSettings, runs: Path) -> Path:
+    """Where a run of the base's cohort with these settings belongs."""
+    return runs / settings_hash({"settings": settings.as_dict(), "cohort": base.cohort_hash})[:16]
+
+
+def with_overrides(base: TrainSettings, overrides: Mapping[str, Any]) -> TrainSettings:
+    """Settings with some of them replaced ("section.key" -> value); raises `ConfigError` as `build_settings`."""
+    tables = base.as_dict()
+    for name, value in overrides.items():
+        section, _, key = name.partition(".")
+        tables.setdefault(section, {})[key] = value
+    return build_settings(_without_none(tables))
+
+
+def measure(subject: Subject, labels: Iterable[str]) -> dict[str, Any]:
+    """Numbers of one run on its held-out patients.
+
+    Returns:
+        "values", "intervals" (over patients) and "chance" by measure: recall@1 of every pair (mean of both directions)
+        and of all; balanced accuracy of each label by a linear probe fitted on the training patients, from the slide
+        encoder's output ("slide tokens", the features' own mean left out) and from the fused embedding ("all
+        modalities"). The interval of a mean is the mean of the intervals: patients are the same, so it is no narrower.
+    """
+    held_out, known = subject.embed(subject.held_out), subject.embed(subject.parts["train"])
+    found: dict[str, tuple[Estimate, float]] = {}
+    scores = cross_modal_retrieval(held_out.pairs)
+    for pair in held_out.pairs:
+        both = [scores[f"{a}->{b}"] for a, b in ((pair.left, pair.right), (pair.right, pair.left))]
+        found[f"recall@1 {pair.left} x {pair.right}"] = _mean([(s.recall[1], s.chance[1]) for s in both])
+    found["recall@1, all pairs"] = _mean(list(found.values()))
+    for label in labels:
+        train_labels, test_labels = column(subject, known.patients, label), column(subject, held_out.patients, label)
+        everybody = np.ones(len(known.patients), bool), np.ones(len(held_out.patients), bool)
+        views = {"all modalities": (known.fused, held_out.fused, *everybody)}
+        if "wsi" in held_out.modality:
+            width = subject.cohort.slides.dim
+            assert width is not None
+            views["slide tokens"] = (
+                known.modality["wsi"][:, width:],
+                held_out.modality["wsi"][:, width:],
+                known.available["wsi"],
+                held_out.available["wsi"],
+            )
+        for view, (x, y, x_rows, y_rows) in views.items():
+            score = fit_probe(x[x_rows], train_labels[x_rows]).score(y[y_rows], test_labels[y_rows])
+            found[f"{label} from {view}"] = score.balanced_accuracy, score.chance
+    return {
+        "values": {name: estimate.value for name, (estimate, _) in found.items()},
+        "intervals": {
+            name: None if math.isnan(estimate.low) else [estimate.low, estimate.high]
+            for name, (estimate, _) in found.items()
+        },
+        "chance": {name: chance for name, (_, chance) in found.items()},
+        "patients": len(held_out.patients),
+    }
+
+
+def _mean(found: Sequence[tuple[Estimate, float]]) -> tuple[Estimate, float]:
+    value, low, high = (float(np.mean([getattr(e, key) for e, _ in found])) for key in ("value", "low", "high"))
+    return Estimate(value, low, high, found[0][0].n), float(np.mean([chance for _, chance in found]))
+
+
+def _told(values: Mapping[str, float]) -> str:
+    shown = [name for name in values if not name.startswith("recall@1 ")]
+    return ", ".join(f"{name} {values[name]:.3f}" for name in shown if not math.isnan(values[name]))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value

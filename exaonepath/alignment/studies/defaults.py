@@ -1,0 +1,50 @@
+"""What `exaonepath ablate` trains when given no settings: a small model, a synthetic cohort, a minute a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from exaonepath.alignment.training.settings import TrainSettings, build_settings
+from exaonepath.synthetic.cohort import SyntheticCohortSettings, write_synthetic_cohort
+
+COHORT = SyntheticCohortSettings(patients=1000, slides_per_patient=(1, 1))
+LABELS = ("subtype", "spatial")
+
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "data": {"stratify": "subtype", "check_features": "header", "validation_share": 0.1, "test_share": 0.2},
+    "model": {
+        "projection_dim": 32,
+        "wsi": {
+            "embed_dim": 32,
+            "depth": 2,
+            "num_heads": 2,
+            "n_storage_tokens": 1,
+            "ffn_layer": "swiglu64",
+            "attn_drop": 0.0,
+            "ffn_drop": 0.0,
+            # Lengths that a hundred patches can tell apart; with base 10,000 half the pairs would hardly turn.
+            "pos_embed_rope_min_period": 2,
+            "pos_embed_rope_max_period": 20,
+        },
+        "omics": {"embed_dim": 64, "ffn_ratio": 2.0, "dropout": 0.3, "input_dropout": 0.2},
+    },
+    "optimizer": {"lr": 6e-3, "weight_decay": 0.3},
+    "run": {
+        "steps": 300,
+        "batch_size": 100,
+        "device": "cpu",
+        "precision": "float32",
+        "tensorboard": False,
+        "validate_every": 0,
+        "log_every": 10,
+    },
+}
+
+
+def synthetic_base(folder: Path) -> TrainSettings:
+    """Base settings on the synthetic cohort in `folder`, which is written where it is not there yet."""
+    write_synthetic_cohort(folder, COHORT)
+    files = {"mudata": "cohort.h5mu", "slides": "slides.csv", "labels": "labels.csv"}
+    data = {**_SETTINGS["data"], **{key: str(folder / name) for key, name in files.items()}}
+    return build_settings({**_SETTINGS, "data": data})

@@ -1,0 +1,98 @@
+"""Studies as files: the runs they need, `<study>.json`, and a figure each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from exaonepath.alignment.evaluate import EvaluationSettings, evaluate
+from exaonepath.alignment.figures import draw_missing, draw_outcome, draw_projections
+from exaonepath.alignment.report import draw_attention_of, provenance
+from exaonepath.alignment.studies.ablations import (
+    Outcome,
+    StudyBase,
+    run_folder,
+    run_study,
+    run_variant,
+    with_overrides,
+)
+from exaonepath.alignment.studies.questions import STUDIES
+from exaonepath.alignment.subject import open_subject
+from exaonepath.errors import SettingsError
+from exaonepath.files.artifact import settings_hash
+from exaonepath.files.atomic import ensure_folder, write_text
+
+Report = Callable[[str], None]
+
+# What a study's figure shows, of what was measured; labels follow.
+_SHOWN = {
+    "frope": ("recall@1 wsi x rna",),
+    "loss": ("recall@1, all pairs", "recall@1 wsi x rna", "recall@1 rna x methylation"),
+    "frozen": ("recall@1, all pairs", "recall@1 wsi x rna"),
+    "modalities": ("recall@1 wsi x rna", "recall@1 rna x methylation", "recall@1 snp x cnv"),
+}
+
+
+def run_and_draw(
+    name: str, base: StudyBase, out: Path, *, seeds: Sequence[int], labels: Sequence[str], report: Report
+) -> Path:
+    """Run one of `STUDIES` (`run_study`) and write `<name>.json` and the figure, whose path is returned."""
+    ensure_folder(out)
+    outcome = run_study(STUDIES[name](base.modalities), base, out, seeds=seeds, labels=labels, report=report)
+    made_from: dict[str, Any] = {"base": base.settings.as_dict(), "cohort_hash": base.cohort_hash}
+    made_from |= {"seeds": list(seeds), "labels": list(labels)}
+    found = {"settings": made_from, "settings_hash": settings_hash(made_from), **outcome.as_dict()}
+    write_text(out / f"{name}.json", json.dumps(found, indent=1) + "\n")
+    return draw_outcome(outcome, shown(outcome), out / f"ablation-{name}.png")
+
+
+def shown(outcome: Outcome) -> list[str]:
+    """Measures that a study's figure shows: those of its question, then the probes; all that were measured, else."""
+    there = outcome.measures()
+    chosen = [m for m in _SHOWN.get(outcome.study.name, ()) if m in there]
+    probes = [m for m in there if " from " in m]
+    if outcome.study.name in ("loss", "modalities"):
+        probes = [m for m in probes if m.endswith("from all modalities")]
+    return [*chosen, *probes] or there
+
+
+def run_analysis(
+    name: str, base: StudyBase, out: Path, *, seeds: Sequence[int], labels: Sequence[str], report: Report
+) -> Path:
+    """Look at the base model of the first seed: "missing", "projections" or "attention"; writes as `run_and_draw`.
+
+    Raises:
+        SettingsError: the cohort has nothing to draw (no patient with every modality, no slide of two fragments).
+    """
+    ensure_folder(out / "runs")
+    run_variant(base, {}, seeds[0], out / "runs", labels)
+    settings = with_overrides(base.settings, {"run.seed": seeds[0]})
+    subject = open_subject(run_folder(base, settings, out / "runs"), device=settings.run.device)
+    target = out / f"ablation-{name}.png"
+    if name == "attention":
+        maps = draw_attention_of(subject, target)
+        if not maps:
+            raise SettingsError("no held-out slide has two fragments or more: there is no attention to draw")
+        crossing = [
+            {
+                "block": found.block,
+                "restricted": found.restricted,
+                "queries": found.queries.tolist(),
+                "to_prefix": found.prefix.mean(1).sum(1).tolist(),
+                "largest": found.patches.amax((1, 2)).tolist(),
+            }
+            for found in maps
+        ]
+        write_text(out / "attention.json", json.dumps({**provenance(subject, {}), "blocks": crossing}, indent=1) + "\n")
+        return target
+    wanted = EvaluationSettings(labels=tuple(labels), missing=name == "missing")
+    stored = {**provenance(subject, asdict(wanted)), **evaluate(subject, wanted)}
+    if not stored[name]:
+        raise SettingsError(f"nothing to draw for {name}: too few held-out patients have every modality")
+    write_text(out / f"{name}.json", json.dumps(stored, indent=1) + "\n")
+    (draw_missing if name == "missing" else draw_projections)(stored, target)
+    report(f"{name}: {len(subject.held_out)} held-out patients")
+    return target

@@ -1,0 +1,199 @@
+"""What is evaluated: a trained alignment model, a cohort, and which of its patients the model has not seen."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from exaonepath.alignment.data.cohort import Cohort
+from exaonepath.alignment.data.report import some
+from exaonepath.alignment.data.splits import Split
+from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
+from exaonepath.alignment.training.data import (
+    TrainingData,
+    check_features,
+    load_split,
+    load_training_cohort,
+    restrict_modalities,
+    standardizer_of,
+)
+from exaonepath.alignment.training.distributed import Processes
+from exaonepath.alignment.training.settings import DataSettings, build_settings
+from exaonepath.alignment.training.settings_file import read_settings
+from exaonepath.alignment.training.validation import EmbeddedPatients, embed_patients
+from exaonepath.errors import DataFileError, SettingsError
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 32
+HELD_OUT = ("val", "test")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model beside a cohort.
+
+    Attributes:
+        model: in evaluation mode.
+        data: the cohort, standardised as the model was trained.
+        seen: whether the split tells which patients trained the model; else all patients count as held out.
+        processes: the device at hand.
+    """
+
+    model: ExaonePathAlignmentModel
+    data: TrainingData
+    seen: bool
+    processes: Processes
+
+    @property
+    def cohort(self) -> Cohort:
+        """The cohort."""
+        return self.data.cohort
+
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Part to its patients, empty parts left out."""
+        return {name: ids for name, ids in self.data.split.parts.items() if ids}
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Sorted patients that did not train the model."""
+        return tuple(sorted(p for name in HELD_OUT for p in self.data.split.parts.get(name, ())))
+
+    def embed(self, patients: Sequence[str]) -> EmbeddedPatients:
+        """Embeddings of patients, in their order: all slides, all patches."""
+        rows = list(range(len(patients)))
+        return embed_patients(
+            self.model,
+            self.data.evaluation_batches(patients, rows, _BATCH),
+            patients,
+            autocast=contextlib.nullcontext,
+            processes=self.processes,
+        )
+
+    def fuse(self, embedded: EmbeddedPatients, modalities: Sequence[str]) -> np.ndarray:
+        """Fused embedding float32 [n, D] of patients as if only these modalities were there."""
+        device = self.model.loss_device
+        embeddings = {name: torch.from_numpy(h).to(device) for name, h in embedded.modality.items()}
+        available = {
+            name: torch.from_numpy(there if name in modalities else np.zeros_like(there))
+            for name, there in embedded.available.items()
+        }
+        with torch.no_grad():
+            fused: np.ndarray = self.model.fuse(embeddings, available).float().cpu().numpy()
+        return fused
+
+    def shared_spaces(self, embedded: EmbeddedPatients) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+        """(i, j) -> unit vectors (u, v) float32 [n, d] of all rows; those of missing modalities mean nothing."""
+        device = self.model.loss_device
+        h = {name: torch.from_numpy(x).to(device) for name, x in embedded.modality.items()}
+        with torch.no_grad():
+            return {
+                (a, b): (
+                    self.model.project(h[a], a, b).float().cpu().numpy(),
+                    self.model.project(h[b], b, a).float().cpu().numpy(),
+                )
+                for a, b in self.model.trained_pairs
+            }
+
+
+def open_subject(
+    model: Path, cohort: Path | None = None, *, split: Path | None = None, by_name: bool = False, device: str = "auto"
+) -> Subject:
+    """Load a model and the cohort it is to be judged on.
+
+    Args:
+        model: a run's folder (its final model is taken), or a model's.
+        cohort: a folder with cohort.h5mu, slides.csv and labels.csv (what is there of them), or a settings file with a
+            table `data`; None: the run's own cohort, with its split.
+        split: file of a split of `cohort`; None: those who trained the run's model do not count as held out.
+        by_name: take a cohort that lacks features of the model; they count as average.
+        device: "auto", "cpu", "cuda".
+
+    Raises:
+        SettingsError: no cohort is known, it has nothing the model takes, it is not what the run was trained on any
+            more, or all of it trained the model.
+        DataFileError: the run's files cannot be read. WeightsError: features differ, or the model cannot be loaded.
+    """
+    run = (model / "settings.json").is_file()
+    if cohort is None and not run:
+        raise SettingsError(f"{model} is a model without a run; name the cohort to evaluate it on")
+    settings = _run_data(model) if cohort is None else cohort_settings(cohort)
+    processes = Processes.start(device)
+    loaded: ExaonePathAlignmentModel = ExaonePathAlignmentModel.from_pretrained(model / "model" if run else model)
+    loaded.eval().to(processes.device)
+    if cohort is None:
+        known = load_training_cohort(settings)
+        if known.fingerprint != _stored(model).get("cohort_hash"):
+            raise SettingsError(
+                f"the cohort has changed since {model} was trained on it, so who was held out means nothing any more; "
+                "name the cohort, and a split of it, to evaluate on what is there now"
+            )
+        split = split or model / "split.json"
+    else:
+        # Whoever has one modality that the model takes can be embedded; only training needs two.
+        settings = replace(settings, modalities=(), min_modalities=1)
+        known = load_training_cohort(settings)
+    known = restrict_modalities(known, [n for n in loaded.modalities if n in known.held], settings.min_modalities)
+    check_features(loaded, known, by_name=by_name)
+    if split is not None:
+        parts, seen = load_split(split, known), True
+    else:
+        parts, seen = _apart_from_training(model if run else None, loaded, known)
+    return Subject(loaded, TrainingData(known, parts, standardizer_of(loaded), settings, 0), seen, processes)
+
+
+def _apart_from_training(run: Path | None, model: ExaonePathAlignmentModel, cohort: Cohort) -> tuple[Split, bool]:
+    """Everybody in "test" but those who trained the model, as far as the run tells; whether it told of any."""
+    trained: set[str] = set()
+    if run is not None and (run / "split.json").is_file():
+        trained = set(Split.load(run / "split.json").parts.get("train", ())) & set(cohort.patients)
+        if trained:
+            logger.warning(
+                "%d of the cohort's patients trained the model and are not held out: %s",
+                len(trained),
+                some(sorted(trained)),
+            )
+    elif model.config.provenance.get("cohort_hash") == cohort.fingerprint:
+        logger.warning("the model was trained on this very cohort; name its split, or all patients count as held out")
+    test = tuple(p for p in cohort.patients if p not in trained)
+    if not test:
+        raise SettingsError("every patient of the cohort trained the model: nobody is held out")
+    return Split({"train": tuple(sorted(trained)), "val": (), "test": test}), bool(trained)
+
+
+def cohort_settings(path: Path) -> DataSettings:
+    """Where a cohort's files are: a folder with the usual names in it, or a settings file.
+
+    Raises:
+        SettingsError: the folder has none of them. ConfigError: the settings file is wrong.
+    """
+    if path.is_dir():
+        files = {"mudata": "cohort.h5mu", "slides": "slides.csv", "labels": "labels.csv"}
+        there = {key: str(path / name) for key, name in files.items() if (path / name).is_file()}
+        if not there:
+            raise SettingsError(f"{path} holds none of {', '.join(files.values())}; name a settings file in its place")
+        return DataSettings(**there)  # type: ignore[arg-type]
+    return read_settings(path).data
+
+
+def _run_data(run: Path) -> DataSettings:
+    return build_settings(_stored(run)["settings"]).data
+
+
+def _stored(run: Path) -> Mapping[str, Any]:
+    try:
+        stored: Mapping[str, Any] = json.loads((run / "settings.json").read_text(encoding="utf-8"))
+        if not isinstance(stored["settings"], Mapping):
+            raise TypeError("settings is no table")
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise DataFileError(f"{run / 'settings.json'} cannot be read ({exc})") from exc
+    return stored

@@ -1,0 +1,317 @@
+"""From the cohort and its split to batches of the alignment model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from exaonepath.alignment.data.cohort import MODALITIES, WSI, Cohort, load_cohort
+from exaonepath.alignment.data.config import CohortConfig, ModalitySource
+from exaonepath.alignment.data.dataset import PatientBatch as CohortBatch
+from exaonepath.alignment.data.dataset import PatientDataset, collate_patients
+from exaonepath.alignment.data.report import some
+from exaonepath.alignment.data.slides import SlideTable
+from exaonepath.alignment.data.splits import Split, split_patients
+from exaonepath.alignment.data.standardizer import Scaling, Standardizer, StandardizerSettings
+from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
+from exaonepath.alignment.model.batch import PatientBatch, SlidePatches
+from exaonepath.alignment.training.batch_plan import PlannedChunk
+from exaonepath.alignment.training.settings import DataSettings
+from exaonepath.alignment.training.step import Chunk
+from exaonepath.alignment.training.typed_tables import build_typed
+from exaonepath.errors import ConfigError, SettingsError
+from exaonepath.files.features import read_features
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("train", "val", "test")
+
+
+def load_training_cohort(settings: DataSettings) -> Cohort:
+    """The cohort that the settings name, with the modalities they ask for.
+
+    Raises:
+        CohortError: it cannot be used; every reason is listed. ConfigError, SettingsError: the settings do not fit it.
+    """
+    sources = {}
+    for name, table in settings.tables.items():
+        where = f"data.tables.{name}."
+        if "path" not in table:
+            raise ConfigError(f"{where}path is missing")
+        sources[name] = build_typed(ModalitySource, table, where)
+    cohort = load_cohort(
+        CohortConfig(
+            mudata=settings.mudata,
+            modalities=sources,
+            slides=settings.slides,
+            labels=settings.labels,
+            patient_ids=settings.patient_ids,  # type: ignore[arg-type]
+            scales=settings.scales,
+            missing=settings.missing,  # type: ignore[arg-type]
+            min_modalities=settings.min_modalities,
+            check_features=settings.check_features,  # type: ignore[arg-type]
+        )
+    )
+    return restrict_modalities(cohort, settings.modalities, settings.min_modalities)
+
+
+def restrict_modalities(cohort: Cohort, modalities: Sequence[str], min_modalities: int = 2) -> Cohort:
+    """The cohort with these modalities only, and the patients that have enough of them; empty: as it is.
+
+    Raises:
+        SettingsError: a modality that the cohort lacks, or nobody is left.
+    """
+    if unknown := [name for name in modalities if name not in cohort.held]:
+        raise SettingsError(f"data.modalities: the cohort has no {', '.join(unknown)}; it has {', '.join(cohort.held)}")
+    if not modalities:
+        return cohort
+    part = replace(
+        cohort,
+        modalities={name: table for name, table in cohort.modalities.items() if name in modalities},
+        slides=cohort.slides if WSI in modalities else SlideTable(),
+    )
+    enough = part.availability().sum(1) >= min_modalities
+    if not enough.any():
+        raise SettingsError(f"no patient has {min_modalities} of the modalities {', '.join(modalities)}")
+    dropped = [p for p, keep in zip(part.patients, enough, strict=True) if not keep]
+    if dropped:
+        logger.info("%d patients have too few of the chosen modalities: %s", len(dropped), some(dropped))
+    return part.subset(p for p, keep in zip(part.patients, enough, strict=True) if keep)
+
+
+def make_split(cohort: Cohort, settings: DataSettings) -> Split:
+    """The split that the settings name or ask for; parts "train", "val" and "test", the last two perhaps empty.
+
+    Raises:
+        SettingsError: no such label, or too few patients. DataFileError: the split file cannot be read.
+    """
+    if settings.split is not None:
+        split = load_split(Path(settings.split), cohort)
+    else:
+        labels = None
+        if settings.stratify is not None:
+            if settings.stratify not in cohort.labels.columns:
+                names = ", ".join(map(str, cohort.labels.columns)) or "none"
+                raise SettingsError(f"data.stratify: no label {settings.stratify!r}; the cohort has {names}")
+            labels = cohort.labels[settings.stratify]
+        shares = {"val": settings.validation_share, "test": settings.test_share}
+        fractions = {"train": 1 - sum(shares.values()), **{name: share for name, share in shares.items() if share}}
+        split = split_patients(cohort.patients, labels, fractions=fractions, seed=settings.split_seed)
+    parts = {name: split.parts.get(name, ()) for name in PARTS}
+    if len(parts["train"]) < 2:
+        raise SettingsError(f"{len(parts['train'])} patients to train on; at least 2 are needed")
+    return Split(parts, split.seed, split.stratified_by)
+
+
+def load_split(path: Path, cohort: Cohort) -> Split:
+    """The split in a file, with the cohort's patients only; those in none of its parts are warned of.
+
+    Raises:
+        DataFileError: it cannot be read. SettingsError: a part of another name than "train", "val", "test", or nobody
+            of the cohort is in it.
+    """
+    split = Split.load(path)
+    if strange := sorted(set(split.parts) - set(PARTS)):
+        raise SettingsError(f"{path} has parts called {', '.join(strange)}; they must be {', '.join(PARTS)}")
+    known = {p for part in split.parts.values() for p in part}
+    if not known & set(cohort.patients):
+        raise SettingsError(
+            f"{path} names {some(sorted(known))}; none of them is in the cohort, which has {some(cohort.patients)}"
+        )
+    if strange := sorted(set(cohort.patients) - known):
+        logger.warning("%d patients are in no part of %s: %s", len(strange), path, some(strange))
+    found = split.restricted_to(cohort.patients)
+    return Split({name: found.parts.get(name, ()) for name in PARTS}, found.seed, found.stratified_by)
+
+
+def fit_standardizer(cohort: Cohort, split: Split, settings: DataSettings) -> Standardizer:
+    """Means and deviations of the training patients."""
+    options = StandardizerSettings(settings.top_variance, settings.clip or None)
+    return Standardizer.fit(cohort, split["train"], options)[0]
+
+
+def standardizer_of(model: ExaonePathAlignmentModel) -> Standardizer:
+    """The standardizer a model carries; raises `SettingsError` where a foundation model reads profiles as measured."""
+    scalings, clips = {}, set()
+    for name in model.modalities:
+        if name == WSI:
+            continue
+        encoder = model.omics_encoder(name)
+        if encoder.foundation_cfg is not None:
+            raise SettingsError(f"{name}: profiles go to the foundation model as measured; there is no standardizer")
+        clips.add(encoder.clip)
+        mean, std = encoder.mean.float().cpu().numpy(), encoder.std.float().cpu().numpy()
+        scalings[name] = Scaling(encoder.feature_names, encoder.scale, encoder.transform, mean, std, 0)
+    if len(clips) > 1:
+        raise SettingsError(f"the modalities of the model are clipped at different bounds: {sorted(map(str, clips))}")
+    return Standardizer(scalings, clips.pop() if clips else None)
+
+
+def check_features(model: ExaonePathAlignmentModel, cohort: Cohort, *, by_name: bool = False) -> None:
+    """Hold a cohort against the features a model was trained on.
+
+    Raises:
+        WeightsError: the cohort lacks features of the model (named), and `by_name` was not asked for.
+        SettingsError: the cohort has no modality of the model, or slides of another feature width.
+    """
+    common = [name for name in cohort.modalities if name in model.modalities]
+    for name in common:
+        model.match_features(name, cohort.modalities[name].features, by_name=by_name)
+    has_slides = bool(len(cohort.slides)) and WSI in model.modalities
+    if not common and not has_slides:
+        raise SettingsError(f"the cohort has none of the model's modalities: {', '.join(model.modalities)}")
+    if has_slides:
+        width = model.config.widths[WSI] - model.slide_encoder.config.wsi["embed_dim"]
+        if cohort.slides.dim != width:
+            raise SettingsError(f"slide features are {cohort.slides.dim} wide, the model takes {width}")
+
+
+class Probe(NamedTuple):
+    """Patches of one slide: [N, C], [N, 2], [N]."""
+
+    features: Tensor
+    coords: Tensor
+    contour_index: Tensor
+
+
+@dataclass
+class TrainingData:
+    """A cohort, its split, and how its values become inputs.
+
+    Attributes:
+        cohort, split, standardizer: see `exaonepath.alignment.data`.
+        settings: of the data. seed: of the draws.
+    """
+
+    cohort: Cohort
+    split: Split
+    standardizer: Standardizer
+    settings: DataSettings
+    seed: int
+
+    def __post_init__(self) -> None:
+        budget = self.settings.max_patches or None
+        cache = self.settings.cache_mb << 20
+        choice: Any = self.settings.slides_per_step
+        self._training = PatientDataset(
+            self.cohort, self.standardizer, self.train, slides=choice, patch_budget=budget, seed=self.seed,
+            cache_bytes=cache,
+        )  # fmt: skip
+        self._number = {patient: i for i, patient in enumerate(self._training.cohort.patients)}
+        self._evaluation: tuple[tuple[str, ...], PatientDataset] | None = None
+
+    @property
+    def train(self) -> tuple[str, ...]:
+        """Training patients, sorted."""
+        return self.split["train"]
+
+    @property
+    def validation(self) -> tuple[str, ...]:
+        """Validation patients, sorted."""
+        return self.split["val"]
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Modalities of the cohort that a model can take."""
+        return (*((WSI,) if len(self.cohort.slides) else ()), *self.standardizer.scalings)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a model trained on this should say of it."""
+        counts = {name: len(part) for name, part in self.split.parts.items()}
+        return {"cohort_hash": self.cohort.fingerprint, "patients": counts}
+
+    @cached_property
+    def probe_slide(self) -> Probe | None:
+        """A small validation slide of two fragments or more, to look for leaks between them; None without one."""
+        held_out = set(self.validation)
+        slides = [s for s in self.cohort.slides.slides if s.patient in held_out and s.n_patches <= _PROBE_PATCHES]
+        for slide in sorted(slides, key=lambda s: s.n_patches)[:_PROBE_TRIES]:
+            stored = read_features(slide.features)
+            if stored.coords is not None and len(np.unique(stored.contour_index)) > 1:
+                return Probe(*(torch.from_numpy(x) for x in (stored.features, stored.coords, stored.contour_index)))
+        return None
+
+    def chunks(
+        self, plan: Iterable[tuple[int, list[PlannedChunk]]], *, workers: int = 0
+    ) -> Iterator[tuple[int, list[Chunk]]]:
+        """Read what a plan of (step, its chunks) asks for; steps of one epoch must be in a row."""
+        epoch_steps: list[tuple[int, list[PlannedChunk]]] = []
+        for step, planned in plan:
+            if epoch_steps and planned[0][1] != epoch_steps[0][1][0][1]:
+                yield from self._read(epoch_steps, workers)
+                epoch_steps = []
+            epoch_steps.append((step, planned))
+        yield from self._read(epoch_steps, workers)
+
+    def _read(self, steps: list[tuple[int, list[PlannedChunk]]], workers: int) -> Iterator[tuple[int, list[Chunk]]]:
+        if not steps:
+            return
+        self._training.set_epoch(steps[0][1][0][1])
+        wanted = [[self._number[p] for p in patients] for _, planned in steps for patients, _, _ in planned]
+        # Its own generator: a loader draws a number from torch's at every start.
+        loader = iter(
+            DataLoader(
+                self._training,
+                batch_sampler=wanted,
+                num_workers=workers,
+                collate_fn=collate_patients,
+                generator=torch.Generator(),
+                pin_memory=torch.cuda.is_available(),
+            )
+        )
+        for step, planned in steps:
+            chunks = []
+            for _, _, seed in planned:
+                batch: CohortBatch = next(loader)
+                chunks.append(Chunk(to_model_batch(batch), batch.patients, batch.patient_index, seed))
+            yield step, chunks
+
+    def evaluation_batches(
+        self, patients: Sequence[str], rows: Sequence[int], size: int
+    ) -> Iterator[tuple[list[int], PatientBatch]]:
+        """(rows, batch) of `patients` at `rows`, `size` at a time: all slides, all patches."""
+        dataset = self._evaluation_dataset(tuple(patients))
+        place = {patient: i for i, patient in enumerate(dataset.cohort.patients)}
+        for start in range(0, len(rows), max(size, 1)):
+            part = list(rows[start : start + max(size, 1)])
+            yield part, to_model_batch(collate_patients([dataset[place[patients[i]]] for i in part]))
+
+    def _evaluation_dataset(self, patients: tuple[str, ...]) -> PatientDataset:
+        """All slides, all patches; the one asked for last is kept, with what it has read."""
+        if self._evaluation is None or self._evaluation[0] != patients:
+            cache = self.settings.cache_mb << 20
+            dataset = PatientDataset(self.cohort, self.standardizer, patients, slides="all", cache_bytes=cache)
+            self._evaluation = patients, dataset
+        return self._evaluation[1]
+
+
+# Looking for leaks runs every RoPE block twice: a slide as small as this costs nothing.
+_PROBE_PATCHES, _PROBE_TRIES = 4096, 20
+
+
+def to_model_batch(batch: CohortBatch) -> PatientBatch:
+    """The cohort's batch as the model takes it: slides concatenated, availability by name."""
+    slides: list[list[SlidePatches]] = [[] for _ in batch.patients]
+    for row, slide in zip(batch.slide_row.tolist(), batch.slides, strict=True):
+        slides[row].append(SlidePatches(slide.features, slide.coords, slide.contour_index))
+    available = {name: batch.available[:, i] for i, name in enumerate(MODALITIES) if name == WSI or name in batch.omics}
+    has_slides = any(slides)
+    if not has_slides:
+        available.pop(WSI)
+    return PatientBatch.build(len(batch), slides if has_slides else None, batch.omics, available)
+
+
+def available_counts(cohort: Cohort, patients: Sequence[str]) -> dict[str, int]:
+    """Modality to the number of these patients who have it."""
+    there = cohort.subset(patients).availability()
+    return {name: int(count) for name, count in zip(MODALITIES, np.asarray(there.sum(0)), strict=True)}

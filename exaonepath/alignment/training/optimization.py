@@ -1,0 +1,92 @@
+"""The optimiser: AdamW with decay where it belongs, warmup and cosine, averaged weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from exaonepath.alignment.training.settings import OptimizerSettings
+
+# The temperature and bias of a pair, by the last part of their parameter's name in `PairwiseSigmoidLoss`.
+_LOGIT_PARAMETERS = ("log_t", "bias")
+_LOSS_PREFIX = "loss."
+
+
+def is_logit_parameter(name: str) -> bool:
+    """Whether a parameter of the alignment model is the t or b of the pairs."""
+    return name.startswith(_LOSS_PREFIX) and name.rsplit(".", 1)[-1] in _LOGIT_PARAMETERS
+
+
+def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW over what requires a gradient: decay for matrices, none for norms, biases, tokens, t and b."""
+    decayed, plain, logit = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if is_logit_parameter(name):
+            logit.append(parameter)
+        elif parameter.ndim == 2 or "projections" in name:
+            decayed.append(parameter)
+        else:
+            plain.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay, "lr_share": 1.0},
+        {"params": plain, "weight_decay": 0.0, "lr_share": 1.0},
+        {"params": logit, "weight_decay": 0.0, "lr_share": settings.logit_lr_share},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas)
+
+
+def learning_rate(step: int, total: int, settings: OptimizerSettings) -> float:
+    """Learning rate of step 0 .. total - 1: linear warmup, then half a cosine down to `min_lr_share`."""
+    warmup = settings.warmup if settings.warmup >= 1 else settings.warmup * total
+    if step < warmup:
+        return settings.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(total - warmup, 1)
+    floor = settings.min_lr_share
+    return settings.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Put `lr` into every group, times the group's share."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_share"]
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """2-norm over all gradients, float32; 0 where there is none."""
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+class AveragedWeights:
+    """Exponential moving average of the trained parameters, in float32; its decay warms up with the steps done."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.tensors = {n: p.detach().clone().float() for n, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after `step` steps."""
+        keep = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in model.named_parameters():
+            if name in self.tensors:
+                self.tensors[name].lerp_(parameter.detach().float(), 1 - keep)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the model's weights for the averaged ones; a second call exchanges them back."""
+        for name, parameter in model.named_parameters():
+            if name in self.tensors:
+                kept = parameter.detach().clone().float()
+                parameter.copy_(self.tensors[name])
+                self.tensors[name] = kept
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint's tensors."""
+        for name, tensor in tensors.items():
+            self.tensors[name] = tensor.to(self.tensors[name].device, copy=True)

@@ -1,0 +1,149 @@
+"""A training run from settings to a trained model in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from exaonepath.alignment.data.cohort import Cohort
+from exaonepath.alignment.data.splits import Split
+from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
+from exaonepath.alignment.training.batch_plan import derive_seed
+from exaonepath.alignment.training.build import build_model, load_initial_model
+from exaonepath.alignment.training.data import (
+    TrainingData,
+    available_counts,
+    check_features,
+    fit_standardizer,
+    load_training_cohort,
+    make_split,
+    restrict_modalities,
+    standardizer_of,
+)
+from exaonepath.alignment.training.distributed import Processes
+from exaonepath.alignment.training.run_folder import RunFolder
+from exaonepath.alignment.training.run_log import summary_writer
+from exaonepath.alignment.training.settings import TrainSettings
+from exaonepath.alignment.training.trainer import Progress, Trainer, TrainResult
+from exaonepath.files.atomic import write_text
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """Everything a run needs, checked; nothing has been written yet."""
+
+    settings: TrainSettings
+    data: TrainingData
+    model: ExaonePathAlignmentModel
+    processes: Processes
+
+    def summary(self) -> str:
+        """Lines that say what will be trained on what."""
+        lines = []
+        for part, patients in self.data.split.parts.items():
+            counts = available_counts(self.data.cohort, patients) if patients else {}
+            told = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+            lines.append(f"{part}: {len(patients)} patients{f' ({told})' if told else ''}")
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        lines.append(f"model: {', '.join(self.model.modalities)}; {trained:,} parameters to train")
+        return "\n".join(lines)
+
+
+def prepare(settings: TrainSettings) -> PreparedRun:
+    """Read and check everything, so that a run that starts is a run that can finish.
+
+    Raises:
+        ExaonePathError: settings, cohort, split, weights or device cannot be used; the message says which and why.
+    """
+    if settings.run.tensorboard:
+        summary_writer()
+    processes = Processes.start(settings.run.device)
+    if not processes.is_main:
+        # One process reads every features file through; the others need not do it again.
+        settings = replace(settings, data=replace(settings.data, check_features="header"))
+    cohort = load_training_cohort(settings.data)
+    split = make_split(cohort, settings.data)
+    if settings.model.init is not None:
+        model = load_initial_model(settings)
+        cohort, split = _as_the_model_takes_it(model, cohort, split, settings)
+        check_features(model, cohort, by_name=settings.model.match_by_name)
+        data = TrainingData(cohort, split, standardizer_of(model), settings.data, settings.run.seed)
+    else:
+        data = TrainingData(
+            cohort, split, fit_standardizer(cohort, split, settings.data), settings.data, settings.run.seed
+        )
+        torch.manual_seed(derive_seed(settings.run.seed, 0, 0))
+        model = build_model(settings, data)
+    return PreparedRun(settings, data, model, processes)
+
+
+def check(settings: TrainSettings, out: str | Path) -> PreparedRun:
+    """`prepare`, and everything else that `train` would refuse before its first step; nothing is written."""
+    with torch.random.fork_rng(devices=[]):
+        prepared = prepare(settings)
+    folder = RunFolder(Path(out))
+    Trainer(prepared.model, prepared.data, prepared.settings, folder, prepared.processes)
+    folder.check(settings.as_dict(), prepared.data.cohort.fingerprint)
+    return prepared
+
+
+def _as_the_model_takes_it(
+    model: ExaonePathAlignmentModel, cohort: Cohort, split: Split, settings: TrainSettings
+) -> tuple[Cohort, Split]:
+    """Without modalities that the model to start from has no encoder for, and patients who then have too few."""
+    if strange := [name for name in cohort.held if name not in model.modalities]:
+        logger.warning("%s has no encoder for %s: left out", settings.model.init, ", ".join(strange))
+        kept = [name for name in cohort.held if name in model.modalities]
+        cohort = restrict_modalities(cohort, kept, settings.data.min_modalities)
+    return cohort, split.restricted_to(cohort.patients)
+
+
+def train(
+    settings: TrainSettings,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    report: Callable[[str], None] | None = None,
+) -> TrainResult:
+    """Train, or go on with the run in `out` where it was stopped.
+
+    Args:
+        settings: from `read_settings`.
+        out: folder of the run (see `RunFolder`); made where it is not there.
+        overwrite: start over where `out` holds a run.
+        progress: told after every step.
+        report: told, in lines of text, what is trained on what, before the first step.
+
+    Raises:
+        ExaonePathError: bad input, before anything is written.
+        TrainingError: a loss, an embedding or a gradient is not finite; the last checkpoint is kept.
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):  # the caller's random numbers stay the caller's
+        prepared = prepare(settings)
+        folder = RunFolder(Path(out))
+        trainer = Trainer(prepared.model, prepared.data, prepared.settings, folder, prepared.processes)
+        with contextlib.ExitStack() as stack:
+            if prepared.processes.is_main:
+                stack.enter_context(folder.locked())
+                resumed = folder.claim(settings.as_dict(), prepared.data.cohort.fingerprint, overwrite=overwrite)
+                folder.clean()
+                # Each by itself: a run may have been stopped between any two of its files.
+                if not (resumed and folder.split_file.exists()):
+                    prepared.data.split.save(folder.split_file)
+                if not (resumed and folder.report_file.exists()):
+                    findings = json.dumps(prepared.data.cohort.report.as_dict(), indent=1)
+                    write_text(folder.report_file, findings + "\n")
+            prepared.processes.wait()
+            if report is not None and prepared.processes.is_main:
+                report(prepared.summary())
+            return trainer.run(progress)

@@ -1,0 +1,274 @@
+"""Settings of a training run, every value checked before anything else happens; files are `settings_file`'s."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from exaonepath.alignment.model.configuration import ROPE_MODES, WSI
+from exaonepath.alignment.training.typed_tables import build_typed
+from exaonepath.errors import ConfigError, SettingsError
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is trained on; paths in a settings file count from its folder.
+
+    Attributes:
+        mudata, slides, labels, patient_ids, scales, missing, min_modalities, check_features: see `CohortConfig`.
+        tables: modality to the keys of `ModalitySource`, for modalities that are files of their own.
+        modalities: those to train with; empty: all that the cohort holds.
+        stratify: label column by which the split is stratified; None: not stratified.
+        split: a file of the split to use (parts "train", "val", "test"); None: drawn from `split_seed`.
+        validation_share, test_share: shares of patients held out.
+        split_seed: seed of the drawn split.
+        top_variance: modality to the number of features kept: those that vary most among training patients.
+        clip: standardised values are held within +-clip; 0: not at all.
+        slides_per_step: "one" (of each patient, drawn anew each epoch) or "all" (averaged).
+        max_patches: patches of a slide in a training step, whole fragments; 0: all.
+        cache_mb: memory for patch features kept between epochs, per process.
+    """
+
+    mudata: str | None = None
+    tables: dict[str, dict[str, Any]] = field(default_factory=dict)
+    slides: str | None = None
+    labels: str | None = None
+    patient_ids: str = "as_is"
+    scales: dict[str, str] = field(default_factory=dict)
+    missing: str = "error"
+    min_modalities: int = 2
+    check_features: str = "full"
+    modalities: tuple[str, ...] = ()
+    stratify: str | None = None
+    split: str | None = None
+    validation_share: float = 0.15
+    test_share: float = 0.15
+    split_seed: int = 0
+    top_variance: dict[str, int] = field(default_factory=dict)
+    clip: float = 10.0
+    slides_per_step: str = "one"
+    max_patches: int = 0
+    cache_mb: int = 1024
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What is trained.
+
+    Attributes:
+        init: a trained alignment model to start from (a folder); its architecture is used.
+        match_by_name: with `init`: take a cohort whose features are not the model's; absent ones count as average.
+        slide_weights: start the slide encoder from these weights (folder or Hub id).
+        wsi: keys of the slide encoder's `wsi_cfg`; `input_dim` follows from the features.
+        omics: settings of every molecular encoder; a table named like a modality in it is for that one alone.
+        projection_dim: width d of each pair's shared space.
+        rope_mode: "full", or an ablation of F-RoPE.
+        frozen: encoders that are not trained, by modality.
+        gradient_checkpointing: recompute the slide encoder's activations in the backward pass.
+        attention: backend of the slide encoder; None picks one.
+    """
+
+    init: str | None = None
+    match_by_name: bool = False
+    slide_weights: str | None = None
+    wsi: dict[str, Any] = field(default_factory=dict)
+    omics: dict[str, Any] = field(default_factory=dict)
+    projection_dim: int = 256
+    rope_mode: str = "full"
+    frozen: tuple[str, ...] = ()
+    gradient_checkpointing: bool = False
+    attention: str | None = None
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What is minimised: see `ExaonePathAlignmentConfig`."""
+
+    kind: str = "sigmoid"
+    pairs: str = "all"
+    pos_weight: float | str | None = None
+    pair_weights: dict[str, float] = field(default_factory=dict)
+    t_init: float = math.log(10)
+    b_init: float = -10.0
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW with warmup and cosine decay.
+
+    Attributes:
+        lr: peak learning rate. min_lr_share: what the cosine ends at, as a share of it.
+        warmup: steps of linear warmup; a value below 1 is a share of all steps.
+        weight_decay: of weight matrices; norms, biases, tokens, t and b have none.
+        logit_lr_share: learning rate of t and b in multiples of `lr`; they start far from where a run needs them.
+        clip: largest norm of the gradient; 0: not clipped.
+        ema: decay of the averaged weights that are validated and saved; 0: none.
+    """
+
+    lr: float = 1e-3
+    min_lr_share: float = 0.01
+    warmup: float = 0.1
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    logit_lr_share: float = 10.0
+    clip: float = 1.0
+    ema: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How it is run.
+
+    Attributes:
+        epochs: passes over the training patients. steps: instead, optimiser steps; 0: by epochs.
+        batch_size: patients of one step, over all processes.
+        chunk_size: patients encoded at once; gradients of the rest of the batch are cached; 0: the whole batch.
+        seed: of the initial weights, the order of patients, sub-sampling and dropout.
+        precision: "float32", "bfloat16", "float16" (autocast), or "auto": bfloat16 where the device computes in it.
+        device: "auto", "cpu", "cuda".
+        log_every: steps between two rows of metrics.
+        validate_every: epochs between validations; 0: only at the end.
+        checkpoint_every: steps between checkpoints; 0: one an epoch.
+        keep_checkpoints: how many are kept.
+        select: what the best checkpoint has most of: "mean_recall@1", or "a->b@k" of one pair and direction.
+        num_workers: processes that read slides ahead; 0: read in the training process.
+        tensorboard: write event files.
+        monitor: look for collapse, dominance and imbalance at every validation.
+    """
+
+    epochs: int = 30
+    steps: int = 0
+    batch_size: int = 64
+    chunk_size: int = 0
+    seed: int = 0
+    precision: str = "auto"
+    device: str = "auto"
+    log_every: int = 1
+    validate_every: int = 1
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    select: str = "mean_recall@1"
+    num_workers: int = 0
+    tensorboard: bool = True
+    monitor: bool = True
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """All settings of a run; each section is a table of the file."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        out: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return out
+
+
+# What may change between a checkpoint and the run that resumes it: nothing of it touches the weights' path.
+RESUMABLE = ("run.device", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints", "run.num_workers",
+             "run.tensorboard", "data.cache_mb")  # fmt: skip
+
+
+def build_settings(tables: Mapping[str, Any]) -> TrainSettings:
+    """Settings from nested mappings, checked.
+
+    Raises:
+        ConfigError: an unknown key, or values of the wrong type or range (each is named).
+    """
+    settings: TrainSettings = build_typed(TrainSettings, tables)
+    _check(settings)
+    return settings
+
+
+def _check(settings: TrainSettings) -> None:
+    """Collect every value out of range into one error."""
+    problems = [
+        message
+        for section in (_check_data(settings.data), _check_objective(settings), _check_run(settings.run))
+        for good, message in section
+        if not good
+    ]
+    if problems:
+        raise ConfigError("settings: " + "; ".join(problems))
+    select_parts(settings.run.select)
+
+
+def _check_data(data: DataSettings) -> Iterator[tuple[bool, str]]:
+    for name, share in (("validation_share", data.validation_share), ("test_share", data.test_share)):
+        yield 0 <= share < 1, f"data.{name} must be in [0, 1), got {share}"
+    yield data.validation_share + data.test_share < 1, "data: the held-out shares leave nothing to train on"
+    for name in ("max_patches", "cache_mb", "split_seed", "clip"):
+        yield getattr(data, name) >= 0, f"data.{name} must not be negative, got {getattr(data, name)}"
+    yield len(data.modalities) != 1, "data.modalities: at least two are needed to align"
+    yield data.min_modalities >= 2, f"data.min_modalities must be at least 2 to align, got {data.min_modalities}"
+    choices = ("one", "all")
+    fits = data.slides_per_step in choices
+    yield fits, f"data.slides_per_step must be one of {', '.join(choices)}, got {data.slides_per_step!r}"
+
+
+def _check_objective(settings: TrainSettings) -> Iterator[tuple[bool, str]]:
+    model, loss, optimizer = settings.model, settings.loss, settings.optimizer
+    modes = ", ".join(ROPE_MODES)
+    yield model.rope_mode in ROPE_MODES, f"model.rope_mode must be one of {modes}, got {model.rope_mode!r}"
+    yield model.projection_dim >= 1, f"model.projection_dim must be positive, got {model.projection_dim}"
+    own = not (model.init and (model.wsi or model.omics or model.slide_weights))
+    yield own, "model.init brings its own architecture: leave out model.wsi, model.omics and model.slide_weights"
+    yield loss.kind in ("sigmoid", "softmax"), f"loss.kind must be sigmoid or softmax, got {loss.kind!r}"
+    yield loss.pairs in ("all", WSI), f"loss.pairs must be all or wsi, got {loss.pairs!r}"
+    weight = loss.pos_weight
+    fits = weight is None or weight == "balanced" or (isinstance(weight, float) and weight > 0)
+    yield fits, f'loss.pos_weight must be positive, "balanced" or "none", got {weight!r}'
+    yield optimizer.lr > 0, f"optimizer.lr must be positive, got {optimizer.lr}"
+    for name in ("warmup", "weight_decay", "clip", "logit_lr_share"):
+        yield getattr(optimizer, name) >= 0, f"optimizer.{name} must not be negative, got {getattr(optimizer, name)}"
+    yield 0 <= optimizer.min_lr_share <= 1, f"optimizer.min_lr_share must be in [0, 1], got {optimizer.min_lr_share}"
+    yield all(0 <= b < 1 for b in optimizer.betas), f"optimizer.betas must be in [0, 1), got {optimizer.betas}"
+    yield 0 <= optimizer.ema < 1, f"optimizer.ema must be in [0, 1), got {optimizer.ema}"
+
+
+def _check_run(run: RunSettings) -> Iterator[tuple[bool, str]]:
+    yield run.epochs >= 0 and run.steps >= 0 and run.epochs + run.steps > 0, "run.epochs or run.steps must be positive"
+    yield run.batch_size >= 2, f"run.batch_size must be at least 2 (one patient has no negatives), got {run.batch_size}"
+    for name in ("chunk_size", "validate_every", "checkpoint_every", "num_workers", "seed"):
+        yield getattr(run, name) >= 0, f"run.{name} must not be negative, got {getattr(run, name)}"
+    for name in ("log_every", "keep_checkpoints"):
+        yield getattr(run, name) >= 1, f"run.{name} must be positive, got {getattr(run, name)}"
+    names = ", ".join(PRECISIONS)
+    yield run.precision in PRECISIONS, f"run.precision must be one of {names}, got {run.precision!r}"
+
+
+def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the settings in which two nested mappings differ, those of `RESUMABLE` left out."""
+    out: list[str] = []
+    for key in sorted(set(a) | set(b)):
+        name = prefix + key
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            out += differing_keys(left, right, name + ".")
+        elif left != right and name not in RESUMABLE:
+            out.append(name)
+    return out
+
+
+def select_parts(select: str) -> tuple[str, int]:
+    """ "name@k" to (name, k); raises `SettingsError`."""
+    name, separator, k = select.rpartition("@")
+    if not separator or not k.isdigit() or int(k) not in (1, 5, 10):
+        raise SettingsError(f'run.select must be "mean_recall@1" or "wsi->rna@1" (k of 1, 5, 10), got {select!r}')
+    return name, int(k)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

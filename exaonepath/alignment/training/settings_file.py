@@ -1,0 +1,95 @@
+"""Settings of a training run from a TOML file, with flags over it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from exaonepath.alignment.training.settings import TrainSettings, build_settings
+from exaonepath.errors import ConfigError, MissingDependencyError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # the same parser, under the name it had before Python took it in
+    try:
+        import tomli as tomllib
+    except ModuleNotFoundError:
+        tomllib = None
+
+
+def read_settings(
+    path: Path | None, overrides: Iterable[str] = (), *, values: Mapping[str, Any] | None = None
+) -> TrainSettings:
+    """Read a settings file and put flags over it.
+
+    Args:
+        path: TOML with the tables of `TrainSettings`; relative paths in it count from its folder. None: defaults.
+        overrides: "section.key=value", the value in TOML (a bare word counts as text); relative paths count from the
+            working directory.
+        values: "section.key" to value, over both.
+
+    Raises:
+        ConfigError: not TOML, an unknown key (named), or a value of the wrong type or range.
+    """
+    tables: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tables = _parse(path.read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ConfigError(f"settings file {path} cannot be read: {exc}") from exc
+        _anchor(tables, path.resolve().parent)
+    for override in overrides:
+        name, separator, text = override.partition("=")
+        if not separator or "." not in name:
+            raise ConfigError(f"a setting is written section.key=value, got {override!r}")
+        _put(tables, name.strip(), _value(text.strip(), override))
+    for name, value in (values or {}).items():
+        _put(tables, name, value)
+    return build_settings(tables)
+
+
+def _put(tables: dict[str, Any], name: str, value: Any) -> None:
+    *path, last = name.split(".")
+    table = tables
+    for key in path:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{name}: {key} is a value, not a table")
+    table[last] = value
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    if tomllib is None:
+        raise MissingDependencyError("reading TOML on Python 3.10 needs tomli: pip install 'exaonepath[train]'")
+    try:
+        out: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{where} is not valid TOML: {exc}") from exc
+    return out
+
+
+def _value(text: str, where: str) -> Any:
+    try:
+        return _parse(f"value = {text}", where)["value"]
+    except ConfigError:
+        if any(mark in text for mark in "\"'[]{}=,"):
+            raise
+        return text  # a bare word or path, which a shell user will not put in two kinds of quotes
+
+
+def _anchor(tables: dict[str, Any], folder: Path) -> None:
+    """Relative paths of a settings file, in place, to paths that count from its folder."""
+    data, model = tables.get("data"), tables.get("model")
+    places = [(data, key) for key in ("mudata", "slides", "labels", "split")]
+    places += [(model, key) for key in ("init", "slide_weights")]
+    sources = data.get("tables") if isinstance(data, dict) else None
+    places += [(source, "path") for source in (sources.values() if isinstance(sources, dict) else ())]
+    for table, key in places:
+        value = table.get(key) if isinstance(table, dict) else None
+        if isinstance(table, dict) and isinstance(value, str) and value:
+            beside = folder / Path(value).expanduser()
+            # slide_weights may be a Hub id, which no folder beside the file stands for.
+            if key != "slide_weights" or beside.exists():
+                table[key] = str(beside)

@@ -1,0 +1,151 @@
+"""One optimiser step's gradients over a large batch of patients, with the activations of one chunk at a time.
+
+A contrastive loss couples all patients of a batch, but only through their embeddings, so chunks take turns (see
+`cached_gradient_step`). Every chunk's dropout comes from a seed of its own: both its passes agree, and so do runs on
+different numbers of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
+from exaonepath.alignment.model.batch import PatientBatch
+from exaonepath.alignment.model.cached_gradients import cached_gradient_step
+from exaonepath.alignment.model.objective import ObjectiveOutput
+from exaonepath.alignment.training.distributed import Processes
+from exaonepath.errors import ExaonePathError
+
+
+class TrainingError(ExaonePathError):
+    """Training cannot go on: a loss, an embedding or a gradient that is not finite; the last checkpoint is good."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Patients embedded together.
+
+    Attributes:
+        batch: on the host.
+        patients: their ids, for messages. rows: int64 [B], their numbers, equal for equal patients over all processes.
+        seed: of the chunk's dropout.
+    """
+
+    batch: PatientBatch
+    patients: tuple[str, ...]
+    rows: Tensor
+    seed: int
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step found, before the optimiser moves.
+
+    Attributes:
+        objective: the loss and its parts.
+        embeddings: modality to [B, E], this process's rows, detached. gradients: of the loss with respect to them.
+        available: modality to bool [B].
+    """
+
+    objective: ObjectiveOutput
+    embeddings: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    available: dict[str, Tensor]
+
+
+def accumulate_gradients(
+    model: ExaonePathAlignmentModel,
+    objective: Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor], ObjectiveOutput],
+    chunks: Sequence[Chunk],
+    *,
+    autocast: Callable[[], AbstractContextManager[None]],
+    processes: Processes,
+    loss_scale: float = 1.0,
+) -> StepOutput:
+    """Add the gradient of the loss over all chunks (of all processes) to the parameters' `.grad`.
+
+    Args:
+        model: in training mode.
+        objective: (embeddings, availability, patient numbers) to the loss, over the rows of this process.
+        chunks: of this process, at least one.
+        autocast: what the encoders run under.
+        processes: who else holds rows of the batch.
+        loss_scale: factor on the gradients (float16).
+
+    Raises:
+        TrainingError: an embedding or the loss is not finite; names the modality, the pair and the patients.
+    """
+    names, device = model.modalities, model.loss_device
+    patients = [patient for chunk in chunks for patient in chunk.patients]
+    rows = torch.cat([chunk.rows for chunk in chunks]).to(device)
+    available = {
+        name: torch.cat([c.batch.available.get(name, torch.zeros(c.batch.size, dtype=torch.bool)) for c in chunks])
+        for name in names
+    }
+    here = {name: there.to(device) for name, there in available.items()}
+    seen: dict[str, Tensor] = {}
+
+    def loss(embeddings: dict[str, Tensor]) -> ObjectiveOutput:
+        seen.update(embeddings)
+        _refuse_non_finite(embeddings, patients, processes)
+        output = objective(embeddings, here, rows)
+        if not torch.isfinite(output.loss):
+            pairs = [f"{a}-{b}" for (a, b), value in output.pair_losses.items() if not torch.isfinite(value)]
+            raise TrainingError(
+                f"the loss is {float(output.loss.detach())} (pairs: {', '.join(pairs) or 'none of them alone'})"
+            )
+        return output
+
+    def backward(value: Tensor) -> None:
+        (value * loss_scale).backward()
+
+    def encode(chunk: Chunk) -> dict[str, Tensor]:
+        return _embed(model, chunk, autocast)
+
+    if len(chunks) == 1:  # nothing to save: one forward is enough
+        embedded = encode(chunks[0])
+        output = loss({name: h.detach().requires_grad_() for name, h in embedded.items()})
+        backward(output.loss)
+        trained = [name for name in names if embedded[name].requires_grad and seen[name].grad is not None]
+        torch.autograd.backward([embedded[name] for name in trained], [seen[name].grad for name in trained])
+    else:
+        output = cached_gradient_step(encode, chunks, loss, backward=backward)
+    gradients = {name: torch.zeros_like(h) if h.grad is None else h.grad / loss_scale for name, h in seen.items()}
+    return StepOutput(output, {name: h.detach() for name, h in seen.items()}, gradients, available)
+
+
+def _embed(
+    model: ExaonePathAlignmentModel, chunk: Chunk, autocast: Callable[[], AbstractContextManager[None]]
+) -> dict[str, Tensor]:
+    to_keep = torch.is_grad_enabled()
+    torch.manual_seed(chunk.seed)
+    # With a graph also where it is dropped at once: without one the encoder works by other chunks of rows, and would
+    # deal its dropout out in another order.
+    with torch.enable_grad(), autocast():
+        found = model.embed(chunk.batch.to(model.loss_device))
+    return found if to_keep else {name: h.detach() for name, h in found.items()}
+
+
+def _refuse_non_finite(embeddings: Mapping[str, Tensor], patients: Sequence[str], processes: Processes) -> None:
+    bad = {name: (~torch.isfinite(h)).any(1) for name, h in embeddings.items()}
+    flags = torch.stack([rows.any() for rows in bad.values()])
+    found = flags.tolist()
+    if not processes.any_true(any(found)):
+        return
+    if not any(found):
+        raise TrainingError("another process found an embedding that is not finite")
+    named = [
+        f"{name} of {_some([patients[i] for i in rows.nonzero().view(-1).tolist()])}"
+        for (name, rows), is_bad in zip(bad.items(), found, strict=True)
+        if is_bad
+    ]
+    raise TrainingError(f"embeddings that are not finite: {'; '.join(named)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

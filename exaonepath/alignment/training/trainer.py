@@ -1,0 +1,359 @@
+"""The training loop: steps, metrics, validation, checkpoints, and an exact continuation after a kill.
+
+Nothing of a run depends on what happened before a step except the tensors of its checkpoint: the order of patients
+follows from (seed, epoch), sub-sampling from (seed, epoch, patient), dropout from (seed, step, chunk). So there is no
+generator state to keep, and a resumed run takes the very steps that the killed one would have taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
+from exaonepath.alignment.model.objective import AlignmentObjective
+from exaonepath.alignment.training.batch_plan import BatchPlan
+from exaonepath.alignment.training.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from exaonepath.alignment.training.data import TrainingData
+from exaonepath.alignment.training.distributed import Processes
+from exaonepath.alignment.training.monitors import HealthMonitors
+from exaonepath.alignment.training.optimization import (
+    AveragedWeights,
+    build_optimizer,
+    gradient_norm,
+    learning_rate,
+    set_learning_rate,
+)
+from exaonepath.alignment.training.run_folder import RunFolder
+from exaonepath.alignment.training.run_log import RunLog
+from exaonepath.alignment.training.settings import TrainSettings, select_parts
+from exaonepath.alignment.training.step import Chunk, StepOutput, TrainingError, accumulate_gradients
+from exaonepath.alignment.training.stop_request import StopRequest
+from exaonepath.alignment.training.validation import embed_patients, retrieval_metrics
+from exaonepath.device import resolve_dtype
+from exaonepath.errors import DeviceError, SettingsError, WeightsError
+
+logger = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """Told after every step."""
+
+    def __call__(self, step: int, total: int, row: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        step: optimiser steps done, of `total`.
+        finished: False where it was stopped by a signal; the same call goes on from there.
+        resumed_from: the step it started from.
+        best: the selected validation metric of the best model; None where nothing was validated.
+        best_step: when that was.
+    """
+
+    step: int
+    total: int
+    finished: bool
+    resumed_from: int
+    best: float | None
+    best_step: int | None
+
+
+class Trainer:
+    """Trains `model` on `data` into `folder`; build it, then `run()`."""
+
+    def __init__(
+        self,
+        model: ExaonePathAlignmentModel,
+        data: TrainingData,
+        settings: TrainSettings,
+        folder: RunFolder,
+        processes: Processes,
+    ) -> None:
+        """Check everything that can be checked without a step.
+
+        Raises:
+            SettingsError: batch, chunks and processes do not fit together, or no pair is trained that is to select.
+            DeviceError: the precision is not available on the device.
+        """
+        self.settings, self.data, self.folder, self.processes = settings, data, folder, processes
+        run = settings.run
+        self.plan = BatchPlan.of(
+            data.train,
+            batch_size=run.batch_size,
+            chunk_size=run.chunk_size,
+            epochs=run.epochs,
+            steps=run.steps,
+            seed=run.seed,
+            processes=processes.count,
+        )
+        self.total = self.plan.total
+        _check_select(run.select, model)
+        self.dtype = _precision(run.precision, processes.device)
+        self.model = model.to(processes.device)
+        self.objective = AlignmentObjective(model, distributed=processes.count > 1)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise SettingsError("every parameter is frozen: there is nothing to train")
+        self.names = {p: n for n, p in model.named_parameters()}
+        self.optimizer = build_optimizer(model, settings.optimizer)
+        self.averaged = AveragedWeights(model, settings.optimizer.ema) if settings.optimizer.ema else None
+        # Only float16 has too few exponents for gradients.
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype == torch.float16)
+        self.monitors = HealthMonitors()
+        self.step = 0
+        self.best: float | None = None
+        self.best_step: int | None = None
+        self.log = RunLog(folder, is_main=processes.is_main, tensorboard=run.tensorboard)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What the encoders run under."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.processes.device.type, self.dtype, enabled=enabled)
+
+    def run(self, progress: Progress | None = None) -> TrainResult:
+        """Train, from the newest checkpoint of the folder where there is one, to the end or to a signal.
+
+        Raises:
+            TrainingError: a loss, an embedding or a gradient is not finite; the last checkpoint is kept.
+        """
+        resumed_from = self._resume()
+        if self.scaler.is_enabled():
+            # It makes its factor when it first scales something, and our losses are scaled by hand.
+            self.scaler.scale(torch.zeros((), device=self.processes.device))
+        rank, count = self.processes.rank, self.processes.count
+        planned = self.plan.steps(self.step, rank, count)
+        with self.log.opened(self.step), StopRequest().listening() as stop:
+            for step, chunks in self.data.chunks(planned, workers=self.settings.run.num_workers):
+                row = self._train_step(step, chunks)
+                self.step = step + 1
+                if self.step % self.settings.run.log_every == 0 or self.step == self.total:
+                    self.log.row(row)
+                if progress is not None:
+                    progress(self.step, self.total, row)
+                end_of_epoch = self.step % self.plan.steps_per_epoch == 0
+                if self._validate_now(end_of_epoch):
+                    self._validate()
+                stop_after = self.processes.any_true(stop.asked)
+                every = self.settings.run.checkpoint_every
+                due = self.step % every == 0 if every else end_of_epoch
+                if due or stop_after or self.step == self.total:
+                    self.save()
+                if stop_after and self.step < self.total:
+                    break
+        finished = self.step >= self.total
+        if finished:
+            self._save_final()
+        return TrainResult(self.step, self.total, finished, resumed_from, self.best, self.best_step)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        if self.processes.is_main:
+            tensors: dict[str, Mapping[str, Tensor]] = {
+                "model": self.model.state_dict(),
+                "optimizer": optimizer_tensors(self.optimizer, self.names),
+            }
+            if self.averaged is not None:
+                tensors["ema"] = self.averaged.tensors
+            state = {
+                "scaler": self.scaler.state_dict(),
+                "monitors": self.monitors.state_dict(),
+                "best": self.best,
+                "best_step": self.best_step,
+            }
+            keep = self.settings.run.keep_checkpoints
+            save_checkpoint(self.folder.checkpoints, self.step, tensors, state, keep=keep)
+        self.processes.wait()
+
+    def _resume(self) -> int:
+        checkpoint = load_checkpoint(self.folder.checkpoints)
+        self.processes.wait()  # before the main process writes, all have to have looked
+        if checkpoint is not None:
+            self._restore(checkpoint)
+            logger.info("resuming from %s", checkpoint.path)
+        if self.processes.is_main:
+            self.folder.rewind(self.step)
+        return self.step
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        try:
+            self.model.load_state_dict(checkpoint.tensors["model"], strict=True)
+        except RuntimeError as exc:
+            raise WeightsError(f"{checkpoint.path} does not fit the model: {exc}") from exc
+        restore_optimizer(self.optimizer, self.names, checkpoint.tensors["optimizer"])
+        if self.averaged is not None:
+            self.averaged.load(checkpoint.tensors["ema"])
+        state = checkpoint.state
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.monitors.load_state_dict(state["monitors"])
+        self.best, self.best_step = state["best"], state["best_step"]
+        self.step = checkpoint.step
+
+    def _train_step(self, step: int, chunks: list[Chunk]) -> dict[str, Any]:
+        lr = learning_rate(step, self.total, self.settings.optimizer)
+        set_learning_rate(self.optimizer, lr)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            found = accumulate_gradients(
+                self.model,
+                self.objective,
+                chunks,
+                autocast=self.autocast,
+                processes=self.processes,
+                loss_scale=self.scaler.get_scale() if self.scaler.is_enabled() else 1.0,
+            )
+            self.processes.sum_gradients(self.parameters)
+            norm = self._move()
+        except TrainingError as exc:
+            patients = [p for chunk in chunks for p in chunk.patients]
+            raise TrainingError(
+                f"step {step + 1}: {exc}. Patients of the step on this process: {', '.join(patients[:20])}"
+                f"{', ...' if len(patients) > 20 else ''}. The weights before it are in {self.folder.checkpoints}; a "
+                "lower optimizer.lr, a longer optimizer.warmup or run.precision = bfloat16 are the first things to try"
+            ) from exc
+        if self.averaged is not None:
+            self.averaged.update(self.model, step + 1)
+        return self._row(step, lr, norm, found)
+
+    def _move(self) -> float:
+        """Clip, and let the optimiser step; the norm before clipping."""
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        norm = gradient_norm(self.parameters)
+        finite = bool(torch.isfinite(norm))
+        # The scaler lives by overflows: it skips such a step and lowers its factor.
+        if not finite and not self.scaler.is_enabled():
+            bad = [n for p, n in self.names.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+            raise TrainingError(f"the gradient is not finite (norm {float(norm)}; first in {', '.join(bad[:3])})")
+        clip = self.settings.optimizer.clip
+        if clip and finite and norm > clip:
+            factor = clip / norm
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        return float(norm)
+
+    def _row(self, step: int, lr: float, norm: float, found: StepOutput) -> dict[str, Any]:
+        output = found.objective
+        row: dict[str, Any] = {
+            "kind": "train",
+            "step": step + 1,
+            "epoch": step // self.plan.steps_per_epoch,
+            "loss": float(output.loss.detach()),
+            "lr": lr,
+            "gradient_norm": norm,
+            **{f"loss/{a}-{b}": float(value) for (a, b), value in output.pair_losses.items()},
+            **output.statistics,
+        }
+        if self.settings.run.monitor:
+            warnings = self.monitors.observe(
+                step + 1,
+                found.embeddings,
+                availability=found.available,
+                pair_losses=output.pair_losses,
+                gradients=found.gradients,
+            )
+            self.log.warnings(warnings)
+            row.update(self.monitors.metrics())
+        return row
+
+    def _validate_now(self, end_of_epoch: bool) -> bool:
+        if not self.data.validation:
+            return False
+        every = self.settings.run.validate_every
+        epoch = self.step // self.plan.steps_per_epoch
+        return self.step == self.total or bool(end_of_epoch and every and epoch % every == 0)
+
+    def _validate(self) -> None:
+        if self.averaged is not None:
+            self.averaged.swap(self.model)
+        try:
+            self._validate_with_current_weights()
+        finally:
+            if self.averaged is not None:
+                self.averaged.swap(self.model)
+
+    def _validate_with_current_weights(self) -> None:
+        patients = self.data.validation
+        mine = range(self.processes.rank, len(patients), self.processes.count)
+        embedded = embed_patients(
+            self.model,
+            self.data.evaluation_batches(patients, list(mine), self.plan.chunk_size),
+            patients,
+            autocast=self.autocast,
+            processes=self.processes,
+        )
+        flat, _ = retrieval_metrics(embedded.pairs)
+        row: dict[str, Any] = {"kind": "validation", "step": self.step, "epoch": self.step // self.plan.steps_per_epoch}
+        row.update({"patients": len(patients), **flat})
+        # Without a patient on both sides of a pair there is no such number; a NaN would never be beaten.
+        score = flat.get(self.settings.run.select, math.nan)
+        if self.settings.run.monitor:
+            there = {
+                p: [n for n, flags in embedded.available.items() if flags[i]] for i, p in enumerate(embedded.patients)
+            }
+            self.log.warnings(self.monitors.observe_retrieval(self.step, embedded.pairs, there))
+            self._look_for_leaks()
+        if not math.isnan(score) and (self.best is None or score > self.best):
+            self.best, self.best_step = score, self.step
+            if self.processes.is_main:
+                self._note_provenance()
+                self.folder.save_model(self.model, self.folder.best)
+        self.log.row(row)
+
+    def _look_for_leaks(self) -> None:
+        slide = self.data.probe_slide
+        if slide is None or self.model.config.rope_mode in ("no_fragments", "off"):
+            return
+        parts = [part.to(self.processes.device) for part in (slide.features, slide.coords, slide.contour_index)]
+        self.log.warnings(self.monitors.observe_leakage(self.step, self.model.slide_encoder, *parts))
+
+    def _save_final(self) -> None:
+        if self.averaged is not None:
+            self.averaged.swap(self.model)
+        if self.processes.is_main:
+            self._note_provenance()
+            self.folder.save_model(self.model, self.folder.model)
+        if self.averaged is not None:
+            self.averaged.swap(self.model)
+        self.processes.wait()
+
+    def _note_provenance(self) -> None:
+        self.model.config.provenance = {**self.data.provenance, "step": self.step, "settings": self.settings.as_dict()}
+
+
+def _precision(name: str, device: torch.device) -> torch.dtype:
+    dtype = resolve_dtype(name, device)
+    if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise DeviceError("this GPU does not compute in bfloat16; use float16 or float32")
+    return dtype
+
+
+def _check_select(select: str, model: ExaonePathAlignmentModel) -> None:
+    name, _ = select_parts(select)
+    known = ["mean_recall", *(f"{x}->{y}" for a, b in model.trained_pairs for x, y in ((a, b), (b, a)))]
+    if name not in known:
+        raise SettingsError(f"run.select is {select!r}; this run can select by {', '.join(known)}, with @1, @5 or @10")

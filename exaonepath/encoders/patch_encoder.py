@@ -1,0 +1,173 @@
+"""The patch encoder: a ViT-B/14 from 224 x 224 pixels to 768 numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exaonepath.encoders.base import ExaonePathPreTrainedModel
+from exaonepath.encoders.block import Linear
+from exaonepath.encoders.configuration import ExaonePathPatchEncoderConfig
+from exaonepath.errors import SettingsError
+
+_DIM, _DEPTH, _HEADS, _MLP, _EPS = 768, 12, 12, 3072, 1e-6
+# DINO adds this to the grid before it forms the scale factor of the position embedding, so that rounding down inside
+# the interpolation cannot lose a row; it shifts the sampling points too, hence is part of the definition.
+_INTERPOLATE_OFFSET = 0.1
+
+
+class PatchProjection(nn.Module):
+    """Non-overlapping patches to tokens."""
+
+    def __init__(self, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, _DIM, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.proj(x)
+        return out.flatten(2).transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Full self-attention over the tokens of one image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = Linear(_DIM, 3 * _DIM)
+        self.proj = Linear(_DIM, _DIM)
+
+    def forward(self, x: Tensor, eager: bool) -> Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, _HEADS, _DIM // _HEADS).permute(2, 0, 3, 1, 4).unbind(0)
+        if eager:
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+            out = (
+                scores.float().softmax(-1).to(v.dtype) @ v if scores.dtype != torch.float64 else scores.softmax(-1) @ v
+            )
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1 x)), exact GELU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = Linear(_DIM, _MLP)
+        self.fc2 = Linear(_MLP, _DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class VitBlock(nn.Module):
+    """Pre-norm ViT block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(_DIM, eps=_EPS)
+        self.attn = SelfAttention()
+        self.norm2 = nn.LayerNorm(_DIM, eps=_EPS)
+        self.mlp = Mlp()
+
+    def forward(self, x: Tensor, eager: bool) -> Tensor:
+        x = x + self.attn(self.norm1(x), eager)
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class VisionTransformer(nn.Module):
+    """ViT-B with a CLS token and a learned absolute position embedding."""
+
+    def __init__(self, patch_size: int, img_size: list[int]) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.grid = (img_size[0] // patch_size, img_size[1] // patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, _DIM))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], _DIM))
+        self.patch_embed = PatchProjection(patch_size)
+        self.blocks = nn.ModuleList(VitBlock() for _ in range(_DEPTH))
+        self.norm = nn.LayerNorm(_DIM, eps=_EPS)
+
+    def forward(self, x: Tensor, eager: bool) -> Tensor:
+        height, width = x.shape[-2:]
+        tokens = self.patch_embed(x)
+        tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
+        tokens = tokens + self._positions(height, width).to(tokens.dtype)
+        for block in self.blocks:
+            tokens = block(tokens, eager)
+        # Only the CLS row is returned: the norm is per token, so the others need none.
+        out: Tensor = self.norm(tokens[:, 0])
+        return out
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        rows, columns = height // self.patch_size, width // self.patch_size
+        if (rows, columns) == self.grid:
+            return self.pos_embed
+        wide = torch.promote_types(self.pos_embed.dtype, torch.float32)
+        grid = self.pos_embed[:, 1:].to(wide).view(1, *self.grid, _DIM).permute(0, 3, 1, 2)
+        factors = tuple((n + _INTERPOLATE_OFFSET) / own for n, own in zip((rows, columns), self.grid, strict=True))
+        grid = F.interpolate(grid, scale_factor=factors, mode="bicubic")
+        return torch.cat([self.pos_embed[:, :1].to(wide), grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+
+
+class _PatchEncoder(nn.Module):
+    """A level of the published parameter names."""
+
+    def __init__(self, backbone: VisionTransformer) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+
+class ExaonePathPatchEncoderModel(ExaonePathPreTrainedModel):
+    """Patch encoder under the published parameter names (`patch_encoder.backbone.*`)."""
+
+    config_class = ExaonePathPatchEncoderConfig
+    base_model_prefix = "patch_encoder"
+    main_input_name = "pixel_values"
+    component_names = ("patch", "patch-encoder", "patch_encoder")
+    _no_split_modules = ["VitBlock"]  # noqa: RUF012
+
+    def __init__(self, config: ExaonePathPatchEncoderConfig) -> None:
+        super().__init__(config)
+        self.patch_encoder = _PatchEncoder(VisionTransformer(config.patch_size, config.img_size))
+        self.post_init()
+
+    def forward(self, x: Tensor | None = None, *, pixel_values: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Embed images.
+
+        Args:
+            x, pixel_values: [B, 3, H, W], preprocessed (ImageNet mean and std); either spelling. H and W are multiples
+                of the patch size; other sizes than the config's resize the position embedding bicubically.
+
+        Returns:
+            [B, 768], the normalised CLS token.
+
+        Raises:
+            SettingsError: not exactly one of the two, or a shape that does not fit.
+        """
+        if kwargs:
+            raise SettingsError(f"unknown arguments: {', '.join(sorted(kwargs))}")
+        if (x is None) == (pixel_values is None):
+            raise SettingsError("give the images once, as x or as pixel_values")
+        images = x if x is not None else pixel_values
+        assert images is not None
+        size = self.config.patch_size
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % size or images.shape[3] % size:
+            raise SettingsError(
+                f"images must be [B, 3, H, W] with H and W multiples of {size}, got {list(images.shape)}"
+            )
+        if 0 in images.shape[2:]:
+            raise SettingsError(f"images are empty: {list(images.shape)}")
+        backbone = self.patch_encoder.backbone
+        weight = backbone.patch_embed.proj.weight
+        if not torch.is_autocast_enabled(images.device.type):
+            images = images.to(weight.dtype)
+        embedding: Tensor = backbone(images, self.config._attn_implementation == "eager")
+        return embedding

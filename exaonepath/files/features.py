@@ -1,0 +1,218 @@
+"""The features file: reading it with every check, and writing it whole from batches.
+
+`features` float32 [N, D], `coords` int32 [N, 2] and `contour_index` int32 [N] are what the original writes; ours adds
+the patches that could not be read (`failed_index`, `failed_coords`, `failed_reason`) and, as attributes, what made it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exaonepath.errors import DataFileError, ForeignFileError, UnfinishedFileError
+from exaonepath.files.hdf5 import StoredFile, open_h5
+from exaonepath.files.hdf5_output import atomic_h5
+from exaonepath.slides.features.reader import PatchFailure
+
+Rows = tuple[np.ndarray, np.ndarray]  # indices int64 [b], features float32 [b, D]
+
+# What `write_features` stores as attributes; no other attribute of a file is read.
+ATTRIBUTES = (
+    "slide_fingerprint",
+    "patch_size",
+    "preprocessing",
+    "weights_fingerprint",
+    "dtype",
+    "settings_hash",
+    "slide_path",
+    "weights",
+    "exaonepath_version",
+    "n_features",
+    "n_failed",
+    "complete",
+)
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """The contents of a features file.
+
+    Attributes:
+        features: float32 [N, D], one row per patch.
+        coords: int32 [N, 2], (x, y) at level 0 in pixels; None where the file has none and that was allowed.
+        contour_index: int32 [N], the tissue fragment of each patch; zeros where the file has none.
+        attrs: those of `ATTRIBUTES` that the file has (none in a file of the original).
+        failures: the patches that have no row because they could not be read.
+    """
+
+    features: np.ndarray
+    coords: np.ndarray | None
+    contour_index: np.ndarray
+    attrs: dict[str, Any] = field(default_factory=dict)
+    failures: tuple[PatchFailure, ...] = ()
+
+
+def read_features(
+    path: str | os.PathLike[str], *, expected_dim: int | None = None, require_coords: bool = True
+) -> FeatureSet:
+    """Read a features file, ours or the original's.
+
+    Args:
+        path: the HDF5 file.
+        expected_dim: the width the caller needs; None: any.
+        require_coords: False: a file without `coords` is taken, and `coords` is None.
+
+    Raises:
+        DataFileError: the file is missing, corrupt or half written, lacks a dataset, its datasets have impossible
+            shapes or different lengths, a feature is NaN or infinite, or the width is not `expected_dim`.
+    """
+    path = Path(path)
+    with open_h5(path) as file:
+        _check_layout(path, file)
+        if require_coords and "coords" not in file:
+            raise DataFileError(f"{path} lacks coords; it holds {file.names}")
+        attrs = file.attributes(ATTRIBUTES)
+        if not attrs.get("complete", True):
+            raise UnfinishedFileError(f"{path} is marked as not complete; run the features stage again")
+        features = _features(path, file, expected_dim)
+        n = len(features)
+        coords = _integers(path, file, "coords", (n, 2)) if "coords" in file else None
+        contours = _integers(path, file, "contour_index", (n,)) if "contour_index" in file else None
+        failures = read_failures(path, file)
+    return FeatureSet(features, coords, np.zeros(n, np.int32) if contours is None else contours, attrs, failures)
+
+
+def write_features(
+    path: Path,
+    blocks: Iterable[Rows],
+    coords: np.ndarray,
+    contour_index: np.ndarray,
+    dim: int,
+    failures: Iterable[PatchFailure],
+    attrs: Mapping[str, Any],
+) -> int:
+    """Write a features file, whole or not at all, holding one block of rows at a time.
+
+    Args:
+        path: the output.
+        blocks: (indices int64 [b], features float32 [b, dim]) by increasing index; together every patch that did not
+            fail, once.
+        coords: int32 [N, 2] of all patches, failed ones too.
+        contour_index: int32 [N], likewise.
+        dim: width of a row.
+        failures: the patches without a row.
+        attrs: file attributes.
+
+    Returns:
+        Number of rows written.
+
+    Raises:
+        OutputError: the file cannot be written.
+        DataFileError: the blocks do not cover the patches (the partial file was changed while in use).
+    """
+    failures = sorted(failures, key=lambda failure: failure.index)
+    kept = np.setdiff1d(np.arange(len(coords), dtype=np.int64), [failure.index for failure in failures])
+    with atomic_h5(path) as file:
+        features = file.rows("features", (len(kept), dim), "<f4")
+        written = 0
+        for indices, rows in blocks:
+            if not np.array_equal(indices, kept[written : written + len(indices)]):
+                raise DataFileError(f"{path}: feature rows are missing or twice after row {written}; run it again")
+            features.append(rows)
+            written += len(indices)
+        if written != len(kept):
+            raise DataFileError(f"{path}: {written} feature rows for {len(kept)} readable patches; run it again")
+        features.finish()
+        file.array("coords", coords[kept].astype("<i4"))
+        file.array("contour_index", contour_index[kept].astype("<i4"))
+        file.array("failed_index", np.array([failure.index for failure in failures], "<i8"))
+        file.array("failed_coords", np.array([(f.x, f.y) for f in failures], "<i4").reshape(-1, 2))
+        file.strings("failed_reason", [f.reason for f in failures])
+        file.attributes({**attrs, "n_features": len(kept), "n_failed": len(failures), "complete": True})
+    return len(kept)
+
+
+def merge_by_index(first: Iterator[Rows], second: Iterator[Rows]) -> Iterator[Rows]:
+    """Two streams of (increasing indices, rows) as one stream in the order of the indices, cut where they alternate."""
+    streams = (first, second)
+    waiting = [next(stream, None) for stream in streams]
+    while (a := waiting[0]) is not None and (b := waiting[1]) is not None:
+        lead = 1 if len(a[0]) and (not len(b[0]) or b[0][0] < a[0][0]) else 0
+        (indices, rows), (limit, _) = (b, a) if lead else (a, b)
+        cut = int(np.searchsorted(indices, limit[0])) if len(limit) else len(indices)
+        if cut:
+            yield indices[:cut], rows[:cut]
+        waiting[lead] = (indices[cut:], rows[cut:]) if cut < len(indices) else next(streams[lead], None)
+    for stream, rest in zip(streams, waiting, strict=True):
+        if rest is not None:
+            yield rest
+            yield from stream
+
+
+def _check_layout(path: Path, file: StoredFile) -> None:
+    """Name the other layouts that users hand in, where "features" is missing or of another shape."""
+    if "features" not in file:
+        if "feats" in file:
+            raise ForeignFileError(f"{path} holds STAMP's layout (feats); features [N, D] and coords [N, 2] are read")
+        raise DataFileError(f"{path} lacks features; it holds {file.names or 'nothing'}")
+    shape = file.shape("features")
+    if len(shape) == 3 and shape[0] == 1:
+        raise ForeignFileError(
+            f"{path} holds features {list(shape)}, one slide as a batch; features [N, D] and coords [N, 2] are read"
+        )
+
+
+def _features(path: Path, file: StoredFile, expected_dim: int | None) -> np.ndarray:
+    dataset = file.dataset("features", "f", (None, None))
+    if expected_dim is not None and dataset.shape[1] != expected_dim:
+        raise DataFileError(
+            f"{path}: features are {dataset.shape[1]} wide, the model takes {expected_dim}; "
+            "they come from another patch encoder"
+        )
+    features = np.empty(dataset.shape, np.float32)
+    bad: list[int] = []
+    for start, values in dataset.parts():
+        part = features[start : start + len(values)]
+        part[:] = values
+        bad += (start + np.flatnonzero(~np.isfinite(part).all(axis=1))).tolist()
+    if bad:
+        raise DataFileError(
+            f"{path}: {len(bad)} of {len(features)} feature rows hold NaN or infinity (row {_first(bad)}); "
+            "extract them again"
+        )
+    return features
+
+
+def _integers(path: Path, file: StoredFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    dataset = file.dataset(name, "iu", (None, *shape[1:]))
+    if len(dataset) != shape[0]:
+        raise DataFileError(f"{path}: {len(dataset)} rows in {name} but {shape[0]} in features; they must be equal")
+    values = dataset.read()
+    limits = np.iinfo(np.int32)
+    if values.size and (values.min() < limits.min or values.max() > limits.max):
+        raise DataFileError(f"{path}: {name} holds values beyond 32 bits")
+    return values.astype(np.int32, copy=False)
+
+
+def read_failures(path: Path, file: StoredFile) -> tuple[PatchFailure, ...]:
+    """The unreadable patches an open features file lists, by increasing index; none in a file of the original."""
+    names = ("failed_index", "failed_coords", "failed_reason")
+    if not all(name in file for name in names):
+        return ()
+    index = file.dataset(names[0], "iu", (None,)).read()
+    coords = file.dataset(names[1], "iu", (None, 2)).read()
+    if len(index) != len(coords):
+        raise DataFileError(f"{path}: the lists of failed patches have different lengths")
+    reasons = file.strings(names[2], len(index))
+    return tuple(
+        PatchFailure(int(i), int(x), int(y), reason) for i, (x, y), reason in zip(index, coords, reasons, strict=True)
+    )
+
+
+def _first(rows: list[int]) -> str:
+    return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")

@@ -1,0 +1,188 @@
+"""The HDF5 file of patch coordinates: EXAONE Path's layout, plus what tells whether the file is still valid."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exaonepath.errors import DataFileError, OutputCollisionError, UnfinishedFileError
+from exaonepath.files.artifact import canonical_json, settings_hash
+from exaonepath.files.hdf5 import StoredFile, open_h5
+from exaonepath.files.hdf5_output import atomic_h5
+from exaonepath.slides.image import SlideImage
+from exaonepath.version import __version__
+
+
+@dataclass(frozen=True)
+class PatchSet:
+    """Patches of one slide.
+
+    Attributes:
+        coords: int32 [N, 2], top left corners (x, y) in level-0 pixels.
+        contour_index: int32 [N], the tissue contour each patch belongs to; all zero where the file does not say.
+        patch_size: side of a patch in level-0 pixels ("effective": after scaling by MPP).
+        patch_level: the pyramid level the grid was laid for.
+        name: id of the slide (its file stem).
+        slide_fingerprint: `SlideImage.fingerprint()` of the slide, None in a file made by EXAONE Path itself.
+        settings_hash: hash of the settings that made the patches, None likewise.
+    """
+
+    coords: np.ndarray
+    contour_index: np.ndarray
+    patch_size: int
+    patch_level: int
+    name: str
+    slide_fingerprint: str | None
+    settings_hash: str | None
+
+    def __len__(self) -> int:
+        return len(self.coords)
+
+
+def write_patches(
+    path: str | os.PathLike[str],
+    slide: SlideImage,
+    coords: np.ndarray,
+    contour_index: np.ndarray,
+    *,
+    patch_size: int,
+    patch_level: int,
+    settings: Mapping[str, Any],
+) -> None:
+    """Write a patch file, whole or not at all.
+
+    Args:
+        path: the HDF5 file to write, in an existing folder.
+        slide: the slide the patches are of.
+        coords, contour_index: int32 [N, 2] and [N]; N may be 0.
+        patch_size: effective side in level-0 pixels.
+        patch_level: level the grid was laid for.
+        settings: what made the patches, plain JSON values.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with atomic_h5(path) as file:
+        file.array("coords", np.asarray(coords, np.int32).reshape(-1, 2))
+        size = slide.level_dimensions[patch_level]
+        attributes = {
+            "patch_size": patch_size,
+            "patch_level": patch_level,
+            "downsample": slide.level_downsamples[patch_level],
+            "downsampled_level_dim": size,
+            "level_dim": size,
+            "name": slide.name,
+        }
+        file.attributes(attributes, of="coords")
+        file.array("contour_index", np.asarray(contour_index, np.int32))
+        file.attributes({"name": slide.name}, of="contour_index")
+        made_by = {
+            "n_coords": len(coords),
+            "settings": canonical_json(settings),
+            "settings_hash": settings_hash(settings),
+            "slide_fingerprint": slide.fingerprint(),
+            "slide_path": str(slide.path.resolve()),
+            "mpp": slide.mpp,
+            "mpp_source": slide.mpp_source,
+            "exaonepath_version": __version__,
+            "complete": True,
+        }
+        file.attributes(made_by)
+
+
+def read_patches(path: str | os.PathLike[str]) -> PatchSet:
+    """Read and check a patch file, made by this package, by EXAONE Path, or by TRIDENT or CLAM.
+
+    Raises:
+        DataFileError: missing, damaged or half-written file; no coords; shapes or types that cannot be coordinates;
+            coords and contour_index of different lengths; no patch_size.
+    """
+    path = Path(path)
+    with open_h5(path, required=["coords"]) as file:
+        return _parse(path, file)
+
+
+def _parse(path: Path, file: StoredFile) -> PatchSet:
+    coords = _int32(path, "coords", file.dataset("coords", "iu", (None, 2)).read())
+    patch_size = _foreign_patch_size(file)
+    if patch_size is None:
+        if not file.attribute("complete", False):
+            raise UnfinishedFileError(
+                f'{path} is half written: it has no "complete" mark, which comes last; make it again'
+            )
+        patch_size = file.attribute("patch_size", of="coords")
+    index = np.zeros(len(coords), np.int32)
+    if "contour_index" in file:
+        index = _int32(path, "contour_index", file.dataset("contour_index", "iu", (len(coords),)).read())
+    stated = file.attribute("n_coords")
+    if stated is not None and stated != len(coords):
+        raise DataFileError(f"{path} states n_coords = {stated} and holds {len(coords)}")
+    if patch_size is None:
+        raise DataFileError(f"{path}: coords has no patch_size attribute")
+    if not isinstance(patch_size, int | float) or int(patch_size) <= 0:
+        raise DataFileError(f"{path}: patch_size is {patch_size}")
+    return PatchSet(
+        coords=coords,
+        contour_index=index,
+        patch_size=int(patch_size),
+        patch_level=int(file.attribute("patch_level", 0, of="coords")),
+        name=file.attribute("name", of="coords") or path.stem,
+        slide_fingerprint=file.attribute("slide_fingerprint"),
+        settings_hash=file.attribute("settings_hash"),
+    )
+
+
+def foreign_writer(file: StoredFile) -> str | None:
+    """The other program whose layout a file of coordinates has; None for EXAONE Path's layout, which is ours."""
+    if file.attribute("complete") is not None or "contour_index" in file:
+        return None
+    if file.attribute("patch_size_level0", of="coords") is not None:
+        return "TRIDENT"
+    # What CLAM stores, and EXAONE Path took over from it, less the mark and the contours.
+    clam = ("patch_size", "patch_level", "downsample", "save_path")
+    return "CLAM" if all(file.attribute(name, of="coords") is not None for name in clam) else None
+
+
+def refuse_other_program(path: Path) -> None:
+    """Raise `OutputCollisionError` where coordinates of TRIDENT or CLAM lie: they are read, and never replaced."""
+    try:
+        with open_h5(path) as file:
+            writer = foreign_writer(file)
+    except DataFileError:
+        return  # a damaged file is reported by whoever reads it
+    if writer is not None:
+        raise OutputCollisionError(
+            f"{path} holds coordinates of {writer}, which are read but not replaced; name another output folder, or "
+            "move the file away"
+        )
+
+
+def _foreign_patch_size(file: StoredFile) -> int | None:
+    """Side of a patch in level-0 pixels, in files of the programs that say it in their own way."""
+    writer = foreign_writer(file)
+    if writer == "TRIDENT":  # its patch_size is in pixels of the target magnification
+        return int(file.attribute("patch_size_level0", of="coords"))
+    if writer == "CLAM":  # its patch_size is in pixels of patch_level
+        downsample = float(np.ravel(file.attribute("downsample", of="coords"))[0])
+        return int(file.attribute("patch_size", of="coords") * downsample)
+    return None
+
+
+def _int32(path: Path, name: str, values: np.ndarray) -> np.ndarray:
+    limits = np.iinfo(np.int32)
+    if values.size and (values.min() < limits.min or values.max() > limits.max):
+        raise DataFileError(f"{path}: {name} holds values beyond 32 bits")
+    return values.astype(np.int32, copy=False)
+
+
+def stored_origin(path: str | os.PathLike[str]) -> tuple[str | None, dict[str, Any]]:
+    """(slide_path, settings) that made a readable patch file; (None, {}) for one made by EXAONE Path."""
+    with open_h5(path) as file:
+        settings = file.attribute("settings")
+        return file.attribute("slide_path"), json.loads(settings) if settings else {}

@@ -1,0 +1,166 @@
+"""Attention over packed tokens, restricted to contiguous segments, with the 2D rotation applied on the way.
+
+One operation, several backends, one result: `eager` is plain products, segment by segment (tests), `sdpa` calls torch's
+attention segment by segment (any device), `triton` is one fused kernel (CUDA). Only `eager` holds all scores of a
+segment.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from exaonepath.errors import SettingsError
+from exaonepath.kernels.launch_config import attention_config
+from exaonepath.ops.attention import cpu as cpu_attention
+from exaonepath.ops.attention.layout import Segments
+from exaonepath.ops.attention.rotary import Rotation, apply_rotation, rotate_inplace
+from exaonepath.ops.attention.segments import eager_attention, sdpa_attention
+from exaonepath.ops.attention.triton import triton_attention, unable, unsuited
+
+logger = logging.getLogger(__name__)
+
+_Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+ATTENTION_BACKENDS = ("auto", "sdpa", "eager", "triton")
+
+_told: set[str] = set()
+
+
+def resolve_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, segments: Segments | None = None
+) -> str:
+    """The backend that will run: the one that was asked for, or for "auto" the best that can.
+
+    "auto" is triton on a CUDA device the kernels can run on and sdpa elsewhere; a CUDA device they cannot serve is told
+    once, at WARNING. Where torch's own kernel measured faster on one long segment, that segment goes there.
+
+    Args:
+        backend: one of ATTENTION_BACKENDS.
+        device, dtype, head_dim: of the queries.
+        segments: what will be attended in; None where that is not known yet.
+
+    Raises:
+        SettingsError: unknown backend.
+    """
+    if backend not in ATTENTION_BACKENDS:
+        raise SettingsError(f"unknown attention backend {backend!r}; choose one of {', '.join(ATTENTION_BACKENDS)}")
+    if backend != "auto":
+        return backend
+    if device.type != "cuda" or not _kernels_serve(device, dtype, head_dim):
+        return "sdpa"
+    dense_from = _dense_from(device, dtype, head_dim)
+    if dense_from is not None and segments is not None and len(segments.lengths) == 1:
+        return "sdpa" if segments.n_tokens >= dense_from else "triton"
+    return "triton"
+
+
+@torch.compiler.assume_constant_result
+def _kernels_serve(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    reason = unsuited(dtype, head_dim, 0) or unable(device)
+    if reason is not None and reason not in _told:
+        _told.add(reason)
+        logger.warning("%s; attention runs through torch's scaled_dot_product_attention", reason)
+    return reason is None
+
+
+@torch.compiler.assume_constant_result
+def _dense_from(device: torch.device, dtype: torch.dtype, head_dim: int) -> int | None:
+    return attention_config(torch.cuda.get_device_capability(device), dtype.itemsize, head_dim).dense_from
+
+
+def fragment_attention(
+    qkv: Tensor,
+    segments: Segments,
+    rotation: Rotation | None = None,
+    *,
+    backend: str = "auto",
+    scale: float | None = None,
+    overwrite_qkv: bool = False,
+) -> Tensor:
+    """Each token attends to the tokens of its own segment.
+
+    Args:
+        qkv: [T, 3, H, D] packed queries, keys and values, floating point, last dimension contiguous.
+        segments: which tokens attend to each other; covers all T tokens.
+        rotation: 2D rotation of queries and keys (RoPE blocks); None leaves them as they are (NoPE blocks).
+        backend: "triton" (CUDA; float32, float16 or bfloat16; head dimension 32, 64 or 128), "sdpa", "eager" (holds
+            all scores of a segment, for tests), or "auto", see `resolve_backend`.
+        scale: positive factor on the scores; default D ** -0.5.
+        overwrite_qkv: without autograd, rotate inside `qkv` instead of in a copy, and maybe put the result where the
+            queries were; its contents are lost to the caller.
+
+    Returns:
+        [T, H, D] in qkv's dtype. Differentiable in qkv.
+
+    Raises:
+        SettingsError: shapes, dtype, devices, segments or scale do not fit, or the backend is unknown.
+        BackendError: the backend cannot run here.
+    """
+    if qkv.ndim != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
+        raise SettingsError(f"qkv must be floating point [T, 3, H, D], got {qkv.dtype} {list(qkv.shape)}")
+    if segments.n_tokens != qkv.shape[0]:
+        raise SettingsError(f"segments cover {segments.n_tokens} tokens, but qkv holds {qkv.shape[0]}")
+    if segments.offsets.device != qkv.device:
+        raise SettingsError(f"segments are on {segments.offsets.device}, but qkv is on {qkv.device}")
+    if rotation is not None:
+        rotation.require(qkv.shape[0], qkv.shape[3], qkv.device)
+    scale = qkv.shape[3] ** -0.5 if scale is None else scale
+    if not 0 < scale < math.inf:
+        raise SettingsError(f"scale must be a positive finite number, got {scale}")
+    backend = resolve_backend(backend, qkv.device, qkv.dtype, qkv.shape[3], segments)
+    if backend == "triton":
+        return triton_attention(qkv, segments, rotation, scale, overwrite_qkv)
+    q, k, v = qkv.unbind(1)
+    if rotation is not None:
+        cos, sin = rotation.cos_sin(torch.promote_types(qkv.dtype, torch.float32))
+        if overwrite_qkv and not (torch.is_grad_enabled() and qkv.requires_grad):
+            rotate_inplace(q, cos, sin)
+            rotate_inplace(k, cos, sin)
+        else:
+            q, k = apply_rotation(q, cos, sin), apply_rotation(k, cos, sin)
+    attend = eager_attention if backend == "eager" else sdpa_attention
+    # Written in place without autograd; with it, every slice assignment would copy the whole gradient once.
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _with_grad(q, k, v, segments, scale, attend)
+    return _without_grad(q, k, v, segments, scale, attend)
+
+
+def _without_grad(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, attend: _Attend) -> Tensor:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for rows, count, length in segments.equal_length_groups:
+        if attend is sdpa_attention and count == 1 and cpu_attention.can_attend(q, length):
+            cpu_attention.attend_segment(q[rows], k[rows], v[rows], scale, out[rows])
+        else:
+            out[rows] = _batched(q[rows], k[rows], v[rows], count, length, scale, attend)
+    return out
+
+
+def _with_grad(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, attend: _Attend) -> Tensor:
+    if not segments.lengths:
+        return q * 0  # no token at all: keeps the graph connected
+    # Split once: backward, that is one concatenation, while each slice would write a gradient of all tokens.
+    parts = list(zip(*(x.split(segments.lengths) for x in (q, k, v)), strict=True))
+    out: list[Tensor] = [q] * len(parts)
+    for members in segments.equal_length_members:
+        length = segments.lengths[members[0]]
+        if len(members) == 1:
+            one = parts[members[0]]
+            out[members[0]] = _batched(one[0], one[1], one[2], 1, length, scale, attend)
+            continue
+        queries, keys, values = (torch.cat([parts[i][axis] for i in members]) for axis in range(3))
+        together = _batched(queries, keys, values, len(members), length, scale, attend)
+        for i, attended in zip(members, together.split(length), strict=True):
+            out[i] = attended
+    return torch.cat(out)
+
+
+def _batched(q: Tensor, k: Tensor, v: Tensor, count: int, length: int, scale: float, attend: _Attend) -> Tensor:
+    """Attention of `count` segments of equal length, [count * length, H, D] each."""
+    heads, dim = q.shape[1:]
+    q, k, v = (x.reshape(count, length, heads, dim).transpose(1, 2) for x in (q, k, v))
+    return attend(q, k, v, scale).transpose(1, 2).reshape(count * length, heads, dim)

@@ -1,0 +1,153 @@
+"""Attention of a chunk of query rows, in place: what inference is made of, so that queries never exist all at once.
+
+Keys and values of all packed tokens are there already, keys rotated; a chunk of queries is rotated, attends to the
+keys of its own segments, and is overwritten with the result. Nothing here is differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exaonepath.errors import SettingsError
+from exaonepath.ops.attention import cpu as cpu_attention
+from exaonepath.ops.attention.layout import Segments
+from exaonepath.ops.attention.rotary import Rotation, apply_rotation
+from exaonepath.ops.attention.segments import eager_attention, sdpa_attention
+from exaonepath.ops.attention.triton import triton_attend_rows, triton_rotate_rows
+
+# Segments this short are gathered by equal length and run as one batch: a call each would cost more than the work.
+_SHORT = 128
+# Caps of such a batch: CUDA attention kernels put batch x heads into a grid dimension limited to 65,535.
+_MAX_BATCH, _MAX_BATCH_TOKENS = 4096, 1 << 14
+# Rows rotated together: what a rotation in torch holds beside them is five times their size, in float32.
+_ROTATED_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Queries that attend together: `rows` of the chunk to `keys` of the packed tokens, as `count` equal segments."""
+
+    rows: slice | Tensor
+    keys: slice | Tensor
+    count: int
+    length: int
+
+
+@dataclass(frozen=True)
+class RowChunk:
+    """Query rows that are worked on together: `first` .. `first + count` of the packed tokens."""
+
+    first: int
+    count: int
+    pieces: tuple[_Piece, ...]
+
+
+def cut_rows(segments: Segments, rows: int) -> list[RowChunk]:
+    """Cut the packed tokens into chunks of at most `rows`, at segment boundaries where one is in reach.
+
+    Made once a forward pass, for every layer: a chunk knows which of its queries attend to which keys. It ends inside a
+    segment only if no segment ends within it.
+    """
+    lengths = np.asarray(segments.lengths, np.int64)
+    ends = np.cumsum(lengths)
+    chunks, first = [], 0
+    while first < segments.n_tokens:
+        within = int(np.searchsorted(ends, first + rows, side="right"))  # segments that end by then
+        stop = int(ends[within - 1]) if within and ends[within - 1] > first else first + rows
+        since = int(np.searchsorted(ends, first, side="right"))
+        until = int(np.searchsorted(ends, stop, side="left")) + 1
+        pieces = _pieces(first, stop, lengths[since:until], ends[since:until], segments.offsets.device)
+        chunks.append(RowChunk(first, stop - first, tuple(pieces)))
+        first = stop
+    return chunks
+
+
+def _pieces(first: int, stop: int, lengths: np.ndarray, ends: np.ndarray, device: torch.device) -> Iterator[_Piece]:
+    """Every query from `first` to `stop` once, given the segments that reach into that range."""
+    starts = ends - lengths
+    batched = (lengths <= _SHORT) & (starts >= first) & (ends <= stop)
+    for start, end in zip(starts[~batched].tolist(), ends[~batched].tolist(), strict=True):
+        yield _Piece(slice(max(start, first) - first, min(end, stop) - first), slice(start, end), 1, end - start)
+    for length in np.unique(lengths[batched]).tolist():
+        of_length = torch.from_numpy(starts[batched & (lengths == length)]).to(device)
+        for some in of_length.split(max(1, min(_MAX_BATCH, _MAX_BATCH_TOKENS // length))):
+            keys = (some[:, None] + torch.arange(length, device=device)).view(-1)
+            yield _Piece(keys - first, keys, some.numel(), length)
+
+
+def rotate_rows(x: Tensor, rotation: Rotation, first_row: int, *, backend: str) -> None:
+    """Rotate heads in place.
+
+    Args:
+        x: [R, H, D], rows first_row .. first_row + R of the packed tokens, last dimension contiguous.
+        rotation: of all packed tokens.
+        first_row: where the rows lie.
+        backend: "triton" is one kernel; every other one is torch.
+    """
+    if backend == "triton":
+        triton_rotate_rows(x, rotation, first_row)
+        return
+    cos, sin = rotation.cos_sin(torch.promote_types(x.dtype, torch.float32))
+    for start in range(0, x.shape[0], _ROTATED_ROWS):
+        part = x[start : start + _ROTATED_ROWS]
+        rows = slice(first_row + start, first_row + start + part.shape[0])
+        part.copy_(apply_rotation(part, cos[rows], sin[rows]))
+
+
+def attend_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    chunk: RowChunk,
+    rotation: Rotation | None,
+    *,
+    backend: str,
+    scale: float | None = None,
+) -> None:
+    """Attention of a chunk of query rows, written over the queries.
+
+    Args:
+        q: [R, H, D], the chunk's rows, not rotated; overwritten with the result. Last dimension contiguous.
+        k, v: [T, H, D], keys (rotated already) and values of all packed tokens; token and head strides are free.
+        segments: which tokens attend to each other; covers all T tokens.
+        chunk: one of `cut_rows(segments, ...)`.
+        rotation: of all packed tokens, for the queries (RoPE blocks), or None (NoPE blocks).
+        backend: "sdpa", "eager" (holds all scores, for tests) or "triton".
+        scale: factor on the scores; default D ** -0.5.
+
+    Raises:
+        SettingsError: shapes that do not fit, or an unknown backend.
+        BackendError: the backend cannot run here.
+    """
+    if q.ndim != 3 or k.shape[1:] != q.shape[1:] or v.shape != k.shape:
+        raise SettingsError(
+            f"q must be [R, H, D], k and v [T, H, D], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    if segments.n_tokens != k.shape[0] or q.shape[0] != chunk.count or chunk.first + chunk.count > k.shape[0]:
+        raise SettingsError(
+            f"{q.shape[0]} queries and {k.shape[0]} keys do not fit a chunk of {chunk.count} rows from {chunk.first} "
+            f"on and segments of {segments.n_tokens} tokens"
+        )
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    if backend == "triton":
+        triton_attend_rows(q, k, v, segments, chunk.first, rotation, scale)
+        return
+    if backend not in ("sdpa", "eager"):
+        raise SettingsError(f"unknown attention backend {backend!r}; choose sdpa, eager or triton")
+    if rotation is not None:
+        rotate_rows(q, rotation, chunk.first, backend=backend)
+    for piece in chunk.pieces:
+        queries, keys, values = q[piece.rows], k[piece.keys], v[piece.keys]
+        if backend == "sdpa" and piece.count == 1 and cpu_attention.can_attend(q, piece.length):
+            cpu_attention.attend_segment(queries, keys, values, scale, queries)
+            continue
+        heads, dim = q.shape[1:]
+        batch = [t.reshape(piece.count, -1, heads, dim).transpose(1, 2) for t in (queries, keys, values)]
+        attend = eager_attention if backend == "eager" else sdpa_attention
+        q[piece.rows] = attend(batch[0], batch[1], batch[2], scale).transpose(1, 2).reshape(-1, heads, dim)

@@ -1,0 +1,108 @@
+"""The work lists of the fragment-attention kernels: tiles of packed tokens, longest first.
+
+Made once per batch and kept beside the segments' offsets tensor, weakly: every layer and every row chunk of a batch
+shares them, they go when the batch goes, and an operator that is handed nothing but that tensor (a compiled graph, the
+backward pass) finds them again. A tensor of offsets that was written to since, as a buffer that is used for one slide
+after another, counts as a new one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from exaonepath.errors import SettingsError
+from exaonepath.ops.attention.layout import Segments
+
+
+class TileSchedules:
+    """What the kernels need to know of one set of segments, made when first asked for.
+
+    Attributes:
+        lengths: int64 [S] on the host.
+        bounds: int32 [T, 2] on the tokens' device, first and one past the last token that each packed token may meet.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64], device: torch.device) -> None:
+        self.lengths = lengths
+        starts = np.concatenate([[0], lengths.cumsum()])
+        pairs = torch.from_numpy(np.stack([starts[:-1], starts[1:]], 1).astype(np.int32)).to(device)
+        repeats = torch.from_numpy(lengths).to(device)
+        self.bounds = torch.repeat_interleave(pairs, repeats, 0, output_size=int(starts[-1]))
+        self._device = device
+        self._tiles: dict[tuple[int, int, int], Tensor] = {}
+
+    @property
+    def n_tokens(self) -> int:
+        """T, the number of packed tokens."""
+        return self.bounds.shape[0]
+
+    def tiles(self, block: int, first_row: int = 0, rows: int | None = None) -> Tensor:
+        """`tile_schedule` on the tokens' device."""
+        key = (block, first_row, self.n_tokens - first_row if rows is None else rows)
+        if key not in self._tiles:
+            self._tiles[key] = torch.from_numpy(tile_schedule(self.lengths, *key)).to(self._device)
+        return self._tiles[key]
+
+
+_KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def schedules(offsets: Tensor, segments: Segments | None = None) -> TileSchedules:
+    """The schedules of the segments with these int64 [S + 1] offsets.
+
+    Without `segments`, offsets that were never seen before are read from their device once. With them, the lengths that
+    the host holds count, not what the tensor holds.
+
+    Raises:
+        SettingsError: offsets that were read do not ascend from 0.
+    """
+    version = 0 if offsets.is_inference() else offsets._version  # counts every write to the tensor
+    seen: tuple[int, TileSchedules] | None = _KNOWN.get(offsets)
+    known = seen[1] if seen is not None and seen[0] == version else None
+    if known is None:
+        if segments is None:
+            numbers = np.array(offsets.tolist(), np.int64)
+            lengths = np.diff(numbers)
+            if len(numbers) == 0 or numbers[0] != 0 or (lengths <= 0).any():
+                raise SettingsError("segment offsets must ascend from 0; use Segments.from_lengths")
+        else:
+            lengths = np.array(segments.lengths, np.int64)
+        known = TileSchedules(lengths, offsets.device)
+        _KNOWN[offsets] = version, known
+    return known
+
+
+def tile_schedule(lengths: NDArray[np.int64], block: int, first_row: int, rows: int) -> NDArray[np.int32]:
+    """Tiles of up to `block` tokens that cover tokens first_row .. first_row + rows.
+
+    A segment of at least `block` tokens is cut into tiles of its own; neighbouring shorter ones share tiles, so that
+    thousands of tiny fragments do not make thousands of nearly empty programs. Longest first: what takes longest must
+    not start last.
+
+    Returns:
+        int32 [W, 4]: (first, last, begin, end), tokens [first, last) meet tokens within [begin, end).
+    """
+    stop = first_row + rows
+    starts = np.concatenate([[0], lengths.cumsum()])
+    here = slice(np.searchsorted(starts, first_row, side="right") - 1, np.searchsorted(starts, stop, side="left"))
+    if rows == 0:
+        return np.zeros((0, 4), np.int32)
+    is_long = lengths[here] >= block
+    # A group is a long segment, or a run of short ones: it begins where either neighbour is long.
+    opens = np.ones(len(is_long), bool)
+    opens[1:] = is_long[1:] | is_long[:-1]
+    group_starts = starts[:-1][here][opens].clip(min=first_row)
+    group_ends = np.append(group_starts[1:], stop)
+    counts = -(-(group_ends - group_starts) // block)
+    group = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    first = group_starts[group] + within * block
+    last = np.minimum(first + block, group_ends[group])
+    begin = starts[np.searchsorted(starts, first, side="right") - 1]
+    end = starts[np.searchsorted(starts, last, side="left")]
+    order = np.argsort(begin - end, kind="stable")
+    return np.stack([first, last, begin, end], 1)[order].astype(np.int32)

@@ -1,0 +1,74 @@
+"""Which backend serves a device and dtype, and why not another."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+
+from exaonepath.errors import BackendError, SettingsError
+from exaonepath.ops.extension import load_extension, why_no_cuda_half
+from exaonepath.ops.sigmoid_loss.sweep import CPU_TILE, CUDA_TILE, CudaPass, Engine, Tile, cpu_pass, torch_pass
+
+logger = logging.getLogger(__name__)
+
+SIGMOID_BACKENDS = ("auto", "cuda", "cpu", "torch")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The torch pass keeps about six copies of a tile: 96 MB.
+_CUDA_TORCH_TILE = Tile(2048, 2048)
+
+
+def choose_engine(backend: str, device: torch.device, dtype: torch.dtype) -> Engine:
+    """The engine for embeddings of `dtype` on `device`.
+
+    Half precision is computed in float32 on the CPU. On CUDA its products take it as it is and give float32; the
+    gradients' products take bfloat16 also for float16, which ends at 6e-8 and 65504: a negative's gradient at bias -17
+    is below the one, a balanced pair's above the other.
+
+    Raises:
+        BackendError: the backend asked for by name cannot serve this device and dtype; the message says why.
+    """
+    if backend not in SIGMOID_BACKENDS:
+        raise SettingsError(f"unknown sigmoid loss backend {backend!r}; choose one of {', '.join(SIGMOID_BACKENDS)}")
+    if backend == "auto":
+        backend = _first_that_can(device, dtype)
+    elif backend != "torch":
+        reason = why_not(backend, device, dtype)
+        if reason:
+            raise BackendError(f'{reason}; or use the backend "torch"')
+    half = dtype in (torch.float16, torch.bfloat16)
+    if dtype == torch.float64:
+        operand = gradient = accumulator = torch.float64
+    elif half and device.type == "cuda":
+        operand, gradient, accumulator = dtype, torch.bfloat16, torch.float32
+    else:
+        operand = gradient = accumulator = torch.float32
+    if backend == "cuda":
+        return Engine(CudaPass(gradient), CUDA_TILE, operand, gradient, accumulator)
+    tile = CPU_TILE if device.type == "cpu" else _CUDA_TORCH_TILE
+    return Engine(cpu_pass if backend == "cpu" else torch_pass, tile, operand, gradient, accumulator)
+
+
+def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why "cuda" or "cpu" cannot serve embeddings of `dtype` on `device`, or "" where it can."""
+    if device.type != backend:
+        return f"the {backend} backend cannot take tensors on {device}"
+    if dtype == torch.float64:
+        return f"the {backend} backend computes in float32, and the embeddings are float64"
+    return why_no_cuda_half() if backend == "cuda" else load_extension()[1]
+
+
+def _first_that_can(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type not in ("cpu", "cuda") or dtype == torch.float64:
+        return "torch"
+    reason = why_not(device.type, device, dtype)
+    if reason:
+        _say_once(reason)
+        return "torch"
+    return device.type
+
+
+@cache
+def _say_once(reason: str) -> None:
+    logger.warning("the sigmoid loss runs in plain torch: %s", reason)

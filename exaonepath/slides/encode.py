@@ -1,0 +1,266 @@
+"""All stages of one slide: patches, patch features, embeddings; each finished stage is kept and not redone."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exaonepath.device import resolve_dtype
+from exaonepath.encoders.loading import DEFAULT_WEIGHTS, LoadedEncoder, load_patch_encoder, load_slide_encoder
+from exaonepath.encoders.memory_plan import parse_memory
+from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
+from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
+from exaonepath.errors import OutputCollisionError, SettingsError, SlideOpenError
+from exaonepath.slides.dicom import series_identity
+from exaonepath.slides.embed import SlideEmbedding, embed_features_file, read_embedding
+from exaonepath.slides.features.extract import extract_features
+from exaonepath.slides.features.preprocessing import PreprocessingConfig
+from exaonepath.slides.image import SlideImage, opened
+from exaonepath.slides.patches.pipeline import patchfy
+
+__all__ = ["EncodeResult", "SlideEmbedding", "encode_slide", "find_slides", "output_paths", "read_embedding"]
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+SLIDE_SUFFIXES = frozenset(
+    {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi"}
+)
+
+
+@dataclass(frozen=True)
+class OutputPaths:
+    """Where the files of one slide go, under one output folder."""
+
+    patches: Path
+    features: Path
+    embedding: Path
+
+
+@dataclass(frozen=True)
+class EncodeResult:
+    """What `encode_slide` made.
+
+    Attributes:
+        name: the slide's id, its file stem.
+        slide: the slide file.
+        patches_path, features_path, embedding_path: the files of the three stages.
+        n_patches: patches with an embedding.
+        n_failed: patches that could not be read (listed in the features file).
+        reused: stages that were finished before and left alone, of "features" and "slide".
+    """
+
+    name: str
+    slide: Path
+    patches_path: Path
+    features_path: Path
+    embedding_path: Path
+    n_patches: int
+    n_failed: int
+    reused: tuple[str, ...] = field(default=())
+
+
+def output_paths(out: str | os.PathLike[str], name: str) -> OutputPaths:
+    """The files of the slide with this id under the output folder `out`."""
+    root = Path(out)
+    return OutputPaths(
+        root / "patches" / f"{name}.h5", root / "patches" / f"{name}_features.h5", root / "embeddings" / f"{name}.h5"
+    )
+
+
+def encode_slide(
+    slide: str | os.PathLike[str] | SlideImage,
+    out: str | os.PathLike[str],
+    patch_encoder: LoadedEncoder[ExaonePathPatchEncoderModel] | str = DEFAULT_WEIGHTS,
+    slide_encoder: LoadedEncoder[ExaonePathSlideEncoderModel] | str = DEFAULT_WEIGHTS,
+    *,
+    patching: Mapping[str, Any] | None = None,
+    preprocessing: PreprocessingConfig | None = None,
+    batch_size: int = 32,
+    num_workers: int | None = None,
+    dtype: str | torch.dtype = "auto",
+    max_memory: int | str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> EncodeResult:
+    """Slide file to slide embedding, resuming from whatever an earlier run finished.
+
+    Args:
+        slide: slide file, or an open slide (which stays open).
+        out: output folder: `patches/<id>.h5`, `patches/<id>_features.h5`, `embeddings/<id>.h5`, `masks/<id>.jpg`.
+        patch_encoder, slide_encoder: from `exaonepath.encoders.loading`, or what to load (a Hub id, a directory,
+            "random:SEED"); load them yourself to encode many slides.
+        patching: keyword arguments of `patchfy` (patch_size, step_size, ...); without step_size, patches touch.
+        preprocessing: resize, crop, mean and std of the patch encoder.
+        batch_size: patches in one call of the patch encoder.
+        num_workers: reading threads; None: one per core.
+        dtype: of both encoders; "auto": bfloat16 autocast on CUDA, float32 elsewhere.
+        max_memory: what the slide encoder may use on its device (see `embed_slide`); None: what is free.
+        overwrite: redo every stage.
+        progress: called with (patches done, patches in all) during feature extraction.
+
+    Raises:
+        SettingsError: an unknown key in `patching`, or a `max_memory` that is no amount of memory.
+        ExaonePathError: see `patchfy`, `extract_features` and `embed_features_file`. Finished stages are kept.
+    """
+    arguments = _patching(patching or {})
+    if max_memory is not None:
+        max_memory = parse_memory(max_memory)
+    if isinstance(patch_encoder, str):
+        patch_encoder = load_patch_encoder(patch_encoder, device="auto")
+    if isinstance(slide_encoder, str):
+        slide_encoder = load_slide_encoder(slide_encoder, device="auto")
+    with opened(slide) as image:
+        paths = output_paths(out, image.name)
+        patchfy(image, out, **arguments, overwrite=overwrite)
+        extraction = extract_features(
+            image,
+            paths.patches,
+            paths.features,
+            patch_encoder.model,
+            weights=patch_encoder.weights,
+            weights_fingerprint=patch_encoder.fingerprint,
+            preprocessing=preprocessing,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            device=patch_encoder.device,
+            dtype=resolve_dtype(dtype, patch_encoder.device),
+            progress=progress,
+            overwrite=overwrite,
+        )
+        _, slide_reused = embed_features_file(
+            paths.features,
+            paths.embedding,
+            slide_encoder,
+            dtype=resolve_dtype(dtype, slide_encoder.device),
+            max_memory=max_memory,
+            overwrite=overwrite,
+        )
+        image.check_unchanged()
+    reused = [name for name, done in (("features", extraction.reused), ("slide", slide_reused)) if done]
+    return EncodeResult(
+        image.name,
+        image.path,
+        paths.patches,
+        paths.features,
+        paths.embedding,
+        extraction.n_features,
+        len(extraction.failures),
+        tuple(reused),
+    )
+
+
+def _patching(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    allowed = set(inspect.signature(patchfy).parameters) - {"wsi", "out", "save_h5", "auto_skip", "overwrite"}
+    unknown = sorted(set(arguments) - allowed)
+    if unknown:
+        raise SettingsError(f"patching: {', '.join(unknown)} cannot be set here; known: {', '.join(sorted(allowed))}")
+    if "patch_size" in arguments and "step_size" not in arguments:
+        return {**arguments, "step_size": arguments["patch_size"]}
+    return dict(arguments)
+
+
+def find_slides(paths: Iterable[str | os.PathLike[str]], problems: list[SlideOpenError] | None = None) -> list[Path]:
+    """Slide files named on a command line; a folder stands for the slides directly inside it, in name order.
+
+    Args:
+        paths: files and folders.
+        problems: where given, a missing path, a broken link or an empty folder is put here instead of being raised.
+
+    Raises:
+        SlideOpenError: a path does not exist, or a folder holds no slide.
+        OutputCollisionError: two slides would write the same files.
+    """
+    slides: list[Path] = []
+    problems_here: list[SlideOpenError] = [] if problems is None else problems
+    for path in map(Path, paths):
+        if path.is_dir():
+            slides += _slides_in(path, problems_here)
+        elif path.exists():
+            slides.append(path)
+        else:
+            problems_here.append(SlideOpenError(f"{path}: no such file"))
+    if problems is None and problems_here:
+        raise problems_here[0]
+    slides = _one_per_series(slides)
+    by_stem: dict[str, Path] = {}
+    for slide in slides:
+        first = by_stem.setdefault(slide.stem, slide)
+        if first is not slide and first.resolve() != slide.resolve():
+            raise OutputCollisionError(
+                f"{first} and {slide} have one stem and would write the same files; rename one, or encode "
+                "them into different output folders"
+            )
+    for stem, slide in by_stem.items():
+        other = by_stem.get(f"{stem}_features")
+        if other is not None:
+            raise OutputCollisionError(
+                f"the features of {slide} and the patches of {other} would be one file; rename one, or encode "
+                "them into different output folders"
+            )
+    return list(by_stem.values())
+
+
+def _slides_in(folder: Path, problems: list[SlideOpenError]) -> list[Path]:
+    """Slide files directly inside a folder, in name order; what is left out is logged, or one of the problems."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as exc:
+        problems.append(SlideOpenError(f"{folder} cannot be listed: {exc.strerror}"))
+        return []
+    slides: list[Path] = []
+    broken: list[Path] = []
+    deeper: list[Path] = []
+    for entry in entries:
+        if entry.is_dir():
+            with suppress(OSError):
+                deeper += [p for p in entry.iterdir() if _looks_like_a_slide(p)]
+        elif not _looks_like_a_slide(entry):
+            continue
+        elif entry.name.startswith("."):
+            # "._slide.svs" is what macOS adds on a foreign disk: attributes of the file, no slide.
+            logger.warning("%s is a hidden file and is skipped", entry)
+        elif entry.is_symlink() and not entry.exists():
+            broken.append(entry)
+        else:
+            slides.append(entry)
+    problems += [SlideOpenError(f"{path} is a link to a file that does not exist") for path in broken]
+    if deeper:
+        logger.warning(
+            "%s has folders with %d more slide files, such as %s, which are skipped: name those folders as well",
+            folder,
+            len(deeper),
+            deeper[0],
+        )
+    if not slides and not broken:
+        problems.append(SlideOpenError(f"{folder} holds no slide file ({', '.join(sorted(SLIDE_SUFFIXES))})"))
+    return slides
+
+
+def _looks_like_a_slide(path: Path) -> bool:
+    return path.suffix.lower() in SLIDE_SUFFIXES and not path.is_dir()
+
+
+def _one_per_series(slides: list[Path]) -> list[Path]:
+    """One file for each DICOM series: the largest, which holds level 0. OpenSlide finds the others from it."""
+    series: dict[tuple[Path, str], list[Path]] = {}
+    keys: dict[Path, tuple[Path, str]] = {}
+    for slide in slides:
+        uid = series_identity(slide) if slide.suffix.lower() == ".dcm" else None
+        if uid is not None:
+            keys[slide] = (slide.parent.resolve(), uid)
+            series.setdefault(keys[slide], []).append(slide)
+    chosen = {key: max(sorted(files), key=lambda f: f.stat().st_size) for key, files in series.items()}
+    for key, files in series.items():
+        if len(files) > 1:
+            logger.info("%s stands for a DICOM series of %d files", chosen[key], len(files))
+    return [slide for slide in slides if slide not in keys or chosen[keys[slide]] == slide]

@@ -1,0 +1,315 @@
+"""Slide and patch coordinates in, features file out: resumable, in memory that does not grow with the patches.
+
+Rows go to an append-only file beside the output as soon as they exist; the output itself appears whole, at the end. A
+stored result, finished or not, is used again only where everything that made it is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from exaonepath.device import inference
+from exaonepath.errors import BackendError, DataFileError, DeviceError, SettingsError
+from exaonepath.files.artifact import canonical_json, check_owner, refuse_foreign, refuse_input_as_output, settings_hash
+from exaonepath.files.atomic import ensure_folder
+from exaonepath.files.features import ATTRIBUTES, Rows, merge_by_index, read_failures, write_features
+from exaonepath.files.hdf5 import open_h5
+from exaonepath.files.patches import PatchSet, read_patches
+from exaonepath.slides.features.partial import Block, PartialFile, remove_finished
+from exaonepath.slides.features.preprocessing import PreprocessingConfig, normalise
+from exaonepath.slides.features.reader import PatchBatch, PatchFailure, PatchReader
+from exaonepath.slides.image import SlideImage, opened
+from exaonepath.version import __version__
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class ExtractionResult:
+    """What an extraction did.
+
+    Attributes:
+        path: the finished features file.
+        n_patches: patches in the coordinates file.
+        n_features: rows in the features file: `n_patches` less the failures.
+        failures: the patches that could not be read.
+        reused: True where a finished file was there already and was left as it was.
+        resumed_from: patches that an interrupted run had already dealt with.
+    """
+
+    path: Path
+    n_patches: int
+    n_features: int
+    failures: tuple[PatchFailure, ...]
+    reused: bool
+    resumed_from: int
+
+
+def extract_features(
+    slide: SlideImage | str | os.PathLike[str],
+    patches_h5: str | os.PathLike[str],
+    out_h5: str | os.PathLike[str],
+    encoder: torch.nn.Module,
+    *,
+    weights: str,
+    weights_fingerprint: str,
+    preprocessing: PreprocessingConfig | None = None,
+    batch_size: int = 32,
+    num_workers: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int, int], None] | None = None,
+    overwrite: bool = False,
+) -> ExtractionResult:
+    """Run the patch encoder over every patch of a slide and store the features.
+
+    A finished file made with the same slide, coordinates, preprocessing, weights and dtype is left as it is; if it
+    lists patches that could not be read, those alone are tried again. An interrupted run is resumed from
+    `.<name>.part` beside the output; with the same batch size the result is bit for bit that of an undisturbed run.
+
+    Args:
+        slide: the slide file, or an open slide (which stays open).
+        patches_h5: coordinates, as `patchfy` writes them.
+        out_h5: the features file to write.
+        encoder: float [B, 3, crop, crop], normalised, to [B, D].
+        weights: what the user asked for ("random:0", a folder, a Hub id); stored.
+        weights_fingerprint: hash that identifies the encoder's weights; stored.
+        preprocessing: resize, crop, mean and std; stored.
+        batch_size: patches in one call of the encoder.
+        num_workers: reading threads; None: one per core, 0: none, read in between.
+        device: where the encoder runs; it is moved there.
+        dtype: bfloat16 and float16 run under autocast. The stored features are float32 always.
+        progress: called with (patches done, patches in all) after every batch.
+        overwrite: start over, whatever is stored.
+
+    Raises:
+        SettingsError: an argument that cannot be used, or an encoder that does not return [B, D].
+        SlideOpenError: the slide cannot be opened, or vanished in mid-run (what was done is kept).
+        SlideChangedError: the slide file was replaced in mid-run (what was done is not used).
+        DataFileError: the coordinates file is broken, or belongs to another slide.
+        OutputCollisionError: the output is one of the inputs, or holds the features of another slide.
+        OutputError: the output cannot be written (what was done is kept).
+        BackendError: the encoder gave NaN or infinity, or a batch does not fit into the device's memory.
+        DeviceError: no such device.
+    """
+    if dtype not in _DTYPES:
+        raise SettingsError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    preprocessing = preprocessing or PreprocessingConfig()
+    out = Path(out_h5)
+    with ExitStack() as stack:
+        slide = stack.enter_context(opened(slide))
+        refuse_input_as_output(out, (slide.path, Path(patches_h5)))
+        patches = read_patches(patches_h5)
+        _check_same_slide(slide, patches, patches_h5)
+        ensure_folder(out.parent)
+        attrs: dict[str, Any] = {
+            "slide_fingerprint": slide.fingerprint(),
+            "patch_size": int(patches.patch_size),
+            "preprocessing": canonical_json(preprocessing.to_dict()),
+            "weights_fingerprint": weights_fingerprint,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        key = settings_hash({**attrs, "coords": _digest(patches.coords), "contours": _digest(patches.contour_index)})
+        attrs |= {
+            "settings_hash": key,
+            "slide_path": str(slide.path.resolve()),
+            "weights": weights,
+            "exaonepath_version": __version__,
+        }
+
+        retry = _stored_failures(out, key, slide, overwrite)
+        n = len(patches.coords)
+        part = out.with_name(f".{out.name}.part")
+        if retry == ():
+            remove_finished(part)
+            logger.info("%s is up to date", out)
+            return ExtractionResult(out, n, n, (), reused=True, resumed_from=0)
+        rows = np.arange(n, dtype=np.int64)
+        if retry:
+            logger.info("%s lacks %d patches that could not be read; trying them again", out, len(retry))
+            rows = np.array([failure.index for failure in retry], np.int64)
+        partial = PartialFile(part, {"settings": key, "rows": _digest(rows)}, fresh=overwrite)
+        stack.callback(partial.close)
+        if retry is None and not overwrite and _stored_failures(out, key, slide, False) == ():
+            # Another process had the partial file until now, and has finished the work.
+            partial.remove()
+            return ExtractionResult(out, n, n, (), reused=True, resumed_from=0)
+        resumed_from = int(np.searchsorted(rows, partial.stop))
+        if resumed_from:
+            logger.info("%s: resuming after %d of %d patches", out, resumed_from, len(rows))
+        reader = PatchReader(
+            slide,
+            patches.coords,
+            patches.patch_size,
+            preprocessing,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            indices=rows[resumed_from:],
+        )
+        encode = stack.enter_context(_Encoder(encoder, preprocessing, torch.device(device), dtype))
+        _run(reader, encode, partial, resumed_from, len(rows), progress)
+        slide.check_unchanged()
+        failures = tuple(partial.failures)
+        if retry and len(failures) == len(retry):
+            partial.remove()
+            return ExtractionResult(out, n, n - len(retry), retry, reused=True, resumed_from=resumed_from)
+        written = write_features(
+            out,
+            _merged(partial, out if retry else None, n, retry or ()),
+            patches.coords,
+            patches.contour_index,
+            partial.dim or encode.width(),
+            failures,
+            attrs,
+        )
+        partial.remove()
+        return ExtractionResult(out, n, written, failures, reused=False, resumed_from=resumed_from)
+
+
+class _Encoder:
+    """The encoder in evaluation mode on its device, under inference mode and, where asked for, autocast."""
+
+    def __init__(
+        self, module: torch.nn.Module, preprocessing: PreprocessingConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._module, self._preprocessing, self._device, self._dtype = module, preprocessing, device, dtype
+
+    def __enter__(self) -> _Encoder:
+        self._was_training = self._module.training
+        try:
+            self._module.to(self._device).eval()
+        except (RuntimeError, AssertionError) as exc:  # torch built without CUDA asserts
+            raise DeviceError(f"the patch encoder cannot be moved to {self._device}: {exc}") from exc
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._module.train(self._was_training)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Features, float32 [b, D], of images uint8 [b, crop, crop, 3]."""
+        advice = "; use a smaller batch size (what was done is kept)"
+        with inference(self._device, self._dtype, f"a batch of {len(images)} patches", advice):
+            batch = torch.from_numpy(images).to(self._device)
+            features = self._module(normalise(batch, self._preprocessing))
+        if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):
+            got = list(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+            raise SettingsError(f"the patch encoder must return a tensor [{len(images)}, D] for this batch, got {got}")
+        return features.float().cpu().numpy()
+
+    def width(self) -> int:
+        """D, where there is no patch to see it by."""
+        crop = self._preprocessing.crop
+        return self(np.zeros((1, crop, crop, 3), np.uint8)).shape[1]
+
+
+def _run(
+    reader: PatchReader,
+    encode: _Encoder,
+    partial: PartialFile,
+    done: int,
+    total: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    if progress:
+        progress(done, total)
+    batches = iter(reader)
+    partly_missing = 0
+    with ExitStack() as stack:
+        stack.callback(
+            batches.close
+        )  # on Ctrl-C too: threads must not outlive the loop until the generator is collected
+        for batch in batches:
+            features = encode(batch.images) if len(batch.indices) else np.empty((0, partial.dim or 0), np.float32)
+            _check_features(features, batch, partial.dim)
+            reader.slide.check_unchanged()  # before the rows are kept: they may be those of another file
+            partly_missing += len(batch.partly_missing)
+            partial.append(Block(batch.indices, features, batch.failures, batch.stop))
+            done += len(batch.indices) + len(batch.failures)
+            if progress:
+                progress(done, total)
+    if partly_missing:
+        logger.warning(
+            "%s: %d of %d patches lie partly on tiles without data, which read as black: the file is incomplete",
+            reader.slide.path,
+            partly_missing,
+            total,
+        )
+
+
+def _check_features(features: np.ndarray, batch: PatchBatch, dim: int | None) -> None:
+    if dim is not None and features.shape[1] != dim:
+        raise SettingsError(f"the patch encoder returned {features.shape[1]} numbers a patch, and {dim} before")
+    bad = batch.indices[~np.isfinite(features).all(axis=1)]
+    if len(bad):
+        shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
+        raise BackendError(
+            f"the patch encoder gave NaN or infinity for {len(bad)} of {len(features)} patches of a batch "
+            f"(patch {shown}); the weights are broken, or the dtype is too narrow for them: try float32 or bfloat16"
+        )
+
+
+def _merged(partial: PartialFile, finished: Path | None, n: int, retried: tuple[PatchFailure, ...]) -> Iterator[Rows]:
+    """Rows of the partial file and, in between, those of the finished file that is being completed, by index."""
+    recovered = ((block.indices, block.features) for block in partial.blocks())
+    if finished is None:
+        yield from recovered
+        return
+    with open_h5(finished) as file:
+        features = file.dataset("features", "f", (n - len(retried), None))
+        indices = np.setdiff1d(np.arange(n, dtype=np.int64), [failure.index for failure in retried])
+        kept = ((indices[start : start + len(rows)], rows) for start, rows in features.parts())
+        yield from merge_by_index(kept, recovered)
+
+
+def _stored_failures(out: Path, key: str, slide: SlideImage, overwrite: bool) -> tuple[PatchFailure, ...] | None:
+    """The failures of a finished file made with these settings; None where there is no such file."""
+    refuse_foreign(out, "features", ("slide_embedding",))
+    if not out.exists():
+        return None
+    try:
+        with open_h5(out, ("features", "coords", "contour_index")) as file:
+            attrs = file.attributes(ATTRIBUTES)
+            if not check_owner(out, attrs, slide.fingerprint(), str(slide.path.resolve()), overwrite=overwrite):
+                return None
+            if overwrite:
+                return None
+            if attrs.get("settings_hash") == key and attrs.get("complete", False):
+                file.verify()
+                return read_failures(out, file)
+            logger.info("%s was made with other settings; extracting again", out)
+    except DataFileError as exc:
+        logger.warning("%s; extracting again", exc)
+    return None
+
+
+def _check_same_slide(slide: SlideImage, patches: PatchSet, path: str | os.PathLike[str]) -> None:
+    if patches.slide_fingerprint is not None and patches.slide_fingerprint != slide.fingerprint():
+        raise DataFileError(
+            f"{path}: the coordinates belong to another slide than {slide.path}; run the patch stage on it"
+        )
+    # Files of the original carry no fingerprint; a patch without a single pixel of the slide gives them away.
+    corner = patches.coords.astype(np.int64)
+    outside = ((corner >= slide.dimensions) | (corner + patches.patch_size <= 0)).any(axis=1)
+    if outside.any():
+        first = int(np.flatnonzero(outside)[0])
+        width, height = slide.dimensions
+        raise DataFileError(
+            f"{path}: {int(outside.sum())} patches lie outside {slide.path}, which is {width} x {height} "
+            f"(patch {first} at {tuple(corner[first].tolist())}); the coordinates belong to another slide"
+        )
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()

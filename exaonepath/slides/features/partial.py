@@ -1,0 +1,203 @@
+"""The append-only file an extraction keeps beside its output, so that a killed run loses at most one batch.
+
+A JSON line says what the rows were made with; then one block per batch: a header, the rows' indices, their features,
+the batch's failures as JSON. A checksum over each block tells a whole block from one torn by a kill, a full disk or a
+power cut; whatever follows the last whole block is cut off on resuming.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from exaonepath.errors import OutputError
+from exaonepath.files.artifact import canonical_json
+from exaonepath.files.atomic import open_private, output_error, try_lock
+from exaonepath.slides.features.reader import PatchFailure
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_MAX_HEADER = 1 << 16
+# magic, rows, width of a row, one past the last patch covered, bytes of failure JSON, checksum of all but itself
+_BLOCK = struct.Struct("<4sIIqII")
+_MAGIC = b"xpB1"
+
+
+class Block(NamedTuple):
+    """One batch: `features` float32 [b, D] of patches `indices` int64 [b]; every patch before `stop` is dealt with."""
+
+    indices: np.ndarray
+    features: np.ndarray
+    failures: tuple[PatchFailure, ...]
+    stop: int
+
+
+class PartialFile:
+    """Opens or creates the partial file of an output; keeps its blocks where `settings` are those it was begun with.
+
+    Args:
+        path: the partial file.
+        settings: plain JSON; anything that would make other rows must be in it.
+        fresh: start over whatever is there.
+
+    Attributes:
+        stop: patches before this index are in the file already (0: none).
+        n_rows: feature rows in the file.
+        dim: width of a row, None while there is none.
+        failures: unreadable patches so far.
+
+    Raises:
+        OutputError: the file cannot be written, or another process is writing it.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], *, fresh: bool = False) -> None:
+        self.path = path
+        self.stop = self.n_rows = 0
+        self.dim: int | None = None
+        self.failures: list[PatchFailure] = []
+        header = canonical_json({"format": _FORMAT, **settings}).encode() + b"\n"
+        self._begin = len(header)
+        self._file = _open_locked(path)
+        try:
+            self._file.seek(0)
+            found = self._file.readline(_MAX_HEADER)
+            if found and (found != header or fresh):
+                logger.info("%s: made with other settings, or not wanted any more; starting over", path)
+            if found == header and not fresh:
+                self._recover()
+            else:
+                self._file.truncate(0)
+                _write(self._file, header)
+        except OSError as exc:
+            self._file.close()
+            raise output_error(path, exc) from exc
+
+    def append(self, block: Block) -> None:
+        """Add one batch and hand it to the operating system; raises `OutputError` when that fails."""
+        data = _pack(block)
+        try:
+            _write(self._file, data)
+        except OSError as exc:
+            raise output_error(self.path, exc) from exc
+        self._count(block)
+
+    def blocks(self) -> Iterator[Block]:
+        """The batches in the file, in order, one in memory at a time."""
+        with self.path.open("rb") as file:
+            file.seek(self._begin)
+            while (block := _unpack(file)) is not None:
+                yield block
+
+    def close(self) -> None:
+        """Close the file, which stays for a later run."""
+        try:
+            self._file.close()
+        except OSError as exc:  # every block has a checksum: what did not get there is done again
+            logger.warning("%s: closing failed (%s)", self.path, exc)
+
+    def remove(self) -> None:
+        """Delete the file: its rows are in the finished output."""
+        try:
+            self.path.unlink(missing_ok=True)  # before the lock goes, so that nobody is left with a deleted file
+        except OSError as exc:
+            logger.warning("%s cannot be removed (%s); its rows are in the finished file", self.path, exc)
+        self.close()
+
+    def _recover(self) -> None:
+        end = self._begin
+        while (block := _unpack(self._file)) is not None and block.stop > self.stop:
+            end = self._file.tell()
+            self._count(block)
+        torn = self._file.seek(0, os.SEEK_END) - end
+        if torn:
+            logger.warning("%s: the last %d bytes are not a whole batch and are redone", self.path, torn)
+            self._file.truncate(end)
+
+    def _count(self, block: Block) -> None:
+        self.stop = block.stop
+        self.n_rows += len(block.indices)
+        if len(block.indices):
+            self.dim = block.features.shape[1]
+        self.failures.extend(block.failures)
+
+
+def remove_finished(path: Path) -> None:
+    """Delete the partial file of an output that is finished, if no process holds it: a kill may have left it."""
+    if not path.is_file() or path.is_symlink():
+        return
+    try:
+        with FileIO(open_private(path), "a+") as file:
+            if try_lock(file.fileno()) and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                path.unlink()
+    except (OSError, OutputError) as exc:
+        logger.warning("%s cannot be removed (%s); its rows are in the finished file", path, exc)
+
+
+def _pack(block: Block) -> bytes:
+    indices = np.ascontiguousarray(block.indices, "<i8")
+    features = np.ascontiguousarray(block.features, "<f4")
+    failures = json.dumps([[f.index, f.x, f.y, f.reason] for f in block.failures]).encode() if block.failures else b""
+    payload = b"".join((indices.tobytes(), features.tobytes(), failures))
+    fields = (_MAGIC, len(indices), features.shape[1], block.stop, len(failures))
+    check = zlib.crc32(payload, zlib.crc32(_BLOCK.pack(*fields, 0)))
+    return _BLOCK.pack(*fields, check) + payload
+
+
+def _unpack(file: BinaryIO) -> Block | None:
+    head = file.read(_BLOCK.size)
+    if len(head) < _BLOCK.size:
+        return None
+    magic, rows, width, stop, n_failures, check = _BLOCK.unpack(head)
+    if magic != _MAGIC:
+        return None
+    split = rows * 8
+    end = split + rows * width * 4
+    if end + n_failures > os.fstat(file.fileno()).st_size - file.tell():  # torn, or a size that is garbage
+        return None
+    payload = file.read(end + n_failures)
+    fields = (magic, rows, width, stop, n_failures)
+    if zlib.crc32(payload, zlib.crc32(_BLOCK.pack(*fields, 0))) != check:
+        return None
+    indices = np.frombuffer(payload, "<i8", rows)
+    features = np.frombuffer(payload, "<f4", rows * width, split).reshape(rows, width)
+    failures = tuple(PatchFailure(*entry) for entry in json.loads(payload[end:])) if n_failures else ()
+    return Block(indices, features, failures, stop)
+
+
+def _open_locked(path: Path) -> FileIO:
+    """The file, opened and locked, and still the one that the path names."""
+    while True:
+        # Appending neither empties the file before it is locked, nor fails where it does not exist yet. Unbuffered: a
+        # full disk shows in the write that meets it, not when the file is closed.
+        file = FileIO(open_private(path), "a+")
+        try:
+            _lock(file, path)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # whoever had the lock has finished, and removed what was opened here
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _lock(file: FileIO, path: Path) -> None:
+    if not try_lock(file.fileno()):
+        raise OutputError(f"{path} is being written by another process; let it finish, or stop it")

@@ -1,0 +1,203 @@
+"""Reads the patches of a slide ahead of the model, on threads, in order, within a fixed amount of memory.
+
+OpenSlide and Pillow let go of the interpreter lock while they work, so threads scale to the cores. Each thread takes a
+run of consecutive patches: neighbours on the grid share tiles, and two threads inside one tile would both decode it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from exaonepath.errors import DataFileError, SettingsError, SlideReadError
+from exaonepath.slides.features.preprocessing import PreprocessingConfig, ReadWindow, read_window
+from exaonepath.slides.image import SlideImage
+
+logger = logging.getLogger(__name__)
+
+# Decoded tiles kept for the next row of patches: two rows of 256 px tiles across 65,000 px of tissue. Little changes
+# for JPEG (8 % on a slide 60,000 px wide), but tiles in JPEG 2000 cost ten times as much to decode twice.
+_CACHE_BYTES = 128 << 20
+_RUN = 8  # patches a thread reads in a row
+_MAX_DEFAULT_WORKERS = 16  # beyond that, storage is the limit before decoding is
+
+
+@dataclass(frozen=True)
+class PatchFailure:
+    """A patch that could not be read, also not through a fresh handle: its row in the patches file, where, and why."""
+
+    index: int
+    x: int
+    y: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class PatchBatch:
+    """Preprocessed patches of one batch, without those that could not be read.
+
+    Attributes:
+        indices: int64 [b], rows of the patches file, increasing.
+        images: uint8 [b, crop, crop, 3] RGB, in the order of `indices`.
+        failures: the batch's unreadable patches.
+        stop: one past the last row this batch covers, readable or not.
+        partly_missing: rows of patches on which the file has no data for some of the pixels (they are black).
+    """
+
+    indices: np.ndarray
+    images: np.ndarray
+    failures: tuple[PatchFailure, ...]
+    stop: int
+    partly_missing: tuple[int, ...] = ()
+
+
+def default_workers() -> int:
+    """Threads to read with: one per core this process may use, 16 at most."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        cores = os.cpu_count() or 1
+    return min(cores, _MAX_DEFAULT_WORKERS)
+
+
+class PatchReader:
+    """Iterates over the patches of a slide in batches, reading ahead of its consumer.
+
+    Every `iter()` starts a pass of its own; leaving the loop early, for whatever reason, stops the threads within one
+    patch's reading time.
+
+    Args:
+        slide: an open slide.
+        coords: int [N, 2], (x, y) of the top left corner of each patch at level 0, in pixels.
+        patch_size: side of a patch in level-0 pixels. What lies outside the slide is black.
+        preprocessing: resize and crop.
+        batch_size: patches in a batch; the last may have fewer.
+        num_workers: reading threads; None: one per core, 0: read in the calling thread.
+        indices: int [M], which rows of `coords` to read, increasing; None: all.
+
+    Raises:
+        SettingsError: a size or number that cannot be used.
+        DataFileError: `coords` is not [N, 2].
+    """
+
+    def __init__(
+        self,
+        slide: SlideImage,
+        coords: np.ndarray,
+        patch_size: int,
+        preprocessing: PreprocessingConfig | None = None,
+        *,
+        batch_size: int = 32,
+        num_workers: int | None = None,
+        indices: np.ndarray | None = None,
+    ) -> None:
+        if coords.ndim != 2 or coords.shape[1] != 2:
+            raise DataFileError(f"patch coordinates must be [N, 2], got {list(coords.shape)}")
+        if patch_size <= 0:
+            raise SettingsError(f"patch size must be positive, got {patch_size}")
+        if batch_size <= 0:
+            raise SettingsError(f"batch size must be positive, got {batch_size}")
+        if num_workers is None:
+            num_workers = default_workers()
+        elif num_workers < 0:
+            raise SettingsError(f"number of reading threads must not be negative, got {num_workers}")
+        self.slide = slide
+        self.coords = coords
+        self.indices = np.arange(len(coords), dtype=np.int64) if indices is None else np.asarray(indices, np.int64)
+        self.preprocessing = preprocessing or PreprocessingConfig()
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self._window: ReadWindow = read_window(patch_size, self.preprocessing)
+
+    @property
+    def batches_ahead(self) -> int:
+        """How many batches may be read, or in reading, beyond the one the consumer holds."""
+        # At least one whole batch waits while each thread has a run to itself.
+        return 1 + -(-self.num_workers * _RUN // self.batch_size) if self.num_workers else 0
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Generator[PatchBatch, None, None]:
+        with self.slide.tile_cache(_CACHE_BYTES):
+            yield from self._batches()
+
+    def _batches(self) -> Generator[PatchBatch, None, None]:
+        batches = (self.indices[at : at + self.batch_size] for at in range(0, len(self.indices), self.batch_size))
+        stop = threading.Event()
+        if not self.num_workers:
+            for rows in batches:
+                job = _Job(rows, self.preprocessing.crop)
+                self._read_run(job, 0, len(rows), stop)
+                yield job.result()
+            return
+        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="exaonepath-reader")
+        waiting: deque[_Job] = deque()
+        try:
+            for rows in batches:
+                waiting.append(self._submit(pool, rows, stop))
+                if len(waiting) > self.batches_ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            # Reached on the last batch, on an error, on Ctrl-C and when the consumer closes the generator.
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, pool: ThreadPoolExecutor, rows: np.ndarray, stop: threading.Event) -> _Job:
+        job = _Job(rows, self.preprocessing.crop)
+        for start in range(0, len(rows), _RUN):
+            job.runs.append(pool.submit(self._read_run, job, start, min(start + _RUN, len(rows)), stop))
+        return job
+
+    def _read_run(self, job: _Job, start: int, end: int, stop: threading.Event) -> None:
+        offset, size = self._window.offset, self._window.size
+        for at in range(start, end):
+            if stop.is_set():
+                return
+            index = int(job.rows[at])
+            x, y = int(self.coords[index, 0]), int(self.coords[index, 1])
+            corner = (x + offset, y + offset)
+            try:
+                part = self.slide.read_image(corner, 0, (size, size))
+                missing = self.slide.missing_share(part, corner)
+                if missing == 1:
+                    raise SlideReadError(f"{self.slide.path} has no image data there (tiles of zero length)")
+            except SlideReadError as exc:
+                logger.warning("patch %d at (%d, %d) cannot be read: %s", index, x, y, exc)
+                job.failures[at] = PatchFailure(index, x, y, str(exc))
+            else:
+                if missing:
+                    job.partly_missing[at] = missing
+                job.images[at] = self._window.finish(part)
+
+
+class _Job:
+    """One batch in the making. Each run writes rows of its own, so no lock is needed."""
+
+    def __init__(self, rows: np.ndarray, crop: int) -> None:
+        self.rows = rows
+        self.images = np.empty((len(rows), crop, crop, 3), np.uint8)
+        self.failures: dict[int, PatchFailure] = {}
+        self.partly_missing: dict[int, float] = {}
+        self.runs: list[Future[None]] = []
+
+    def result(self) -> PatchBatch:
+        for run in self.runs:
+            run.result()
+        failures = tuple(self.failures[at] for at in sorted(self.failures))
+        rows, images = self.rows, self.images
+        if failures:
+            readable = np.setdiff1d(np.arange(len(rows)), list(self.failures))
+            rows, images = rows[readable], images[readable]
+        partial = tuple(int(self.rows[at]) for at in sorted(self.partly_missing))
+        return PatchBatch(rows, images, failures, stop=int(self.rows[-1]) + 1, partly_missing=partial)

@@ -1,0 +1,372 @@
+"""A slide file opened through OpenSlide, with the few facts the rest of the package needs from it.
+
+OpenSlide handles latch their first error: every later call on the handle fails too. `SlideImage.read_region` therefore
+drops a failed handle and tries once more on a fresh one before it gives up. That second try has its handle for itself:
+on a shared one, the bad region of one thread would fail the good region of another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+import openslide
+from PIL import Image
+
+from exaonepath.errors import SettingsError, SlideChangedError, SlideOpenError, SlideReadError
+from exaonepath.slides.formats import why_not_a_slide, wrong_pixels
+from exaonepath.slides.scale import doubts, pixel_size
+
+logger = logging.getLogger(__name__)
+
+_SPARSE_FORMATS = {"mirax", "dicom", "philips", "ventana"}  # tiles without tissue are left out
+_BLOCK = 1024  # side of what a thumbnail reads at a time, in pixels
+_DEFAULT_CACHE = 32 << 20  # OpenSlide's own
+_SAMPLE_BLOCKS, _SAMPLE_BYTES = 64, 1 << 16
+
+
+class SlideImage:
+    """An opened whole-slide image. Safe to share between threads; usable as a context manager.
+
+    Attributes:
+        path: the slide file.
+        name: file stem, the id used in every output file name.
+        level_dimensions: (width, height) of each level, in pixels.
+        level_downsamples: (W0 / Wl, H0 / Hl) of each level: the exact pair, not OpenSlide's rounded scalar.
+        scalar_downsamples: OpenSlide's own factor of each level, by which it divides the locations it is given.
+        mpp: micrometres per pixel at level 0.
+        mpp_source: which property `mpp` came from, or "assumed".
+        scale_doubts: what speaks against `mpp`, a phrase each; each was logged as a warning.
+
+    Raises:
+        SlideOpenError: the file is missing, unreadable, truncated, has no level, or is not a slide.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.name = self.path.stem
+        self._lock = threading.Lock()
+        self._closed = False
+        self._cache: openslide.OpenSlideCache | None = None
+        self._identity = _identity(self.path)
+        self._slide: openslide.OpenSlide | None = _open(self.path)
+        # Readers inside each handle, by id. A handle is closed when it is retired and its last reader has left.
+        self._readers: dict[int, int] = {}
+        properties = self._slide.properties
+        self.properties: dict[str, str] = dict(properties)
+        self.level_dimensions: tuple[tuple[int, int], ...] = tuple(self._slide.level_dimensions)
+        if not self.level_dimensions or min(self.level_dimensions[0]) <= 0:
+            self.close()
+            raise SlideOpenError(f"{self.path} has no image level; it cannot be used as a slide")
+        w0, h0 = self.level_dimensions[0]
+        self.level_downsamples = tuple((w0 / w, h0 / h) for w, h in self.level_dimensions)
+        self.scalar_downsamples: tuple[float, ...] = tuple(self._slide.level_downsamples)
+        wrong = wrong_pixels(self.path, self.properties)
+        if wrong is not None:
+            self.close()
+            raise SlideOpenError(f"{self.path} {wrong}")
+        self.mpp, self.mpp_source = pixel_size(self.properties)
+        self.scale_doubts = tuple(doubts(self.properties, self.mpp, self.mpp_source))
+        for doubt in self.scale_doubts:
+            logger.warning("%s %s", self.path, doubt)
+        self._fingerprint: str | None = None
+        self.check_unchanged()
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """(width, height) of level 0 in pixels."""
+        return self.level_dimensions[0]
+
+    def get_best_level_for_downsample(self, downsample: float) -> int:
+        """OpenSlide's choice of level for a wanted downsample factor."""
+        with self._reading() as handle:
+            return int(handle.get_best_level_for_downsample(downsample))
+
+    def set_cache_bytes(self, capacity: int) -> None:
+        """Keep up to `capacity` bytes of decoded tiles (OpenSlide's default is 32 MiB), on fresh handles too."""
+        cache = openslide.OpenSlideCache(capacity)
+        with self._reading() as handle:
+            handle.set_cache(cache)
+        self._cache = cache
+
+    @contextmanager
+    def tile_cache(self, capacity: int) -> Iterator[None]:
+        """`set_cache_bytes` for the length of a `with` block; afterwards the cache is what it was before."""
+        before = self._cache
+        self.set_cache_bytes(capacity)
+        try:
+            yield
+        finally:
+            self._cache = before or openslide.OpenSlideCache(_DEFAULT_CACHE)
+            # Not through _reading: it would open a file again that may just have failed.
+            with self._lock:
+                if self._slide is not None:
+                    self._slide.set_cache(self._cache)
+
+    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> np.ndarray:
+        """Pixels of one region as RGBA.
+
+        Args:
+            location: (x, y) of the top left corner at level 0, in pixels; may lie outside the slide.
+            level: pyramid level to read.
+            size: (width, height) at that level, in pixels.
+
+        Returns:
+            uint8 [height, width, 4]; areas outside the slide are (0, 0, 0, 0).
+
+        Raises:
+            SlideReadError: the region cannot be read, also not through a fresh handle.
+        """
+        return np.asarray(self.read_image(location, level, size))
+
+    def read_strips(
+        self, location: tuple[int, int], level: int, size: tuple[int, int], rows: int
+    ) -> Iterator[np.ndarray]:
+        """The region that `read_region` returns, read at once but handed out as strips of at most `rows` rows.
+
+        For large regions: turning an image into an array copies it, here a strip at a time.
+        """
+        image = self.read_image(location, level, size)
+        for top in range(0, size[1], rows):
+            yield np.asarray(image.crop((0, top, size[0], min(top + rows, size[1]))))
+
+    def read_image(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+        """`read_region` as a Pillow image (RGBA): for what goes on in Pillow, it saves two copies of the pixels."""
+        with self._reading() as handle:
+            try:
+                return handle.read_region(location, level, size)
+            except openslide.OpenSlideError as exc:
+                self._retire(handle)
+                first = exc
+        logger.warning(
+            "%s: reading %s at level %d failed (%s); trying a fresh handle", self.path, location, level, first
+        )
+        fresh = self._open_fresh()
+        try:
+            image = fresh.read_region(location, level, size)
+        except openslide.OpenSlideError as exc:
+            fresh.close()
+            raise SlideReadError(
+                f"{self.path}: cannot read the {size[0]} x {size[1]} region at {tuple(location)}, level {level}: {exc}"
+            ) from exc
+        self._adopt(fresh)
+        return image
+
+    def missing_share(self, image: Image.Image, location: tuple[int, int]) -> float:
+        """Share of a level-0 region's pixels inside the slide for which the file holds no data; they read as black.
+
+        Tiles of zero length are a fault in most formats, and plain background in those that leave empty glass out.
+
+        Args:
+            image: what `read_image` returned, RGBA. location: of its top left corner.
+        """
+        if self.properties.get("openslide.vendor") in _SPARSE_FORMATS:
+            return 0.0
+        alpha = np.asarray(image.getchannel("A"))
+        if not alpha.size or alpha.min() > 0:
+            return 0.0
+        (x, y), (width, height) = location, self.dimensions
+        left, top = max(0, -x), max(0, -y)
+        inside = alpha[top : max(top, height - y), left : max(left, width - x)]
+        return float(np.count_nonzero(inside == 0)) / inside.size if inside.size else 0.0
+
+    def thumbnail(self, longest_side: int) -> np.ndarray:
+        """Whole slide as RGB uint8 [h, w, 3], white where the slide is transparent, at most `longest_side` pixels.
+
+        Works in blocks: memory does not grow with the slide, also where its only level is the full image.
+
+        Raises:
+            SlideReadError: a region cannot be read.
+        """
+        full = max(self.dimensions)
+        shrink = max(1.0, full / max(1, longest_side))
+        # Levels are rarely an exact factor: one that is a hair smaller than asked for beats reading 16 times as much.
+        level = self.get_best_level_for_downsample(1.01 * shrink)
+        (w, h), scale = self.level_dimensions[level], self.scalar_downsamples[level]
+        width, height = (max(1, round(side / shrink)) for side in self.dimensions)
+        width, height = min(width, w), min(height, h)
+        picture = np.empty((height, width, 3), np.uint8)
+        step_x, step_y = (max(1, int(_BLOCK * small / side)) for small, side in ((width, w), (height, h)))
+        for y in range(0, height, step_y):
+            y1 = min(y + step_y, height)
+            top, bottom = y * h // height, -(-y1 * h // height)
+            for x in range(0, width, step_x):
+                x1 = min(x + step_x, width)
+                left, right = x * w // width, -(-x1 * w // width)
+                block = self.read_region((int(left * scale), int(top * scale)), level, (right - left, bottom - top))
+                picture[y:y1, x:x1] = cv2.resize(_on_white(block), (x1 - x, y1 - y), interpolation=cv2.INTER_AREA)
+        return picture
+
+    def fingerprint(self) -> str:
+        """Hash that identifies the slide's content: file size, 64 blocks spread over the file, OpenSlide's quickhash.
+
+        Reads 4 MiB at most, so it is cheap for a file of any size, and survives copying and renaming.
+
+        Raises:
+            SlideOpenError: the file is gone or unreadable by now.
+        """
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            try:
+                size = self.path.stat().st_size
+                digest.update(f"{size}:{self.properties.get('openslide.quickhash-1', '')}".encode())
+                with self.path.open("rb") as file:
+                    for i in range(_SAMPLE_BLOCKS):
+                        file.seek((size - 1) * i // _SAMPLE_BLOCKS)
+                        digest.update(file.read(_SAMPLE_BYTES))
+            except OSError as exc:
+                raise SlideOpenError(f"{self.path} cannot be read any more: {exc}") from exc
+            self.check_unchanged()
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def check_unchanged(self) -> None:
+        """Check that the path still names the file that was opened, as it was then.
+
+        Two files read as one slide would give rows of both, and nothing else would show it.
+
+        Raises:
+            SlideChangedError: it names another file, or the file was written to.
+            SlideOpenError: there is no file any more.
+        """
+        now = _identity(self.path)
+        if now is None:
+            raise SlideOpenError(f"{self.path} cannot be read any more: it is gone")
+        if now != self._identity:
+            raise SlideChangedError(
+                f"{self.path} was replaced or changed while it was read; what was read since is not used: run again"
+            )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # To another process, or a copy, goes the path: handles and locks belong to one process.
+        return _reopened, (self.path, self._identity)
+
+    def close(self) -> None:
+        """Close the file (as soon as no other thread reads it). Reading afterwards raises `SlideReadError`."""
+        with self._lock:
+            self._closed = True
+            handle = self._slide
+        if handle is not None:
+            self._retire(handle)
+
+    @contextmanager
+    def _reading(self) -> Iterator[openslide.OpenSlide]:
+        """The shared handle, which stays open at least until the block ends."""
+        with self._lock:
+            if self._slide is None:
+                self._slide = self._open_fresh()
+            handle = self._slide
+            self._readers[id(handle)] = self._readers.get(id(handle), 0) + 1
+        try:
+            yield handle
+        finally:
+            with self._lock:
+                left = self._readers[id(handle)] - 1
+                if left:
+                    self._readers[id(handle)] = left
+                else:
+                    del self._readers[id(handle)]
+                unused = not left and handle is not self._slide
+            if unused:
+                handle.close()
+
+    def _open_fresh(self) -> openslide.OpenSlide:
+        if self._closed:
+            raise SlideReadError(f"{self.path} was closed")
+        handle = _open(self.path)
+        try:
+            self.check_unchanged()
+        except SlideChangedError:
+            handle.close()
+            raise
+        if self._cache is not None:
+            handle.set_cache(self._cache)
+        return handle
+
+    def _retire(self, handle: openslide.OpenSlide) -> None:
+        """Share `handle` no longer; close it now if nobody is inside."""
+        with self._lock:
+            shared = self._slide is handle
+            if shared:
+                self._slide = None
+            unused = shared and id(handle) not in self._readers
+        if unused:
+            handle.close()
+
+    def _adopt(self, handle: openslide.OpenSlide) -> None:
+        """Share `handle` from now on, or close it where a shared one is open again already."""
+        with self._lock:
+            needed = self._slide is None and not self._closed
+            if needed:
+                self._slide = handle
+        if not needed:
+            handle.close()
+
+    def __enter__(self) -> SlideImage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        w, h = self.dimensions
+        return f"SlideImage({str(self.path)!r}, {w} x {h}, {len(self.level_dimensions)} levels, mpp={self.mpp:g})"
+
+
+@contextmanager
+def opened(slide: str | os.PathLike[str] | SlideImage) -> Iterator[SlideImage]:
+    """The slide itself where it is open already (it stays open), else the file, opened for the `with` block."""
+    if isinstance(slide, SlideImage):
+        yield slide
+        return
+    if not isinstance(slide, str | os.PathLike):
+        raise SettingsError(f"a slide is given by its path or as a SlideImage, not as {type(slide).__name__}")
+    with SlideImage(slide) as image:
+        yield image
+
+
+def _open(path: Path) -> openslide.OpenSlide:
+    if not path.exists():
+        raise SlideOpenError(f"{path}: no such file")
+    if not (path.is_file() or path.is_dir()):  # a pipe would be waited on for ever
+        raise SlideOpenError(f"{path} is neither a file nor a folder; it cannot be a slide")
+    try:
+        return openslide.OpenSlide(path)
+    except openslide.OpenSlideUnsupportedFormatError as exc:
+        raise SlideOpenError(f"{path} {why_not_a_slide(path)}") from exc
+    except (openslide.OpenSlideError, OSError) as exc:
+        if "Unsupported TIFF compression" in str(exc):
+            raise SlideOpenError(f"{path} {why_not_a_slide(path)}") from exc
+        raise SlideOpenError(f"{path} cannot be opened as a slide ({exc}); the file may be truncated") from exc
+
+
+def _on_white(pixels: np.ndarray) -> np.ndarray:
+    """RGB [h, w, 3] of RGBA pixels [h, w, 4] seen on white paper."""
+    alpha = pixels[..., 3:]
+    if alpha.min() == 255:
+        return pixels[..., :3]
+    weight = alpha.astype(np.uint16)
+    return ((pixels[..., :3] * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
+
+
+def _identity(path: Path) -> tuple[int, int, int, int] | None:
+    """Device, inode, size and modification time; None where there is no file (opening it says so)."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _reopened(path: Path, identity: tuple[int, int, int, int] | None) -> SlideImage:
+    slide = SlideImage(path)
+    slide._identity = identity
+    slide.check_unchanged()
+    return slide

@@ -1,0 +1,227 @@
+"""patchfy: from a slide file to the coordinates of its tissue patches, on disk and in hand."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exaonepath.errors import DataFileError, ScaleError, SettingsError, SlideSkippedError
+from exaonepath.files.artifact import check_owner, refuse_foreign, settings_hash
+from exaonepath.files.atomic import ensure_folder, write_text
+from exaonepath.files.patches import PatchSet, read_patches, refuse_other_program, stored_origin, write_patches
+from exaonepath.slides.image import SlideImage, opened
+from exaonepath.slides.patches.grid import PatchGrid, patch_grid
+from exaonepath.slides.patches.picture import draw_tissue, write_picture
+from exaonepath.slides.patches.segmentation import MAX_SEG_PIXELS, SegmentationSettings, Tissue, segment_tissue
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_MPP = 0.5
+_MAX_PATCH = 1 << 24  # pixels; the largest slides have 2^18 along a side
+
+
+@dataclass(frozen=True)
+class PatchSettings:
+    """Everything that decides which patches a slide yields. Defaults are EXAONE Path's.
+
+    Attributes:
+        patch_size, step_size: side of a patch and distance between two, in pixels at 0.5 micrometres per pixel.
+        patch_level: pyramid level the grid is laid for.
+        segmentation: how tissue is found.
+    """
+
+    patch_size: int = 256
+    step_size: int = 256
+    patch_level: int = 0
+    segmentation: SegmentationSettings = field(default_factory=SegmentationSettings)
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "step_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value <= 0:
+                raise SettingsError(f"{name} must be a positive whole number of pixels, not {value!r}")
+        if isinstance(self.patch_level, bool) or not isinstance(self.patch_level, int | np.integer):
+            raise SettingsError(f"patch_level must be a whole number, not {self.patch_level!r}")
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values of the settings on which the result depends; the size limit is not one of them."""
+        values = {"patch_size": int(self.patch_size), "step_size": int(self.step_size)}
+        values |= {"patch_level": int(self.patch_level)}
+        seg = asdict(self.segmentation)
+        del seg["max_seg_pixels"]
+        # 1 and 1.0, or numpy's scalars, are one setting.
+        kinds = {name: type(value) for name, value in asdict(SegmentationSettings()).items()}
+        kinds |= {"a_t": float, "a_h": float}
+        return values | {name: kinds[name](value) for name, value in seg.items()}
+
+    def effective(self, slide: SlideImage) -> tuple[int, int]:
+        """(patch size, step) in level-0 pixels of this slide.
+
+        Raises:
+            ScaleError: the slide's pixel size is so small that no patch can be that large.
+        """
+        factor = REFERENCE_MPP / slide.mpp
+        largest = max(self.patch_size, self.step_size) * factor
+        if not largest <= _MAX_PATCH:
+            raise ScaleError(
+                f"{slide.path}: with pixels of {slide.mpp:g} um ({slide.mpp_source}) a patch would be {largest:.3g} "
+                "pixels wide; the pixel size in the file's metadata is wrong"
+            )
+        patch, step = int(self.patch_size * factor), int(self.step_size * factor)
+        return patch if patch > 0 else int(self.patch_size), step if step > 0 else int(self.step_size)
+
+
+def patchfy(
+    wsi: str | os.PathLike[str] | SlideImage,
+    out: str | os.PathLike[str],
+    patch_size: int = 256,
+    step_size: int = 256,
+    patch_level: int = 0,
+    save_h5: bool = True,
+    save_mask: bool = True,
+    auto_skip: bool = True,
+    sthresh: int = 8,
+    mthresh: int = 7,
+    use_otsu: bool = False,
+    close: int = 4,
+    a_t: float = 1,
+    a_h: float = 1,
+    max_n_holes: int = 100,
+    line_thickness: int = 100,
+    seg_downsample: float = 1.0,
+    max_seg_pixels: int | None = MAX_SEG_PIXELS,
+    overwrite: bool = False,
+    strict_scale: bool = False,
+) -> tuple[Path | None, np.ndarray, np.ndarray]:
+    """Find the tissue of a slide and the patches on it.
+
+    Writes `<out>/patches/<id>.h5` and `<out>/masks/<id>.jpg`, where the id is the slide's file stem; each appears whole
+    or not at all. A slide that was finished with the same settings is not worked on again: its stored patches are
+    returned. It is redone where settings or the slide's content have changed.
+
+    Args:
+        wsi: slide file, or an opened slide (which stays open).
+        out: output folder; made if needed.
+        patch_size, step_size: in pixels at 0.5 micrometres per pixel.
+        patch_level: pyramid level the grid is laid for.
+        save_h5: write the HDF5 file.
+        save_mask: write the picture of the contours.
+        auto_skip: take a finished result from disk.
+        sthresh, mthresh, use_otsu, close, a_t, a_h, max_n_holes, seg_downsample, max_seg_pixels: see
+            `SegmentationSettings`.
+        line_thickness: of the contours in the picture, in level-0 pixels.
+        overwrite: redo finished work, and replace the result of a different slide of the same name.
+        strict_scale: an assumed or implausible pixel size, or one that differs between the axes, is an error; otherwise
+            it is a warning.
+
+    Returns:
+        The path of the HDF5 file (None without `save_h5`), coords int32 [N, 2] as (x, y) at level 0, and contour_index
+        int32 [N]. A slide without tissue gives N = 0.
+
+    Raises:
+        SettingsError: a setting cannot be used, in general or on this slide. Nothing has been written.
+        SlideOpenError, SlideReadError: the slide cannot be opened or read.
+        SlideSkippedError: the slide is above `max_seg_pixels`; the reason is in `<out>/skipped/<id>.txt`.
+        ScaleError: `strict_scale`, and the pixel size is doubtful; or no patch of this size can be computed with.
+        SlideChangedError: the file was replaced while it was read; nothing has been written.
+        MemoryLimitError: segmenting the slide takes more memory than there is.
+        OutputError: the output cannot be written.
+        OutputCollisionError: the output of a different slide with the same stem is there.
+    """
+    segmentation = SegmentationSettings(
+        sthresh, mthresh, use_otsu, close, a_t, a_h, max_n_holes, seg_downsample, max_seg_pixels
+    )
+    settings = PatchSettings(patch_size, step_size, patch_level, segmentation)
+    if not isinstance(line_thickness, Real) or not 0 < line_thickness < math.inf:
+        raise SettingsError(f"line_thickness must be a positive number, not {line_thickness!r}")
+    with opened(wsi) as slide:
+        if not 0 <= patch_level < len(slide.level_dimensions):
+            raise SettingsError(
+                f"{slide.path} has no level {patch_level}: levels are 0 to {len(slide.level_dimensions) - 1}"
+            )
+        if strict_scale and slide.scale_doubts:
+            raise ScaleError(f"{slide.path} {'; '.join(slide.scale_doubts)} (strict_scale)")
+        settings.effective(slide)
+        folder = ensure_folder(out)
+        h5_path = folder / "patches" / f"{slide.name}.h5"
+        mask_path = folder / "masks" / f"{slide.name}.jpg"
+        stored = _stored(h5_path, slide, settings, overwrite) if save_h5 or save_mask else None
+        if stored is not None and auto_skip and save_h5 and not overwrite:
+            if not save_mask or mask_path.is_file():
+                logger.info("%s: %d patches taken from %s", slide.path, len(stored), h5_path)
+                return h5_path, stored.coords, stored.contour_index
+            logger.info("%s: finished, but %s is missing: patching again", slide.path, mask_path)
+        for path in ([h5_path] if save_h5 else []) + ([mask_path] if save_mask else []):
+            ensure_folder(path.parent)
+        tissue = _segment(slide, segmentation, folder)
+        grid = plan_grid(slide, tissue, settings)
+        slide.check_unchanged()
+        if not len(grid.coords):
+            reason = tissue.nothing or f"no patch of the grid lies on the {len(tissue.contours)} contours"
+            logger.warning("%s has no patch: %s", slide.path, reason)
+        # The HDF5 file comes last: where it is, everything else is too.
+        if save_mask:
+            write_picture(mask_path, draw_tissue(slide, tissue, line_thickness))
+        if save_h5:
+            size, _ = settings.effective(slide)
+            write_patches(
+                h5_path, slide, *grid, patch_size=size, patch_level=int(patch_level), settings=settings.as_json()
+            )
+        logger.info("%s: %d patches on %d contours", slide.path, len(grid.coords), len(tissue.contours))
+        return (h5_path if save_h5 else None), grid.coords, grid.contour_index
+
+
+def _stored(path: Path, slide: SlideImage, settings: PatchSettings, overwrite: bool) -> PatchSet | None:
+    """The patches on disk where they are this slide's and these settings'; None where the work is to be done.
+
+    Raises:
+        OutputCollisionError: the file belongs to a different slide.
+    """
+    refuse_foreign(path, "coords", ("features", "slide_embedding"))
+    if not path.exists():
+        return None
+    refuse_other_program(path)
+    try:
+        stored = read_patches(path)
+        origin, old = stored_origin(path)
+    except (DataFileError, ValueError) as exc:
+        logger.warning("%s; patching %s again", exc, slide.path)
+        return None
+    if stored.slide_fingerprint is None:
+        logger.warning("%s does not say which slide and settings made it: patching %s again", path, slide.path)
+        return None
+    attrs = {"slide_fingerprint": stored.slide_fingerprint, "slide_path": origin}
+    if not check_owner(path, attrs, slide.fingerprint(), str(slide.path.resolve()), overwrite=overwrite):
+        return None
+    new = settings.as_json()
+    if stored.settings_hash != settings_hash(new):
+        changed = sorted(name for name in new.keys() | old.keys() if new.get(name) != old.get(name))
+        logger.warning("%s was made with other settings (%s): patching %s again", path, ", ".join(changed), slide.path)
+        return None
+    return stored
+
+
+def _segment(slide: SlideImage, settings: SegmentationSettings, folder: Path) -> Tissue:
+    reason = folder / "skipped" / f"{slide.name}.txt"
+    try:
+        tissue = segment_tissue(slide, settings)
+    except SlideSkippedError as exc:
+        ensure_folder(reason.parent)
+        write_text(reason, f"{exc}\n")
+        raise
+    reason.unlink(missing_ok=True)
+    return tissue
+
+
+def plan_grid(slide: SlideImage, tissue: Tissue, settings: PatchSettings) -> PatchGrid:
+    """The patches that `patchfy` lays over tissue already found, nothing written."""
+    patch, step = settings.effective(slide)
+    scale_x, scale_y = (int(d) for d in slide.level_downsamples[settings.patch_level])
+    return patch_grid(tissue.contours, tissue.holes, patch * scale_x, (step * scale_x, step * scale_y))

@@ -1,0 +1,153 @@
+"""Studies: variants get their settings, runs are reused and resumed, and the figure shows what was measured."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from exaonepath.alignment.data.splits import Split
+from exaonepath.alignment.figures import draw_outcome
+from exaonepath.alignment.studies import ablations, studies
+from exaonepath.alignment.studies.ablations import Outcome, StudyBase, run_folder, run_study, with_overrides
+from exaonepath.alignment.studies.questions import STUDIES, Study, Variant
+from exaonepath.alignment.training.run import prepare
+from exaonepath.cli.app import app
+from exaonepath.errors import ConfigError, SettingsError
+
+
+@pytest.fixture(scope="module")
+def quick(base):
+    return replace(base, run=replace(base.run, steps=2))
+
+
+SMALL = Study("frope", "A question?", (Variant("full"), Variant("off", {"model.rope_mode": "off"})))
+
+
+def test_a_study_trains_each_variant_once(quick, tmp_path, monkeypatch):
+    trained = []
+    real = ablations.train
+    monkeypatch.setattr(ablations, "train", lambda settings, out: trained.append(settings) or real(settings, out))
+    opened = StudyBase.open(quick, tmp_path, ["subtype", "spatial"])
+    outcome = run_study(SMALL, opened, tmp_path, seeds=[0], labels=["subtype"])
+    assert [(s.model.rope_mode, s.run.seed) for s in trained] == [("full", 0), ("off", 0)]
+    assert all(len(values) == 1 for found in outcome.values.values() for values in found.values())
+    assert outcome.chance["subtype from all modalities"] == 0.5
+    assert 0 < outcome.chance["recall@1, all pairs"] < 0.1
+
+    # A run that is finished is read; one whose measurements are lost is measured again; none is trained again.
+    folder = run_folder(opened, with_overrides(opened.settings, {"run.seed": 0}), tmp_path / "runs")
+    (folder / "measured.json").unlink()
+    again = run_study(SMALL, opened, tmp_path, seeds=[0], labels=["subtype"])
+    assert len(trained) == 2
+    assert again.values == outcome.values
+
+    # Another label asks for other measurements of the same runs.
+    more = run_study(SMALL, opened, tmp_path, seeds=[0], labels=["spatial"])
+    assert len(trained) == 2
+    assert "spatial from slide tokens" in more.measures()
+
+    draw_outcome(outcome, studies.shown(outcome), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_variant_of_every_study_is_a_valid_setting(base, tmp_path):
+    opened = StudyBase.open(base, tmp_path, [])
+    for make in STUDIES.values():
+        study = make(opened.modalities)
+        assert study.variants[0].overrides == {}
+        hashes = {
+            run_folder(opened, with_overrides(opened.settings, v.overrides), Path("runs")) for v in study.variants
+        }
+        assert len(hashes) == len(study.variants)
+    with pytest.raises(ConfigError, match="rope_mod"):
+        with_overrides(base, {"model.rope_mod": "off"})
+
+
+def test_studies_are_of_the_modalities_that_are_there():
+    """A base of three modalities: leaving one out brings no other in, and nothing is frozen that is not there."""
+    found = STUDIES["modalities"](("wsi", "rna", "methylation"))
+    left = [v.overrides["data.modalities"] for v in found.variants[1:]]
+    assert left == [["rna", "methylation"], ["wsi", "methylation"], ["wsi", "rna"]]
+    frozen = STUDIES["frozen"](("wsi", "rna", "methylation"))
+    assert frozen.variants[2].overrides == {"model.frozen": ["rna", "methylation"]}
+    with pytest.raises(SettingsError, match="none can be left out"):
+        STUDIES["modalities"](("wsi", "rna"))
+    for name in ("frope", "loss", "frozen"):
+        with pytest.raises(SettingsError, match="rna, cnv only"):
+            STUDIES[name](("rna", "cnv"))
+
+
+def test_every_variant_holds_out_the_same_patients(base, tmp_path):
+    opened = StudyBase.open(base, tmp_path, [])
+    split = Split.load(opened.settings.data.split)
+    for variant in STUDIES["modalities"](opened.modalities).variants:
+        data = prepare(with_overrides(opened.settings, variant.overrides)).data
+        for part, patients in data.split.parts.items():
+            assert set(patients) <= set(split.parts[part])
+
+
+def test_other_data_are_other_runs(base, cohort_folder, tmp_path):
+    """The files stand where they stood, with other values in them: nothing that was measured before is told again."""
+    folder = tmp_path / "cohort"
+    shutil.copytree(cohort_folder, folder)
+    paths = {f"data.{key}": str(folder / name) for key, name in
+             (("mudata", "cohort.h5mu"), ("slides", "slides.csv"), ("labels", "labels.csv"))}  # fmt: skip
+    settings = with_overrides(base, paths)
+    before = StudyBase.open(settings, tmp_path, ["subtype"])
+    rows = (folder / "slides.csv").read_text().splitlines()
+    (folder / "slides.csv").write_text("\n".join(rows[:-3]) + "\n")
+    after = StudyBase.open(settings, tmp_path, ["subtype"])
+    assert run_folder(before, settings, tmp_path) != run_folder(after, settings, tmp_path)
+
+
+def test_labels_are_asked_for_before_anything_is_trained(base, tmp_path):
+    with pytest.raises(SettingsError, match="no label nosuch"):
+        StudyBase.open(base, tmp_path, ["nosuch"])
+
+
+def test_a_variant_may_lack_a_measure(tmp_path):
+    study = Study("modalities", "?", (Variant("all"), Variant("without wsi")))
+    outcome = Outcome(
+        study, (0, 1), {"all": {"a": [0.5, 0.6], "b": [0.1, 0.2]}, "without wsi": {"b": [0.3, 0.1]}}, {"a": 0.1}
+    )
+    assert outcome.measures() == ["a", "b"]
+    assert math.isnan(outcome.estimate("without wsi", "a").value)
+    estimate = outcome.estimate("all", "a")
+    assert (estimate.value, estimate.n) == (pytest.approx(0.55), 2)
+    assert estimate.low < 0.5 < 0.6 < estimate.high
+    wider = replace(outcome, intervals={"all": {"a": [(0.2, 0.9), (0.3, 0.8)]}}).estimate("all", "a")
+    # Student's 0.635 and the mean of both runs' distances to their limits, 0.3 each way, in quadrature.
+    assert (wider.low, wider.high) == pytest.approx(
+        (0.55 - np.hypot(0.6353, 0.3), 0.55 + np.hypot(0.6353, 0.3)), abs=1e-3
+    )
+    # A run without an interval of its own leaves the seeds to speak.
+    assert replace(outcome, intervals={"all": {"a": [(0.2, 0.9), None]}}).estimate("all", "a") == estimate
+    draw_outcome(outcome, ["a", "b"], tmp_path / "figure.png")
+    assert json.loads(json.dumps(outcome.as_dict(), allow_nan=False))["estimates"]["all"]["a"]["n"] == 2
+
+
+def test_command(base, cohort_folder, tmp_path, monkeypatch):
+    settings = tmp_path / "settings.toml"
+    lines = [f'[data]\nmudata = "{cohort_folder}/cohort.h5mu"', f'slides = "{cohort_folder}/slides.csv"']
+    lines += [f'labels = "{cohort_folder}/labels.csv"', "test_share = 0.3\n[model]\nprojection_dim = 8"]
+    lines += ['wsi = { embed_dim = 16, depth = 2, num_heads = 1, n_storage_tokens = 1, ffn_layer = "swiglu" }']
+    lines += ["omics = { embed_dim = 16 }\n[run]\nsteps = 2\nbatch_size = 50"]
+    lines += ['device = "cpu"\ntensorboard = false']
+    settings.write_text("\n".join(lines))
+    monkeypatch.setitem(STUDIES, "frope", lambda modalities: SMALL)
+    out = tmp_path / "out"
+    command = ["ablate", "frope", "attention", "projections", "--settings", str(settings), "--out", str(out)]
+    done = CliRunner().invoke(app, [*command, "--seeds", "1", "--label", "subtype"])
+    assert done.exit_code == 0, done.output
+    for name in ("frope", "attention", "projections"):
+        assert (out / f"ablation-{name}.png").is_file()
+        assert json.loads((out / f"{name}.json").read_text())
+    assert len(list((out / "runs").iterdir())) == 2
+    wrong = CliRunner().invoke(app, ["ablate", "nothing", "--out", str(out)])
+    assert wrong.exit_code == 1
+    assert "no study nothing" in wrong.output

@@ -1,0 +1,346 @@
+"""Slides as they come: doubtful scales, empty tissue, missing tiles, files that change, formats that are none."""
+
+import copy
+import logging
+import multiprocessing
+import operator
+import os
+import pickle
+import shutil
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from exaonepath.errors import MemoryLimitError, ScaleError, SlideChangedError, SlideOpenError
+from exaonepath.files.features import read_features
+from exaonepath.files.patches import write_patches
+from exaonepath.slides.features.extract import extract_features
+from exaonepath.slides.image import SlideImage
+from exaonepath.slides.patches import segmentation
+from exaonepath.slides.patches.pipeline import patchfy
+from exaonepath.slides.scale import doubts, pixel_size
+from exaonepath.synthetic import make_slide
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    """Level 0 of a synthetic slide, uint8 [h, w, 3], and how many patches its pyramid yields."""
+    path = make_slide(tmp_path_factory.mktemp("slide") / "a.svs", 3000, 2200, fragments=2, seed=1)
+    with SlideImage(path) as slide:
+        whole = slide.read_region((0, 0), 0, slide.dimensions)[..., :3]
+        return whole, len(patchfy(slide, tmp_path_factory.mktemp("out"))[1])
+
+
+def write(path, pixels, **options):
+    options = {"tile": (256, 256), "compression": "jpeg", "photometric": "rgb", **options}
+    tifffile.imwrite(path, pixels, **options)
+    return path
+
+
+OME = {
+    "axes": "YXS",
+    "PhysicalSizeX": 0.5,
+    "PhysicalSizeXUnit": "µm",
+    "PhysicalSizeY": 0.5,
+    "PhysicalSizeYUnit": "µm",
+}
+
+
+def test_a_flat_ome_tiff_has_its_scale_and_its_patches(tmp_path, pixels, caplog):
+    whole, expected = pixels
+    path = write(tmp_path / "flat.ome.tif", whole, ome=True, metadata=OME)
+    with SlideImage(path) as slide, caplog.at_level(logging.WARNING):
+        assert (slide.mpp, slide.mpp_source, slide.scale_doubts) == (0.5, "OME PhysicalSizeX", ())
+        coords = patchfy(slide, tmp_path / "out")[1]
+    assert 0.7 * expected < len(coords) < 1.5 * expected
+    assert not caplog.text  # found as the original finds it: its result stands
+
+
+def test_a_flat_slide_without_texture_is_segmented_shrunk(tmp_path, pixels, caplog):
+    whole, expected = pixels
+    path = write(tmp_path / "soft.ome.tif", cv2.GaussianBlur(whole, (0, 0), 1), ome=True, metadata=OME)
+    with caplog.at_level(logging.WARNING):
+        coords = patchfy(path, tmp_path / "out")[1]
+    assert 0.5 * expected < len(coords) < 1.5 * expected
+    assert "0 contours were found at 1x, and after shrinking to 8x" in caplog.text
+
+
+@pytest.mark.golden
+def test_the_flat_ome_tiff_of_the_report(tmp_path, data_dir, golden):
+    """0 patches, exit 0 and a vector of zeros before; the same slide with a pyramid has 56."""
+    with SlideImage(data_dir / "slides" / "small.svs") as slide:
+        whole = slide.read_region((0, 0), 0, slide.dimensions)[..., :3]
+    coords = patchfy(write(tmp_path / "flat.ome.tif", whole, ome=True, metadata=OME), tmp_path / "out")[1]
+    expected = len(golden("patchfy_small")["coords"])
+    assert abs(len(coords) - expected) <= 3
+
+
+@pytest.mark.parametrize(("unit", "value", "mpp"), [("nm", 250, 0.25), ("mm", 0.0005, 0.5), ("μm", 2, 2.0)])
+def test_units_of_ome(tmp_path, unit, value, mpp):
+    metadata = {**OME, "PhysicalSizeX": value, "PhysicalSizeY": value}
+    metadata |= {"PhysicalSizeXUnit": unit, "PhysicalSizeYUnit": unit}
+    path = write(tmp_path / "a.ome.tif", np.full((512, 512, 3), 255, np.uint8), ome=True, metadata=metadata)
+    with SlideImage(path) as slide:
+        assert slide.mpp == pytest.approx(mpp)
+
+
+@pytest.mark.parametrize(
+    ("text", "mpp"),
+    [
+        ('<OME><Image><Pixels PhysicalSizeX="0.5"/></Image></OME>', 0.5),
+        ('<OME><Image><Pixels PhysicalSizeX="-1"/></Image></OME>', 0.5),
+        ('<OME><Image><Pixels PhysicalSizeX="0.25" PhysicalSizeXUnit="furlong"/></Image></OME>', 0.5),
+        ("<OME><Image>", 0.5),
+        ('<!DOCTYPE x [<!ENTITY a "aaaa">]><OME>&a;<Image><Pixels PhysicalSizeX="0.25"/></Image></OME>', 0.5),
+        ("<OME" + "x" * (1 << 25), 0.5),
+    ],
+    ids=["right", "negative", "unit", "cut", "entities", "huge"],
+)
+def test_ome_text_of_any_kind(text, mpp):
+    assert pixel_size({"openslide.vendor": "generic-tiff", "tiff.ImageDescription": text})[0] == mpp
+
+
+def test_ome_text_does_not_take_the_place_of_a_vendors_own_property():
+    properties = {"openslide.vendor": "aperio", "openslide.mpp-x": "0.25", "tiff.ImageDescription": "<OME/>"}
+    assert pixel_size(properties) == (0.25, "openslide.mpp-x")
+
+
+@pytest.mark.parametrize(
+    ("resolution", "unit", "mpp"),
+    [((300, 300), "INCH", 84.67), ((72, 72), "INCH", 352.8), ((40_000_000, 40_000_000), "CENTIMETER", 0.00025)],
+)
+def test_the_resolution_of_a_print_is_no_scale(tmp_path, pixels, caplog, resolution, unit, mpp):
+    path = write(tmp_path / "print.tif", pixels[0][:600, :600], resolution=resolution, resolutionunit=unit)
+    with caplog.at_level(logging.WARNING), SlideImage(path) as slide:
+        assert slide.mpp == pytest.approx(mpp, rel=1e-3)
+    assert f"implausible pixel size, {slide.mpp:g} um (openslide.mpp-x)" in caplog.text
+    with pytest.raises(ScaleError, match="strict_scale"):
+        patchfy(path, tmp_path / "out", strict_scale=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("properties", "says"),
+    [
+        ({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"}, "0.25 x 0.5 um"),
+        ({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.2524"}, None),
+        ({"openslide.mpp-x": "0.5"}, None),
+        ({"openslide.mpp-x": "0.05", "openslide.mpp-y": "0.05"}, None),
+        ({"openslide.mpp-x": "10", "openslide.mpp-y": "10"}, None),
+        ({"aperio.MPP": "11"}, "implausible"),
+        ({"openslide.objective-power": "1000"}, "implausible"),
+        ({"openslide.objective-power": "40"}, None),
+        ({}, "assuming 0.50 um"),
+        ({"openslide.mpp-x": "nan"}, "assuming"),
+    ],
+)
+def test_doubts(properties, says):
+    found = doubts(properties, *pixel_size(properties))
+    assert (says in found[0]) if says else found == []
+
+
+@pytest.mark.parametrize(("mpp", "fails"), [("1e-300", True), ("1e308", False), ("1e-9", True)])
+def test_a_scale_that_cannot_be_computed_with_ends_its_slide_only(tmp_path, pixels, caplog, monkeypatch, mpp, fails):
+    path = write(tmp_path / "a.tif", pixels[0])
+    with caplog.at_level(logging.WARNING), SlideImage(path) as slide:
+        slide.mpp, slide.mpp_source = pixel_size({"aperio.MPP": mpp})
+        assert "implausible" in doubts(slide.properties, slide.mpp, slide.mpp_source)[0]
+        if fails:
+            with pytest.raises(ScaleError, match=r"aperio\.MPP"):
+                patchfy(slide, tmp_path / "out")
+        else:
+            patchfy(slide, tmp_path / "out")  # the original's own fallback: a patch of 0 pixels is the requested size
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "says"),
+    [
+        ("white", {}, "saturation above the threshold"),
+        ("tissue", {"a_t": 1e9}, "smaller than a_t"),
+        ("tissue", {"sthresh": 250}, "saturation above the threshold"),
+    ],
+)
+def test_no_patch_has_a_reason(tmp_path, pixels, caplog, kind, options, says):
+    data = pixels[0] if kind == "tissue" else np.full((1000, 1000, 3), 245, np.uint8)
+    path = write(tmp_path / "a.tif", data, resolution=(20_000, 20_000), resolutionunit="CENTIMETER")
+    with caplog.at_level(logging.WARNING):
+        assert len(patchfy(path, tmp_path / "out", **options)[1]) == 0
+    assert "has no patch" in caplog.text
+    assert says in caplog.text
+
+
+def drop_tiles(path, which):
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        tag = file.pages[0].tags["TileByteCounts"]
+        tag.overwrite([0 if which(at) else count for at, count in enumerate(tag.value)])
+
+
+class Mean(torch.nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def with_coordinates_of_before(path, h5, coords):
+    """Coordinates of the whole file, for the file as it is now."""
+    with SlideImage(path) as slide:
+        write_patches(h5, slide, coords, np.zeros(len(coords)), patch_size=256, patch_level=0, settings={})
+
+
+def test_tiles_of_zero_length_are_missing_patches(tmp_path, pixels, caplog):
+    path = write(tmp_path / "a.tif", pixels[0], resolution=(20_000, 20_000), resolutionunit="CENTIMETER")
+    h5, coords, _ = patchfy(path, tmp_path)
+    coords = np.concatenate([coords, [[0, 0], [256, 256]]])  # one on a whole tile, one wherever tile 13 of 12 a row is
+    drop_tiles(path, lambda at: at % 3 == 0)
+    with_coordinates_of_before(path, h5, coords)
+    with SlideImage(path) as slide:
+        shares = [slide.missing_share(slide.read_image(tuple(xy), 0, (256, 256)), tuple(xy)) for xy in coords.tolist()]
+    assert sum(0 < share < 1 for share in shares) > 0
+    assert shares[-2] == 1
+    with caplog.at_level(logging.WARNING):
+        result = extract_features(
+            path, h5, tmp_path / "f.h5", Mean(), weights="m", weights_fingerprint="m", num_workers=2
+        )
+    assert [failure.index for failure in result.failures] == [i for i, share in enumerate(shares) if share == 1]
+    assert all("no image data" in failure.reason for failure in read_features(tmp_path / "f.h5").failures)
+    partly = sum(0 < share < 1 for share in shares)
+    assert f"{partly} of {len(coords)} patches lie partly on tiles without data" in caplog.text
+
+
+def test_a_patch_without_any_data_is_a_failure(tmp_path, pixels):
+    path = write(tmp_path / "a.tif", pixels[0], resolution=(20_000, 20_000), resolutionunit="CENTIMETER")
+    h5, coords, _ = patchfy(path, tmp_path)
+    drop_tiles(path, lambda at: True)
+    os.utime(path, (0, 0))
+    with_coordinates_of_before(path, h5, coords)
+    result = extract_features(path, h5, tmp_path / "f.h5", Mean(), weights="m", weights_fingerprint="m", num_workers=0)
+    assert (result.n_features, len(result.failures)) == (0, len(coords))
+
+
+def test_what_lies_outside_the_slide_is_black_and_no_failure(tmp_path, pixels):
+    path = write(tmp_path / "a.tif", pixels[0])
+    with SlideImage(path) as slide:
+        width, height = slide.dimensions
+        for corner in ((-100, -100), (width - 50, height - 50), (width + 10, 0), (-300, 0)):
+            assert slide.missing_share(slide.read_image(corner, 0, (256, 256)), corner) == 0
+
+
+@pytest.mark.parametrize("how", ["replaced", "rewritten"])
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, pixels, how):
+    path = write(tmp_path / "a.tif", pixels[0], resolution=(20_000, 20_000), resolutionunit="CENTIMETER")
+    other = write(tmp_path / "b.tif", pixels[0][::-1].copy(), resolution=(20_000, 20_000), resolutionunit="CENTIMETER")
+    h5 = patchfy(path, tmp_path)[0]
+    calls = []
+
+    class Changing(Mean):
+        def forward(self, x):
+            calls.append(len(x))
+            if len(calls) == 2:
+                if how == "replaced":
+                    other.replace(path)
+                else:
+                    shutil.copyfile(other, path)
+            return super().forward(x)
+
+    with pytest.raises(SlideChangedError, match="replaced or changed"):
+        extract_features(path, h5, tmp_path / "f.h5", Changing(), weights="m", weights_fingerprint="m", batch_size=4)
+    assert not (tmp_path / "f.h5").exists()
+    assert len(calls) == 2
+    # The next run is of the new file, from its beginning.
+    h5 = patchfy(path, tmp_path)[0]
+    result = extract_features(path, h5, tmp_path / "f.h5", Mean(), weights="m", weights_fingerprint="m", batch_size=4)
+    assert result.resumed_from == 0
+
+
+def test_one_that_changes_while_it_is_segmented_leaves_no_patches(tmp_path, pixels, monkeypatch):
+    path = write(tmp_path / "a.tif", pixels[0])
+    segment = segmentation._segment
+
+    def changing(*args):
+        os.utime(path, (1, 1))
+        return segment(*args)
+
+    monkeypatch.setattr(segmentation, "_segment", changing)
+    with pytest.raises(SlideChangedError):
+        patchfy(path, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.h5"))
+
+
+def _name_of(slide):
+    return slide.name, slide.read_region((0, 0), 0, (8, 8)).tolist()
+
+
+def test_a_slide_is_pickled_and_copied_by_its_path(tmp_path, pixels):
+    path = write(tmp_path / "a.tif", pixels[0][:600, :600])
+    with SlideImage(path) as slide:
+        wanted = _name_of(slide)
+        for other in (pickle.loads(pickle.dumps(slide)), copy.copy(slide), copy.deepcopy(slide)):  # noqa: S301
+            assert _name_of(other) == wanted
+            other.close()
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            assert pool.submit(operator.attrgetter("name", "mpp"), slide).result(120) == ("a", slide.mpp)
+        data = pickle.dumps(slide)
+    os.utime(path, (1, 1))
+    with pytest.raises(SlideChangedError):
+        pickle.loads(data)  # noqa: S301
+
+
+def test_a_flat_slide_that_cannot_fit_is_refused_before_anything_is_allocated(tmp_path, monkeypatch):
+    path = tmp_path / "huge.tif"
+    side = 100_000
+    tile = zlib.compress(bytes(4096 * 4096 * 3))  # the same one everywhere, as it is stored
+    count = (-(-side // 4096)) ** 2
+    tifffile.imwrite(
+        path, (tile for _ in range(count)), shape=(side, side, 3), dtype="u1", tile=(4096, 4096), compression="zlib",
+        photometric="rgb", bigtiff=True, resolution=(20_000, 20_000), resolutionunit="CENTIMETER",
+    )  # fmt: skip
+    monkeypatch.setattr(segmentation, "available_host_memory", lambda: 20 << 30)
+    with pytest.raises(MemoryLimitError, match=r"80\.\d GB.*--seg-downsample 16"):
+        patchfy(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("a.png", "plain PNG image"),
+        ("a.jpg", "plain JPEG image"),
+        ("strips.tif", "in strips"),
+        ("j2k.tif", "JPEG 2000"),
+        ("webp.tif", "WebP"),
+        ("sixteen.tif", "16 bits a channel"),
+        ("twelve.tif", "16 bits a channel"),
+        ("palette.tif", "in strips"),
+        ("text.svs", "not a slide"),
+    ],
+)
+def test_what_is_no_slide_says_what_it_is(tmp_path, pixels, name, says):
+    path, small = tmp_path / name, pixels[0][:600, :600]
+    if name in ("a.png", "a.jpg"):
+        Image.fromarray(small).save(path)
+    elif name == "palette.tif":
+        Image.fromarray(small).quantize(16).save(path)
+    elif name == "strips.tif":
+        write(path, small, tile=None, rowsperstrip=64)
+    elif name == "text.svs":
+        path.write_text("slide")
+    elif name in ("sixteen.tif", "twelve.tif"):
+        write(path, small.astype("u2") * (256 if name == "sixteen.tif" else 16), compression="zlib")
+    else:
+        write(path, small, compression={"j2k.tif": "jpeg2000", "webp.tif": "webp"}[name])
+    with pytest.raises(SlideOpenError, match=says) as caught:
+        SlideImage(path)
+    if name != "text.svs":
+        assert "vips tiffsave" in str(caught.value) or "scale it to 8 bits" in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"compression": "lzw"}, {"compression": "zlib"}, {}])
+def test_tiled_tiffs_are_read(tmp_path, pixels, options):
+    path = write(tmp_path / "a.tif", pixels[0][:600, :600], **options)
+    with SlideImage(path) as slide:
+        read = slide.read_region((0, 0), 0, (600, 600))[..., :3].astype(int)
+    assert np.abs(read - pixels[0][:600, :600]).max() <= (40 if not options else 0)
