@@ -1,41 +1,27 @@
-"""Whole-slide pathology images to slide embeddings: a fast, exact, drop-in EXAONE Path 2.5 encoder.
+"""Whole-slide pathology images to slide embeddings, and their alignment with molecular profiles.
 
-Importing this package registers the encoders with `transformers.AutoModel`, so that code written for the published
-checkpoints builds these classes.
+The public API of both wings; importing it is cheap, since each name is imported when it is first used.
+
+Slides (`exaonepath.slides`): `encode_slide`, `encode_slides`, and their stages `patchfy`, `extract_features`,
+`embed_features_file`; `read_patches`, `read_features`, `read_embedding` read what they wrote; `load_patch_encoder` and
+`load_slide_encoder` give the encoders.
+
+Alignment (`exaonepath.alignment`): `load_cohort`, `train`, `load_alignment`, `evaluate`, and the loss
+`PairwiseSigmoidLoss`.
+
+Operations: `fragment_attention`.
+
+`transformers.AutoModel` builds these models from published repositories, whichever of the two packages is imported
+first.
 """
 
-from exaonepath.encoders.composite import ExaonePathModel
-from exaonepath.encoders.configuration import (
-    ExaonePathConfig,
-    ExaonePathPatchEncoderConfig,
-    ExaonePathSlideEncoderConfig,
-)
-from exaonepath.encoders.loading import load_patch_encoder, load_slide_encoder
-from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
-from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
-from exaonepath.errors import ExaonePathError
-from exaonepath.files.features import read_features
-from exaonepath.slides.encode import encode_slide, read_embedding
-from exaonepath.slides.features.extract import extract_features
-from exaonepath.slides.image import SlideImage
-from exaonepath.slides.patches.pipeline import patchfy
+import lazy_loader
+
+from exaonepath.registration import install
 from exaonepath.version import __version__
 
-__all__ = [
-    "ExaonePathConfig",
-    "ExaonePathError",
-    "ExaonePathModel",
-    "ExaonePathPatchEncoderConfig",
-    "ExaonePathPatchEncoderModel",
-    "ExaonePathSlideEncoderConfig",
-    "ExaonePathSlideEncoderModel",
-    "SlideImage",
-    "__version__",
-    "encode_slide",
-    "extract_features",
-    "load_patch_encoder",
-    "load_slide_encoder",
-    "patchfy",
-    "read_embedding",
-    "read_features",
-]
+# Names and where they are defined: __init__.pyi, which type checkers read too.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ += ["__version__"]
+
+install()

@@ -1,71 +1,117 @@
-"""Registration with transformers' Auto classes, so that published repositories build our classes."""
+"""Registration with transformers' Auto classes, so that published repositories build our classes.
+
+`import exaonepath` has to be cheap, and transformers may be imported before it or after it, or never. So nothing is
+imported here: transformers' Auto modules are changed once they are imported (at once, if they are already), and the
+models are imported and registered when an Auto class is first used.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel
+import wrapt
 
-from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
-from exaonepath.alignment.model.omics import ExaonePathOmicsEncoderModel
-from exaonepath.encoders.base_configuration import read_config
-from exaonepath.encoders.composite import ExaonePathModel
-from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
-from exaonepath.encoders.repository import HubError, Repository
-from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.errors import SettingsError
 
-_MODELS = (
-    ExaonePathModel,
-    ExaonePathPatchEncoderModel,
-    ExaonePathSlideEncoderModel,
-    ExaonePathOmicsEncoderModel,
-    ExaonePathAlignmentModel,
-)
+if TYPE_CHECKING:
+    from exaonepath.encoders.repository import Repository
+
 _MARK = "_asks_exaonepath_first"
-_BY_TYPE: dict[str, Any] = {model.config_class.model_type: model for model in _MODELS}
 
 
-def register() -> None:
-    """Register configurations and models; may be called again.
+def install() -> None:
+    """Have `AutoConfig` and `AutoModel` know our models, whenever transformers is imported; may be called again."""
+    hooks = {"configuration_auto": _change_config, "modeling_auto": _change_model}
+    for module, change in hooks.items():
+        wrapt.register_post_import_hook(change, f"transformers.models.auto.{module}")
 
-    The Auto classes' `from_pretrained` are wrapped, so that a config.json of ours is read by our own gate and never by
-    transformers, and a repository's own code is not run, also where `trust_remote_code=True` is passed (before 5.23
-    transformers prefers that code over a registered class). Models of other types are passed through as they came.
-    """
-    for model in _MODELS:
+
+@functools.cache
+def register() -> dict[str, Any]:
+    """Import and register configurations and models; returns model type -> model class."""
+    from transformers import AutoConfig, AutoModel
+
+    from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
+    from exaonepath.alignment.model.omics import ExaonePathOmicsEncoderModel
+    from exaonepath.encoders.composite import ExaonePathModel
+    from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
+    from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
+
+    models = (
+        ExaonePathModel,
+        ExaonePathPatchEncoderModel,
+        ExaonePathSlideEncoderModel,
+        ExaonePathOmicsEncoderModel,
+        ExaonePathAlignmentModel,
+    )
+    for model in models:
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
         AutoModel.register(model.config_class, model, exist_ok=True)
-    for auto, wrap in ((AutoConfig, _wrap_config), (AutoModel, _wrap_model)):
-        original = auto.from_pretrained.__func__
-        if not getattr(original, _MARK, False):
-            wrapped = functools.wraps(original)(wrap(original))
-            setattr(wrapped, _MARK, True)
-            auto.from_pretrained = classmethod(wrapped)
+    return {model.config_class.model_type: model for model in models}
 
 
-def _wrap_config(original: Any) -> Any:
+def _change_config(module: Any) -> None:
+    _replace(module.AutoConfig, "from_pretrained", _config_from_pretrained)
+    _replace(module.AutoConfig, "for_model", _after_registration)
+
+
+def _change_model(module: Any) -> None:
+    _replace(module.AutoModel, "from_pretrained", _model_from_pretrained)
+    _replace(module.AutoModel, "from_config", _after_registration)
+
+
+def _replace(auto: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    original = getattr(auto, name)
+    function = getattr(original, "__func__", original)
+    if getattr(function, _MARK, False):
+        return
+    wrapped = functools.wraps(function)(wrap(original))
+    setattr(wrapped, _MARK, True)
+    # `for_model` is a static method in some versions, and takes no class.
+    setattr(auto, name, classmethod(wrapped) if hasattr(original, "__func__") else staticmethod(wrapped))
+
+
+def _after_registration(original: Any) -> Any:
+    bound = hasattr(original, "__func__")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        register()
+        return original.__func__(*args, **kwargs) if bound else original(*args, **kwargs)
+
+    return call
+
+
+def _config_from_pretrained(original: Any) -> Any:
+    """A config.json of ours is read by our own gate and never by transformers."""
+
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         arguments = dict(kwargs)
         if found := _ours(pretrained_model_name_or_path, arguments):
             model, repository, content = found
             return model.config_class.from_file(content, repository, arguments)
-        return original(cls, pretrained_model_name_or_path, **kwargs)
+        return original.__func__(cls, pretrained_model_name_or_path, **kwargs)
 
     return from_pretrained
 
 
-def _wrap_model(original: Any) -> Any:
+def _model_from_pretrained(original: Any) -> Any:
+    """A repository's own code is not run, also where `trust_remote_code=True` is passed.
+
+    Before 5.23 transformers prefers that code over a registered class. Models of other types are passed through.
+    """
+
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         # Of a local folder, config and weights have to be read together: it may be replaced in between. On the Hub a
         # commit is fixed, and AutoConfig is asked in any case.
+        register()
         where = pretrained_model_name_or_path
         is_local = isinstance(where, str | os.PathLike) and os.path.lexists(where)
         if is_local and kwargs.get("config") is None and (found := _ours(where, dict(kwargs))):
             return found[0].from_pretrained(where, *args, **kwargs)
-        return original(cls, pretrained_model_name_or_path, *args, **kwargs)
+        return original.__func__(cls, pretrained_model_name_or_path, *args, **kwargs)
 
     return from_pretrained
 
@@ -78,11 +124,14 @@ def _ours(where: Any, arguments: dict[str, Any]) -> tuple[Any, Repository, dict[
     Raises:
         WeightsError: there is a config.json that cannot be one of any model.
     """
+    from exaonepath.encoders.base_configuration import read_config
+    from exaonepath.encoders.repository import HubError, Repository
+
     try:
         repository = Repository.from_arguments(where, arguments)
         content = read_config(repository) or {}
     except (SettingsError, HubError):
         return None  # of what model is not known: transformers has its own errors for it
     model_type = content.get("model_type")
-    model = _BY_TYPE.get(model_type) if isinstance(model_type, str) else None
+    model = register().get(model_type) if isinstance(model_type, str) else None
     return None if model is None else (model, repository, content)

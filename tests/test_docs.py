@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from exaonepath import ExaonePathConfig, ExaonePathModel
-from exaonepath.encoders.loading import DEFAULT_WEIGHTS, randomize
+from exaonepath.encoders.loading import randomize
+from exaonepath.encoders.published import DEFAULT_WEIGHTS
 from exaonepath.synthetic import make_slide
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,25 +26,20 @@ def test_the_extension_belongs_to_this_version():
     assert isinstance(_C.cuda_devices(), list)
 
 
-ORDER = [
-    ("errors", "version", "memory", "text"),
-    ("files",),
-    ("reference",),
-    ("kernels",),
+# From below. A room imports itself and what comes before it; rooms of one line do not import each other.
+LAYERS = [
+    ("errors", "version", "text", "memory", "plotting"),
+    ("files", "reference", "kernels"),
     ("ops",),
-    ("patches", "models"),  # neighbours that know nothing of each other
-    ("feature_extraction",),
-    ("synthetic", "cohort"),  # neither imports the other: a made-up cohort is read like anybody's
-    ("slide_embedding",),
-    ("pipeline",),
-    ("viz",),
-    ("evaluation",),
-    ("training",),
-    ("experiments",),
-    ("demo",),
-    ("doctor",),
+    ("device", "encoders"),
+    ("synthetic", "slides"),
+    ("viz", "alignment"),  # with `slides`: the two wings, which meet in files only
+    ("registration", "demo", "doctor"),
     ("cli",),
+    ("patches", "feature_extraction", "models"),  # import paths of EXAONE Path and of 0.1, nothing else
 ]
+# What the layers would allow: the wings know nothing of each other, and the reference checks the others from outside.
+FORBIDDEN = {"alignment": {"slides"}, "*": {"reference"}}
 
 
 def imported_rooms(file):
@@ -60,22 +55,34 @@ def imported_rooms(file):
                 yield name.split(".")[1] if "." in name else "exaonepath"
 
 
-@pytest.mark.parametrize("rank", range(len(ORDER)))
+def files_of(room):
+    base = ROOT / ("kernels" if room == "kernels" else f"exaonepath/{room}")
+    files = list(base.rglob("*.py")) if base.is_dir() else [base.with_suffix(".py")]
+    assert files, room
+    return files
+
+
+@pytest.mark.parametrize("rank", range(len(LAYERS)))
 def test_layers_point_one_way(rank):
-    """DESIGN's order: a room imports itself and what stands before it, never the top level, which imports them all."""
-    for room in ORDER[rank]:
-        base = ROOT / ("kernels" if room == "kernels" else f"exaonepath/{room}")
-        allowed = {room, *(name for rooms in ORDER[:rank] for name in rooms)}
-        files = list(base.rglob("*.py")) if base.is_dir() else [base.with_suffix(".py")]
-        assert files
-        for file in files:
+    """A room imports itself and what is below, never the front door, which leads to all of them."""
+    for room in LAYERS[rank]:
+        below = {name for rooms in LAYERS[:rank] for name in rooms}
+        allowed = {room, *below} - FORBIDDEN.get(room, set()) - (FORBIDDEN["*"] - {room})
+        for file in files_of(room):
             wrong = set(imported_rooms(file)) - allowed
             assert not wrong, f"{file.relative_to(ROOT)} imports {wrong}"
 
 
 def test_every_room_has_its_place():
     rooms = {p.stem for p in (ROOT / "exaonepath").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
-    assert rooms - {"__init__", "__main__"} <= {name for names in ORDER for name in names}
+    assert rooms - {"__init__", "__main__"} <= {name for names in LAYERS for name in names}
+
+
+def test_contributing_describes_the_layers():
+    """The table of CONTRIBUTING.md lists the rooms in the order that is enforced here."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert [tuple(name.strip(" `") for name in row.split(",")) for row in rows] == LAYERS
 
 
 def test_changelog_knows_this_version():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from exaonepath.alignment.metrics.probes import knn_probe, linear_probe
 from exaonepath.alignment.metrics.projections import direction_reuse, pair_spectrum
 from exaonepath.alignment.metrics.retrieval import PairEmbeddings, cross_modal_retrieval, recall_by_group
 from exaonepath.alignment.metrics.survival import cox_probe
-from exaonepath.alignment.subject import Subject
+from exaonepath.alignment.subject import Subject, open_subject
 from exaonepath.alignment.training.validation import EmbeddedPatients
 from exaonepath.errors import SettingsError
 
@@ -58,16 +60,34 @@ class EvaluationSettings:
     seed: int = 0
 
 
-def evaluate(subject: Subject, settings: EvaluationSettings | None = None) -> dict[str, Any]:
+def evaluate(
+    subject: Subject | str | os.PathLike[str],
+    settings: EvaluationSettings | None = None,
+    *,
+    cohort: str | os.PathLike[str] | None = None,
+    split: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
     """Measure a model on a cohort.
 
     Retrieval and geometry are told for each part of the split; probes, survival, missing modalities and projections for
     the patients that did not train the model.
 
+    Args:
+        subject: from `open_subject`; or the folder of a run or of a model.
+        settings: what is measured.
+        cohort, split: where `subject` is a folder: see `open_subject`.
+
+    Returns:
+        The report, of plain JSON types; `alignment.report.write_report` writes it with tables and figures.
+
     Raises:
         SettingsError: a label that the cohort lacks, or columns of survival that cannot be read; before any work.
     """
     settings = settings or EvaluationSettings()
+    if not isinstance(subject, Subject):
+        subject = open_subject(
+            Path(subject), None if cohort is None else Path(cohort), split=None if split is None else Path(split)
+        )
     labels = _labels(subject, settings)
     _follow_up(subject, subject.held_out, settings)
     parts = {name: subject.embed(ids) for name, ids in subject.parts.items()}

@@ -13,8 +13,7 @@ import numpy as np
 from exaonepath.alignment.studies.ablations import Outcome
 from exaonepath.encoders.attention_map import AttentionMap
 from exaonepath.files.atomic import atomic_path
-from exaonepath.viz import require_matplotlib
-from exaonepath.viz.panels import HAIRLINE, INK, MUTED
+from exaonepath.plotting import HAIRLINE, INK, MUTED, require_matplotlib
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 _ROW = 0.27  # inches of a line of text in a chart

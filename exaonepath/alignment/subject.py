@@ -123,32 +123,62 @@ def open_subject(
             more, or all of it trained the model.
         DataFileError: the run's files cannot be read. WeightsError: features differ, or the model cannot be loaded.
     """
-    run = (model / "settings.json").is_file()
-    if cohort is None and not run:
+    if cohort is None and not is_run(model):
         raise SettingsError(f"{model} is a model without a run; name the cohort to evaluate it on")
-    settings = _run_data(model) if cohort is None else cohort_settings(cohort)
-    processes = Processes.start(device)
-    loaded: ExaonePathAlignmentModel = ExaonePathAlignmentModel.from_pretrained(model / "model" if run else model)
-    loaded.eval().to(processes.device)
-    if cohort is None:
-        known = load_training_cohort(settings)
-        if known.fingerprint != _stored(model).get("cohort_hash"):
-            raise SettingsError(
-                f"the cohort has changed since {model} was trained on it, so who was held out means nothing any more; "
-                "name the cohort, and a split of it, to evaluate on what is there now"
-            )
-        split = split or model / "split.json"
-    else:
-        # Whoever has one modality that the model takes can be embedded; only training needs two.
-        settings = replace(settings, modalities=(), min_modalities=1)
-        known = load_training_cohort(settings)
-    known = restrict_modalities(known, [n for n in loaded.modalities if n in known.held], settings.min_modalities)
-    check_features(loaded, known, by_name=by_name)
+    loaded, run, processes = load_model(model, device)
+    known, settings = open_cohort(loaded, run, cohort, by_name=by_name)
+    if cohort is None and run is not None:
+        split = split or run / "split.json"
     if split is not None:
         parts, seen = load_split(split, known), True
     else:
-        parts, seen = _apart_from_training(model if run else None, loaded, known)
+        parts, seen = _apart_from_training(run, loaded, known)
     return Subject(loaded, TrainingData(known, parts, standardizer_of(loaded), settings, 0), seen, processes)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run of training (else: a model)."""
+    return (folder / "settings.json").is_file()
+
+
+def load_model(folder: Path, device: str) -> tuple[ExaonePathAlignmentModel, Path | None, Processes]:
+    """The model of a run or of a model folder, in evaluation mode; the run, if it is one; and the device.
+
+    Raises:
+        WeightsError: the model cannot be loaded. DeviceError: no such device.
+    """
+    run = is_run(folder)
+    processes = Processes.start(device)
+    model: ExaonePathAlignmentModel = ExaonePathAlignmentModel.from_pretrained(folder / "model" if run else folder)
+    model.eval().to(processes.device)
+    return model, folder if run else None, processes
+
+
+def open_cohort(
+    model: ExaonePathAlignmentModel, run: Path | None, cohort: Path | None, *, by_name: bool
+) -> tuple[Cohort, DataSettings]:
+    """A cohort, or the run's own, restricted to what a model takes.
+
+    Raises:
+        SettingsError, DataFileError, WeightsError: see `open_subject`.
+    """
+    if cohort is not None:
+        # Whoever has one modality that the model takes can be embedded; only training needs two.
+        settings = replace(cohort_settings(cohort), modalities=(), min_modalities=1)
+        known = load_training_cohort(settings)
+    elif run is not None:
+        settings = _run_data(run)
+        known = load_training_cohort(settings)
+        if known.fingerprint != _stored(run).get("cohort_hash"):
+            raise SettingsError(
+                f"the cohort has changed since {run} was trained on it, so who was held out means nothing any more; "
+                "name the cohort, and a split of it, to evaluate on what is there now"
+            )
+    else:
+        raise SettingsError("a model without a run has no cohort of its own; name one")
+    known = restrict_modalities(known, [n for n in model.modalities if n in known.held], settings.min_modalities)
+    check_features(model, known, by_name=by_name)
+    return known, settings
 
 
 def _apart_from_training(run: Path | None, model: ExaonePathAlignmentModel, cohort: Cohort) -> tuple[Split, bool]:

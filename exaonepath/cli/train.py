@@ -7,12 +7,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exaonepath.alignment.training.settings import TrainSettings
-from exaonepath.alignment.training.settings_file import read_settings
+from exaonepath.cli import options
+from exaonepath.cli.console import say
+
+if TYPE_CHECKING:
+    from exaonepath.alignment.training.settings import TrainSettings
 
 
 def train(
@@ -32,8 +35,8 @@ def train(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be trained.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over where the folder holds a run.")] = False,
-    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: everything.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+    verbose: options.Verbose = 0,
+    quiet: options.Quiet = False,
 ) -> None:
     """Align slides with molecular profiles; flags go over the settings file, and the same command resumes.
 
@@ -41,6 +44,8 @@ def train(
     Example: exaonepath train settings.toml --out run
     Several GPUs: torchrun --nproc-per-node 4 -m exaonepath train settings.toml --out run
     """
+    from exaonepath.alignment.training.settings_file import read_settings
+
     flags = {
         "data.mudata": mudata,
         "data.slides": slides,
@@ -62,7 +67,7 @@ def train(
     from exaonepath.alignment.training.run import train as run
 
     with _bar(quiet) as progress:
-        result = run(chosen, out, overwrite=overwrite, progress=progress, report=None if quiet else _say)
+        result = run(chosen, out, overwrite=overwrite, progress=progress, report=None if quiet else say)
     _leave_group()
     if not result.finished:
         raise KeyboardInterrupt
@@ -82,11 +87,7 @@ def _leave_group() -> None:
 def _say_prepared(settings: TrainSettings, out: Path) -> None:
     from exaonepath.alignment.training.run import check
 
-    _say(check(settings, out).summary())
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    say(check(settings, out).summary())
 
 
 @contextmanager
@@ -99,7 +100,7 @@ def _bar(quiet: bool) -> Iterator[Any]:
 
         def line(step: int, total: int, row: Mapping[str, Any]) -> None:
             if step == total or step % max(1, total // 20) == 0:
-                _say(f"step {step}/{total}  loss {row['loss']:.4f}")
+                say(f"step {step}/{total}  loss {row['loss']:.4f}")
 
         yield line
         return

@@ -21,6 +21,7 @@ from exaonepath.device import resolve_device, resolve_dtype
 from exaonepath.encoders.base_configuration import read_config
 from exaonepath.encoders.composite import ExaonePathModel
 from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
+from exaonepath.encoders.published import DEFAULT_WEIGHTS
 from exaonepath.encoders.repository import Repository
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.errors import SettingsError, WeightsError
@@ -28,7 +29,6 @@ from exaonepath.files.strict_json import shown
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_WEIGHTS = "LGAI-EXAONE/EXAONE-Path-2.5"
 _RANDOM = "random:"
 
 M = TypeVar("M", bound=PreTrainedModel)

@@ -1,9 +1,9 @@
-"""Features of patches: read, preprocess, encode, store; resumable, and outspoken about what could not be read."""
+"""Import path of EXAONE Path and of version 0.1. The code is in `exaonepath.slides.features` and `exaonepath.files`."""
 
-from exaonepath.feature_extraction.extract import ExtractionResult, extract_features
-from exaonepath.feature_extraction.preprocessing import PreprocessingConfig, normalise, resize_and_crop
-from exaonepath.feature_extraction.reader import PatchBatch, PatchFailure, PatchReader
-from exaonepath.feature_extraction.store import FeatureSet, read_features
+from exaonepath.files.features import FeatureSet, PatchFailure, read_features
+from exaonepath.slides.features.extract import ExtractionResult, extract_features
+from exaonepath.slides.features.preprocessing import PreprocessingConfig, normalise, resize_and_crop
+from exaonepath.slides.features.reader import PatchBatch, PatchReader
 
 __all__ = [
     "ExtractionResult",

@@ -10,23 +10,15 @@ interrupted (the same command resumes).
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from exaonepath.cli.feature_command import (
-    EXIT_ERROR,
-    EXIT_INTERRUPTED,
-    interruptible,
-    run_features,
-    say,
-    set_up_logging,
-)
-from exaonepath.encoders.loading import DEFAULT_WEIGHTS
-from exaonepath.errors import ExaonePathError
-
-logger = logging.getLogger(__name__)
+from exaonepath.cli.console import say
+from exaonepath.cli.features import run_features
+from exaonepath.cli.guard import EXIT_ERROR, EXIT_INTERRUPTED, interruptible, report
+from exaonepath.cli.logs import set_up_logging
+from exaonepath.encoders.published import DEFAULT_WEIGHTS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,16 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 overwrite=args.overwrite,
                 quiet=args.quiet,
             )
-    except ExaonePathError as exc:
-        if args.verbose:
-            logger.exception("failed")
-        say(f"error: {exc}")
-        return EXIT_ERROR
-    # The one line and the status that scripts rely on, whatever a library or a strange file came up with.
-    except Exception as exc:
-        if args.verbose:
-            logger.exception("failed")
-        say(f"error: unexpected {type(exc).__name__}: {' '.join(str(exc).split())} (-v shows where)")
+    # One line and the exit code that scripts rely on, whatever a library or a strange file raises.
+    except Exception as exc:  # noqa: BLE001
+        report(exc, args.verbose)
         return EXIT_ERROR
     except KeyboardInterrupt:
         say("interrupted; what was done is kept: the same command resumes")

@@ -1,46 +1,156 @@
-"""When a stored result is used again: the hashes that tell what made it, and whose it is."""
+"""The one rule by which a stored result is used again, made again, or left alone because it is somebody else's."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 
 from exaonepath.errors import DataFileError, OutputCollisionError, OutputError
-from exaonepath.files.hdf5 import open_h5
+from exaonepath.files.hdf5 import StoredFile, open_h5
 from exaonepath.files.hdf5_output import encodable
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-def check_owner(
-    path: Path, attrs: Mapping[str, Any], fingerprint: str | None, slide_path: str | None, *, overwrite: bool
-) -> bool:
-    """Whether a stored result is of the slide at hand, by what its attributes say.
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file that a stage writes.
+
+    Attributes:
+        datasets: what every such file holds; the first one tells it from other files.
+        others: datasets that only files of other stages hold.
+        other_program: names the program that wrote a file of a similar layout, which is read and never replaced.
+    """
+
+    datasets: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    other_program: Callable[[StoredFile], str | None] | None = None
+
+
+@dataclass(frozen=True)
+class MadeFrom:
+    """What a result is made from. A stored one is used again only if all of it is the same.
+
+    Attributes:
+        settings_hash: of everything that decides the content: settings, inputs, weights.
+        slide_fingerprint, slide_path: the slide; None where it is not known (features of EXAONE Path).
+        settings: named in the warning where they differ, if the file stores them.
+        features_sha256: of the features that an embedding is computed from; the fingerprint of the input where the
+            slide is not known.
+    """
+
+    settings_hash: str
+    slide_fingerprint: str | None
+    slide_path: str | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    features_sha256: str | None = None
+
+
+def reuse(
+    path: Path, kind: Kind, made_from: MadeFrom, read: Callable[[StoredFile], T], *, overwrite: bool = False
+) -> T | None:
+    """What `read` takes from a finished result, if that may be used again; None if it has to be made (again).
+
+    The rule of every stage, in this order. A file that is no result of this stage is never replaced. The result of
+    another slide is replaced on request only. A result that is damaged, unfinished, of unknown origin or made from
+    something else is made again, with a warning. Otherwise every checksum is compared, and the result is used.
+
+    Raises:
+        OutputCollisionError: something else, or the result of another slide, would be lost.
+        OutputError: `path` is a folder.
+    """
+    _refuse_other_files(path, kind)
+    if not path.exists():
+        return None
+    try:
+        with open_h5(path, kind.datasets) as file:
+            program = kind.other_program(file) if kind.other_program else None
+            if program is not None:
+                raise OutputCollisionError(
+                    f"{path} was written by {program}; such files are read but not replaced: name another output "
+                    "folder, or move the file away"
+                )
+            reason = _why_not(path, file, made_from, overwrite)
+            if reason is None:
+                file.verify()
+                return read(file)
+            if reason:
+                logger.warning("%s %s: making it again", path, reason)
+    except DataFileError as exc:
+        logger.warning("%s; making it again", exc)
+    return None
+
+
+def _why_not(path: Path, file: StoredFile, made_from: MadeFrom, overwrite: bool) -> str | None:
+    """Why a readable result is not used: None if it is used, "" if the user asked for it to be made again."""
+    attrs = file.attributes(("slide_fingerprint", "slide_path", "settings_hash", "features_sha256", "complete"))
+    if not is_of_this_slide(path, attrs, made_from, overwrite=overwrite):
+        return "was made from other content of the slide"
+    if overwrite:
+        return ""
+    if attrs.get("settings_hash") is None:
+        return "does not say which slide and settings made it"
+    if not attrs.get("complete", False):
+        return "is unfinished"
+    if attrs["settings_hash"] != made_from.settings_hash:
+        names = _changed(file, made_from.settings)
+        return f"was made with other settings{f' ({names})' if names else ''}"
+    return None
+
+
+def _changed(file: StoredFile, settings: Mapping[str, Any]) -> str:
+    text = file.attribute("settings")
+    if not settings or not isinstance(text, str):
+        return ""
+    try:
+        old = json.loads(text)
+    except ValueError:
+        return ""
+    return ", ".join(sorted(name for name in settings.keys() | old.keys() if settings.get(name) != old.get(name)))
+
+
+def is_of_this_slide(path: Path, attrs: Mapping[str, Any], made_from: MadeFrom, *, overwrite: bool) -> bool:
+    """Whether a stored result is of the slide at hand, by its attributes.
 
     Args:
         path: the stored file.
-        attrs: its attributes `slide_fingerprint` and `slide_path`; a file without them counts as ours.
-        fingerprint, slide_path: the slide at hand, None where unknown.
+        attrs: its attributes `slide_fingerprint`, `slide_path` and `features_sha256`, those that it has.
+        made_from: the slide at hand.
         overwrite: the user asked to start over.
 
     Returns:
-        False where the result is stale: the slide was replaced under the same path, or overwriting was asked for.
+        False if the result is stale: the slide was replaced under the same path, or overwriting was asked for.
 
     Raises:
         OutputCollisionError: the result belongs to a different slide, which would lose it.
     """
-    stored = attrs.get("slide_fingerprint")
-    if stored is None or fingerprint is None or stored == fingerprint:
+    stored, fingerprint = attrs.get("slide_fingerprint"), made_from.slide_fingerprint
+    if stored is None or fingerprint is None:
+        features = made_from.features_sha256
+        if features and (stored is None) != (fingerprint is None) and attrs.get("features_sha256") != features:
+            # Features of EXAONE Path do not say of which slide they are: nothing shows that it is the same one.
+            if not overwrite:
+                raise OutputCollisionError(
+                    f"{path} was made from other features, perhaps of another slide; name another output, or ask to "
+                    "overwrite it"
+                )
+            return False
+        return True
+    if stored == fingerprint:
         return True
     origin = attrs.get("slide_path")
-    if overwrite or (origin is not None and slide_path is not None and origin == encodable(slide_path)):
-        logger.warning("%s was made from other content than %s holds now: doing it again", path, slide_path)
+    if overwrite or (
+        origin is not None and made_from.slide_path is not None and origin == encodable(made_from.slide_path)
+    ):
         return False
     raise OutputCollisionError(
         f"{path} holds the result of a different slide{f', {origin}' if origin else ''}; two slides of one name need "
@@ -48,14 +158,11 @@ def check_owner(
     )
 
 
-def refuse_foreign(path: Path, marker: str, foreign: Iterable[str] = ()) -> None:
+def _refuse_other_files(path: Path, kind: Kind) -> None:
     """Refuse to replace what is no result of the same stage: a slide, a text, the file of another stage.
 
-    Our files appear whole, so what is there and is not HDF5, or lacks `marker`, or holds a dataset of `foreign`, was
-    never an earlier result. A damaged HDF5 file may be.
-
-    Raises:
-        OutputCollisionError: something else is there. OutputError: a folder is.
+    Our files appear whole, so a file that is not HDF5, or lacks the first dataset of `kind`, or holds a dataset of
+    another kind, was never an earlier result. A damaged HDF5 file may be.
     """
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name a file to write")
@@ -71,7 +178,7 @@ def refuse_foreign(path: Path, marker: str, foreign: Iterable[str] = ()) -> None
             names = set(file.names)
     except DataFileError:
         return
-    if names and (marker not in names or names & set(foreign)):
+    if names and (kind.datasets[0] not in names or names & set(kind.others)):
         raise other
 
 

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from exaonepath.errors import DataFileError, ForeignFileError, UnfinishedFileError
+from exaonepath.files.artifact import Kind
 from exaonepath.files.hdf5 import StoredFile, open_h5
 from exaonepath.files.hdf5_output import atomic_h5
-from exaonepath.slides.features.reader import PatchFailure
 
 Rows = tuple[np.ndarray, np.ndarray]  # indices int64 [b], features float32 [b, D]
+
+KIND = Kind(("features", "coords", "contour_index"), others=("slide_embedding",))
 
 # What `write_features` stores as attributes; no other attribute of a file is read.
 ATTRIBUTES = (
@@ -36,6 +38,16 @@ ATTRIBUTES = (
     "n_failed",
     "complete",
 )
+
+
+@dataclass(frozen=True)
+class PatchFailure:
+    """A patch that could not be read, also not through a fresh handle: its row in the patches file, where, and why."""
+
+    index: int
+    x: int
+    y: int
+    reason: str
 
 
 @dataclass(frozen=True)

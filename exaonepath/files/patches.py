@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from exaonepath.errors import DataFileError, OutputCollisionError, UnfinishedFileError
-from exaonepath.files.artifact import canonical_json, settings_hash
+from exaonepath.errors import DataFileError, UnfinishedFileError
+from exaonepath.files.artifact import Kind, canonical_json, settings_hash
 from exaonepath.files.hdf5 import StoredFile, open_h5
 from exaonepath.files.hdf5_output import atomic_h5
-from exaonepath.slides.image import SlideImage
 from exaonepath.version import __version__
 
 
@@ -45,9 +43,22 @@ class PatchSet:
         return len(self.coords)
 
 
+class Slide(Protocol):
+    """What is stored about the slide of the patches (`exaonepath.SlideImage` has it)."""
+
+    name: str
+    path: Path
+    mpp: float
+    mpp_source: str
+    level_dimensions: tuple[tuple[int, int], ...]
+    level_downsamples: tuple[tuple[float, float], ...]
+
+    def fingerprint(self) -> str: ...
+
+
 def write_patches(
     path: str | os.PathLike[str],
-    slide: SlideImage,
+    slide: Slide,
     coords: np.ndarray,
     contour_index: np.ndarray,
     *,
@@ -105,10 +116,11 @@ def read_patches(path: str | os.PathLike[str]) -> PatchSet:
     """
     path = Path(path)
     with open_h5(path, required=["coords"]) as file:
-        return _parse(path, file)
+        return parse_patches(path, file)
 
 
-def _parse(path: Path, file: StoredFile) -> PatchSet:
+def parse_patches(path: Path, file: StoredFile) -> PatchSet:
+    """The patches of an opened file; the errors are those of `read_patches`."""
     coords = _int32(path, "coords", file.dataset("coords", "iu", (None, 2)).read())
     patch_size = _foreign_patch_size(file)
     if patch_size is None:
@@ -149,20 +161,6 @@ def foreign_writer(file: StoredFile) -> str | None:
     return "CLAM" if all(file.attribute(name, of="coords") is not None for name in clam) else None
 
 
-def refuse_other_program(path: Path) -> None:
-    """Raise `OutputCollisionError` where coordinates of TRIDENT or CLAM lie: they are read, and never replaced."""
-    try:
-        with open_h5(path) as file:
-            writer = foreign_writer(file)
-    except DataFileError:
-        return  # a damaged file is reported by whoever reads it
-    if writer is not None:
-        raise OutputCollisionError(
-            f"{path} holds coordinates of {writer}, which are read but not replaced; name another output folder, or "
-            "move the file away"
-        )
-
-
 def _foreign_patch_size(file: StoredFile) -> int | None:
     """Side of a patch in level-0 pixels, in files of the programs that say it in their own way."""
     writer = foreign_writer(file)
@@ -181,8 +179,4 @@ def _int32(path: Path, name: str, values: np.ndarray) -> np.ndarray:
     return values.astype(np.int32, copy=False)
 
 
-def stored_origin(path: str | os.PathLike[str]) -> tuple[str | None, dict[str, Any]]:
-    """(slide_path, settings) that made a readable patch file; (None, {}) for one made by EXAONE Path."""
-    with open_h5(path) as file:
-        settings = file.attribute("settings")
-        return file.attribute("slide_path"), json.loads(settings) if settings else {}
+KIND = Kind(("coords",), others=("features", "slide_embedding"), other_program=foreign_writer)

@@ -1,14 +1,13 @@
-"""The encoders as Hugging Face models, and their registration with the Auto classes."""
+"""Import path of version 0.1. The code is in `exaonepath.encoders` and `exaonepath.alignment.model`."""
 
-from exaonepath.models.composite import ExaonePathModel
-from exaonepath.models.configuration import (
+from exaonepath.encoders.composite import ExaonePathModel
+from exaonepath.encoders.configuration import (
     ExaonePathConfig,
     ExaonePathPatchEncoderConfig,
     ExaonePathSlideEncoderConfig,
 )
-from exaonepath.models.patch_encoder import ExaonePathPatchEncoderModel
-from exaonepath.models.registration import register
-from exaonepath.models.slide_encoder import ExaonePathSlideEncoderModel, SlideEncoderOutput
+from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
+from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel, SlideEncoderOutput
 
 __all__ = [
     "ExaonePathConfig",
@@ -19,5 +18,3 @@ __all__ = [
     "ExaonePathSlideEncoderModel",
     "SlideEncoderOutput",
 ]
-
-register()

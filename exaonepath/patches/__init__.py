@@ -1,9 +1,9 @@
-"""Patching: where the tissue of a slide is, and the grid of patches on it."""
+"""Import path of EXAONE Path and of version 0.1. The code is in `exaonepath.slides` and `exaonepath.files`."""
 
-from exaonepath.patches.pipeline import PatchSettings, patchfy
-from exaonepath.patches.segmentation import SegmentationSettings, Tissue, segment_tissue
-from exaonepath.patches.slide import SlideImage
-from exaonepath.patches.store import PatchSet, read_patches
+from exaonepath.files.patches import PatchSet, read_patches
+from exaonepath.slides.image import SlideImage
+from exaonepath.slides.patches.pipeline import PatchSettings, patchfy
+from exaonepath.slides.patches.segmentation import SegmentationSettings, Tissue, segment_tissue
 
 __all__ = [
     "PatchSet",

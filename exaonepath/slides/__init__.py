@@ -1,1 +1,1 @@
-""""""
+"""A slide file becomes vectors: patches, features of patches, embeddings."""

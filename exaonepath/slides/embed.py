@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,50 +14,14 @@ import torch
 from exaonepath.device import inference
 from exaonepath.encoders.loading import LoadedEncoder
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
-from exaonepath.errors import BackendError, DataFileError, OutputCollisionError, UnfinishedFileError
-from exaonepath.files.artifact import check_owner, refuse_foreign, refuse_input_as_output, settings_hash
+from exaonepath.errors import BackendError, DataFileError
+from exaonepath.files.artifact import MadeFrom, refuse_input_as_output, reuse, settings_hash
 from exaonepath.files.atomic import ensure_folder
+from exaonepath.files.embeddings import KIND, SlideEmbedding, write_embedding
 from exaonepath.files.features import FeatureSet, read_features
-from exaonepath.files.hdf5 import open_h5
-from exaonepath.files.hdf5_output import atomic_h5
 from exaonepath.version import __version__
 
 logger = logging.getLogger(__name__)
-
-_DATASETS = ("slide_embedding", "patch_embedding", "coords", "contour_index")
-_ATTRIBUTES = (
-    "features_sha256",
-    "weights_fingerprint",
-    "dtype",
-    "settings_hash",
-    "weights",
-    "random_weights",
-    "n_patches",
-    "n_failed",
-    "exaonepath_version",
-    "slide_fingerprint",
-    "slide_path",
-    "complete",
-)
-
-
-@dataclass(frozen=True)
-class SlideEmbedding:
-    """Embeddings of one slide.
-
-    Attributes:
-        slide_embedding: float32 [C + E]; zeros for a slide without tissue.
-        patch_embedding: float32 [N, C + E], patch features beside the slide encoder's output.
-        coords: int32 [N, 2], (x, y) at level 0 in pixels.
-        contour_index: int32 [N], tissue fragment of each patch.
-        attrs: what made them (weights, dtype, hashes).
-    """
-
-    slide_embedding: np.ndarray
-    patch_embedding: np.ndarray
-    coords: np.ndarray
-    contour_index: np.ndarray
-    attrs: dict[str, Any] = field(default_factory=dict)
 
 
 def embed_slide(
@@ -144,7 +106,9 @@ def embed_features_file(
         "dtype": str(dtype).removeprefix("torch."),
     }
     key = settings_hash(attrs)
-    if _is_finished(out, key, attrs["features_sha256"], features.attrs, overwrite):
+    origin = (features.attrs.get("slide_fingerprint"), features.attrs.get("slide_path"))
+    made_from = MadeFrom(key, *origin, features_sha256=attrs["features_sha256"])
+    if reuse(out, KIND, made_from, lambda file: True, overwrite=overwrite):
         logger.info("%s is up to date", out)
         return out, True
     ensure_folder(out.parent)
@@ -160,52 +124,5 @@ def embed_features_file(
         "exaonepath_version": __version__,
     }
     attrs |= {name: features.attrs[name] for name in ("slide_fingerprint", "slide_path") if name in features.attrs}
-    with atomic_h5(out) as file:
-        for name in _DATASETS:
-            file.array(name, getattr(embedding, name))
-        file.attributes({**attrs, "complete": True})
+    write_embedding(out, embedding, attrs)
     return out, False
-
-
-def read_embedding(path: str | os.PathLike[str]) -> SlideEmbedding:
-    """Read an embedding file.
-
-    Raises:
-        DataFileError: missing, corrupt or half written, or datasets that do not fit together.
-    """
-    with open_h5(path, _DATASETS) as file:
-        if not file.attribute("complete", False):
-            raise UnfinishedFileError(
-                f'{path} is half written: it has no "complete" mark, which comes last; make it again'
-            )
-        attrs = file.attributes(_ATTRIBUTES)
-        width = len(slide := file.dataset("slide_embedding", "f", (None,)))
-        n = len(patches := file.dataset("patch_embedding", "f", (None, width)))
-        coords, contours = file.dataset("coords", "iu", (n, 2)), file.dataset("contour_index", "iu", (n,))
-        return SlideEmbedding(slide.read(), patches.read(), coords.read(), contours.read(), attrs)
-
-
-def _is_finished(out: Path, key: str, digest: str, slide: Mapping[str, Any], overwrite: bool) -> bool:
-    refuse_foreign(out, "slide_embedding")
-    if not out.exists():
-        return False
-    try:
-        with open_h5(out, _DATASETS) as file:
-            origin = (slide.get("slide_fingerprint"), slide.get("slide_path"))
-            attrs = file.attributes(_ATTRIBUTES)
-            known = [each.get("slide_fingerprint") is not None for each in (attrs, slide)]
-            if known[0] != known[1] and attrs.get("features_sha256") != digest and not overwrite:
-                # Features of the original do not say of which slide they are: nothing tells that this is the same one.
-                raise OutputCollisionError(
-                    f"{out} was made from other features, perhaps of another slide; name another output, or ask to "
-                    "overwrite it"
-                )
-            if not check_owner(out, attrs, *origin, overwrite=overwrite):
-                return False
-            finished = bool(attrs.get("complete", False)) and attrs.get("settings_hash") == key and not overwrite
-            if finished:
-                file.verify()
-            return finished
-    except DataFileError as exc:
-        logger.warning("%s; computing it again", exc)
-        return False

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from exaonepath.device import resolve_dtype
-from exaonepath.encoders.loading import DEFAULT_WEIGHTS, LoadedEncoder, load_patch_encoder, load_slide_encoder
+from exaonepath.encoders.loading import LoadedEncoder, load_patch_encoder, load_slide_encoder
 from exaonepath.encoders.memory_plan import parse_memory
 from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
+from exaonepath.encoders.published import DEFAULT_WEIGHTS
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.errors import OutputCollisionError, SettingsError, SlideOpenError
+from exaonepath.files.embeddings import SlideEmbedding, read_embedding
 from exaonepath.slides.dicom import series_identity
-from exaonepath.slides.embed import SlideEmbedding, embed_features_file, read_embedding
+from exaonepath.slides.embed import embed_features_file
 from exaonepath.slides.features.extract import extract_features
 from exaonepath.slides.features.preprocessing import PreprocessingConfig
 from exaonepath.slides.image import SlideImage, opened
-from exaonepath.slides.patches.pipeline import patchfy
+from exaonepath.slides.patches.pipeline import PatchSettings, patchfy
+from exaonepath.slides.patches.segmentation import SegmentationSettings
 
 __all__ = ["EncodeResult", "SlideEmbedding", "encode_slide", "find_slides", "output_paths", "read_embedding"]
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
+
+# Of `patchfy`: what decides where patches lie.
+_FIELDS = [f.name for kind in (PatchSettings, SegmentationSettings) for f in fields(kind) if f.name != "segmentation"]
 
 SLIDE_SUFFIXES = frozenset(
     {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi"}
@@ -159,11 +165,74 @@ def encode_slide(
     )
 
 
+@dataclass(frozen=True)
+class EncodeFailure:
+    """A slide that `encode_slides` could not encode, and the error; `slide` is None if no file was found to open."""
+
+    slide: Path | None
+    error: Exception
+
+
+def encode_slides(
+    slides: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    patch_encoder: LoadedEncoder[ExaonePathPatchEncoderModel] | str = DEFAULT_WEIGHTS,
+    slide_encoder: LoadedEncoder[ExaonePathSlideEncoderModel] | str = DEFAULT_WEIGHTS,
+    **arguments: Any,
+) -> Iterator[EncodeResult | EncodeFailure]:
+    """Encode many slides, one after another; a slide that fails does not keep the others from being encoded.
+
+    Args:
+        slides: a slide file or a folder of slides, or several of them.
+        out: output folder, as for `encode_slide`.
+        patch_encoder, slide_encoder: as for `encode_slide`; loaded once.
+        arguments: the keyword arguments of `encode_slide`.
+
+    Yields:
+        Of each slide the result, or the failure, as soon as it is known. Paths that do not exist come first.
+
+    Raises:
+        SlideOpenError: no slide was found at all. OutputCollisionError: two slides would write the same files.
+        WeightsError, DeviceError: the encoders cannot be loaded.
+    """
+    problems: list[SlideOpenError] = []
+    files = find_slides([slides] if isinstance(slides, str | os.PathLike) else slides, problems)
+    if not files:
+        raise problems[0] if problems else SlideOpenError("no slide was named")
+    if isinstance(patch_encoder, str):
+        patch_encoder = load_patch_encoder(patch_encoder, device="auto")
+    if isinstance(slide_encoder, str):
+        slide_encoder = load_slide_encoder(slide_encoder, device="auto")
+    for problem in problems:
+        yield EncodeFailure(None, problem)
+    for file, result in each_slide(
+        files, lambda file: encode_slide(file, out, patch_encoder, slide_encoder, **arguments)
+    ):
+        yield EncodeFailure(file, result) if isinstance(result, Exception) else result
+
+
+def each_slide(files: Iterable[Path], work: Callable[[Path], T]) -> Iterator[tuple[Path, T | Exception]]:
+    """Apply `work` to one slide after another; yields its result or the error that it raised.
+
+    A slide is the boundary of a fault: whatever its bytes make a library raise, `MemoryError` included, costs this
+    slide only. Only what ends a program (`KeyboardInterrupt`, `SystemExit`) passes through.
+    """
+    for file in files:
+        try:
+            result: T | Exception = work(file)
+        except Exception as exc:  # noqa: BLE001
+            result = exc
+        yield file, result
+        if isinstance(result, Exception):
+            # The traceback holds the frames, and with them the arrays, of what failed for want of memory.
+            result.__traceback__ = None
+
+
 def _patching(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    allowed = set(inspect.signature(patchfy).parameters) - {"wsi", "out", "save_h5", "auto_skip", "overwrite"}
-    unknown = sorted(set(arguments) - allowed)
+    known = {*_FIELDS, "save_mask", "line_thickness", "strict_scale"}
+    unknown = sorted(set(arguments) - known)
     if unknown:
-        raise SettingsError(f"patching: {', '.join(unknown)} cannot be set here; known: {', '.join(sorted(allowed))}")
+        raise SettingsError(f"patching: {', '.join(unknown)} cannot be set here; known: {', '.join(sorted(known))}")
     if "patch_size" in arguments and "step_size" not in arguments:
         return {**arguments, "step_size": arguments["patch_size"]}
     return dict(arguments)

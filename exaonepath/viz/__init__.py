@@ -1,6 +1,7 @@
 """Pictures: a slide, its tissue and patches, and what the encoders make of them. Needs the extra `viz` (matplotlib)."""
 
+from exaonepath.plotting import require_matplotlib
 from exaonepath.viz.colors import embedding_colors
-from exaonepath.viz.overview import draw_overview, require_matplotlib
+from exaonepath.viz.overview import draw_overview
 
 __all__ = ["draw_overview", "embedding_colors", "require_matplotlib"]

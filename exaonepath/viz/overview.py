@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from exaonepath.errors import MissingDependencyError, SettingsError
+from exaonepath.errors import SettingsError
 from exaonepath.files.atomic import atomic_path
+from exaonepath.plotting import require_matplotlib
 from exaonepath.slides.image import SlideImage
 from exaonepath.viz import panels
 from exaonepath.viz.canvas import Canvas, color_field, grid_step, restain, tissue_mask, view
@@ -234,13 +235,3 @@ def _check(
         raise SettingsError(f"there are {len(contours)} contours and holes of {len(holes)}")
     if patch_size <= 0:
         raise SettingsError(f"patch_size_level0 must be positive, not {patch_size}")
-
-
-def require_matplotlib() -> Any:
-    """Matplotlib's Figure class; raises `MissingDependencyError` where matplotlib is not installed."""
-    try:
-        # The Figure class alone draws with Agg and registers nothing globally, unlike pyplot.
-        from matplotlib.figure import Figure
-    except ImportError as exc:
-        raise MissingDependencyError('drawing pictures needs matplotlib: pip install "exaonepath[viz]"') from exc
-    return Figure

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from exaonepath.plotting import HAIRLINE, INK, MUTED
 from exaonepath.slides.image import SlideImage
 from exaonepath.viz.canvas import Canvas
 from exaonepath.viz.gallery import read_tile
 
-INK, MUTED, HAIRLINE = "#1b1f27", "#6a7280", "#d5d9e0"
 OUTLINE, HOLE = "#0a7f6f", "#d9560b"
 _MOST_CELLS = 20_000
 _SMALLEST_CELL = 4.5  # points on the picture; a finer grid is a grey veil

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from exaonepath.cli.app import app
 from exaonepath.encoders import loading
 from exaonepath.errors import SettingsError
+from exaonepath.files.embeddings import read_embedding
 from exaonepath.ops.extension import load_extension
 from exaonepath.slides import encode as pipeline
-from exaonepath.slides.embed import read_embedding
 from exaonepath.synthetic import make_slide
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from exaonepath import ExaonePathSlideEncoderConfig, ExaonePathSlideEncoderModel
 from exaonepath.cli.app import demo
-from exaonepath.cli.demo import FetchError, fetch_slide, plan, run_demo
+from exaonepath.demo import FetchError, fetch_slide, plan, run_demo
 from exaonepath.encoders.loading import LoadedEncoder, randomize
 from exaonepath.slides.encode import read_embedding
 from exaonepath.slides.image import SlideImage

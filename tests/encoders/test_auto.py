@@ -236,7 +236,8 @@ def test_from_a_hub_id_out_of_the_cache_with_the_network_off(repository, tmp_pat
     code = """
 import exaonepath
 from transformers import AutoModel
-from exaonepath.encoders.loading import DEFAULT_WEIGHTS, load_slide_encoder, weights_fingerprint
+from exaonepath.encoders.loading import load_slide_encoder, weights_fingerprint
+from exaonepath.encoders.published import DEFAULT_WEIGHTS
 loaded = load_slide_encoder(DEFAULT_WEIGHTS)
 for how in ({"component": "slide"}, {"subfolder": "slide-encoder"}):
     for trust in (True, False):

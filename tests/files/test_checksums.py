@@ -8,11 +8,10 @@ import pytest
 
 from exaonepath.errors import DamagedFileError, DataFileError
 from exaonepath.files import checksums
-from exaonepath.files.features import read_features, write_features
+from exaonepath.files.embeddings import read_embedding
+from exaonepath.files.features import PatchFailure, read_features, write_features
 from exaonepath.files.hdf5 import open_h5
 from exaonepath.files.hdf5_output import atomic_h5
-from exaonepath.slides.embed import read_embedding
-from exaonepath.slides.features.reader import PatchFailure
 
 N, D = 40, 12
 

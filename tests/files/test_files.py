@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from exaonepath.errors import DamagedFileError, DataFileError, OutputCollisionError, OutputError
-from exaonepath.files.artifact import check_owner, settings_hash
+from exaonepath.files.artifact import MadeFrom, is_of_this_slide, settings_hash
 from exaonepath.files.atomic import atomic_path, ensure_folder, write_text
 from exaonepath.files.hdf5 import open_h5
 from exaonepath.files.hdf5_output import atomic_h5, encodable
@@ -127,6 +127,6 @@ def test_a_slide_whose_name_is_not_utf8_is_replaced_like_any_other():
     """Attributes hold such a name escaped; compared as it is, the slide's own result would count as another slide's."""
     path = os.fsdecode(b"/slides/a\xff.svs")
     attrs = {"slide_fingerprint": "old", "slide_path": encodable(path)}
-    assert not check_owner(Path("a.h5"), attrs, "new", path, overwrite=False)
+    assert not is_of_this_slide(Path("a.h5"), attrs, MadeFrom("", "new", path), overwrite=False)
     with pytest.raises(OutputCollisionError):
-        check_owner(Path("a.h5"), attrs, "new", "/slides/b.svs", overwrite=False)
+        is_of_this_slide(Path("a.h5"), attrs, MadeFrom("", "new", "/slides/b.svs"), overwrite=False)

@@ -12,11 +12,11 @@ import pytest
 
 from exaonepath.errors import DamagedFileError, DataFileError, FileBusyError, ForeignFileError, OutputCollisionError
 from exaonepath.files import atomic
+from exaonepath.files.embeddings import read_embedding
 from exaonepath.files.features import read_features
 from exaonepath.files.hdf5 import open_h5, open_h5_tree
 from exaonepath.files.hdf5_output import atomic_h5
 from exaonepath.files.patches import read_patches
-from exaonepath.slides.embed import read_embedding
 from exaonepath.slides.patches.pipeline import patchfy
 from exaonepath.synthetic import make_slide
 

@@ -7,8 +7,9 @@ import torch
 
 from exaonepath.encoders.loading import load_slide_encoder
 from exaonepath.errors import BackendError, DataFileError, MemoryLimitError, OutputCollisionError
+from exaonepath.files.embeddings import read_embedding
 from exaonepath.files.features import FeatureSet, read_features
-from exaonepath.slides.embed import embed_features_file, embed_slide, read_embedding
+from exaonepath.slides.embed import embed_features_file, embed_slide
 
 
 @pytest.fixture(scope="module")

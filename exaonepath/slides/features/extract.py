@@ -20,14 +20,14 @@ import torch
 
 from exaonepath.device import inference
 from exaonepath.errors import BackendError, DataFileError, DeviceError, SettingsError
-from exaonepath.files.artifact import canonical_json, check_owner, refuse_foreign, refuse_input_as_output, settings_hash
+from exaonepath.files.artifact import MadeFrom, canonical_json, refuse_input_as_output, reuse, settings_hash
 from exaonepath.files.atomic import ensure_folder
-from exaonepath.files.features import ATTRIBUTES, Rows, merge_by_index, read_failures, write_features
+from exaonepath.files.features import KIND, PatchFailure, Rows, merge_by_index, read_failures, write_features
 from exaonepath.files.hdf5 import open_h5
 from exaonepath.files.patches import PatchSet, read_patches
 from exaonepath.slides.features.partial import Block, PartialFile, remove_finished
 from exaonepath.slides.features.preprocessing import PreprocessingConfig, normalise
-from exaonepath.slides.features.reader import PatchBatch, PatchFailure, PatchReader
+from exaonepath.slides.features.reader import PatchBatch, PatchReader
 from exaonepath.slides.image import SlideImage, opened
 from exaonepath.version import __version__
 
@@ -129,7 +129,13 @@ def extract_features(
             "exaonepath_version": __version__,
         }
 
-        retry = _stored_failures(out, key, slide, overwrite)
+        made_from = MadeFrom(key, slide.fingerprint(), str(slide.path.resolve()))
+
+        def stored_failures(overwrite: bool) -> tuple[PatchFailure, ...] | None:
+            """Of the finished file; None where there is no such file."""
+            return reuse(out, KIND, made_from, lambda file: read_failures(out, file), overwrite=overwrite)
+
+        retry = stored_failures(overwrite)
         n = len(patches.coords)
         part = out.with_name(f".{out.name}.part")
         if retry == ():
@@ -142,7 +148,7 @@ def extract_features(
             rows = np.array([failure.index for failure in retry], np.int64)
         partial = PartialFile(part, {"settings": key, "rows": _digest(rows)}, fresh=overwrite)
         stack.callback(partial.close)
-        if retry is None and not overwrite and _stored_failures(out, key, slide, False) == ():
+        if retry is None and not overwrite and stored_failures(overwrite=False) == ():
             # Another process had the partial file until now, and has finished the work.
             partial.remove()
             return ExtractionResult(out, n, n, (), reused=True, resumed_from=0)
@@ -271,27 +277,6 @@ def _merged(partial: PartialFile, finished: Path | None, n: int, retried: tuple[
         indices = np.setdiff1d(np.arange(n, dtype=np.int64), [failure.index for failure in retried])
         kept = ((indices[start : start + len(rows)], rows) for start, rows in features.parts())
         yield from merge_by_index(kept, recovered)
-
-
-def _stored_failures(out: Path, key: str, slide: SlideImage, overwrite: bool) -> tuple[PatchFailure, ...] | None:
-    """The failures of a finished file made with these settings; None where there is no such file."""
-    refuse_foreign(out, "features", ("slide_embedding",))
-    if not out.exists():
-        return None
-    try:
-        with open_h5(out, ("features", "coords", "contour_index")) as file:
-            attrs = file.attributes(ATTRIBUTES)
-            if not check_owner(out, attrs, slide.fingerprint(), str(slide.path.resolve()), overwrite=overwrite):
-                return None
-            if overwrite:
-                return None
-            if attrs.get("settings_hash") == key and attrs.get("complete", False):
-                file.verify()
-                return read_failures(out, file)
-            logger.info("%s was made with other settings; extracting again", out)
-    except DataFileError as exc:
-        logger.warning("%s; extracting again", exc)
-    return None
 
 
 def _check_same_slide(slide: SlideImage, patches: PatchSet, path: str | os.PathLike[str]) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from exaonepath.errors import OutputError
 from exaonepath.files.artifact import canonical_json
 from exaonepath.files.atomic import open_private, output_error, try_lock
-from exaonepath.slides.features.reader import PatchFailure
+from exaonepath.files.features import PatchFailure
 
 logger = logging.getLogger(__name__)
 

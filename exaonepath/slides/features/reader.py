@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from exaonepath.errors import DataFileError, SettingsError, SlideReadError
+from exaonepath.files.features import PatchFailure
 from exaonepath.slides.features.preprocessing import PreprocessingConfig, ReadWindow, read_window
 from exaonepath.slides.image import SlideImage
 
@@ -27,16 +28,6 @@ logger = logging.getLogger(__name__)
 _CACHE_BYTES = 128 << 20
 _RUN = 8  # patches a thread reads in a row
 _MAX_DEFAULT_WORKERS = 16  # beyond that, storage is the limit before decoding is
-
-
-@dataclass(frozen=True)
-class PatchFailure:
-    """A patch that could not be read, also not through a fresh handle: its row in the patches file, where, and why."""
-
-    index: int
-    x: int
-    y: int
-    reason: str
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.errors import DataFileError, ScaleError, SettingsError, SlideSkippedError
-from exaonepath.files.artifact import check_owner, refuse_foreign, settings_hash
+from exaonepath.errors import ScaleError, SettingsError, SlideSkippedError
+from exaonepath.files.artifact import MadeFrom, reuse, settings_hash
 from exaonepath.files.atomic import ensure_folder, write_text
-from exaonepath.files.patches import PatchSet, read_patches, refuse_other_program, stored_origin, write_patches
+from exaonepath.files.patches import KIND, PatchSet, parse_patches, write_patches
 from exaonepath.slides.image import SlideImage, opened
 from exaonepath.slides.patches.grid import PatchGrid, patch_grid
 from exaonepath.slides.patches.picture import draw_tissue, write_picture
@@ -179,33 +179,10 @@ def patchfy(
 
 
 def _stored(path: Path, slide: SlideImage, settings: PatchSettings, overwrite: bool) -> PatchSet | None:
-    """The patches on disk where they are this slide's and these settings'; None where the work is to be done.
-
-    Raises:
-        OutputCollisionError: the file belongs to a different slide.
-    """
-    refuse_foreign(path, "coords", ("features", "slide_embedding"))
-    if not path.exists():
-        return None
-    refuse_other_program(path)
-    try:
-        stored = read_patches(path)
-        origin, old = stored_origin(path)
-    except (DataFileError, ValueError) as exc:
-        logger.warning("%s; patching %s again", exc, slide.path)
-        return None
-    if stored.slide_fingerprint is None:
-        logger.warning("%s does not say which slide and settings made it: patching %s again", path, slide.path)
-        return None
-    attrs = {"slide_fingerprint": stored.slide_fingerprint, "slide_path": origin}
-    if not check_owner(path, attrs, slide.fingerprint(), str(slide.path.resolve()), overwrite=overwrite):
-        return None
-    new = settings.as_json()
-    if stored.settings_hash != settings_hash(new):
-        changed = sorted(name for name in new.keys() | old.keys() if new.get(name) != old.get(name))
-        logger.warning("%s was made with other settings (%s): patching %s again", path, ", ".join(changed), slide.path)
-        return None
-    return stored
+    """The patches on disk where they are this slide's and these settings'; None where the work is to be done."""
+    values = settings.as_json()
+    made_from = MadeFrom(settings_hash(values), slide.fingerprint(), str(slide.path.resolve()), values)
+    return reuse(path, KIND, made_from, lambda file: parse_patches(path, file), overwrite=overwrite)
 
 
 def _segment(slide: SlideImage, settings: SegmentationSettings, folder: Path) -> Tissue:

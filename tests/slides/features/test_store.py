@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from exaonepath.errors import DamagedFileError, DataFileError, ForeignFileError
-from exaonepath.files.features import merge_by_index, read_features, write_features
-from exaonepath.slides.features.reader import PatchFailure
+from exaonepath.files.features import PatchFailure, merge_by_index, read_features, write_features
 
 N, D = 50, 768
 

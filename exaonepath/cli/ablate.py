@@ -1,0 +1,61 @@
+"""`exaonepath ablate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exaonepath.cli import options
+from exaonepath.errors import SettingsError
+
+_TRAINED = ("frope", "loss", "frozen", "modalities")
+_ANALYSES = ("missing", "projections", "attention")
+
+
+def ablate(
+    studies: Annotated[
+        list[str], typer.Argument(help=f"{', '.join((*_TRAINED, *_ANALYSES))}, or all.", metavar="STUDY...")
+    ],
+    settings: Annotated[
+        Path | None, typer.Option(help="Settings of the base run (TOML); default: a small model on a synthetic cohort.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder; runs in it are reused.")] = Path("ablations"),
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every variant.")] = 3,
+    label: options.Labels = None,
+    verbose: options.Verbose = 0,
+    quiet: options.Quiet = False,
+) -> None:
+    """Answer an open question by training variants side by side: JSON and a figure each.
+
+    Runs are kept in <out>/runs by the hash of their settings: what is there is not trained again, what was stopped goes
+    on. Writes <out>/<study>.json and <out>/ablation-<study>.png.
+    Example: exaonepath ablate all --out ablations
+    """
+    wanted = [*_TRAINED, *_ANALYSES] if "all" in studies else list(dict.fromkeys(studies))
+    if unknown := [name for name in wanted if name not in (*_TRAINED, *_ANALYSES)]:
+        raise SettingsError(f"no study {', '.join(unknown)}; there are {', '.join((*_TRAINED, *_ANALYSES))} and all")
+    from exaonepath.alignment.studies.ablations import StudyBase
+    from exaonepath.alignment.studies.studies import run_analysis, run_and_draw
+    from exaonepath.alignment.training.settings_file import read_settings
+
+    labels = list(label or ())
+    if settings is None:
+        from exaonepath.alignment.studies.defaults import LABELS, synthetic_base
+
+        chosen, labels = synthetic_base(out / "cohort"), labels or list(LABELS)
+    else:
+        chosen = read_settings(settings)
+    base = StudyBase.open(chosen, out, labels)
+
+    def report(line: str) -> None:
+        if not quiet:
+            sys.stderr.write(line + "\n")
+
+    for name in wanted:
+        run = run_and_draw if name in _TRAINED else run_analysis
+        path = run(name, base, out, seeds=range(seeds), labels=labels, report=report)
+        if not quiet:
+            sys.stdout.write(f"{path}\n")

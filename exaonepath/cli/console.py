@@ -1,0 +1,77 @@
+"""Output of commands: results on standard output, everything else on standard error, bars on a terminal only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from exaonepath.text import printable
+
+
+def say(message: str) -> None:
+    """One line to standard error, whatever characters the names in it hold."""
+    sys.stderr.write(printable(message) + "\n")
+
+
+def say_result(path: Path, what: str, reused: bool, quiet: bool) -> None:
+    """One line to standard output: the file, two spaces, what it holds."""
+    if not quiet:
+        note = ", ".join(filter(None, [what, "already there" if reused else ""]))
+        sys.stdout.write(printable(f"{path}  {note}".rstrip()) + "\n")
+
+
+def say_unreadable(count: int, total: int, slide: Path, listed_in: Path) -> None:
+    """Tell of patches that could not be read."""
+    say(
+        f"{count} of {total} patches of {slide} could not be read; they are listed in {listed_in} (failed_index, "
+        "failed_coords, failed_reason); the same command tries them again"
+    )
+
+
+def note_random(is_random: bool, weights: str, quiet: bool) -> None:
+    """Say that the results mean nothing, where they mean nothing."""
+    if is_random and not quiet:
+        say(f"note: {weights} are random weights, for trying out: the embeddings carry no pathology")
+
+
+@contextmanager
+def status(text: str, quiet: bool) -> Iterator[None]:
+    """A spinner with a text while the block runs, on a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+@contextmanager
+def progress_bar(description: str, *, disable: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a function (done, total) that moves a bar on stderr, or None where there is no terminal to show it on."""
+    if disable or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(escape(printable(description)), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,81 @@
+"""`exaonepath encode`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from exaonepath.cli import options
+from exaonepath.cli.console import note_random, progress_bar, say_result, say_unreadable, status
+from exaonepath.cli.guard import EXIT_UNREADABLE, each
+from exaonepath.errors import SlideOpenError
+
+
+def encode(
+    slides: options.Slides,
+    out: options.Out,
+    weights: options.Weights = options.DEFAULT_WEIGHTS,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    patch_size: options.PatchSize = 256,
+    step_size: options.StepSize = None,
+    patch_level: options.PatchLevel = 0,
+    otsu: options.Otsu = False,
+    seg_downsample: options.SegDownsample = 1.0,
+    strict_scale: options.StrictScale = False,
+    resize: options.Resize = 256,
+    batch_size: options.BatchSize = 32,
+    num_workers: options.Workers = None,
+    max_memory: options.MaxMemory = None,
+    overwrite: options.Overwrite = False,
+    verbose: options.Verbose = 0,
+    quiet: options.Quiet = False,
+) -> None:
+    """Slides to embeddings, all stages; finished stages are kept, an interrupted run resumes.
+
+    Writes <out>/embeddings/<id>.h5, and on the way <out>/patches/<id>.h5, <id>_features.h5 and <out>/masks/<id>.jpg.
+    Example: exaonepath encode slides/ --out results --device cuda
+    """
+    from exaonepath.device import resolve_device, resolve_dtype
+    from exaonepath.encoders import loading
+    from exaonepath.encoders.memory_plan import parse_memory
+    from exaonepath.files.atomic import ensure_folder
+    from exaonepath.slides.encode import encode_slide, find_slides
+    from exaonepath.slides.features.preprocessing import PreprocessingConfig
+
+    problems: list[SlideOpenError] = []
+    files = find_slides(slides, problems)
+    target = resolve_device(device)
+    resolve_dtype(dtype, target)
+    limit = None if max_memory is None else parse_memory(max_memory)
+    preprocessing = PreprocessingConfig(resize=resize)
+    settings = options.patching(patch_size, step_size, patch_level, otsu, seg_downsample, strict_scale)
+    if not files:
+        raise problems[0]
+    ensure_folder(out)
+    with status("loading weights", quiet):
+        patch_encoder = loading.load_patch_encoder(weights, device=target)
+        slide_encoder = loading.load_slide_encoder(weights, device=target)
+    note_random(patch_encoder.is_random, weights, quiet)
+
+    def encode_one(file: Path) -> int:
+        with progress_bar(file.name, disable=quiet) as progress:
+            result = encode_slide(
+                file,
+                out,
+                patch_encoder,
+                slide_encoder,
+                patching=settings,
+                preprocessing=preprocessing,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                dtype=dtype,
+                max_memory=limit,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        say_result(result.embedding_path, f"{result.n_patches} patches", "slide" in result.reused, quiet)
+        if result.n_failed:
+            say_unreadable(result.n_failed, result.n_patches + result.n_failed, file, result.features_path)
+        return EXIT_UNREADABLE if result.n_failed else 0
+
+    each(files, encode_one, problems, verbose)

@@ -1,0 +1,49 @@
+"""`exaonepath evaluate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exaonepath.cli import options
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A run's folder, or a trained alignment model's.")],
+    cohort: Annotated[
+        Path | None,
+        typer.Argument(help="Folder with cohort.h5mu, slides.csv, labels.csv, or a settings file; default: the run's."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the report.")] = Path("evaluation"),
+    split: Annotated[Path | None, typer.Option(help="Split of COHORT; default: all of it is held out.")] = None,
+    label: options.Labels = None,
+    time: Annotated[str, typer.Option(help="Column of survival times.")] = "time",
+    event: Annotated[str, typer.Option(help="Column that is 1 where the event was seen.")] = "event",
+    missing: Annotated[bool, typer.Option(help="Curves over modalities missing at inference.")] = True,
+    figures: Annotated[bool, typer.Option(help="Draw figures (matplotlib).")] = True,
+    export: Annotated[bool, typer.Option("--export", help="Also write embeddings as Patho-Bench reads them.")] = False,
+    by_name: Annotated[bool, typer.Option("--by-name", help="Take a cohort that lacks features of the model.")] = False,
+    device: options.Device = "auto",
+    verbose: options.Verbose = 0,
+    quiet: options.Quiet = False,
+) -> None:
+    """Retrieval, probes, survival, missing modalities, projections and attention of a trained model.
+
+    Writes <out>/evaluation.json, <out>/evaluation.md, figures, and with --export <out>/embeddings/.
+    Example: exaonepath evaluate run --out evaluation
+    """
+    # Cohorts need packages of their own; --help does not.
+    from exaonepath.alignment.evaluate import EvaluationSettings
+    from exaonepath.alignment.report import export_embeddings, write_report
+    from exaonepath.alignment.subject import open_subject
+
+    subject = open_subject(model, cohort, split=split, by_name=by_name, device=device)
+    settings = EvaluationSettings(labels=tuple(label or ()), time=time, event=event, missing=missing)
+    write_report(subject, out, settings, figures=figures)
+    if export:
+        export_embeddings(subject, out / "embeddings")
+    if not quiet:
+        sys.stdout.write((out / "evaluation.md").read_text(encoding="utf-8"))

@@ -1,0 +1,99 @@
+"""What holds for every command: its exit code, one line for an error, the rule of Ctrl-C, one slide per fault.
+
+Exit codes: 0 done; 1 an error, in one line; 2 wrong usage; 3 done, but some patches could not be read; 130 interrupted
+(the same command resumes).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import typer
+
+from exaonepath.cli.console import say
+from exaonepath.cli.logs import set_up_logging
+from exaonepath.errors import ExaonePathError, SlideOpenError
+
+logger = logging.getLogger(__name__)
+
+EXIT_OK, EXIT_ERROR, EXIT_UNREADABLE, EXIT_INTERRUPTED = 0, 1, 3, 130
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def guarded(command: F) -> F:
+    """Logging as asked for, one line for an error of ours, 130 for Ctrl-C or a scheduler's SIGTERM."""
+
+    @functools.wraps(command)
+    def run(*args: Any, verbose: int = 0, quiet: bool = False, **kwargs: Any) -> None:
+        set_up_logging(verbose, quiet)
+        try:
+            with interruptible():
+                command(*args, verbose=verbose, quiet=quiet, **kwargs)
+        except (click.exceptions.ClickException, typer.Exit, typer.Abort):
+            raise
+        # The one line and the status that scripts rely on, whatever a library or a strange file came up with.
+        except Exception as exc:
+            report(exc, verbose)
+            raise typer.Exit(EXIT_ERROR) from exc
+        except KeyboardInterrupt as exc:
+            say("interrupted; finished work is kept: the same command resumes")
+            raise typer.Exit(EXIT_INTERRUPTED) from exc
+
+    return run  # type: ignore[return-value]
+
+
+def report(exc: Exception, verbose: int, slide: Path | None = None) -> None:
+    """One line for an error; with -v its traceback as well."""
+    if verbose:
+        logger.error("failed", exc_info=exc)
+    if isinstance(exc, ExaonePathError):
+        say(f"error: {exc}")
+        return
+    about = "" if slide is None else f"{slide}: "
+    reason = " ".join(str(exc).split())
+    say(f"error: {about}unexpected {type(exc).__name__}{f': {reason}' if reason else ''} (-v shows where)")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A scheduler's polite kill (SIGTERM) ends the block like Ctrl-C: threads stopped, files closed."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def each(files: list[Path], work: Callable[[Path], int], problems: list[SlideOpenError], verbose: int) -> None:
+    """Process files one after another, each a fault boundary of its own; exits with the worst code.
+
+    Args:
+        files: slides.
+        work: processes one and returns its exit code.
+        problems: files that cannot be processed, found beforehand.
+        verbose: 1 and more: errors come with their tracebacks.
+    """
+    from exaonepath.slides.encode import each_slide
+
+    codes = {EXIT_ERROR} if problems else set()
+    failed = len(problems)
+    for problem in problems:
+        report(problem, verbose)
+    for file, code in each_slide(files, work):
+        if isinstance(code, Exception):
+            report(code, verbose, file)
+            failed += 1
+        codes.add(EXIT_ERROR if isinstance(code, Exception) else code)
+    if failed and len(files) + len(problems) > 1:
+        say(f"{failed} of {len(files) + len(problems)} slides failed")
+    for worst in (EXIT_ERROR, EXIT_UNREADABLE):
+        if worst in codes:
+            raise typer.Exit(worst)

@@ -1,0 +1,58 @@
+"""Every option that several commands share, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from exaonepath.encoders.published import DEFAULT_WEIGHTS
+
+__all__ = ["DEFAULT_WEIGHTS"]
+
+Slides = Annotated[list[Path], typer.Argument(help="Slide files, or folders of slides.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
+Weights = Annotated[str, typer.Option(help="Hub id, directory, or random:SEED (for trying out).")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16.")]
+Resize = Annotated[int, typer.Option(help="Shorter side of a patch before the centre crop, in pixels.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Patches in one call of the patch encoder.")]
+Workers = Annotated[int | None, typer.Option("--num-workers", min=0, help="Reading threads; default: one per core.")]
+PatchSize = Annotated[int, typer.Option(help="Side of a patch, in pixels at 0.5 um per pixel.")]
+StepSize = Annotated[int | None, typer.Option(help="Distance between patches; default: the patch size.")]
+PatchLevel = Annotated[
+    int, typer.Option(help="Pyramid level the grid is laid for; the original's option, 0 for nearly everyone.")
+]
+Otsu = Annotated[bool, typer.Option("--otsu", help="Otsu's threshold in place of a fixed one.")]
+SegDownsample = Annotated[
+    float, typer.Option(help="Shrink the image that is segmented: for flat (single-level) slides, 4 to 16.")
+]
+StrictScale = Annotated[
+    bool, typer.Option("--strict-scale", help="An assumed or implausible pixel size is an error, not a warning.")
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="What the slide encoder may use on its device, as 12GB or 800MB; a slide that needs more is refused "
+        "beforehand. Default: what is free on a GPU, no limit on a CPU."
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo finished work.")]
+Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: everything.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
+Labels = Annotated[list[str] | None, typer.Option("--label", help="Column to probe; may be given again.")]
+
+
+def patching(
+    patch_size: int, step_size: int | None, patch_level: int, otsu: bool, seg_downsample: float, strict_scale: bool
+) -> dict[str, Any]:
+    """Keyword arguments of `patchfy`."""
+    return {
+        "patch_size": patch_size,
+        "step_size": patch_size if step_size is None else step_size,
+        "patch_level": patch_level,
+        "use_otsu": otsu,
+        "seg_downsample": seg_downsample,
+        "strict_scale": strict_scale,
+    }

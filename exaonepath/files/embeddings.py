@@ -1,0 +1,82 @@
+"""The embeddings file: `slide_embedding`, `patch_embedding`, where each patch lies, and what made them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exaonepath.errors import UnfinishedFileError
+from exaonepath.files.artifact import Kind
+from exaonepath.files.hdf5 import open_h5
+from exaonepath.files.hdf5_output import atomic_h5
+
+DATASETS = ("slide_embedding", "patch_embedding", "coords", "contour_index")
+KIND = Kind(DATASETS)
+ATTRIBUTES = (
+    "features_sha256",
+    "weights_fingerprint",
+    "dtype",
+    "settings_hash",
+    "weights",
+    "random_weights",
+    "n_patches",
+    "n_failed",
+    "exaonepath_version",
+    "slide_fingerprint",
+    "slide_path",
+    "complete",
+)
+
+
+@dataclass(frozen=True)
+class SlideEmbedding:
+    """Embeddings of one slide.
+
+    Attributes:
+        slide_embedding: float32 [C + E]; zeros for a slide without tissue.
+        patch_embedding: float32 [N, C + E], patch features beside the slide encoder's output.
+        coords: int32 [N, 2], (x, y) at level 0 in pixels.
+        contour_index: int32 [N], tissue fragment of each patch.
+        attrs: what made them (weights, dtype, hashes).
+    """
+
+    slide_embedding: np.ndarray
+    patch_embedding: np.ndarray
+    coords: np.ndarray
+    contour_index: np.ndarray
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+
+def write_embedding(path: Path, embedding: SlideEmbedding, attrs: Mapping[str, Any]) -> None:
+    """Write an embeddings file, whole or not at all; `attrs` says what made it.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with atomic_h5(path) as file:
+        for name in DATASETS:
+            file.array(name, getattr(embedding, name))
+        file.attributes({**attrs, "complete": True})
+
+
+def read_embedding(path: str | os.PathLike[str]) -> SlideEmbedding:
+    """Read an embedding file.
+
+    Raises:
+        DataFileError: missing, corrupt or half written, or datasets that do not fit together.
+    """
+    with open_h5(path, DATASETS) as file:
+        if not file.attribute("complete", False):
+            raise UnfinishedFileError(
+                f'{path} is half written: it has no "complete" mark, which comes last; make it again'
+            )
+        attrs = file.attributes(ATTRIBUTES)
+        width = len(slide := file.dataset("slide_embedding", "f", (None,)))
+        n = len(patches := file.dataset("patch_embedding", "f", (None, width)))
+        coords, contours = file.dataset("coords", "iu", (n, 2)), file.dataset("contour_index", "iu", (n,))
+        return SlideEmbedding(slide.read(), patches.read(), coords.read(), contours.read(), attrs)
