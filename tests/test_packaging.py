@@ -28,10 +28,10 @@ def test_the_extension_belongs_to_this_version():
 
 # From below. A room imports itself and what comes before it; rooms of one line do not import each other.
 LAYERS = [
-    ("errors", "version", "text", "memory", "plotting"),
-    ("files", "reference", "kernels"),
-    ("ops",),
-    ("device", "encoders"),
+    ("errors", "version", "text", "memory"),
+    ("files", "reference", "kernels", "plotting"),
+    ("ops", "device"),
+    ("encoders",),
     ("synthetic", "slides"),
     ("viz", "alignment"),  # with `slides`: the two wings, which meet in files only
     ("registration", "demo", "doctor"),

@@ -11,8 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from exaonepath import ExaonePathSlideEncoderConfig, ExaonePathSlideEncoderModel
-from exaonepath.cli.app import demo
+from exaonepath import ExaonePathSlideEncoderConfig, ExaonePathSlideEncoderModel, demo
 from exaonepath.demo import FetchError, fetch_slide, plan, run_demo
 from exaonepath.encoders.loading import LoadedEncoder, randomize
 from exaonepath.slides.encode import read_embedding

@@ -6,7 +6,6 @@ import zlib
 
 import pytest
 
-from exaonepath.cli.app import app as cli
 from exaonepath.slides import encode as pipeline
 
 
@@ -66,8 +65,8 @@ def test_other_commands_keep_to_one_line_too(run, slide, tmp_path, monkeypatch, 
     def failing(*_, **__):
         raise ZeroDivisionError("x")
 
-    for name in ("embed_features_file", "patchfy", "examine"):
-        monkeypatch.setattr(cli, name, failing)
+    for name in ("slides.embed.embed_features_file", "slides.patches.pipeline.patchfy", "doctor.examine"):
+        monkeypatch.setattr(f"exaonepath.{name}", failing)
     arguments = {
         "slide": [tmp_path / "f.h5", "--out", tmp_path / "e.h5", "--weights", "random:0"],
         "patch": [slide, "--out", tmp_path],

@@ -362,7 +362,7 @@ def test_a_damaged_output_is_replaced_and_a_foreign_one_is_not(run, tmp_path, ca
     run()
     out.write_bytes(out.read_bytes()[:2000])
     assert not run().reused
-    assert "extracting again" in caplog.text
+    assert "making it again" in caplog.text
     assert run().reused
     with h5py.File(out, "w") as file:
         file["something"] = [1]

@@ -448,7 +448,7 @@ def test_damaged_result_is_redone(slide_path, tmp_path, caplog, damage):
             file.attrs["complete"] = False
     with caplog.at_level(logging.WARNING):
         np.testing.assert_array_equal(patchfy(slide_path, tmp_path)[1], coords)
-    assert "patching" in caplog.text
+    assert "making it again" in caplog.text
     assert len(read_patches(h5_path)) == len(coords)
 
 
