@@ -12,14 +12,9 @@ import argparse
 import logging
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
-from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
-from exaonepath.alignment.training.run import prepare, train
-from exaonepath.alignment.training.settings_file import read_settings
-from exaonepath.alignment.training.validation import embed_patients, retrieval_metrics
+import exaonepath
 from exaonepath.synthetic.cohort import SyntheticCohortSettings, write_synthetic_cohort
 
 
@@ -35,9 +30,9 @@ def main() -> None:
     cohort = write_synthetic_cohort(arguments.out / "cohort", SyntheticCohortSettings(patients=arguments.patients))
     paths = {f"data.{name}": str(cohort / file) for name, file in
              (("mudata", "cohort.h5mu"), ("slides", "slides.csv"), ("labels", "labels.csv"))}  # fmt: skip
-    settings = read_settings(Path(__file__).parent / "synthetic_cohort.toml", arguments.set, values=paths)
+    settings = exaonepath.read_settings(Path(__file__).parent / "synthetic_cohort.toml", arguments.set, values=paths)
     started = time.perf_counter()
-    result = train(
+    result = exaonepath.train(
         settings,
         arguments.out / "run",
         progress=lambda step, total, row: (
@@ -49,15 +44,11 @@ def main() -> None:
         sys.exit(130)
     say(f"trained in {time.perf_counter() - started:.0f} s; best at step {result.best_step}")
 
-    prepared = prepare(replace(settings, data=replace(settings.data, check_features="header")))
-    model = ExaonePathAlignmentModel.from_pretrained(arguments.out / "run" / "best").to(prepared.processes.device)
-    patients = prepared.data.split["test"]
-    batches = prepared.data.evaluation_batches(patients, range(len(patients)), 64)
-    embedded = embed_patients(model, batches, patients, autocast=nullcontext, processes=prepared.processes)
-    _, scores = retrieval_metrics(embedded.pairs)
-    for direction, score in scores.items():
-        recall, chance = score.recall[1], score.chance[1]
-        sys.stdout.write(f"{direction:<22} recall@1 {recall:.3f}  {recall.value / chance:5.1f} x chance\n")
+    run, quick = arguments.out / "run", exaonepath.EvaluationSettings(missing=False)
+    report = exaonepath.evaluate(run / "best", quick, cohort=cohort, split=run / "split.json")
+    for direction, score in report["parts"]["test"]["retrieval"].items():
+        recall, chance = score["recall"]["1"], score["chance"]["1"]
+        sys.stdout.write(f"{direction:<22} recall@1 {recall['value']:.3f}  {recall['value'] / chance:5.1f} x chance\n")
 
 
 def say(text: str) -> None:

@@ -18,10 +18,8 @@ first.
 import lazy_loader
 
 from exaonepath.registration import install
-from exaonepath.version import __version__
 
 # Names and where they are defined: __init__.pyi, which type checkers read too.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-__all__ += ["__version__"]
 
 install()

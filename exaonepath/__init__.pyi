@@ -9,6 +9,7 @@ from . import viz as viz
 from .alignment.data.cohort import Cohort as Cohort
 from .alignment.data.cohort import load_cohort as load_cohort
 from .alignment.data.config import CohortConfig as CohortConfig
+from .alignment.evaluate import EvaluationSettings as EvaluationSettings
 from .alignment.evaluate import evaluate as evaluate
 from .alignment.load import Alignment as Alignment
 from .alignment.load import load_alignment as load_alignment
