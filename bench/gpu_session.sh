@@ -127,7 +127,7 @@ sanitize() {
   # Without torch's caching allocator every tensor has its own bounds.
   (cd "$PYTHONPATH" && PYTORCH_NO_CUDA_MEMORY_CACHING=1 EXAONEPATH_SANITIZE=1 timeout -k 10 "$1" "$tool" --tool memcheck \
     --launch-timeout 60 --error-exitcode 9 python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" \
-    -p no:cacheprovider -v -m gpu "$root"/tests/ops/test_triton_attention.py "$root"/tests/ops/test_sigmoid_loss*.py \
+    -p no:cacheprovider -v -m gpu "$root"/tests/ops/attention/test_triton_attention.py "$root"/tests/ops/sigmoid_loss/test_*.py \
     ${extra[@]+"${extra[@]}"}) 2>&1 | tee -a "$log"
   return "${PIPESTATUS[0]}"
 }
@@ -136,7 +136,7 @@ run_phase() {
   case $1 in
     tests)
       local where=$root/tests
-      [ "$rehearse" = 1 ] && where=$root/tests/ops/test_tiles.py
+      [ "$rehearse" = 1 ] && where=$root/tests/ops/attention/test_tiles.py
       # One broken file must not take the others with it; and cuDNN would make a plan for every shape of the comparisons.
       TORCH_CUDNN_SDPA_DEPRIORITIZED=1 run_pytest "$seconds" --continue-on-collection-errors -m "$device" "$where" ;;
     kernels) run_bench "$seconds" "$root/bench/test_fragment_attention.py" ;;

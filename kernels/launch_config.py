@@ -1,8 +1,8 @@
 """Frozen launch settings of the kernels, per architecture, dtype and head dimension. Never chosen at run time.
 
 Each row compiles ahead of time without spilling a register inside a loop, for every way its kernel is launched, and
-fits the shared memory of its architectures; `tests/ops/kernel_resources.json` holds the figures and
-`tests/ops/test_triton_compile.py` compares the kernels with them. None has been timed on a card yet. docs/triton.md
+fits the shared memory of its architectures; `tests/ops/attention/kernel_resources.json` holds the figures and
+`test_triton_compile.py` beside it compares the kernels with them. None has been timed on a card yet. docs/triton.md
 describes what was chosen from.
 """
 

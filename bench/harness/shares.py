@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from exaonepath import kernels
-from exaonepath.encoders import block as layers
+from exaonepath.encoders import inference
 
 _RANGE = "bench: attention"
 _FLASH = ("flash", "fmha", "sdpa", "attention")
@@ -85,7 +85,7 @@ def _attention_marked() -> Iterator[None]:
     rooms = ("exaonepath.ops.attention.fragment_attention", "exaonepath.ops.attention.rows")
     kept = {
         name: value
-        for name, value in vars(layers).items()
+        for name, value in vars(inference).items()
         if isinstance(value, types.FunctionType) and value.__module__ in rooms
     }
 
@@ -97,9 +97,9 @@ def _attention_marked() -> Iterator[None]:
         return call
 
     for name, value in kept.items():
-        setattr(layers, name, marked(value))
+        setattr(inference, name, marked(value))
     try:
         yield
     finally:
         for name, value in kept.items():
-            setattr(layers, name, value)
+            setattr(inference, name, value)

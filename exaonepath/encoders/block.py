@@ -2,7 +2,7 @@
 
 The residual stream, norms and softmax statistics stay in float32 whatever the dtype of the weights, autocast included:
 only matrix products run in half precision. Here every parameter is read by the module that owns it, so hooks, adapters,
-quantised and offloaded weights act as anywhere in torch. `lean_block` computes the same in less memory, for encoders in
+quantised and offloaded weights act as anywhere in torch. `inference` computes the same in less memory, for encoders in
 which nothing was changed (see `unmodified`).
 """
 

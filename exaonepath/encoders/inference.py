@@ -1,4 +1,4 @@
-"""What a block computes (`layers.Block`), in less memory, for encoders in which nothing was changed.
+"""What a block computes (`block.Block`), in less memory, for encoders in which nothing was changed.
 
 Without autograd a block works on the token buffer in place: next to it exist the keys and values of all tokens, and for
 everything else only a chunk of rows (see `memory_plan`). Under autograd the row-wise layers go by chunks too, and may

@@ -1,6 +1,6 @@
 """Whether the parameters of a model may be read past the modules that own them.
 
-The lean paths (`lean_block`) cast weights once, cut matrices in two and work in place; they take a parameter from its
+The lean paths (`inference`) cast weights once, cut matrices in two and work in place; they take a parameter from its
 module without calling the module. That is right only where the call would do nothing else. Hooks, a `forward` replaced
 on an instance, adapters, quantised, parametrised or offloaded weights, tracing and function transforms all act through
 the call; wherever one of them may be present, the plain path is taken, which does nothing but call modules.

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from exaonepath import ExaonePathSlideEncoderConfig, ExaonePathSlideEncoderModel
-from exaonepath.encoders import block as layers
-from exaonepath.encoders import inference as lean_block
-from exaonepath.encoders import memory_plan, slide_encoder, slide_transformer
+from exaonepath.encoders import block, inference, memory_plan, slide_encoder, slide_transformer
 from exaonepath.encoders.row_checkpoint import by_rows
 from exaonepath.ops.attention.layout import FragmentLayout, Segments
 from exaonepath.ops.attention.rotary import Rotation
@@ -77,7 +75,7 @@ def test_training_fits_its_target(live_memory, monkeypatch, n, target):
 
     The peak lies in the backward pass of the last block, while the inputs of all blocks are there: it goes no further.
     """
-    for module in (layers, lean_block, slide_transformer, slide_encoder):
+    for module in (block, inference, slide_transformer, slide_encoder):
         monkeypatch.setattr(module, "compute_dtype", lambda _: torch.bfloat16)
     with META:
         model = ExaonePathSlideEncoderModel(ExaonePathSlideEncoderConfig()).train()

@@ -5,9 +5,7 @@ import torch
 from torch import Tensor
 
 from exaonepath import ExaonePathSlideEncoderConfig, ExaonePathSlideEncoderModel
-from exaonepath.encoders import block as layers
-from exaonepath.encoders import inference as lean_block
-from exaonepath.encoders import memory_plan, slide_transformer
+from exaonepath.encoders import block, inference, memory_plan, slide_transformer
 from exaonepath.encoders.memory_plan import parse_memory, plan_memory
 from exaonepath.encoders.slide_transformer import TokenOrder
 from exaonepath.errors import MemoryLimitError, SettingsError
@@ -70,7 +68,7 @@ def meta_layout(tokens: int, n: int, fragments: int) -> tuple[FragmentLayout, Ro
 def test_published_encoder_stays_within_its_plan(published, live_memory, monkeypatch, n, backend, half):
     """The real inference code on tensors without storage, at the size of real slides, features on the host."""
     dtype = torch.bfloat16 if half else torch.float32
-    for module in (layers, lean_block, slide_transformer):
+    for module in (block, inference, slide_transformer):
         monkeypatch.setattr(module, "compute_dtype", lambda _: dtype)  # as autocast on a GPU would have it
     # A flash kernel, which there is none of without a device, makes its result and nothing else of that size.
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, scale: torch.empty_like(q))

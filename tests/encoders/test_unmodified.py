@@ -18,7 +18,7 @@ from exaonepath import (
 from exaonepath.encoders.block import Linear
 from exaonepath.encoders.unmodified import is_unmodified
 from exaonepath.errors import SettingsError
-from exaonepath.ops.linear import linear, onednn_available
+from exaonepath.ops.linear import onednn_available
 
 # Every submodule of the slide encoder that computes; the rest are containers.
 PARTS = [
@@ -378,11 +378,11 @@ def test_export_of_the_patch_encoder():
 
 @pytest.mark.skipif(not onednn_available(), reason="this torch has no oneDNN linear")
 def test_the_onednn_operator_sees_only_plain_tensors(monkeypatch):
-    from exaonepath.ops import linear as cpu_linear
+    from exaonepath.ops import linear
 
     seen = []
-    operator = cpu_linear._onednn_linear
-    monkeypatch.setattr(cpu_linear, "_onednn_linear", lambda *args: seen.append(args) or operator(*args))
+    operator = linear._onednn_linear
+    monkeypatch.setattr(linear, "_onednn_linear", lambda *args: seen.append(args) or operator(*args))
     x, weight, bias = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5)
     with torch.no_grad():
         linear(x, weight, bias)

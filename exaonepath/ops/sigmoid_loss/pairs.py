@@ -72,7 +72,7 @@ class Batch(Protocol):
         """Positives of each pair [P]; rows of each modality and in all [M + 1], int64, from availability [M, B]."""
 
     def sweep(self, modality: int, task: PairTask) -> None:
-        """As `sigmoid_loss_sweep.sweep`; `modality` is that of `task.v`."""
+        """As `sweep.sweep`; `modality` is that of `task.v`."""
 
     def total(self, sums: Tensor) -> Tensor:
         """`sums` of all processes together."""

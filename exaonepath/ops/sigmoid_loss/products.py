@@ -12,13 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from exaonepath.ops import linear as cpu_linear
+from exaonepath.ops import linear
 
 
 def product_nt(a: Tensor, b: Tensor) -> Tensor:
     """a [m, k] @ b [n, k]^T in float32 (float64 for float64)."""
     if a.device.type == "cpu":
-        return cpu_linear.linear(a, b)
+        return linear.linear(a, b)
     if a.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(a, b.t(), out_dtype=torch.float32)
     return torch.mm(a, b.t())

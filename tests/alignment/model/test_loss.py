@@ -11,7 +11,7 @@ from torch import nn
 from exaonepath.alignment.model.cached_gradients import cached_gradient_step
 from exaonepath.alignment.model.loss import PairwiseSigmoidLoss
 from exaonepath.errors import SettingsError
-from exaonepath.ops.sigmoid_loss.loss import checks as sigmoid_loss_checks
+from exaonepath.ops.sigmoid_loss import checks as sigmoid_loss_checks
 from exaonepath.reference.sigmoid_loss import dense_sigmoid_loss
 
 WIDTHS = {"wsi": 6, "rna": 5, "cnv": 4}

@@ -121,7 +121,7 @@ def test_select():
 
 
 def test_the_reference_names_every_setting():
-    text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
     settings = build_settings({}).as_dict()
     missing = [f"{section}.{key}" for section, table in settings.items() for key in table if f"`{key}`" not in text]
     assert not missing

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from exaonepath.ops import linear as cpu_linear
+from exaonepath.ops import linear
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (7, 3, 64), (0, 64), (513, 64)])
@@ -14,7 +14,7 @@ def test_equals_torch_in_float32(shape, bias):
     x = torch.randn(shape, generator=generator)
     weight, b = torch.randn(40, 64, generator=generator), torch.randn(40, generator=generator) if bias else None
     with torch.no_grad():
-        ours = cpu_linear.linear(x, weight, b)
+        ours = linear.linear(x, weight, b)
     truth = F.linear(x.double(), weight.double(), None if b is None else b.double())
     assert ours.shape == truth.shape
     # 64 products of float32 round to at most 64 ulp of the row's norm; measured near 2e-7.
@@ -24,7 +24,7 @@ def test_equals_torch_in_float32(shape, bias):
 def test_gradients_flow():
     x = torch.randn(5, 8, requires_grad=True)
     weight = torch.randn(3, 8, requires_grad=True)
-    cpu_linear.linear(x, weight).sum().backward()
+    linear.linear(x, weight).sum().backward()
     assert torch.allclose(x.grad, weight.sum(0).expand(5, 8))
 
 
@@ -32,28 +32,28 @@ def test_gradients_flow():
 def test_other_dtypes_are_left_to_torch(dtype):
     x, weight = torch.randn(5, 8).to(dtype), torch.randn(3, 8).to(dtype)
     with torch.no_grad():
-        assert torch.equal(cpu_linear.linear(x, weight), F.linear(x, weight))
+        assert torch.equal(linear.linear(x, weight), F.linear(x, weight))
 
 
 def test_falls_back_where_the_operator_is_missing(monkeypatch):
     def absent(*_):
         raise AttributeError("no such operator")
 
-    cpu_linear.onednn_available.cache_clear()
-    monkeypatch.setattr(cpu_linear, "_onednn_linear", absent)
+    linear.onednn_available.cache_clear()
+    monkeypatch.setattr(linear, "_onednn_linear", absent)
     try:
-        assert not cpu_linear.onednn_available()
+        assert not linear.onednn_available()
         x, weight = torch.randn(5, 8), torch.randn(3, 8)
         with torch.no_grad():
-            assert torch.equal(cpu_linear.linear(x, weight), F.linear(x, weight))
+            assert torch.equal(linear.linear(x, weight), F.linear(x, weight))
     finally:
-        cpu_linear.onednn_available.cache_clear()
+        linear.onednn_available.cache_clear()
 
 
 def test_a_process_that_asked_for_less_precision_is_noticed(monkeypatch):
-    cpu_linear.onednn_available.cache_clear()
-    monkeypatch.setattr(cpu_linear, "_onednn_linear", lambda x, w, b: (x.bfloat16() @ w.bfloat16().T).float())
+    linear.onednn_available.cache_clear()
+    monkeypatch.setattr(linear, "_onednn_linear", lambda x, w, b: (x.bfloat16() @ w.bfloat16().T).float())
     try:
-        assert not cpu_linear.onednn_available()
+        assert not linear.onednn_available()
     finally:
-        cpu_linear.onednn_available.cache_clear()
+        linear.onednn_available.cache_clear()

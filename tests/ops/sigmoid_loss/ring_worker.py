@@ -1,4 +1,4 @@
-"""One rank of test_sigmoid_loss_ring.py: runs every scenario and writes what it found as JSON.
+"""One rank of test_ring.py: runs every scenario and writes what it found as JSON.
 
 python ring_worker.py RANK WORLD RENDEZVOUS_FILE OUTPUT
 """

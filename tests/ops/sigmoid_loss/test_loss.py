@@ -12,11 +12,11 @@ import torch
 
 from exaonepath.errors import BackendError, SettingsError
 from exaonepath.ops import extension
-from exaonepath.ops.sigmoid_loss.loss import checks as sigmoid_loss_checks
-from exaonepath.ops.sigmoid_loss.loss import engine as sigmoid_loss_engine
-from exaonepath.ops.sigmoid_loss.loss import pairs as sigmoid_loss_pairs
+from exaonepath.ops.sigmoid_loss import checks as sigmoid_loss_checks
+from exaonepath.ops.sigmoid_loss import engine as sigmoid_loss_engine
+from exaonepath.ops.sigmoid_loss import pairs as sigmoid_loss_pairs
+from exaonepath.ops.sigmoid_loss import sweep as sigmoid_loss_sweep
 from exaonepath.ops.sigmoid_loss.loss import sigmoid_loss
-from exaonepath.ops.sigmoid_loss.loss import sweep as sigmoid_loss_sweep
 from exaonepath.ops.sigmoid_loss.sweep import Tile
 from exaonepath.reference.sigmoid_loss import dense_sigmoid_loss
 

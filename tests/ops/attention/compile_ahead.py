@@ -1,7 +1,7 @@
 """Compiles every kernel launch for cards that are not here, and tells what the assembler made of it.
 
-    python tests/ops/compile_ahead.py --write                all launches, into kernel_resources.json
-    python tests/ops/compile_ahead.py "sm_90 bf16 64 *"      those whose key matches, as JSON on standard output
+    python tests/ops/attention/compile_ahead.py --write              all launches, into kernel_resources.json
+    python tests/ops/attention/compile_ahead.py "sm_90 bf16 64 *"    those whose key matches, as JSON on stdout
 
 Not a test: `test_triton_compile.py` runs it in a process of its own, since the tests' own runs Triton as an
 interpreter.
