@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from exaonepath import kernels
-from exaonepath.encoders import inference
+from exaonepath.encoders import block, inference
 
 _RANGE = "bench: attention"
 _FLASH = ("flash", "fmha", "sdpa", "attention")
@@ -83,11 +83,12 @@ def _nothing() -> Iterator[None]:
 def _attention_marked() -> Iterator[None]:
     """Every attention function of ours that the layers call, inside a named range."""
     rooms = ("exaonepath.ops.attention.fragment_attention", "exaonepath.ops.attention.rows")
-    kept = {
-        name: value
-        for name, value in vars(inference).items()
+    kept = [
+        (module, name, value)
+        for module in (block, inference)
+        for name, value in vars(module).items()
         if isinstance(value, types.FunctionType) and value.__module__ in rooms
-    }
+    ]
 
     def marked(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -96,10 +97,10 @@ def _attention_marked() -> Iterator[None]:
 
         return call
 
-    for name, value in kept.items():
-        setattr(inference, name, marked(value))
+    for module, name, value in kept:
+        setattr(module, name, marked(value))
     try:
         yield
     finally:
-        for name, value in kept.items():
-            setattr(inference, name, value)
+        for module, name, value in kept:
+            setattr(module, name, value)
