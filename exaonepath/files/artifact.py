@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_MARKS = ("slide_fingerprint", "slide_path", "slide_mtime_ns", "settings_hash", "features_sha256", "complete")
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -28,12 +30,14 @@ class Kind:
     Attributes:
         datasets: what every such file holds; the first one tells it from other files.
         others: datasets that only files of other stages hold.
-        other_program: names the program that wrote a file of a similar layout, which is read and never replaced.
+        writer: names the program that wrote a file without our marks, as far as the layout shows it.
+        made_again: writers whose files hold nothing that making them again would lose.
     """
 
     datasets: tuple[str, ...]
     others: tuple[str, ...] = ()
-    other_program: Callable[[StoredFile], str | None] | None = None
+    writer: Callable[[StoredFile], str | None] = lambda file: None
+    made_again: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class MadeFrom:
     Attributes:
         settings_hash: of everything that decides the content: settings, inputs, weights.
         slide_fingerprint, slide_path: the slide; None where it is not known (features of EXAONE Path).
+        slide_mtime_ns: when the slide was last written to.
         settings: named in the warning where they differ, if the file stores them.
         features_sha256: of the features that an embedding is computed from; the fingerprint of the input where the
             slide is not known.
@@ -51,6 +56,7 @@ class MadeFrom:
     settings_hash: str
     slide_fingerprint: str | None
     slide_path: str | None
+    slide_mtime_ns: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     features_sha256: str | None = None
 
@@ -60,27 +66,23 @@ def reuse(
 ) -> T | None:
     """What `read` takes from a finished result, if that may be used again; None if it has to be made (again).
 
-    The rule of every stage, in this order. A file that is no result of this stage is never replaced. The result of
-    another slide is replaced on request only. A result that is damaged, unfinished, of unknown origin or made from
-    something else is made again, with a warning. Otherwise every checksum is compared, and the result is used.
+    The rule of every stage, in this order. A file that is no result of this stage is never replaced. A file that this
+    project did not make, or the result of another slide, is replaced on request only. A result that is damaged,
+    unfinished or made from something else is made again, with a warning. Otherwise every checksum is compared, and the
+    result is used.
 
     Raises:
-        OutputCollisionError: something else, or the result of another slide, would be lost.
+        OutputCollisionError: something else, a file of another program, or the result of another slide, would be lost.
         OutputError: `path` is a folder.
     """
     _refuse_other_files(path, kind)
     if not path.exists():
         return None
     try:
-        with open_h5(path, kind.datasets) as file:
-            program = kind.other_program(file) if kind.other_program else None
-            if program is not None:
-                raise OutputCollisionError(
-                    f"{path} was written by {program}; such files are read but not replaced: name another output "
-                    "folder, or move the file away"
-                )
-            reason = _why_not(path, file, made_from, overwrite)
+        with open_h5(path) as file:
+            reason = _why_not(path, file, kind, made_from, overwrite)
             if reason is None:
+                file.require(kind.datasets)
                 file.verify()
                 return read(file)
             if reason:
@@ -90,20 +92,35 @@ def reuse(
     return None
 
 
-def _why_not(path: Path, file: StoredFile, made_from: MadeFrom, overwrite: bool) -> str | None:
+def _why_not(path: Path, file: StoredFile, kind: Kind, made_from: MadeFrom, overwrite: bool) -> str | None:
     """Why a readable result is not used: None if it is used, "" if the user asked for it to be made again."""
-    attrs = file.attributes(("slide_fingerprint", "slide_path", "settings_hash", "features_sha256", "complete"))
+    attrs = file.attributes(_MARKS)
+    if attrs.get("settings_hash") is None:
+        writer = kind.writer(file)
+        if writer not in kind.made_again and (writer or not overwrite):
+            raise OutputCollisionError(
+                f"{path} was made by {writer or 'another program'}, whose files are not replaced; name another output, "
+                f"or move the file away{'' if writer else ', or ask to overwrite it'}"
+            )
+        return "" if overwrite else "does not say which slide and settings made it"
     if not is_of_this_slide(path, attrs, made_from, overwrite=overwrite):
         return "was made from other content of the slide"
     if overwrite:
         return ""
-    if attrs.get("settings_hash") is None:
-        return "does not say which slide and settings made it"
     if not attrs.get("complete", False):
         return "is unfinished"
     if attrs["settings_hash"] != made_from.settings_hash:
         names = _changed(file, made_from.settings)
         return f"was made with other settings{f' ({names})' if names else ''}"
+    now, then = made_from.slide_mtime_ns, attrs.get("slide_mtime_ns")
+    same_place = made_from.slide_path is not None and attrs.get("slide_path") == encodable(made_from.slide_path)
+    if same_place and now is not None and then is not None and now != then:
+        logger.warning(
+            "%s is used again, but %s was written to since it was made; its sampled content is the same. If more of it "
+            "has changed (a copy that was not finished, say), ask to overwrite",
+            path,
+            made_from.slide_path,
+        )
     return None
 
 

@@ -29,6 +29,7 @@ ATTRIBUTES = (
     "exaonepath_version",
     "slide_fingerprint",
     "slide_path",
+    "slide_mtime_ns",
     "complete",
 )
 

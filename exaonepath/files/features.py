@@ -32,6 +32,7 @@ ATTRIBUTES = (
     "dtype",
     "settings_hash",
     "slide_path",
+    "slide_mtime_ns",
     "weights",
     "exaonepath_version",
     "n_features",

@@ -61,9 +61,7 @@ def open_h5(path: str | os.PathLike[str], required: Iterable[str] = ()) -> Itera
     path = Path(path)
     with _opened(path) as (file, raw):
         stored = StoredFile(path, file, raw)
-        missing = [name for name in required if name not in stored]
-        if missing:
-            raise DataFileError(f"{path} lacks {', '.join(missing)}; it holds {stored.names or 'nothing'}")
+        stored.require(required)
         yield stored
 
 
@@ -171,6 +169,12 @@ class StoredFile:
         if not isinstance(link, h5py.HardLink):
             self.foreign(f"{name} is a link{f' to {link.filename}' if isinstance(link, h5py.ExternalLink) else ''}")
         return self._file.get(name, getclass=True) is h5py.Dataset
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise `DataFileError` where the file lacks one of these datasets."""
+        missing = [name for name in names if name not in self]
+        if missing:
+            raise DataFileError(f"{self.path} lacks {', '.join(missing)}; it holds {self.names or 'nothing'}")
 
     def damaged(self, what: str) -> NoReturn:
         """Raise `DamagedFileError` for this file."""

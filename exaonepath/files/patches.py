@@ -16,6 +16,8 @@ from exaonepath.files.hdf5 import StoredFile, open_h5
 from exaonepath.files.hdf5_output import atomic_h5
 from exaonepath.version import __version__
 
+EXAONE_PATH = "EXAONE Path"
+
 
 @dataclass(frozen=True)
 class PatchSet:
@@ -52,6 +54,9 @@ class Slide(Protocol):
     mpp_source: str
     level_dimensions: tuple[tuple[int, int], ...]
     level_downsamples: tuple[tuple[float, float], ...]
+
+    @property
+    def mtime_ns(self) -> int | None: ...
 
     def fingerprint(self) -> str: ...
 
@@ -99,6 +104,7 @@ def write_patches(
             "settings_hash": settings_hash(settings),
             "slide_fingerprint": slide.fingerprint(),
             "slide_path": str(slide.path.resolve()),
+            **({} if slide.mtime_ns is None else {"slide_mtime_ns": slide.mtime_ns}),
             "mpp": slide.mpp,
             "mpp_source": slide.mpp_source,
             "exaonepath_version": __version__,
@@ -179,4 +185,11 @@ def _int32(path: Path, name: str, values: np.ndarray) -> np.ndarray:
     return values.astype(np.int32, copy=False)
 
 
-KIND = Kind(("coords",), others=("features", "slide_embedding"), other_program=foreign_writer)
+def _writer(file: StoredFile) -> str | None:
+    known = [file.attribute(name, of="coords") is not None for name in ("downsampled_level_dim", "level_dim", "name")]
+    exaone_path = all(known) and "contour_index" in file and file.attribute("complete", False)
+    return EXAONE_PATH if exaone_path else foreign_writer(file)
+
+
+# Coordinates of EXAONE Path come out the same, bit for bit, so making them again loses nothing.
+KIND = Kind(("coords",), ("features", "slide_embedding"), _writer, made_again=(EXAONE_PATH,))

@@ -23,6 +23,8 @@ from exaonepath.version import __version__
 
 logger = logging.getLogger(__name__)
 
+_SLIDE = ("slide_fingerprint", "slide_path", "slide_mtime_ns")
+
 
 def embed_slide(
     features: FeatureSet,
@@ -106,8 +108,8 @@ def embed_features_file(
         "dtype": str(dtype).removeprefix("torch."),
     }
     key = settings_hash(attrs)
-    origin = (features.attrs.get("slide_fingerprint"), features.attrs.get("slide_path"))
-    made_from = MadeFrom(key, *origin, features_sha256=attrs["features_sha256"])
+    fingerprint, path, mtime = (features.attrs.get(name) for name in _SLIDE)
+    made_from = MadeFrom(key, fingerprint, path, mtime, features_sha256=attrs["features_sha256"])
     if reuse(out, KIND, made_from, lambda file: True, overwrite=overwrite):
         logger.info("%s is up to date", out)
         return out, True
@@ -123,6 +125,6 @@ def embed_features_file(
         "n_failed": len(features.failures),
         "exaonepath_version": __version__,
     }
-    attrs |= {name: features.attrs[name] for name in ("slide_fingerprint", "slide_path") if name in features.attrs}
+    attrs |= {name: features.attrs[name] for name in _SLIDE if name in features.attrs}
     write_embedding(out, embedding, attrs)
     return out, False

@@ -204,6 +204,11 @@ class SlideImage:
                 picture[y:y1, x:x1] = cv2.resize(_on_white(block), (x1 - x, y1 - y), interpolation=cv2.INTER_AREA)
         return picture
 
+    @property
+    def mtime_ns(self) -> int | None:
+        """When the file was last written to, in nanoseconds, as it was when the slide was opened."""
+        return None if self._identity is None else self._identity[3]
+
     def fingerprint(self) -> str:
         """Hash that identifies the slide's content: file size, 64 blocks spread over the file, OpenSlide's quickhash.
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from exaonepath.errors import DamagedFileError, DataFileError, OutputCollisionError, OutputError
-from exaonepath.files.artifact import MadeFrom, is_of_this_slide, settings_hash
+from exaonepath.files import embeddings, features, patches
+from exaonepath.files.artifact import MadeFrom, is_of_this_slide, reuse, settings_hash
 from exaonepath.files.atomic import atomic_path, ensure_folder, write_text
 from exaonepath.files.hdf5 import open_h5
 from exaonepath.files.hdf5_output import atomic_h5, encodable
@@ -130,3 +131,45 @@ def test_a_slide_whose_name_is_not_utf8_is_replaced_like_any_other():
     assert not is_of_this_slide(Path("a.h5"), attrs, MadeFrom("", "new", path), overwrite=False)
     with pytest.raises(OutputCollisionError):
         is_of_this_slide(Path("a.h5"), attrs, MadeFrom("", "new", "/slides/b.svs"), overwrite=False)
+
+
+LAYOUTS = {
+    "STAMP's features": {"feats": np.ones((4, 8), np.float32), "coords": np.zeros((4, 2))},
+    "a batch of features": {"features": np.ones((1, 4, 8), np.float32), "coords": np.zeros((4, 2), np.int32)},
+    "features and coords": {"features": np.ones((4, 8), np.float32), "coords": np.zeros((4, 2), np.int32)},
+    "features alone": {"features": np.ones(8, np.float32)},
+    "coords alone": {"coords": np.zeros((4, 2), np.int32)},
+    "coords and scores": {"coords": np.zeros((4, 2), np.int32), "scores": np.ones(4)},
+    "coords and contours": {"coords": np.zeros((4, 2), np.int32), "contour_index": np.zeros(4, np.int32)},
+    "an embedding": {"slide_embedding": np.ones(8, np.float32)},
+}
+
+
+@pytest.mark.parametrize("kind", [patches.KIND, features.KIND, embeddings.KIND], ids=["patches", "features", "slide"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_this_project_did_not_make_is_replaced_on_request_only(tmp_path, kind, layout):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        for name, values in LAYOUTS[layout].items():
+            file[name] = values
+    made_from = MadeFrom("settings", "fingerprint", "/slides/a.svs", 1, features_sha256="0")
+    with pytest.raises(OutputCollisionError):
+        reuse(path, kind, made_from, lambda file: True)
+    if kind.datasets[0] in LAYOUTS[layout] and not set(kind.others) & set(LAYOUTS[layout]):
+        assert reuse(path, kind, made_from, lambda file: True, overwrite=True) is None
+    else:
+        with pytest.raises(OutputCollisionError):
+            reuse(path, kind, made_from, lambda file: True, overwrite=True)
+
+
+def test_a_result_is_used_again_with_a_warning_if_its_slide_was_written_to_since(tmp_path, caplog):
+    """The fingerprint samples the file: a copy that was not finished can have the same one."""
+    path = tmp_path / "a.h5"
+    with atomic_h5(path) as file:
+        file.array("coords", np.zeros((1, 2), np.int32))
+        file.attributes({"settings_hash": "s", "slide_fingerprint": "f", "slide_path": "/a.svs", "slide_mtime_ns": 1})
+        file.attributes({"complete": True})
+    for mtime, where, warned in ((1, "/a.svs", False), (2, "/elsewhere/a.svs", False), (2, "/a.svs", True)):
+        caplog.clear()
+        assert reuse(path, patches.KIND, MadeFrom("s", "f", where, mtime), lambda file: "used") == "used"
+        assert ("was written to since" in caplog.text) == warned

@@ -113,7 +113,6 @@ def extract_features(
         refuse_input_as_output(out, (slide.path, Path(patches_h5)))
         patches = read_patches(patches_h5)
         _check_same_slide(slide, patches, patches_h5)
-        ensure_folder(out.parent)
         attrs: dict[str, Any] = {
             "slide_fingerprint": slide.fingerprint(),
             "patch_size": int(patches.patch_size),
@@ -125,11 +124,12 @@ def extract_features(
         attrs |= {
             "settings_hash": key,
             "slide_path": str(slide.path.resolve()),
+            **({} if slide.mtime_ns is None else {"slide_mtime_ns": slide.mtime_ns}),
             "weights": weights,
             "exaonepath_version": __version__,
         }
 
-        made_from = MadeFrom(key, slide.fingerprint(), str(slide.path.resolve()))
+        made_from = MadeFrom(key, slide.fingerprint(), str(slide.path.resolve()), slide.mtime_ns)
 
         def stored_failures(overwrite: bool) -> tuple[PatchFailure, ...] | None:
             """Of the finished file; None where there is no such file."""
@@ -142,6 +142,7 @@ def extract_features(
             remove_finished(part)
             logger.info("%s is up to date", out)
             return ExtractionResult(out, n, n, (), reused=True, resumed_from=0)
+        ensure_folder(out.parent)
         rows = np.arange(n, dtype=np.int64)
         if retry:
             logger.info("%s lacks %d patches that could not be read; trying them again", out, len(retry))

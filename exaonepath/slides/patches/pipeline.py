@@ -149,7 +149,7 @@ def patchfy(
         if strict_scale and slide.scale_doubts:
             raise ScaleError(f"{slide.path} {'; '.join(slide.scale_doubts)} (strict_scale)")
         settings.effective(slide)
-        folder = ensure_folder(out)
+        folder = Path(out)
         h5_path = folder / "patches" / f"{slide.name}.h5"
         mask_path = folder / "masks" / f"{slide.name}.jpg"
         stored = _stored(h5_path, slide, settings, overwrite) if save_h5 or save_mask else None
@@ -158,6 +158,7 @@ def patchfy(
                 logger.info("%s: %d patches taken from %s", slide.path, len(stored), h5_path)
                 return h5_path, stored.coords, stored.contour_index
             logger.info("%s: finished, but %s is missing: patching again", slide.path, mask_path)
+        ensure_folder(folder)
         for path in ([h5_path] if save_h5 else []) + ([mask_path] if save_mask else []):
             ensure_folder(path.parent)
         tissue = _segment(slide, segmentation, folder)
@@ -181,7 +182,7 @@ def patchfy(
 def _stored(path: Path, slide: SlideImage, settings: PatchSettings, overwrite: bool) -> PatchSet | None:
     """The patches on disk where they are this slide's and these settings'; None where the work is to be done."""
     values = settings.as_json()
-    made_from = MadeFrom(settings_hash(values), slide.fingerprint(), str(slide.path.resolve()), values)
+    made_from = MadeFrom(settings_hash(values), slide.fingerprint(), str(slide.path.resolve()), slide.mtime_ns, values)
     return reuse(path, KIND, made_from, lambda file: parse_patches(path, file), overwrite=overwrite)
 
 

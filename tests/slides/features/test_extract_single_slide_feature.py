@@ -127,7 +127,7 @@ SLOW = textwrap.dedent(
     import sys, time
     import torch
     from exaonepath.feature_extraction import extract_single_slide_feature as command
-    from exaonepath.models import loading
+    from exaonepath.encoders import loading
 
     class Slow(torch.nn.Module):
         def forward(self, x):
