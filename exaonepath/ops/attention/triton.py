@@ -54,11 +54,6 @@ def unable(device: torch.device) -> str | None:
     return None if major >= 8 else f"the triton kernels need compute capability 8.0, this GPU has {major}.{minor}"
 
 
-def triton_available() -> bool:
-    """Whether the kernels can run on this machine's GPU."""
-    return torch.cuda.is_available() and unable(torch.device("cuda")) is None
-
-
 def triton_attention(
     qkv: Tensor, segments: Segments, rotation: Rotation | None, scale: float, overwrite_qkv: bool = False
 ) -> Tensor:

@@ -10,10 +10,10 @@ forward sweep and scaled in the backward, so the loss is differentiable once.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -94,7 +94,7 @@ def sigmoid_loss(
         list(inputs.pair_weights),
         inputs.pos_weight,
         inputs.balanced,
-        ",".join(inputs.names),
+        json.dumps(list(inputs.names)),  # operators take no list of texts
         backend,
         computing_dtype(inputs),
         [h.requires_grad for h in inputs.embeddings] if training else [],
@@ -132,6 +132,25 @@ def plain_arithmetic(device: torch.device) -> Iterator[None]:
         yield
 
 
+class _Arguments(NamedTuple):
+    """Arguments of the operator below, by name, for what torch hands over as a tuple. The first four have gradients."""
+
+    embeddings: Sequence[Tensor]
+    projections: Sequence[Tensor]
+    log_t: Tensor
+    bias: Tensor
+    patient: Tensor
+    availability: Tensor | None
+    pair_weights: Sequence[float]
+    pos_weight: float | None
+    balanced: bool
+    names: str
+    backend: str
+    dtype: torch.dtype
+    wants: Sequence[bool]
+    check_finite: bool
+
+
 @torch.library.custom_op("exaonepath::sigmoid_loss", mutates_args=())
 def _sigmoid_loss(
     embeddings: Sequence[Tensor],
@@ -159,7 +178,7 @@ def _sigmoid_loss(
         pair_weights,
         pos_weight,
         balanced,
-        names.split(","),
+        json.loads(names),
     )
     with plain_arithmetic(patient.device):
         engine = choose_engine(backend, patient.device, dtype)
@@ -171,34 +190,29 @@ def _sigmoid_loss(
 
 
 @_sigmoid_loss.register_fake
-def _(
-    embeddings: Sequence[Tensor],
-    projections: Sequence[Tensor],
-    log_t: Tensor,
-    bias: Tensor,
-    patient: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    dtype, wants = options[-3], options[-2]
+def _(*inputs: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    arguments = _Arguments(*inputs)
+    embeddings, patient, dtype, wants = arguments.embeddings, arguments.patient, arguments.dtype, arguments.wants
     accumulator = torch.promote_types(dtype, torch.float32)
     n_pairs = math.comb(len(embeddings), 2)
     loss = patient.new_empty((), dtype=accumulator)
     statistics = patient.new_empty((n_pairs, len(STATISTICS)), dtype=torch.float64)
     if not wants:
         return loss, statistics, []
-    like = [h for h, wanted in zip(embeddings, wants, strict=True) if wanted] + [*projections, log_t, bias]
+    like = [h for h, wanted in zip(embeddings, wants, strict=True) if wanted]
+    like += [*arguments.projections, arguments.log_t, arguments.bias]
     return loss, statistics, [patient.new_empty(x.shape, dtype=accumulator) for x in like]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    embeddings, projections, log_t, bias = inputs[:4]
+    arguments = _Arguments(*inputs)
     _, statistics, gradients = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(statistics, *gradients)
-    ctx.wants = inputs[12]
+    ctx.wants = arguments.wants
     ctx.n_gradients = len(gradients)
     # The inputs themselves are there for the refusal of a second derivative only.
-    ctx.save_for_backward(*gradients, *embeddings, *projections, log_t, bias)
+    ctx.save_for_backward(*gradients, *arguments.embeddings, *arguments.projections, arguments.log_t, arguments.bias)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -211,7 +225,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         scaled[:n_modalities],
         scaled[n_modalities : n_modalities + n_projections],
         *scaled[-2:],
-        *[None] * 10,
+        *[None] * (len(_Arguments._fields) - 4),
     )
 
 
@@ -250,8 +264,3 @@ class _RefuseSecondDerivative(torch.autograd.Function):
             "the sigmoid loss is differentiable once: its gradients are formed in the forward pass and have no "
             "derivative of their own; for second derivatives use exaonepath.reference.sigmoid_loss.dense_sigmoid_loss"
         )
-
-
-def pair_indices(n_modalities: int) -> list[tuple[int, int]]:
-    """The order of everything that has one entry per pair."""
-    return list(combinations(range(n_modalities), 2))
