@@ -10,7 +10,6 @@ forward sweep and scaled in the backward, so the loss is differentiable once.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,7 +93,7 @@ def sigmoid_loss(
         list(inputs.pair_weights),
         inputs.pos_weight,
         inputs.balanced,
-        json.dumps(list(inputs.names)),  # operators take no list of texts
+        "\n".join(inputs.names),  # operators take no list of texts
         backend,
         computing_dtype(inputs),
         [h.requires_grad for h in inputs.embeddings] if training else [],
@@ -178,7 +177,7 @@ def _sigmoid_loss(
         pair_weights,
         pos_weight,
         balanced,
-        json.loads(names),
+        names.split("\n"),
     )
     with plain_arithmetic(patient.device):
         engine = choose_engine(backend, patient.device, dtype)

@@ -496,7 +496,7 @@ def test_the_operator_keeps_torchs_rules():
     case = Case(10, seed=14)
     arguments, _ = _call(case)
     h, w, *shared = arguments
-    options = ([1.0] * 3, None, True, "0,1,2", "auto", torch.float32, [True] * 3, False)
+    options = ([1.0] * 3, None, True, "0\n1\n2", "auto", torch.float32, [True] * 3, False)
     ordered = [w[pair] for i, j in combinations(range(3), 2) for pair in ((i, j), (j, i))]
     torch.library.opcheck(torch.ops.exaonepath.sigmoid_loss.default, (h, ordered, *shared, *options))
 
