@@ -43,7 +43,7 @@ ORDER = [
     ("experiments",),
     ("demo",),
     ("doctor",),
-    ("cli",),
+    ("cli", "early_checks"),
 ]
 
 

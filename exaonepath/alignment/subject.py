@@ -106,7 +106,13 @@ class Subject:
 
 
 def open_subject(
-    model: Path, cohort: Path | None = None, *, split: Path | None = None, by_name: bool = False, device: str = "auto"
+    model: Path,
+    cohort: Path | None = None,
+    *,
+    split: Path | None = None,
+    by_name: bool = False,
+    device: str = "auto",
+    id_column: str | None = None,
 ) -> Subject:
     """Load a model and the cohort it is to be judged on.
 
@@ -117,6 +123,7 @@ def open_subject(
         split: file of a split of `cohort`; None: those who trained the run's model do not count as held out.
         by_name: take a cohort that lacks features of the model; they count as average.
         device: "auto", "cpu", "cuda".
+        id_column: the column of the labels with patient ids; None: as the settings say.
 
     Raises:
         SettingsError: no cohort is known, it has nothing the model takes, it is not what the run was trained on any
@@ -127,6 +134,8 @@ def open_subject(
     if cohort is None and not run:
         raise SettingsError(f"{model} is a model without a run; name the cohort to evaluate it on")
     settings = _run_data(model) if cohort is None else cohort_settings(cohort)
+    if id_column is not None:
+        settings = replace(settings, id_column=id_column)
     processes = Processes.start(device)
     loaded: ExaonePathAlignmentModel = ExaonePathAlignmentModel.from_pretrained(model / "model" if run else model)
     loaded.eval().to(processes.device)

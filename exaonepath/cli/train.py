@@ -7,12 +7,26 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exaonepath.alignment.training.settings import TrainSettings
-from exaonepath.alignment.training.settings_file import read_settings
+if TYPE_CHECKING:
+    from exaonepath.alignment.training.settings import TrainSettings
+
+_FLAGS = {
+    "mudata": "data.mudata",
+    "slides": "data.slides",
+    "labels": "data.labels",
+    "id_column": "data.id_column",
+    "epochs": "run.epochs",
+    "batch_size": "run.batch_size",
+    "chunk_size": "run.chunk_size",
+    "lr": "optimizer.lr",
+    "seed": "run.seed",
+    "device": "run.device",
+    "precision": "run.precision",
+}
 
 
 def train(
@@ -20,6 +34,8 @@ def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same one resumes it.")] = Path("run"),
     mudata: Annotated[str | None, typer.Option(help="Molecular profiles (.h5mu); data.mudata.")] = None,
     slides: Annotated[str | None, typer.Option(help="Table of slides; data.slides.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Table of labels; data.labels.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of patient ids in the labels; data.id_column.")] = None,
     epochs: Annotated[int | None, typer.Option(help="run.epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Patients of a step; run.batch_size.")] = None,
     chunk_size: Annotated[int | None, typer.Option(help="Patients encoded at once; run.chunk_size.")] = None,
@@ -41,19 +57,28 @@ def train(
     Example: exaonepath train settings.toml --out run
     Several GPUs: torchrun --nproc-per-node 4 -m exaonepath train settings.toml --out run
     """
-    flags = {
-        "data.mudata": mudata,
-        "data.slides": slides,
-        "run.epochs": epochs,
-        "run.batch_size": batch_size,
-        "run.chunk_size": chunk_size,
-        "optimizer.lr": lr,
-        "run.seed": seed,
-        "run.device": device,
-        "run.precision": precision,
-    }
-    given = {key: value for key, value in flags.items() if value is not None}
-    chosen = read_settings(config, settings or (), values=given)
+    # Imported when called: --help, and a look at the tables, take none of this.
+    from exaonepath.alignment.training.settings_file import read_settings
+
+    chosen = read_settings(
+        config,
+        settings or (),
+        values=flags_of(
+            {
+                "mudata": mudata,
+                "slides": slides,
+                "labels": labels,
+                "id_column": id_column,
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "chunk_size": chunk_size,
+                "lr": lr,
+                "seed": seed,
+                "device": device,
+                "precision": precision,
+            }
+        ),
+    )
     quiet = quiet or int(os.environ.get("RANK", "0")) > 0
     if dry_run:
         _say_prepared(chosen, out)
@@ -69,6 +94,11 @@ def train(
     if not quiet:
         best = "" if result.best is None else f", best {chosen.run.select} {result.best:.3f} at step {result.best_step}"
         sys.stdout.write(f"{out / 'model'}  {result.step} steps{best}\n")
+
+
+def flags_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the command's arguments that stand for settings and were given: "section.key" to value."""
+    return {key: arguments[name] for name, key in _FLAGS.items() if arguments.get(name) is not None}
 
 
 def _leave_group() -> None:

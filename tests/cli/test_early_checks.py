@@ -1,0 +1,113 @@
+"""What is wrong with a table is told by the command before torch is imported, in a moment."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("mudata", reason="needs the extra `train`")
+
+from exaonepath.early_checks import tell_problems
+
+HEAVY = ("torch", "transformers", "pandas", "anndata")
+# The command as its script starts it, then what had been imported by the time it ended.
+AS_SCRIPT = f"""
+import sys
+sys.argv = ["exaonepath", *sys.argv[1:]]
+from exaonepath.__main__ import main
+try:
+    main()
+finally:
+    print([name for name in {HEAVY!r} if name in sys.modules])
+"""
+
+
+@pytest.fixture
+def call(tmp_path):
+    """`call(arguments)`: (exit status, standard error, what heavy was imported)."""
+
+    def run(*arguments):
+        command = [sys.executable, "-c", AS_SCRIPT, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+        return done.returncode, done.stderr, done.stdout.splitlines()[-1]
+
+    return run
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A cohort whose labels call their ids in a way of their own."""
+    (tmp_path / "rna.tsv").write_text("gene\tp1\tp2\nTP53\t1\t2\n")
+    (tmp_path / "labels.csv").write_text("Kennung;age\np1;60\np2;61\n")
+    (tmp_path / "slides.csv").write_text("patient,features\np1,a.h5\n")
+    (tmp_path / "s.toml").write_text(
+        "[data]\nlabels = 'labels.csv'\nslides = 'slides.csv'\n[data.tables]\nrna = { path = 'rna.tsv' }\n"
+    )
+    return tmp_path
+
+
+def test_a_wrong_id_column_is_told_before_anything_heavy_is_imported(call, files):
+    start = time.perf_counter()
+    status, told, imported = call("train", files / "s.toml", "--out", files / "run")
+    seconds = time.perf_counter() - start
+    assert status == 1
+    assert told.splitlines()[0] == "error: the cohort cannot be used:"
+    assert "labels.csv lacks the column patient; it has 'Kennung', 'age'" in told
+    assert "--id-column" in told
+    assert imported == "[]"
+    assert seconds < 3  # well below a second where the machine is not busy; importing torch alone takes longer
+    assert not (files / "run").exists()
+
+
+@pytest.mark.parametrize("cohort", ["folder", "settings", "run"])
+def test_evaluate_looks_as_well(call, files, cohort):
+    (files / "run").mkdir()
+    data = {"labels": str(files / "labels.csv"), "slides": None}
+    (files / "run" / "settings.json").write_text(json.dumps({"settings": {"data": data}}))
+    arguments = {"folder": [files], "settings": [files / "s.toml"], "run": []}[cohort]
+    status, told, imported = call("evaluate", files / "run", *arguments)
+    assert (status, imported) == (1, "[]")
+    assert "'Kennung'" in told
+
+
+def test_every_problem_is_told_on_its_line(call, files):
+    (files / "labels.csv").write_bytes("patient\tage\np1\t60\n".encode("utf-16"))
+    (files / "slides.csv").write_text("patient,file\np1,a.h5\n")
+    status, told, imported = call("train", files / "s.toml", "--set", "data.tables.cnv.path=nowhere\x1b.tsv")
+    assert (status, imported) == (1, "[]")
+    assert told.splitlines()[0] == "error: the cohort cannot be used, for 3 reasons:"
+    assert "slides: " in told
+    assert "lacks the column features" in told
+    assert "UTF-16" in told
+    assert "nowhere\\x1b.tsv: no such file" in told
+
+
+def test_what_is_no_table_is_left_to_the_command(call):
+    status, told, imported = call("train", "nowhere.toml")
+    assert status == 1
+    assert "error: settings file nowhere.toml cannot be read" in told
+    assert "torch" in imported
+    for arguments in ("", "--version", "train --nonsense", "train nowhere.toml", "evaluate", "demo x"):
+        assert not tell_problems(arguments.split())
+
+
+def test_the_option_names_the_column(call, files):
+    assert tell_problems(["train", str(files / "s.toml")])
+    assert not tell_problems(["train", str(files / "s.toml"), "--id-column", "Kennung"])
+    assert not tell_problems(["train", str(files / "s.toml"), "--set", "data.id_column=Kennung"])
+    assert not tell_problems(["evaluate", "run", str(files), "--id-column", "kennung"])
+    assert tell_problems(["evaluate", "run", str(files), "--id-column", "Nummer"])
+
+
+def test_other_programs_import_everything_at_once_and_the_command_by_need():
+    code = "import sys, exaonepath; print('exaonepath.registration' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]
+    code = (
+        "import sys; sys.argv = ['exaonepath']; import exaonepath as e; print('torch' in sys.modules, "
+        "all(hasattr(e, n) for n in e.__all__), set(e.__all__) <= set(dir(e)), hasattr(e, 'nothing'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True", "False"]
