@@ -8,6 +8,11 @@ A message says what was wrong, where (file, key, row), and what to do about it. 
 class ExaonePathError(Exception):
     """Base of all errors raised by exaonepath."""
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The message by the lines it is to be shown in: a line break inside one belongs to a name, and is escaped."""
+        return (str(self),)
+
 
 class SettingsError(ExaonePathError, ValueError):
     """An argument or option has a value that cannot be used (patch size <= 0, unknown backend, ...)."""

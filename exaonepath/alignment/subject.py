@@ -106,7 +106,13 @@ class Subject:
 
 
 def open_subject(
-    model: Path, cohort: Path | None = None, *, split: Path | None = None, by_name: bool = False, device: str = "auto"
+    model: Path,
+    cohort: Path | None = None,
+    *,
+    split: Path | None = None,
+    by_name: bool = False,
+    device: str = "auto",
+    id_column: str | None = None,
 ) -> Subject:
     """Load a model and the cohort it is to be judged on.
 
@@ -117,6 +123,7 @@ def open_subject(
         split: file of a split of `cohort`; None: those who trained the run's model do not count as held out.
         by_name: take a cohort that lacks features of the model; they count as average.
         device: "auto", "cpu", "cuda".
+        id_column: the column of the labels with patient ids; None: as the settings say.
 
     Raises:
         SettingsError: no cohort is known, it has nothing the model takes, it is not what the run was trained on any
@@ -126,7 +133,7 @@ def open_subject(
     if cohort is None and not is_run(model):
         raise SettingsError(f"{model} is a model without a run; name the cohort to evaluate it on")
     loaded, run, processes = load_model(model, device)
-    known, settings = open_cohort(loaded, run, cohort, by_name=by_name)
+    known, settings = open_cohort(loaded, run, cohort, by_name=by_name, id_column=id_column)
     if cohort is None and run is not None:
         split = split or run / "split.json"
     if split is not None:
@@ -155,19 +162,25 @@ def load_model(folder: Path, device: str) -> tuple[ExaonePathAlignmentModel, Pat
 
 
 def open_cohort(
-    model: ExaonePathAlignmentModel, run: Path | None, cohort: Path | None, *, by_name: bool
+    model: ExaonePathAlignmentModel,
+    run: Path | None,
+    cohort: Path | None,
+    *,
+    by_name: bool = False,
+    id_column: str | None = None,
 ) -> tuple[Cohort, DataSettings]:
     """A cohort, or the run's own, restricted to what a model takes.
 
     Raises:
         SettingsError, DataFileError, WeightsError: see `open_subject`.
     """
+    column: dict[str, Any] = {} if id_column is None else {"id_column": id_column}
     if cohort is not None:
         # Whoever has one modality that the model takes can be embedded; only training needs two.
-        settings = replace(cohort_settings(cohort), modalities=(), min_modalities=1)
+        settings = replace(cohort_settings(cohort), modalities=(), min_modalities=1, **column)
         known = load_training_cohort(settings)
     elif run is not None:
-        settings = _run_data(run)
+        settings = replace(_run_data(run), **column)
         known = load_training_cohort(settings)
         if known.fingerprint != _stored(run).get("cohort_hash"):
             raise SettingsError(

@@ -19,6 +19,7 @@ def evaluate(
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the report.")] = Path("evaluation"),
     split: Annotated[Path | None, typer.Option(help="Split of COHORT; default: all of it is held out.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of the labels with patient ids.")] = None,
     label: options.Labels = None,
     time: Annotated[str, typer.Option(help="Column of survival times.")] = "time",
     event: Annotated[str, typer.Option(help="Column that is 1 where the event was seen.")] = "event",
@@ -35,12 +36,15 @@ def evaluate(
     Writes <out>/evaluation.json, <out>/evaluation.md, figures, and with --export <out>/embeddings/.
     Example: exaonepath evaluate run --out evaluation
     """
-    # Cohorts need packages of their own; --help does not.
+    from exaonepath.alignment.early_checks import check_headers, tables_of_evaluation
+
+    check_headers(tables_of_evaluation(model, cohort, id_column))
+    # Only now what takes seconds to import.
     from exaonepath.alignment.evaluate import EvaluationSettings
     from exaonepath.alignment.report import export_embeddings, write_report
     from exaonepath.alignment.subject import open_subject
 
-    subject = open_subject(model, cohort, split=split, by_name=by_name, device=device)
+    subject = open_subject(model, cohort, split=split, by_name=by_name, device=device, id_column=id_column)
     settings = EvaluationSettings(labels=tuple(label or ()), time=time, event=event, missing=missing)
     write_report(subject, out, settings, figures=figures)
     if export:

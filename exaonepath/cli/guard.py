@@ -55,7 +55,10 @@ def report(exc: Exception, verbose: int, slide: Path | None = None) -> None:
     if verbose:
         logger.error("failed", exc_info=exc)
     if isinstance(exc, ExaonePathError):
-        say(f"error: {exc}")
+        first, *others = exc.lines
+        say(f"error: {first}")
+        for line in others:
+            say(line)
         return
     about = "" if slide is None else f"{slide}: "
     reason = " ".join(str(exc).split())

@@ -23,6 +23,8 @@ def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same one resumes it.")] = Path("run"),
     mudata: Annotated[str | None, typer.Option(help="Molecular profiles (.h5mu); data.mudata.")] = None,
     slides: Annotated[str | None, typer.Option(help="Table of slides; data.slides.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Table of labels; data.labels.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of patient ids in the labels; data.id_column.")] = None,
     epochs: Annotated[int | None, typer.Option(help="run.epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Patients of a step; run.batch_size.")] = None,
     chunk_size: Annotated[int | None, typer.Option(help="Patients encoded at once; run.chunk_size.")] = None,
@@ -44,11 +46,14 @@ def train(
     Example: exaonepath train settings.toml --out run
     Several GPUs: torchrun --nproc-per-node 4 -m exaonepath train settings.toml --out run
     """
-    from exaonepath.alignment.training.settings_file import read_settings
+    from exaonepath.alignment.early_checks import check_headers
+    from exaonepath.alignment.training.settings_file import read_settings, read_tables
 
     flags = {
         "data.mudata": mudata,
         "data.slides": slides,
+        "data.labels": labels,
+        "data.id_column": id_column,
         "run.epochs": epochs,
         "run.batch_size": batch_size,
         "run.chunk_size": chunk_size,
@@ -58,6 +63,7 @@ def train(
         "run.precision": precision,
     }
     given = {key: value for key, value in flags.items() if value is not None}
+    check_headers(read_tables(config, settings or (), values=given).get("data"))
     chosen = read_settings(config, settings or (), values=given)
     quiet = quiet or int(os.environ.get("RANK", "0")) > 0
     if dry_run:

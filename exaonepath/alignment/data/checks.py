@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from exaonepath.alignment.data.names import check_names
 from exaonepath.alignment.data.report import CohortReport, some
 from exaonepath.alignment.data.tables import ModalityTable
 
@@ -28,6 +29,7 @@ _LARGEST_LOG = 25.0
 _STAR_TALLIES = frozenset({"N_unmapped", "N_multimapping", "N_noFeature", "N_ambiguous"})
 _LARGEST_COPY_NUMBER = 50.0
 _LARGEST_M_VALUE = 30.0
+_ROUNDING = 1e-4  # of beta values: what float32 and four decimals leave
 
 
 @dataclass
@@ -115,7 +117,10 @@ def check_table(
     if modality == "rna":
         table = _without_tallies(modality, table, report)
     table = _unique_features(modality, table, report, duplicate_features)
+    check_names(modality, table.patients, table.features, report)
     figures = measure(table)
+    if (scale or table.scale) in ("beta", "any") and SCALES[modality][0] == "beta" and scale != "any":
+        table, figures = _rounded_beta(modality, table, figures, report)
     _check_finite(modality, table, figures, report, missing)
     if len(figures.all_missing_rows):
         names = [table.patients[row] for row in figures.all_missing_rows]
@@ -133,6 +138,29 @@ def check_table(
         report.add("note", "scale", modality, f"taken as {_SAID[scale]}; values {_span(figures)}")
     _check_scale(modality, scale, figures, report)
     return replace(table, scale=scale)
+
+
+def _rounded_beta(
+    modality: str, table: ModalityTable, figures: Figures, report: CohortReport
+) -> tuple[ModalityTable, Figures]:
+    """Beta values that rounding put a hair outside of 0..1 are put back, and told."""
+    if not (figures.n_negative or figures.n_above_one) or not (
+        figures.minimum >= -_ROUNDING and figures.maximum <= 1 + _ROUNDING
+    ):
+        return table, figures
+    count = figures.n_negative + figures.n_above_one
+    values = table.values.copy()
+    held = values.data if table.is_sparse else values
+    np.clip(held, 0, 1, out=held)
+    report.add(
+        "note",
+        "clipped",
+        modality,
+        f"{figures.share(count)} lie outside 0..1 by no more than {_ROUNDING:g} ({_span(figures)}), as rounding does: "
+        "put to 0 and 1",
+    )
+    table = replace(table, values=values)
+    return table, measure(table)
 
 
 _SAID = {"counts": "counts (all integers)", "tpm": "TPM or the like", "log": "log values (taken as they are)"}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from exaonepath.alignment.data.checks import SCALES, DuplicateFeatures, Missing
+from exaonepath.alignment.data.dialect import Decimal
 from exaonepath.alignment.data.orientation import Orientation
 from exaonepath.alignment.data.patient_ids import PatientIds
 from exaonepath.alignment.data.slides import FeatureCheck
@@ -33,6 +34,10 @@ class ModalitySource:
         scale: what the numbers are, one of `SCALES[modality]`; None: what the format says, or the usual scale.
         key: the modality's name inside an .h5mu file.
         duplicate_features: see `check_table`.
+        decimal: of a matrix of text: "." or ","; "auto" looks at its numbers and refuses what can be read in two ways.
+        annotation: of a matrix: names of further rows or columns that are no values; None: those of usual names are
+            left out, and what looks like one of another name is an error; a list, even an empty one, says there are
+            no others.
     """
 
     path: str | os.PathLike[str]
@@ -41,8 +46,15 @@ class ModalitySource:
     scale: str | None = None
     key: str | None = None
     duplicate_features: DuplicateFeatures = "error"
+    decimal: Decimal = "auto"
+    annotation: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.annotation, str):
+            raise SettingsError(f"annotation is {self.annotation!r}; it must be a list of names")
+        if self.annotation is not None:
+            object.__setattr__(self, "annotation", tuple(self.annotation))
+        _one_of("decimal", self.decimal, get_args(Decimal))
         _one_of("format", self.format, get_args(Format))
         _one_of("orientation", self.orientation, get_args(Orientation))
         _one_of("duplicate_features", self.duplicate_features, get_args(DuplicateFeatures))
@@ -56,7 +68,8 @@ class CohortConfig:
         mudata: a .h5mu file with modalities named rna, snp, cnv, methylation (others are left alone, and named).
         modalities: tables of single modalities; one given here replaces that of `mudata`.
         slides: the table of slides; None: a cohort without slides.
-        labels: a table with a column `patient` and any others; it adds to the `obs` of `mudata`.
+        labels: a table with a column of patient ids and any others; it adds to the `obs` of `mudata`.
+        id_column: the column of `labels` that holds the ids; None: one called patient, Patient_ID, case_id or the like.
         patient_ids: "as_is", or "tcga": ids are barcodes, of which the first three fields name the patient.
         scales: for `mudata`, what the numbers of a modality are where it is not the usual scale.
         missing: what to do about single missing values; see `check_table`.
@@ -69,6 +82,7 @@ class CohortConfig:
     modalities: Mapping[str, ModalitySource] = field(default_factory=dict)
     slides: str | os.PathLike[str] | None = None
     labels: str | os.PathLike[str] | None = None
+    id_column: str | None = None
     patient_ids: PatientIds = "as_is"
     scales: Mapping[str, str] = field(default_factory=dict)
     missing: Missing = "error"

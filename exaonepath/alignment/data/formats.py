@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,51 +15,16 @@ import pandas as pd
 from anndata.io import read_elem
 from scipy import sparse
 
+from exaonepath.alignment.data.dialect import sample_of
+from exaonepath.alignment.data.matrices import read_annotated_matrix
+from exaonepath.alignment.data.names import clean_name
 from exaonepath.alignment.data.report import CohortReport, some
-from exaonepath.alignment.data.tables import (
-    BLOCK_VALUES,
-    UNREADABLE,
-    ModalityTable,
-    check_file,
-    open_text,
-    read_annotated_matrix,
-    short_reason,
-)
+from exaonepath.alignment.data.tables import BLOCK_VALUES, ModalityTable
+from exaonepath.alignment.data.text_files import UNREADABLE, check_file, short_reason
+from exaonepath.alignment.data.variants import sort_terms
 from exaonepath.errors import DataFileError
 from exaonepath.files.hdf5 import open_h5_tree
 
-# Variant classes of the MAF specification that change the protein (or its splicing), as maftools takes them.
-NON_SILENT = frozenset(
-    {
-        "Frame_Shift_Del",
-        "Frame_Shift_Ins",
-        "In_Frame_Del",
-        "In_Frame_Ins",
-        "Missense_Mutation",
-        "Nonsense_Mutation",
-        "Nonstop_Mutation",
-        "Splice_Site",
-        "Translation_Start_Site",
-    }
-)
-_SILENT = frozenset(
-    {
-        "3'Flank",
-        "3'UTR",
-        "5'Flank",
-        "5'UTR",
-        "De_novo_Start_InFrame",
-        "De_novo_Start_OutOfFrame",
-        "IGR",
-        "Intron",
-        "RNA",
-        "Silent",
-        "Splice_Region",
-        "Targeted_Region",
-        "Start_Codon_SNP",
-        "lincRNA",
-    }
-)
 _MAF_COLUMNS = ("Hugo_Symbol", "Tumor_Sample_Barcode", "Variant_Classification")
 _GISTIC_ANNOTATION = ("gene symbol", "gene id", "locus id", "cytoband")
 
@@ -78,39 +43,37 @@ def read_maf(path: str | os.PathLike[str], report: CohortReport) -> ModalityTabl
     path = Path(path)
     check_file(path)
     try:
-        # "#version 2.4" lines come first; other "#" characters may stand inside a field, so comment="#" will not do.
-        with open_text(path) as file:
-            skip = 0
-            while file.readline().startswith("#"):
-                skip += 1
         # The format has no quoting: a quote that begins a field would swallow what follows. R writes some in pairs.
+        sample = sample_of(path, csv.QUOTE_NONE)
+        named = [_maf_column(name) for name in sample.header]
+        missing = [name for name in _MAF_COLUMNS if name not in named]
+        if missing:
+            raise DataFileError(f"{path} lacks the MAF column(s) {', '.join(missing)}")
+        at = {named.index(name): name for name in _MAF_COLUMNS}
         frame = pd.read_csv(
             path,
-            sep="\t",
-            skiprows=skip,
+            sep=sample.separator,
+            # "#version 2.4" lines come first; comment="#" will not do, for "#" may stand inside a field.
+            skiprows=sample.skip + 1,
+            header=None,
             dtype=str,
             keep_default_na=False,
-            usecols=lambda name: name.strip('"') in _MAF_COLUMNS,
+            usecols=sorted(at),
             quoting=csv.QUOTE_NONE,
             encoding="utf-8-sig",
         )
-        frame = frame.rename(columns=lambda name: name.strip('"')).apply(lambda column: column.str.strip('"'))
+        frame = frame.rename(columns=at).apply(lambda column: column.str.strip('"').map(clean_name))
     except UNREADABLE as exc:
         raise DataFileError(f"{path} cannot be read as a MAF ({short_reason(exc)})") from exc
-    missing = [name for name in _MAF_COLUMNS if name not in frame.columns]
-    if missing:
-        raise DataFileError(f"{path} lacks the MAF column(s) {', '.join(missing)}")
-    classes = set(frame["Variant_Classification"])
-    unknown = sorted(classes - NON_SILENT - _SILENT)
+    changing, unknown = sort_terms(frame["Variant_Classification"])
     if unknown:
-        report.add(
-            "warning",
-            "unknown-variant-class",
-            "snp",
-            f"{path}: variant class(es) {some(unknown)} are not of the MAF specification; counted as silent",
-        )
+        counted = some([f"{term or 'nothing'} ({count})" for term, count in unknown.items()])
+        told = f"{path}: variant class(es) {counted} are neither of the MAF specification nor terms of VEP"
+        if sum(unknown.values()) == len(frame):
+            raise DataFileError(f"{told}, and there are no others: nothing says which variants change a protein")
+        report.add("warning", "unknown-variant-class", "snp", f"{told}; counted as silent")
     samples = sorted(set(frame["Tumor_Sample_Barcode"]))
-    hits = frame[frame["Variant_Classification"].isin(list(NON_SILENT))]
+    hits = frame[frame["Variant_Classification"].isin(list(changing))]
     genes = sorted(set(hits["Hugo_Symbol"]) - {"", "Unknown"})
     hits = hits[hits["Hugo_Symbol"].isin(genes)]
     rows = pd.Index(samples).get_indexer(hits["Tumor_Sample_Barcode"])
@@ -127,7 +90,21 @@ def read_maf(path: str | os.PathLike[str], report: CohortReport) -> ModalityTabl
     return ModalityTable(tuple(samples), tuple(genes), values, "indicator", str(path))
 
 
-def read_gistic(path: str | os.PathLike[str]) -> ModalityTable:
+def _maf_column(name: str) -> str:
+    """The name of the specification for a column of a MAF, whatever its capitals; other names as they are."""
+    name = clean_name(clean_name(name).strip('"'))
+    return {known.lower(): known for known in _MAF_COLUMNS}.get(name.lower(), name)
+
+
+def format_of_header(names: Sequence[str]) -> str | None:
+    """ "maf" or "gistic" where the header of a table of text is of such a one, whatever the file is called."""
+    lower = {clean_name(clean_name(name).strip('"')).lower() for name in names}
+    if len({"tumor_sample_barcode", "variant_classification"} & lower) == 2:
+        return "maf"
+    return "gistic" if {"gene symbol", "cytoband"} <= lower and {"locus id", "gene id"} & lower else None
+
+
+def read_gistic(path: str | os.PathLike[str], *, decimal: str = "auto") -> ModalityTable:
     """A GISTIC gene table (`all_thresholded.by_genes.txt`, `all_data_by_genes.txt`): patients x genes.
 
     Columns `Gene Symbol`, then `Locus ID` or `Gene ID`, and `Cytoband`, then one a sample.
@@ -135,7 +112,7 @@ def read_gistic(path: str | os.PathLike[str]) -> ModalityTable:
     Raises:
         DataFileError: not such a table, or a cell is no number.
     """
-    table = read_annotated_matrix(path, _GISTIC_ANNOTATION)
+    table = read_annotated_matrix(path, _GISTIC_ANNOTATION, decimal=decimal)
     return ModalityTable(table.patients, table.features, table.values, "copy-number", table.source)
 
 
@@ -174,7 +151,7 @@ def _annotated(path: Path, name: str, group: h5py.Group) -> ModalityTable:
     missing = [part for part in ("X", "obs", "var") if part not in group]
     if missing:
         raise DataFileError(f"{path}: modality {name!r} lacks {', '.join(missing)}")
-    patients, features = (tuple(str(i).strip() for i in _frame(group[part]).index) for part in ("obs", "var"))
+    patients, features = (tuple(clean_name(i) for i in _frame(group[part]).index) for part in ("obs", "var"))
     x = group["X"]
     values = read_dense(x) if isinstance(x, h5py.Dataset) else _sparse(x)
     if values.shape != (len(patients), len(features)):

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from exaonepath.alignment.data.config import CohortConfig
+from exaonepath.alignment.data.dialect import numbers_of, plain_number
+from exaonepath.alignment.data.frames import read_frame
+from exaonepath.alignment.data.id_columns import patient_column
+from exaonepath.alignment.data.names import clean_name
 from exaonepath.alignment.data.patient_ids import PatientIds, tcga_patient, tumour_rows
 from exaonepath.alignment.data.report import CohortReport, some
-from exaonepath.alignment.data.tables import read_frame
 from exaonepath.errors import ExaonePathError
+
+# What R, spreadsheets and the clinical tables of TCGA write where nothing is known; in a column of ids it is an id.
+_NOT_AVAILABLE = ("NA", "N/A", "#N/A", "nan", "NaN", "[Not Available]", "[Not Applicable]")
+_SHOWN = _NOT_AVAILABLE[:2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +63,7 @@ class Labels:
 
 def read_labels(obs: pd.DataFrame, config: CohortConfig, report: CohortReport) -> Labels:
     """The table of labels of `config`, with `obs` for what it does not say; problems go into the report."""
-    obs = obs.set_axis(obs.index.astype(str).str.strip())
+    obs = obs.set_axis(obs.index.map(clean_name))
     obs = _one_row_a_patient(obs, config.patient_ids, f"the obs of {config.mudata}", report)
     held = Labels(obs, f"the obs of {config.mudata}", frozenset(obs.index)) if len(obs.columns) else Labels(obs)
     if config.labels is None:
@@ -65,11 +73,12 @@ def read_labels(obs: pd.DataFrame, config: CohortConfig, report: CohortReport) -
     except ExaonePathError as exc:
         report.add("error", "unreadable", "labels", str(exc))
         return held
-    if "patient" not in frame.columns:
-        report.add("error", "no-column", "labels", f"{config.labels} lacks the column patient; it has {list(frame)}")
+    try:
+        ids = frame.pop(patient_column(list(map(str, frame.columns)), str(config.labels), config.id_column))
+    except ExaonePathError as exc:
+        report.add("error", "no-column", "labels", str(exc))
         return held
-    ids = frame.pop("patient")
-    frame = _numbers_where_all(frame.set_axis(ids.where(ids.notna(), "").astype(str).str.strip()))
+    frame = _numbers_where_all(frame.set_axis(ids.where(ids.notna(), "").map(clean_name)), str(config.labels), report)
     frame = _one_row_a_patient(frame, config.patient_ids, str(config.labels), report)
     return Labels(frame.combine_first(obs), str(config.labels), frozenset(frame.index) - {""})
 
@@ -111,11 +120,46 @@ def _one_row_a_patient(frame: pd.DataFrame, ids: PatientIds, source: str, report
     return frame[~frame.index.duplicated()]
 
 
-def _numbers_where_all(frame: pd.DataFrame) -> pd.DataFrame:
-    """Columns whose every filled cell is a number as numbers; empty cells as missing."""
+def _numbers_where_all(frame: pd.DataFrame, source: str, report: CohortReport) -> pd.DataFrame:
+    """Columns whose every filled cell is a number as numbers; empty cells, "NA" and the like as missing."""
     out = {}
+    absent: dict[str, int] = {}
     for name in frame.columns:
         column = frame[name].replace("", np.nan).infer_objects()
+        gone = column.isin(_NOT_AVAILABLE)
+        if gone.any():
+            absent[str(name)] = int(gone.sum())
+            column = column.where(~gone, np.nan)
         numbers = pd.to_numeric(column, errors="coerce")
-        out[name] = numbers if numbers.notna().equals(column.notna()) else column
+        if not numbers.notna().equals(column.notna()):
+            numbers = _marked_numbers(str(name), column, source, report)
+        out[name] = column if numbers is None else numbers
+    if absent:
+        told = some([f"{name} ({count})" for name, count in absent.items()])
+        report.add("note", "na-labels", "labels", f"cells of {' or '.join(_SHOWN)} and the like are missing, in {told}")
     return pd.DataFrame(out, index=frame.index)
+
+
+def _marked_numbers(name: str, column: pd.Series, source: str, report: CohortReport) -> pd.Series | None:
+    """The numbers of a column of text with decimal commas or marks between thousands; None where it is text."""
+    cells = [cell for cell in column.dropna() if isinstance(cell, str)]
+    if not any("," in cell for cell in cells):
+        return None
+    try:
+        marks = numbers_of(Path(source), cells)
+    except ExaonePathError:
+        marked = next(cell for cell in cells if "," in cell)
+        report.add(
+            "warning",
+            "numbers",
+            "labels",
+            f"column {name!r} is taken as text: its numbers, such as {marked!r}, can be read in two ways; write them "
+            "with a decimal point and nothing between thousands",
+        )
+        return None
+    plain = column.map(lambda cell: plain_number(cell, marks) if isinstance(cell, str) else cell)
+    numbers = pd.to_numeric(plain, errors="coerce")
+    if not marks.told or not numbers.notna().equals(column.notna()):
+        return None
+    report.add("note", "numbers", "labels", f"column {name!r} is taken as numbers with {marks.told}")
+    return numbers

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
+from exaonepath.alignment.data.matrices import RawMatrix
 from exaonepath.alignment.data.patient_ids import tcga_patient
 from exaonepath.alignment.data.report import CohortReport, some
-from exaonepath.alignment.data.tables import ModalityTable, RawMatrix
+from exaonepath.alignment.data.tables import ModalityTable
 
 Orientation = Literal["auto", "patients_by_features", "features_by_patients"]
 
@@ -64,7 +65,7 @@ def orient(
             "read",
             name,
             f"{table.source}: {len(table.patients)} patients x {len(table.features)} features, patients in {side} "
-            f"({why})",
+            f"({', '.join(filter(None, [why, matrices[name].told]))})",
         )
         known_patients.update(table.patients)
         known_features.update(table.features)

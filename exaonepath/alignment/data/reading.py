@@ -6,12 +6,20 @@ from pathlib import Path
 
 import pandas as pd
 
+from exaonepath.alignment.data.annotation import ask_about_strangers, note_left_out, without_annotation
 from exaonepath.alignment.data.config import OMICS, CohortConfig, ModalitySource
-from exaonepath.alignment.data.formats import read_anndata, read_gistic, read_maf, read_mudata
-from exaonepath.alignment.data.orientation import orient
+from exaonepath.alignment.data.dialect import sample_of
+from exaonepath.alignment.data.formats import format_of_header, read_anndata, read_gistic, read_maf, read_mudata
+from exaonepath.alignment.data.frames import read_frame
+from exaonepath.alignment.data.id_columns import patient_column
+from exaonepath.alignment.data.matrices import RawMatrix, read_matrix
+from exaonepath.alignment.data.names import clean_name
+from exaonepath.alignment.data.orientation import is_feature_name, orient
+from exaonepath.alignment.data.patient_ids import tcga_patient
 from exaonepath.alignment.data.report import CohortReport, some
-from exaonepath.alignment.data.tables import ModalityTable, RawMatrix, read_frame, read_matrix
-from exaonepath.errors import ExaonePathError
+from exaonepath.alignment.data.tables import ModalityTable
+from exaonepath.alignment.data.text_files import UNREADABLE, is_parquet
+from exaonepath.errors import DataFileError, ExaonePathError
 
 
 def read_tables(config: CohortConfig, report: CohortReport) -> tuple[dict[str, ModalityTable], pd.DataFrame]:
@@ -49,44 +57,84 @@ def read_tables(config: CohortConfig, report: CohortReport) -> tuple[dict[str, M
             matrices[name] = read
         else:
             tables[name] = read
-    patients = _ids(config).union(obs.index.astype(str), *(table.patients for table in tables.values()))
+    people, labels = _named(config)
+    patients = people.union(obs.index.map(clean_name), *(table.patients for table in tables.values()))
     features = frozenset().union(*(table.features for table in tables.values()))
-    told = {name: config.modalities[name].orientation for name in matrices}
-    tables |= orient(matrices, told, report, patients=patients, features=features)
+    sources = {name: config.modalities[name] for name in matrices}
+    turned = orient(
+        matrices,
+        {name: source.orientation for name, source in sources.items()},
+        report,
+        patients=patients,
+        features=features,
+    )
+    for name, table in turned.items():
+        if matrices[name].left_out:
+            note_left_out(name, table.source, matrices[name].left_out, report)
+        turned[name] = without_annotation(name, table, sources[name].annotation or (), report)
+    ask_about_strangers(
+        turned,
+        {name: source.annotation for name, source in sources.items()},
+        report,
+        patients=patients,
+        features=features,
+        labels=[label for label in labels.union(map(str, obs.columns)) if not is_feature_name(label)],
+        same=_patient_of_barcode if config.patient_ids == "tcga" else str,
+    )
+    tables |= turned
     return {name: tables[name] for name in OMICS if name in tables}, obs
+
+
+def _patient_of_barcode(sample: str) -> str:
+    found = tcga_patient(sample)
+    return sample if found is None else found[0]
 
 
 def _read(name: str, source: ModalitySource, report: CohortReport) -> ModalityTable | RawMatrix:
     kind = source.format if source.format != "auto" else _format(Path(source.path))
     if kind == "maf":
+        if name != "snp":
+            raise DataFileError(f"{source.path} is a MAF, which holds mutations: it is of snp, not of {name}")
         return read_maf(source.path, report)
     if kind == "gistic":
-        return read_gistic(source.path)
+        return read_gistic(source.path, decimal=source.decimal)
     if kind == "anndata":
         return read_anndata(source.path, source.key or name)
-    return read_matrix(source.path)
+    return read_matrix(source.path, decimal=source.decimal, annotation=source.annotation or ())
 
 
 def _format(path: Path) -> str:
+    """By the name where it says it, else by the header."""
     name = path.name.lower().removesuffix(".gz")
     if name.endswith(".maf") or name.endswith(".maf.txt"):
         return "maf"
     if name.endswith("by_genes.txt"):
         return "gistic"
-    return "anndata" if name.endswith((".h5ad", ".h5mu")) else "matrix"
+    if name.endswith((".h5ad", ".h5mu")):
+        return "anndata"
+    try:
+        header = sample_of(path).header if path.is_file() and not is_parquet(path) else ()
+    except UNREADABLE:
+        header = ()  # told by whoever reads the file
+    return format_of_header(header) or "matrix"
 
 
-def _ids(config: CohortConfig) -> set[str]:
-    """Patient ids that the tables of slides and labels name: they tell how a matrix lies (checked later)."""
+def _named(config: CohortConfig) -> tuple[set[str], set[str]]:
+    """Patients that the tables of slides and labels name, and columns of the labels.
+
+    They tell how a matrix lies and what in it is no patient; the tables themselves are checked later.
+    """
     ids: set[str] = set()
-    for path in (config.slides, config.labels):
+    columns: set[str] = set()
+    for path, told in ((config.slides, None), (config.labels, config.id_column)):
+        if path is None:
+            continue
         try:
-            frame = None if path is None else read_frame(path)
+            frame = read_frame(path)
+            column = patient_column(list(map(str, frame.columns)), str(path), told)
         except ExaonePathError:
             continue
-        if frame is None:
-            continue
-        for column in frame.columns:
-            if str(column).strip().lower() == "patient":
-                ids.update(frame[column].astype(str).str.strip())
-    return ids - {""}
+        ids.update(frame[column].map(clean_name))
+        if path == config.labels:
+            columns.update(str(name) for name in frame.columns if name != column)
+    return ids - {""}, columns

@@ -87,9 +87,14 @@ class CohortError(ExaonePathError):
 
     def __init__(self, report: CohortReport) -> None:
         self.report = report
-        reasons = [f"{f.where}: {f.message}" for f in report.errors]
+        super().__init__("\n".join(self.lines))
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """A head, and a line for each reason."""
+        reasons = [f"{f.where}: {f.message}" for f in self.report.errors]
         head = "the cohort cannot be used" + (f", for {len(reasons)} reasons" if len(reasons) > 1 else "")
-        super().__init__(f"{head}:\n" + "\n".join(f"  - {reason}" for reason in reasons))
+        return (f"{head}:", *(f"  - {reason}" for reason in reasons))
 
     def __reduce__(self) -> tuple[type[CohortError], tuple[CohortReport]]:
         return CohortError, (self.report,)  # from a worker process to the main one

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from exaonepath.alignment.data.frames import read_frame
+from exaonepath.alignment.data.id_columns import patient_column
+from exaonepath.alignment.data.names import clean_name
 from exaonepath.alignment.data.patient_ids import PatientIds, tcga_patient
 from exaonepath.alignment.data.report import CohortReport, some
-from exaonepath.alignment.data.tables import read_frame
-from exaonepath.errors import ExaonePathError, UnfinishedFileError
+from exaonepath.errors import DataFileError, ExaonePathError, UnfinishedFileError
 from exaonepath.files.features import ATTRIBUTES, read_features
 from exaonepath.files.hdf5 import open_h5
 
@@ -85,17 +87,18 @@ def read_slides(
     except ExaonePathError as exc:
         report.add("error", "unreadable", "slides", str(exc))
         return SlideTable()
-    frame.columns = [str(name).strip().lower() for name in frame.columns]
-    missing = [name for name in ("patient", "features") if name not in frame.columns]
-    if missing:
-        report.add(
-            "error", "no-column", "slides", f"{path} lacks the column(s) {', '.join(missing)}; it has {list(frame)}"
-        )
+    frame.columns = [clean_name(name).lower() for name in frame.columns]
+    try:
+        if "features" not in frame.columns:
+            raise DataFileError(f"{path} lacks the column features; it has {list(frame)}")
+        frame = frame.rename(columns={patient_column(list(frame.columns), str(path)): "patient"})
+    except ExaonePathError as exc:
+        report.add("error", "no-column", "slides", str(exc))
         return SlideTable()
     frame = frame.astype(object).where(frame.notna(), "")  # None or NaN in Parquet, by the version of pandas
     rows = []
     for at, entry in enumerate(frame.itertuples(index=False), start=2):
-        record = {name: str(getattr(entry, name, "") or "").strip() for name in _COLUMNS}
+        record = {name: clean_name(getattr(entry, name, "") or "") for name in _COLUMNS}
         if not record["patient"] or not record["features"]:
             report.add("error", "empty-cell", "slides", f"{path}, line {at}: patient or features is empty")
             continue

@@ -32,12 +32,15 @@ _MAX_WIDTH = 2**16
 _MAX_FFN_RATIO = 1024
 _MAX_FOUNDATION = 2**20
 _MAX_MODALITIES = 32
+_MAX_PATIENTS = 2**31
 
 _OMICS_DEFAULTS: dict[str, Any] = {
     "feature_names": [],
     "scale": "any",
     "transform": "none",
     "clip": None,
+    "counted_features": None,
+    "n_patients": 0,
     "embed_dim": 256,
     "ffn_ratio": 4.0,
     "ffn_layer": "swiglu",
@@ -52,10 +55,11 @@ def complete_omics_cfg(cfg: Mapping[str, Any], where: str = "omics encoder") -> 
 
     Keys: `feature_names` (the manifest, in the order of the weights), `scale` (what the measured values are: "tpm",
     "beta", ...), `transform` ("none", "log1p", "cpm_log1p": before they are standardised), `clip` (bound of the
-    standardised values, or None), `embed_dim` (width of the embedding), `ffn_ratio`
-    and `ffn_layer` (SwiGLU hidden width, as in the slide encoder), `dropout` (on the embedding and after the FFN),
-    `input_dropout` (share of input features set to their training mean in training), `foundation` (None, or {"dim":
-    width of its output, "fingerprint": of its weights, or None}).
+    standardised values, or None), `counted_features` (for counts: names beside `feature_names` that were added up to a
+    patient's total in training; None: not known), `n_patients` (how many the statistics come from; 0: not known),
+    `embed_dim` (width of the embedding), `ffn_ratio` and `ffn_layer` (SwiGLU hidden width, as in the slide encoder),
+    `dropout` (on the embedding and after the FFN), `input_dropout` (share of input features set to their training mean
+    in training), `foundation` (None, or {"dim": width of its output, "fingerprint": of its weights, or None}).
 
     Raises:
         ConfigError: an unknown key, or a value that no encoder can be built from.
@@ -72,6 +76,13 @@ def complete_omics_cfg(cfg: Mapping[str, Any], where: str = "omics encoder") -> 
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ConfigError(f"{where}: {len(twice)} feature names are there twice: {', '.join(twice[:5])}")
+    counted = out["counted_features"]
+    if counted is not None:
+        if isinstance(counted, str | Mapping) or not isinstance(counted, Iterable):
+            raise ConfigError(f"{where}: counted_features must be a list of names, or null, got {shown(counted)}")
+        out["counted_features"] = [str(name) for name in counted]
+    if not is_integer(out["n_patients"], 0, _MAX_PATIENTS):
+        raise ConfigError(f"{where}: n_patients must be an integer, 0 or more, got {shown(out['n_patients'])}")
     if not is_integer(out["embed_dim"], 1, _MAX_WIDTH):
         raise ConfigError(
             f"{where}: embed_dim must be an integer from 1 to {_MAX_WIDTH}, got {shown(out['embed_dim'])}"

@@ -37,6 +37,10 @@ class OmicsEncoder(nn.Module):
         self.name = name
         self.transform, self.scale, self.clip = cfg["transform"], cfg["scale"], cfg["clip"]
         self.feature_names: tuple[str, ...] = tuple(cfg["feature_names"])
+        counted: list[str] | None = cfg["counted_features"]
+        #: all that training added up to a patient's total; empty: not known
+        self.measured = () if counted is None else (*self.feature_names, *counted)
+        self.n_patients: int = cfg["n_patients"]
         self.foundation_cfg: dict[str, Any] | None = cfg["foundation"]
         # Frozen and not ours to ship: kept out of the parameters, so out of the checkpoint and of the optimiser.
         self._foundation: list[nn.Module] = []

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from exaonepath.alignment.data.standardizer import Scaling
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
 from exaonepath.alignment.model.configuration import WSI, ExaonePathAlignmentConfig
 from exaonepath.alignment.training.data import TrainingData
@@ -36,6 +37,8 @@ def build_model(settings: TrainSettings, data: TrainingData) -> ExaonePathAlignm
             "scale": scaling.scale,
             "transform": scaling.transform,
             "clip": data.standardizer.clip,
+            "counted_features": _counted_besides(scaling),
+            "n_patients": scaling.n_patients,
         }
         for name, scaling in data.standardizer.scalings.items()
     }
@@ -66,6 +69,14 @@ def build_model(settings: TrainSettings, data: TrainingData) -> ExaonePathAlignm
     nn.init.constant_(model.loss.bias, settings.loss.b_init)
     prepare_model(model, model_settings)
     return model
+
+
+def _counted_besides(scaling: Scaling) -> list[str] | None:
+    """Names that were added up to a patient's total and are no inputs: without them the run's cohort looks foreign."""
+    if scaling.transform != "cpm_log1p" or not scaling.measured:
+        return None
+    read = set(scaling.features)
+    return [name for name in scaling.measured if name not in read]
 
 
 def load_initial_model(
@@ -109,7 +120,7 @@ def _omics_settings(
     tables: Mapping[str, Any], names: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Settings of every encoder, and those in a table named like a modality."""
-    own = ("feature_names", "scale", "transform", "clip", "foundation")
+    own = ("feature_names", "scale", "transform", "clip", "counted_features", "n_patients", "foundation")
     single = {name: dict(value) for name, value in tables.items() if isinstance(value, Mapping)}
     shared = {key: value for key, value in tables.items() if not isinstance(value, Mapping)}
     if strange := sorted(set(single) - set(names)):

@@ -54,6 +54,7 @@ def load_training_cohort(settings: DataSettings) -> Cohort:
             modalities=sources,
             slides=settings.slides,
             labels=settings.labels,
+            id_column=settings.id_column,
             patient_ids=settings.patient_ids,  # type: ignore[arg-type]
             scales=settings.scales,
             missing=settings.missing,  # type: ignore[arg-type]
@@ -150,7 +151,9 @@ def standardizer_of(model: ExaonePathAlignmentModel) -> Standardizer:
             raise SettingsError(f"{name}: profiles go to the foundation model as measured; there is no standardizer")
         clips.add(encoder.clip)
         mean, std = encoder.mean.float().cpu().numpy(), encoder.std.float().cpu().numpy()
-        scalings[name] = Scaling(encoder.feature_names, encoder.scale, encoder.transform, mean, std, 0)
+        scalings[name] = Scaling(
+            encoder.feature_names, encoder.scale, encoder.transform, mean, std, encoder.n_patients, encoder.measured
+        )
     if len(clips) > 1:
         raise SettingsError(f"the modalities of the model are clipped at different bounds: {sorted(map(str, clips))}")
     return Standardizer(scalings, clips.pop() if clips else None)

@@ -20,7 +20,8 @@ class DataSettings:
     """What is trained on; paths in a settings file count from its folder.
 
     Attributes:
-        mudata, slides, labels, patient_ids, scales, missing, min_modalities, check_features: see `CohortConfig`.
+        mudata, slides, labels, id_column, patient_ids, scales, missing, min_modalities, check_features: see
+            `CohortConfig`.
         tables: modality to the keys of `ModalitySource`, for modalities that are files of their own.
         modalities: those to train with; empty: all that the cohort holds.
         stratify: label column by which the split is stratified; None: not stratified.
@@ -38,6 +39,7 @@ class DataSettings:
     tables: dict[str, dict[str, Any]] = field(default_factory=dict)
     slides: str | None = None
     labels: str | None = None
+    id_column: str | None = None
     patient_ids: str = "as_is"
     scales: dict[str, str] = field(default_factory=dict)
     missing: str = "error"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from exaonepath.alignment.training.settings import TrainSettings, build_settings
 from exaonepath.errors import ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from exaonepath.alignment.training.settings import TrainSettings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,6 +35,19 @@ def read_settings(
     Raises:
         ConfigError: not TOML, an unknown key (named), or a value of the wrong type or range.
     """
+    from exaonepath.alignment.training.settings import build_settings
+
+    return build_settings(read_tables(path, overrides, values=values))
+
+
+def read_tables(
+    path: Path | None, overrides: Iterable[str] = (), *, values: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The tables of a settings file with flags over it, as `read_settings` takes them, not yet checked.
+
+    Raises:
+        ConfigError: not TOML, or a flag that is none.
+    """
     tables: dict[str, Any] = {}
     if path is not None:
         try:
@@ -47,7 +62,7 @@ def read_settings(
         _put(tables, name.strip(), _value(text.strip(), override))
     for name, value in (values or {}).items():
         _put(tables, name, value)
-    return build_settings(tables)
+    return tables
 
 
 def _put(tables: dict[str, Any], name: str, value: Any) -> None:

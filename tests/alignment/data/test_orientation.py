@@ -6,9 +6,9 @@ import pytest
 
 from exaonepath.alignment.data.cohort import load_cohort
 from exaonepath.alignment.data.config import CohortConfig, ModalitySource
+from exaonepath.alignment.data.matrices import RawMatrix
 from exaonepath.alignment.data.orientation import is_feature_name, orient
 from exaonepath.alignment.data.report import CohortError, CohortReport
-from exaonepath.alignment.data.tables import RawMatrix
 
 PEOPLE = tuple(f"p{n}" for n in range(30))
 OTHERS = tuple(f"s{n}" for n in range(30))

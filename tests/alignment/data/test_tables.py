@@ -10,10 +10,10 @@ import pytest
 
 from exaonepath.alignment.data import tables
 from exaonepath.alignment.data.formats import read_dense
+from exaonepath.alignment.data.frames import read_frame
+from exaonepath.alignment.data.matrices import read_matrix as read_raw
 from exaonepath.alignment.data.orientation import orient
 from exaonepath.alignment.data.report import CohortReport
-from exaonepath.alignment.data.tables import read_frame
-from exaonepath.alignment.data.tables import read_matrix as read_raw
 from exaonepath.errors import DataFileError
 
 VALUES = np.array([[1.5, 0, 3], [0.25, np.nan, 6]], np.float32)  # 2 patients, 3 genes

@@ -78,3 +78,23 @@ def test_errors_are_told_in_a_line(file, tmp_path, arguments, named):
     assert named in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_tables_of_any_writing_and_the_column_of_ids(tmp_path):
+    """What the settings and the flags say of tables reaches whoever reads them."""
+    people = [f"P{i:02}" for i in range(12)]
+    header = ";".join(["gene", "Rank", *people])
+    rows = [";".join([f"G{g}", str(g), *(f"{g + i},{i}" for i in range(12))]) for g in range(5)]
+    for name in ("rna", "cnv"):
+        (tmp_path / f"{name}.csv").write_text("\n".join([header, *rows]) + "\n")
+    (tmp_path / "people.csv").write_text("Kennung,age\n" + "".join(f"{p},60\n" for p in people))
+    path = tmp_path / "settings.toml"
+    table = "{{ path = '{}.csv', decimal = ',', annotation = ['Rank'], orientation = 'features_by_patients' }}"
+    path.write_text("[data.tables]\n" + "".join(f"{name} = {table.format(name)}\n" for name in ("rna", "cnv")))
+    labels = ["--labels", tmp_path / "people.csv"]
+    told = call(path, "-o", tmp_path / "run", "--dry-run", *labels)
+    assert told.exit_code == 1
+    assert "--id-column" in told.stderr
+    done = call(path, "-o", tmp_path / "run", "--dry-run", *labels, "--id-column", "Kennung", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert "train: 8 patients (rna 8, cnv 8)" in done.stderr

@@ -1,0 +1,114 @@
+"""What is wrong with a table is told by the command before torch is imported, in a moment."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("mudata", reason="needs the extra `train`")
+
+from exaonepath.alignment.early_checks import check_headers, tables_of_evaluation
+from exaonepath.alignment.training.settings_file import read_tables
+from exaonepath.errors import ExaonePathError
+
+HEAVY = ("torch", "transformers", "pandas", "anndata")
+# The command as its script starts it, then what had been imported by the time it ended.
+AS_SCRIPT = f"""
+import sys
+sys.argv = ["exaonepath", *sys.argv[1:]]
+from exaonepath.__main__ import main
+try:
+    main()
+finally:
+    print([name for name in {HEAVY!r} if name in sys.modules])
+"""
+
+
+@pytest.fixture
+def call(tmp_path):
+    """`call(arguments)`: (exit status, standard error, what heavy was imported)."""
+
+    def run(*arguments):
+        command = [sys.executable, "-c", AS_SCRIPT, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+        return done.returncode, done.stderr, done.stdout.splitlines()[-1]
+
+    return run
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A cohort whose labels call their ids in a way of their own."""
+    (tmp_path / "rna.tsv").write_text("gene\tp1\tp2\nTP53\t1\t2\n")
+    (tmp_path / "labels.csv").write_text("Kennung;age\np1;60\np2;61\n")
+    (tmp_path / "slides.csv").write_text("patient,features\np1,a.h5\n")
+    (tmp_path / "s.toml").write_text(
+        "[data]\nlabels = 'labels.csv'\nslides = 'slides.csv'\n[data.tables]\nrna = { path = 'rna.tsv' }\n"
+    )
+    return tmp_path
+
+
+def test_a_wrong_id_column_is_told_before_anything_heavy_is_imported(call, files):
+    status, told, imported = call("train", files / "s.toml", "--out", files / "run")
+    assert status == 1
+    assert told.splitlines()[0] == "error: the cohort cannot be used:"
+    assert "labels.csv lacks the column patient; it has 'Kennung', 'age'" in told
+    assert "--id-column" in told
+    assert imported == "[]"
+    assert not (files / "run").exists()
+
+
+@pytest.mark.parametrize("cohort", ["folder", "settings", "run"])
+def test_evaluate_looks_as_well(call, files, cohort):
+    (files / "run").mkdir()
+    data = {"labels": str(files / "labels.csv"), "slides": None}
+    (files / "run" / "settings.json").write_text(json.dumps({"settings": {"data": data}}))
+    arguments = {"folder": [files], "settings": [files / "s.toml"], "run": []}[cohort]
+    status, told, imported = call("evaluate", files / "run", *arguments)
+    assert (status, imported) == (1, "[]")
+    assert "'Kennung'" in told
+
+
+def test_every_problem_is_told_on_its_line(call, files):
+    (files / "labels.csv").write_bytes("patient\tage\np1\t60\n".encode("utf-16"))
+    (files / "slides.csv").write_text("patient,file\np1,a.h5\n")
+    status, told, imported = call("train", files / "s.toml", "--set", "data.tables.cnv.path=nowhere\x1b.tsv")
+    assert (status, imported) == (1, "[]")
+    assert told.splitlines()[0] == "error: the cohort cannot be used, for 3 reasons:"
+    assert "slides: " in told
+    assert "lacks the column features" in told
+    assert "UTF-16" in told
+    assert "nowhere\\x1b.tsv: no such file" in told
+
+
+def test_settings_that_cannot_be_read_are_told_as_early(call):
+    status, told, imported = call("train", "nowhere.toml")
+    assert status == 1
+    assert "error: settings file nowhere.toml cannot be read" in told
+    assert imported == "[]"
+
+
+@pytest.mark.parametrize("data", [None, 3, {}, {"labels": 3}, {"tables": 3}, {"tables": {"rna": 3}}, {"id_column": 3}])
+def test_settings_of_another_type_are_left_to_their_own_checks(data):
+    check_headers(data)
+
+
+def test_the_option_names_the_column(files):
+    def refused(*overrides):
+        try:
+            check_headers(read_tables(files / "s.toml", overrides)["data"])
+        except ExaonePathError:
+            return True
+        return False
+
+    assert refused()
+    assert not refused("data.id_column=Kennung")
+    assert not refused("data.id_column=kennung")
+    assert refused("data.id_column=Nummer")
+
+
+def test_what_an_evaluation_reads(files):
+    assert tables_of_evaluation(files / "nothing", None, None) is None
+    assert tables_of_evaluation(files / "run", files, "Kennung")["id_column"] == "Kennung"
+    assert tables_of_evaluation(files / "run", files / "s.toml", None)["labels"] == str(files / "labels.csv")
