@@ -17,7 +17,7 @@ HEAVY = ("torch", "transformers", "pandas", "anndata")
 AS_SCRIPT = f"""
 import sys
 sys.argv = ["exaonepath", *sys.argv[1:]]
-from exaonepath.__main__ import main
+from exaonepath.cli.app import main
 try:
     main()
 finally:
