@@ -1,8 +1,9 @@
-"""Text that is safe to show: names of files may hold anything."""
+"""Text for people: safe to show, since names of files may hold anything, and short, since lists may be long."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 
 # Control, format (bidirectional overrides, zero-width), surrogate, private use, line and paragraph separators.
 _ESCAPED = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
@@ -21,3 +22,10 @@ def _escaped(character: str) -> str:
     if ord(character) < 128:
         return f"\\x{ord(character):02x}"
     return character.encode("ascii", "backslashreplace").decode()
+
+
+def few(names: Iterable[object], limit: int = 5) -> str:
+    """ "a, b, c, ... (12 in all)": the first names and how many there are."""
+    names = list(names)
+    shown = ", ".join(map(str, names[:limit]))
+    return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 
 from exaonepath.alignment.data.cohort import Cohort
-from exaonepath.alignment.data.report import some
 from exaonepath.alignment.metrics.geometry import alignment, effective_rank, uniformity
 from exaonepath.alignment.metrics.missing import (
     Subset,
@@ -29,6 +28,7 @@ from exaonepath.alignment.metrics.survival import cox_probe
 from exaonepath.alignment.subject import Subject, open_subject
 from exaonepath.alignment.training.validation import EmbeddedPatients
 from exaonepath.errors import SettingsError
+from exaonepath.text import few
 
 logger = logging.getLogger(__name__)
 
@@ -199,14 +199,14 @@ def _follow_up(
     raw = pd.Series(column(subject, patients, settings.time))
     time = pd.to_numeric(raw, errors="coerce")
     if wrong := sorted({str(v) for v in raw[time.isna() & raw.notna()]}):
-        raise SettingsError(f"column {settings.time} must hold times, got {some(wrong)}; name another with --time")
+        raise SettingsError(f"column {settings.time} must hold times, got {few(wrong)}; name another with --time")
     events = pd.Series(column(subject, patients, settings.event))
     words = events.map(lambda v: str(v).strip().lower())
     event = words.map(_EVENTS)
     if wrong := sorted({str(v) for v in events[event.isna() & events.notna()]}):
         raise SettingsError(
             f"column {settings.event} must say whether the event was seen (1 or 0, true or false, deceased or living), "
-            f"got {some(wrong)}; name another with --event"
+            f"got {few(wrong)}; name another with --event"
         )
     known = time.notna() & event.notna()
     return time.to_numpy(np.float64), event.fillna(0).to_numpy() > 0, known.to_numpy(bool)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exaonepath.alignment.data.report import some
 from exaonepath.alignment.data.splits import Split
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
 from exaonepath.alignment.subject import Subject, load_model, open_cohort
@@ -15,6 +14,7 @@ from exaonepath.alignment.training.data import TrainingData, standardizer_of
 from exaonepath.alignment.training.distributed import Processes
 from exaonepath.alignment.training.validation import EmbeddedPatients
 from exaonepath.errors import SettingsError
+from exaonepath.text import few
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Alignment:
         known, settings = open_cohort(self.model, self.run, where, by_name=by_name)
         wanted = known.patients if patients is None else tuple(patients)
         if unknown := sorted(set(wanted) - set(known.patients)):
-            raise SettingsError(f"the cohort has no patient {some(unknown)}")
+            raise SettingsError(f"the cohort has no patient {few(unknown)}")
         everybody = Split({"train": (), "val": (), "test": known.patients})  # nobody is trained on
         data = TrainingData(known, everybody, standardizer_of(self.model), settings, 0)
         return Subject(self.model, data, False, self.processes).embed(wanted)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from exaonepath.alignment.data.cohort import Cohort
-from exaonepath.alignment.data.report import some
 from exaonepath.alignment.data.splits import Split
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
 from exaonepath.alignment.training.data import (
@@ -30,6 +29,7 @@ from exaonepath.alignment.training.settings import DataSettings, build_settings
 from exaonepath.alignment.training.settings_file import read_settings
 from exaonepath.alignment.training.validation import EmbeddedPatients, embed_patients
 from exaonepath.errors import DataFileError, SettingsError
+from exaonepath.text import few
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def _apart_from_training(run: Path | None, model: ExaonePathAlignmentModel, coho
             logger.warning(
                 "%d of the cohort's patients trained the model and are not held out: %s",
                 len(trained),
-                some(sorted(trained)),
+                few(sorted(trained)),
             )
     elif model.config.provenance.get("cohort_hash") == cohort.fingerprint:
         logger.warning("the model was trained on this very cohort; name its split, or all patients count as held out")

@@ -18,6 +18,7 @@ from exaonepath.errors import DataFileError, ForeignFileError, UnfinishedFileErr
 from exaonepath.files.artifact import Kind
 from exaonepath.files.hdf5 import StoredFile, open_h5
 from exaonepath.files.hdf5_output import atomic_h5
+from exaonepath.text import few
 
 Rows = tuple[np.ndarray, np.ndarray]  # indices int64 [b], features float32 [b, D]
 
@@ -195,7 +196,7 @@ def _features(path: Path, file: StoredFile, expected_dim: int | None) -> np.ndar
         bad += (start + np.flatnonzero(~np.isfinite(part).all(axis=1))).tolist()
     if bad:
         raise DataFileError(
-            f"{path}: {len(bad)} of {len(features)} feature rows hold NaN or infinity (row {_first(bad)}); "
+            f"{path}: {len(bad)} of {len(features)} feature rows hold NaN or infinity (row {few(bad)}); "
             "extract them again"
         )
     return features
@@ -225,7 +226,3 @@ def read_failures(path: Path, file: StoredFile) -> tuple[PatchFailure, ...]:
     return tuple(
         PatchFailure(int(i), int(x), int(y), reason) for i, (x, y), reason in zip(index, coords, reasons, strict=True)
     )
-
-
-def _first(rows: list[int]) -> str:
-    return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")

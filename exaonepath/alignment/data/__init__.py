@@ -17,15 +17,8 @@ for _package in ("anndata", "pandas", "pyarrow", "scipy"):
 if TYPE_CHECKING:
     from exaonepath.alignment.data.checks import SCALES
     from exaonepath.alignment.data.cohort import Cohort, load_cohort
-    from exaonepath.alignment.data.config import MODALITIES, OMICS, WSI, CohortConfig, ModalitySource
-    from exaonepath.alignment.data.dataset import (
-        PatientBatch,
-        PatientDataset,
-        PatientRow,
-        SlidePatches,
-        collate_patients,
-        pad_slides,
-    )
+    from exaonepath.alignment.data.config import CohortConfig, ModalitySource
+    from exaonepath.alignment.data.dataset import PatientDataset, PatientRow, collate_patients
     from exaonepath.alignment.data.manifest import FeatureManifest
     from exaonepath.alignment.data.report import CohortError, CohortReport, Finding
     from exaonepath.alignment.data.sampling import choose_patches, epoch_order
@@ -38,8 +31,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "checks": "SCALES",
     "cohort": "Cohort load_cohort",
-    "config": "MODALITIES OMICS WSI CohortConfig ModalitySource",
-    "dataset": "PatientBatch PatientDataset PatientRow SlidePatches collate_patients pad_slides",
+    "config": "CohortConfig ModalitySource",
+    "dataset": "PatientDataset PatientRow collate_patients",
     "manifest": "FeatureManifest",
     "report": "CohortError CohortReport Finding",
     "sampling": "choose_patches epoch_order",
@@ -67,10 +60,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "MODALITIES",
-    "OMICS",
     "SCALES",
-    "WSI",
     "Cohort",
     "CohortConfig",
     "CohortError",
@@ -80,12 +70,10 @@ __all__ = [
     "ModalitySource",
     "ModalityTable",
     "OmicsRows",
-    "PatientBatch",
     "PatientDataset",
     "PatientRow",
     "Scaling",
     "Slide",
-    "SlidePatches",
     "SlideTable",
     "Split",
     "Standardizer",
@@ -94,6 +82,5 @@ __all__ = [
     "collate_patients",
     "epoch_order",
     "load_cohort",
-    "pad_slides",
     "split_patients",
 ]

@@ -14,8 +14,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import numpy as np
 
 from exaonepath.alignment.data.names import gene_of_date, is_no_name
-from exaonepath.alignment.data.report import CohortReport, some
+from exaonepath.alignment.data.report import CohortReport
 from exaonepath.alignment.data.tables import ModalityTable
+from exaonepath.text import few
 
 _OF_FEATURES = """
     hugosymbol hugogenesymbol hgncsymbol hgncid symbol gene genes genename genenames genesymbol genesymbols
@@ -78,7 +79,7 @@ def note_left_out(where: str, source: str, names: Sequence[str], report: CohortR
         "note",
         "annotation",
         where,
-        f"{source}: {len(names)} row(s) or column(s) of annotation left out: {some(names)}",
+        f"{source}: {len(names)} row(s) or column(s) of annotation left out: {few(names)}",
         features=names,
     )
 
@@ -136,7 +137,7 @@ def _ask(where: str, source: str, what: str, names: Sequence[str], why: str, rep
         "error",
         "annotation",
         where,
-        f"{source}: whether {some(names)} are {what} or annotation cannot be told: {why}; set its `annotation` to "
+        f"{source}: whether {few(names)} are {what} or annotation cannot be told: {why}; set its `annotation` to "
         f"[{answer}] to leave them out, or to [] where they are {what}",
         features=names,
     )

@@ -9,8 +9,9 @@ from typing import Literal
 import numpy as np
 
 from exaonepath.alignment.data.names import check_names
-from exaonepath.alignment.data.report import CohortReport, some
+from exaonepath.alignment.data.report import CohortReport
 from exaonepath.alignment.data.tables import ModalityTable
+from exaonepath.text import few
 
 Missing = Literal["error", "mean"]
 DuplicateFeatures = Literal["error", "mean"]
@@ -128,7 +129,7 @@ def check_table(
             "note",
             "no-values",
             modality,
-            f"{len(names)} patient(s) have no value at all, taken as not measured: {some(names)}",
+            f"{len(names)} patient(s) have no value at all, taken as not measured: {few(names)}",
             patients=names,
         )
         table = table.take(np.setdiff1d(np.arange(len(table.patients)), figures.all_missing_rows))
@@ -192,8 +193,8 @@ def _check_finite(
             "warning" if missing == "mean" else "error",
             "missing-values",
             modality,
-            f"{figures.n_missing} value(s) missing (NaN), in {len(who)} patient(s): {some(who)}; in {len(what)} "
-            f"feature(s): {some(what)}; {done}",
+            f"{figures.n_missing} value(s) missing (NaN), in {len(who)} patient(s): {few(who)}; in {len(what)} "
+            f"feature(s): {few(what)}; {done}",
             patients=who,
             features=what,
         )
@@ -203,7 +204,7 @@ def _check_finite(
             "error",
             "infinite-values",
             modality,
-            f"{figures.n_infinite} value(s) are infinite, in patient(s) {some(who)}, feature(s) {some(what)}; a log of "
+            f"{figures.n_infinite} value(s) are infinite, in patient(s) {few(who)}, feature(s) {few(what)}; a log of "
             "zero, perhaps",
             patients=who,
             features=what,
@@ -262,7 +263,7 @@ def _without_tallies(modality: str, table: ModalityTable, report: CohortReport) 
         "note",
         "no-features",
         modality,
-        f"{len(names)} column(s) tally unassigned reads (of HTSeq or STAR) and were left out: {some(names)}",
+        f"{len(names)} column(s) tally unassigned reads (of HTSeq or STAR) and were left out: {few(names)}",
         features=names,
     )
     kept = np.setdiff1d(np.arange(len(table.features)), tallies)
@@ -287,7 +288,7 @@ def _unique_features(
             "error",
             "duplicate-features",
             modality,
-            f"{len(twice)} feature name(s) occur more than once: {some(twice)}; mend them, or choose "
+            f"{len(twice)} feature name(s) occur more than once: {few(twice)}; mend them, or choose "
             "`duplicate_features: mean`",
             features=twice,
         )
@@ -296,7 +297,7 @@ def _unique_features(
         "note",
         "duplicate-features",
         modality,
-        f"{len(twice)} feature name(s) occur more than once and were averaged: {some(twice)}",
+        f"{len(twice)} feature name(s) occur more than once and were averaged: {few(twice)}",
         features=twice,
     )
     columns: dict[str, list[int]] = {}

@@ -11,15 +11,17 @@ import numpy as np
 import pandas as pd
 
 from exaonepath.alignment.data.checks import check_table
-from exaonepath.alignment.data.config import MODALITIES, WSI, CohortConfig
+from exaonepath.alignment.data.config import CohortConfig
 from exaonepath.alignment.data.formats import sparse_where_smaller
 from exaonepath.alignment.data.labels import read_labels
 from exaonepath.alignment.data.patient_ids import tcga_patient, to_patients
 from exaonepath.alignment.data.reading import read_tables
-from exaonepath.alignment.data.report import CohortReport, some
+from exaonepath.alignment.data.report import CohortReport
 from exaonepath.alignment.data.slides import SlideTable, read_slides
 from exaonepath.alignment.data.tables import ModalityTable
+from exaonepath.alignment.modalities import MODALITIES, WSI
 from exaonepath.errors import SettingsError
+from exaonepath.text import few
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,7 @@ class Cohort:
         wanted = set(patients)
         unknown = sorted(wanted - set(self.patients))
         if unknown:
-            raise SettingsError(f"{len(unknown)} patient(s) are not in the cohort: {some(unknown)}")
+            raise SettingsError(f"{len(unknown)} patient(s) are not in the cohort: {few(unknown)}")
         keep = [at for at, patient in enumerate(self.patients) if patient in wanted]
         return Cohort(
             tuple(self.patients[at] for at in keep),
@@ -147,11 +149,9 @@ def _assemble(
     everyone = sorted(frozenset().union(*owners.values()))
     count = {patient: sum(patient in ids for ids in owners.values()) for patient in everyone}
     patients = tuple(patient for patient in everyone if count[patient] >= min_modalities)
-    few = [patient for patient in everyone if count[patient] < min_modalities]
+    sparse = [patient for patient in everyone if count[patient] < min_modalities]
     if not patients:
-        shown = "; ".join(
-            f"{name}: {len(ids)} patients, such as {some(sorted(ids), 2)}" for name, ids in owners.items()
-        )
+        shown = "; ".join(f"{name}: {len(ids)} patients, such as {few(sorted(ids), 2)}" for name, ids in owners.items())
         barcodes = any(tcga_patient(patient) for patient in everyone)
         advice = (
             "; if these are barcodes of samples, `patient_ids: tcga` takes the patient from them" if barcodes else ""
@@ -162,13 +162,13 @@ def _assemble(
             "cohort",
             f"no patient has {min_modalities} modalities or more ({shown or 'nothing was read'}){advice}",
         )
-    elif few:
+    elif sparse:
         report.add(
             "note",
             "too-few-modalities",
             "cohort",
-            f"{len(few)} patient(s) have fewer than {min_modalities} modalities and were left out: {some(few)}",
-            patients=few,
+            f"{len(sparse)} patient(s) have fewer than {min_modalities} modalities and were left out: {few(sparse)}",
+            patients=sparse,
         )
     kept = frozenset(patients)
     unused = [name for name, ids in owners.items() if patients and not ids & kept]
@@ -180,8 +180,8 @@ def _assemble(
             "error" if named else "warning",
             "unused-modality",
             name,
-            f"none of its {len(owners[name])} patients ({some(sorted(owners[name]), 3)}) has another modality; the "
-            f"others have patients such as {some(others, 3)}; "
+            f"none of its {len(owners[name])} patients ({few(sorted(owners[name]), 3)}) has another modality; the "
+            f"others have patients such as {few(others, 3)}; "
             + ("mend the ids, or leave it out of the settings" if named else "left out"),
             patients=sorted(owners[name]),
         )

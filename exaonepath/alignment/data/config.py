@@ -13,11 +13,8 @@ from exaonepath.alignment.data.dialect import Decimal
 from exaonepath.alignment.data.orientation import Orientation
 from exaonepath.alignment.data.patient_ids import PatientIds
 from exaonepath.alignment.data.slides import FeatureCheck
+from exaonepath.alignment.modalities import MODALITIES, OMICS
 from exaonepath.errors import SettingsError
-
-WSI = "wsi"
-OMICS = ("rna", "snp", "cnv", "methylation")
-MODALITIES = (WSI, *OMICS)
 
 Format = Literal["auto", "matrix", "maf", "gistic", "anndata"]
 

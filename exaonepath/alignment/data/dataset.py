@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,32 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from exaonepath.alignment.batch import PatientBatch, SlidePatches
 from exaonepath.alignment.data.cohort import Cohort
-from exaonepath.alignment.data.config import MODALITIES, WSI
 from exaonepath.alignment.data.sampling import choose_patches, stream
 from exaonepath.alignment.data.slides import Slide
 from exaonepath.alignment.data.standardizer import Standardizer
+from exaonepath.alignment.modalities import MODALITIES, WSI
 from exaonepath.errors import DataFileError, SettingsError
 from exaonepath.files.features import FeatureSet, read_features
 
 SlideChoice = Literal["one", "all", "rows"]
-
-
-@dataclass(frozen=True)
-class SlidePatches:
-    """Patches of one slide.
-
-    Attributes:
-        slide: its id.
-        features: float32 [N, C].
-        coords: int32 [N, 2], (x, y) at level 0 in pixels.
-        contour_index: int32 [N].
-    """
-
-    slide: str
-    features: Tensor
-    coords: Tensor
-    contour_index: Tensor
 
 
 @dataclass(frozen=True)
@@ -58,49 +42,6 @@ class PatientRow:
     slides: tuple[SlidePatches, ...]
     omics: dict[str, Tensor]
     available: Tensor
-
-
-@dataclass(frozen=True)
-class PatientBatch:
-    """Rows of patients together; slides stay ragged.
-
-    Attributes:
-        patients: B ids.
-        patient_index: int64 [B].
-        slides: S slides of the whole batch, row by row.
-        slide_row: int64 [S], the row of each slide.
-        omics: modality to float32 [B, F].
-        available: bool [B, 5], in the order of `MODALITIES`.
-    """
-
-    patients: tuple[str, ...]
-    patient_index: Tensor
-    slides: tuple[SlidePatches, ...]
-    slide_row: Tensor
-    omics: dict[str, Tensor]
-    available: Tensor
-
-    def __len__(self) -> int:
-        return len(self.patients)
-
-    def map(self, move: Any) -> PatientBatch:
-        """The batch with `move` (Tensor to Tensor) applied to every tensor."""
-        slides = tuple(
-            replace(s, features=move(s.features), coords=move(s.coords), contour_index=move(s.contour_index))
-            for s in self.slides
-        )
-        omics = {name: move(values) for name, values in self.omics.items()}
-        return PatientBatch(
-            self.patients, move(self.patient_index), slides, move(self.slide_row), omics, move(self.available)
-        )
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PatientBatch:
-        """The batch on a device."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> PatientBatch:
-        """The batch in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
-        return self.map(Tensor.pin_memory)
 
 
 class PatientDataset(Dataset[PatientRow]):
@@ -210,7 +151,7 @@ class PatientDataset(Dataset[PatientRow]):
             rows = choose_patches(coords, contours, self.patch_budget, rng)
             features, coords, contours = features[rows], coords[rows], contours[rows]
         # Copies: what a caller does to a row in place must not reach the cache.
-        return SlidePatches(slide.slide, *(torch.tensor(array) for array in (features, coords, contours)))
+        return SlidePatches(torch.tensor(features), torch.tensor(coords), torch.tensor(contours), slide.slide)
 
 
 class FeatureCache:
@@ -248,31 +189,18 @@ def _n_bytes(features: FeatureSet) -> int:
 
 
 def collate_patients(rows: Sequence[PatientRow]) -> PatientBatch:
-    """Rows to a batch; slides stay apart (pad with `pad_slides`, or pack them)."""
-    counts = torch.tensor([len(row.slides) for row in rows], dtype=torch.int64)
+    """Rows to a batch; slides are joined, one after the other, without padding."""
     names = rows[0].omics if rows else {}
-    return PatientBatch(
+    there = (
+        torch.stack([row.available for row in rows]) if rows else torch.zeros((0, len(MODALITIES)), dtype=torch.bool)
+    )
+    has_slides = any(row.slides for row in rows)
+    held = [name for name in MODALITIES if name in names or (name == WSI and has_slides)]
+    return PatientBatch.build(
+        len(rows),
+        [row.slides for row in rows] if has_slides else None,
+        {name: torch.stack([row.omics[name] for row in rows]) for name in names},
+        {name: there[:, MODALITIES.index(name)] for name in held},
         tuple(row.patient for row in rows),
         torch.tensor([row.patient_index for row in rows], dtype=torch.int64),
-        tuple(slide for row in rows for slide in row.slides),
-        torch.repeat_interleave(torch.arange(len(rows)), counts),
-        {name: torch.stack([row.omics[name] for row in rows]) for name in names},
-        torch.stack([row.available for row in rows]) if rows else torch.zeros((0, len(MODALITIES)), dtype=torch.bool),
     )
-
-
-def pad_slides(slides: Sequence[SlidePatches]) -> dict[str, Tensor]:
-    """The slide encoder's arguments for ragged slides; no slide at all is an error of the caller.
-
-    Returns:
-        `patch_features` [S, N, C], `patch_mask` bool [S, N], `patch_coords` int32 [S, N, 2] and `patch_contour_index`
-        int32 [S, N], N the longest slide's number of patches.
-    """
-    pad = torch.nn.utils.rnn.pad_sequence
-    lengths = torch.tensor([len(slide.features) for slide in slides], device=slides[0].features.device)
-    return {
-        "patch_features": pad([slide.features for slide in slides], batch_first=True),
-        "patch_mask": torch.arange(int(lengths.max()), device=lengths.device)[None] < lengths[:, None],
-        "patch_coords": pad([slide.coords for slide in slides], batch_first=True),
-        "patch_contour_index": pad([slide.contour_index for slide in slides], batch_first=True),
-    }

@@ -18,12 +18,13 @@ from scipy import sparse
 from exaonepath.alignment.data.dialect import sample_of
 from exaonepath.alignment.data.matrices import read_annotated_matrix
 from exaonepath.alignment.data.names import clean_name
-from exaonepath.alignment.data.report import CohortReport, some
+from exaonepath.alignment.data.report import CohortReport
 from exaonepath.alignment.data.tables import BLOCK_VALUES, ModalityTable
 from exaonepath.alignment.data.text_files import UNREADABLE, check_file, short_reason
 from exaonepath.alignment.data.variants import sort_terms
 from exaonepath.errors import DataFileError
 from exaonepath.files.hdf5 import open_h5_tree
+from exaonepath.text import few
 
 _MAF_COLUMNS = ("Hugo_Symbol", "Tumor_Sample_Barcode", "Variant_Classification")
 _GISTIC_ANNOTATION = ("gene symbol", "gene id", "locus id", "cytoband")
@@ -67,7 +68,7 @@ def read_maf(path: str | os.PathLike[str], report: CohortReport) -> ModalityTabl
         raise DataFileError(f"{path} cannot be read as a MAF ({short_reason(exc)})") from exc
     changing, unknown = sort_terms(frame["Variant_Classification"])
     if unknown:
-        counted = some([f"{term or 'nothing'} ({count})" for term, count in unknown.items()])
+        counted = few([f"{term or 'nothing'} ({count})" for term, count in unknown.items()])
         told = f"{path}: variant class(es) {counted} are neither of the MAF specification nor terms of VEP"
         if sum(unknown.values()) == len(frame):
             raise DataFileError(f"{told}, and there are no others: nothing says which variants change a protein")

@@ -15,8 +15,9 @@ from exaonepath.alignment.data.frames import read_frame
 from exaonepath.alignment.data.id_columns import patient_column
 from exaonepath.alignment.data.names import clean_name
 from exaonepath.alignment.data.patient_ids import PatientIds, tcga_patient, tumour_rows
-from exaonepath.alignment.data.report import CohortReport, some
+from exaonepath.alignment.data.report import CohortReport
 from exaonepath.errors import ExaonePathError
+from exaonepath.text import few
 
 # What R, spreadsheets and the clinical tables of TCGA write where nothing is known; in a column of ids it is an id.
 _NOT_AVAILABLE = ("NA", "N/A", "#N/A", "nan", "NaN", "[Not Available]", "[Not Applicable]")
@@ -47,8 +48,8 @@ class Labels:
                 "error",
                 "no-common-labels",
                 "labels",
-                f"{self.source} names none of the cohort's {len(patients)} patients (such as {some(patients[:3])}); "
-                f"it names {some(sorted(self.named), 3) or 'nobody'}; mend the ids, or leave the labels out",
+                f"{self.source} names none of the cohort's {len(patients)} patients (such as {few(patients[:3])}); "
+                f"it names {few(sorted(self.named), 3) or 'nobody'}; mend the ids, or leave the labels out",
             )
         elif lacking:
             report.add(
@@ -56,7 +57,7 @@ class Labels:
                 "lacking-labels",
                 "labels",
                 f"{len(lacking)} of {len(patients)} patients have no row in {self.source}, their labels are missing: "
-                f"{some(lacking)}",
+                f"{few(lacking)}",
                 patients=lacking,
             )
 
@@ -105,8 +106,8 @@ def _one_row_a_patient(frame: pd.DataFrame, ids: PatientIds, source: str, report
                 "error",
                 "conflicting-labels",
                 "labels",
-                f"{source}: {len(who)} patient(s) have rows that differ in {column!r}: {some(who)} (of {who[0]}: "
-                f"{some(values, 3)}); keep one value a patient",
+                f"{source}: {len(who)} patient(s) have rows that differ in {column!r}: {few(who)} (of {who[0]}: "
+                f"{few(values, 3)}); keep one value a patient",
                 patients=who,
             )
         return frame.groupby(level=0).first()
@@ -114,7 +115,7 @@ def _one_row_a_patient(frame: pd.DataFrame, ids: PatientIds, source: str, report
         "error",
         "duplicate-patients",
         "labels",
-        f"{source}: {len(twice)} patient id(s) occur more than once: {some(twice)}; keep one row a patient",
+        f"{source}: {len(twice)} patient id(s) occur more than once: {few(twice)}; keep one row a patient",
         patients=twice,
     )
     return frame[~frame.index.duplicated()]
@@ -135,7 +136,7 @@ def _numbers_where_all(frame: pd.DataFrame, source: str, report: CohortReport) -
             numbers = _marked_numbers(str(name), column, source, report)
         out[name] = column if numbers is None else numbers
     if absent:
-        told = some([f"{name} ({count})" for name, count in absent.items()])
+        told = few([f"{name} ({count})" for name, count in absent.items()])
         report.add("note", "na-labels", "labels", f"cells of {' or '.join(_SHOWN)} and the like are missing, in {told}")
     return pd.DataFrame(out, index=frame.index)
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.alignment.data.report import CohortReport, some
+from exaonepath.alignment.data.report import CohortReport
 from exaonepath.alignment.data.tables import ModalityTable
 from exaonepath.errors import ConfigError
 from exaonepath.files.artifact import settings_hash
+from exaonepath.text import few
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class FeatureManifest:
                 "error",
                 "no-common-features",
                 modality,
-                f"none of the model's {len(names)} features (such as {some(names, 3)}) is among the cohort's "
-                f"{len(table.features)} (such as {some(table.features, 3)}); are these other identifiers?",
+                f"none of the model's {len(names)} features (such as {few(names, 3)}) is among the cohort's "
+                f"{len(table.features)} (such as {few(table.features, 3)}); are these other identifiers?",
                 features=lacking,
             )
         elif lacking:
@@ -79,7 +80,7 @@ class FeatureManifest:
                 "lacking-features",
                 modality,
                 f"{len(lacking)} of the model's {len(names)} features are not in the cohort and are filled with the "
-                f"training mean: {some(lacking)}",
+                f"training mean: {few(lacking)}",
                 features=lacking,
             )
         unused = len(table.features) - (len(names) - len(lacking))
@@ -90,7 +91,7 @@ class FeatureManifest:
                 "note",
                 "unused-features",
                 modality,
-                f"{unused} feature(s) of the cohort are not the model's and are left out: {some(others)}",
+                f"{unused} feature(s) of the cohort are not the model's and are left out: {few(others)}",
                 features=others,
             )
         return columns
@@ -124,12 +125,12 @@ def check_totals(
     told, follows = [], []
     if surplus:
         told.append(
-            f"{len(surplus)} are surplus ({some([table.features[at] for at in surplus], 3)}) and hold "
+            f"{len(surplus)} are surplus ({few([table.features[at] for at in surplus], 3)}) and hold "
             f"{100 * share:.2g}% of the counts"
         )
         follows.append(f"the others are put to {100 * (1 - share):.3g}% of what they would be")
     if lacking:
-        told.append(f"{len(lacking)} are lacking ({some(lacking, 3)})")
+        told.append(f"{len(lacking)} are lacking ({few(lacking, 3)})")
         follows.append("the others are put too high by the share of the lacking")
     doubt = (
         "" if measured or not surplus else "; if training had these too and dropped them (`top_variance`), all is well"

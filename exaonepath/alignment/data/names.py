@@ -10,7 +10,8 @@ import datetime
 import re
 from collections.abc import Sequence
 
-from exaonepath.alignment.data.report import CohortReport, some
+from exaonepath.alignment.data.report import CohortReport
+from exaonepath.text import few
 
 # Blanks that str.strip leaves: of no width, and a byte order mark.
 _INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
@@ -72,7 +73,7 @@ def check_names(where: str, patients: Sequence[str], features: Sequence[str], re
                 "warning",
                 "na-names",
                 where,
-                f"{len(called)} {what}(s) are called {some(sorted(set(called)))}: kept as they are; where this stands "
+                f"{len(called)} {what}(s) are called {few(sorted(set(called)))}: kept as they are; where this stands "
                 "for a name that was not found, remove them",
                 patients=called if what == "patient" else (),
                 features=called if what == "feature" else (),
@@ -80,7 +81,7 @@ def check_names(where: str, patients: Sequence[str], features: Sequence[str], re
     dates = {name: gene for name in features if (gene := gene_of_date(name))}
     # Five digits are a day only among names: among Entrez ids they are one more id.
     if any(not name.isdigit() for name in dates) or sum(name.isdigit() for name in features) < len(features) / 2:
-        told = some([f"{name} for {gene}" for name, gene in dates.items()])
+        told = few([f"{name} for {gene}" for name, gene in dates.items()])
     else:
         return
     if dates:

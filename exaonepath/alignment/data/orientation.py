@@ -10,8 +10,9 @@ from typing import Literal
 
 from exaonepath.alignment.data.matrices import RawMatrix
 from exaonepath.alignment.data.patient_ids import tcga_patient
-from exaonepath.alignment.data.report import CohortReport, some
+from exaonepath.alignment.data.report import CohortReport
 from exaonepath.alignment.data.tables import ModalityTable
+from exaonepath.text import few
 
 Orientation = Literal["auto", "patients_by_features", "features_by_patients"]
 
@@ -95,8 +96,8 @@ def orient(
                 "error",
                 "unknown-orientation",
                 name,
-                f"{matrix.source}: whether its {len(matrix.rows)} rows ({some(matrix.rows, 3)}) or its "
-                f"{len(matrix.columns)} columns ({some(matrix.columns, 3)}) are the patients cannot be told: neither "
+                f"{matrix.source}: whether its {len(matrix.rows)} rows ({few(matrix.rows, 3)}) or its "
+                f"{len(matrix.columns)} columns ({few(matrix.columns, 3)}) are the patients cannot be told: neither "
                 "slides, labels nor another table names only the one; set its `orientation` to patients_by_features "
                 "(patients in rows) or features_by_patients",
             )
@@ -129,7 +130,7 @@ def _vote(sides: _Sides, patients: Set[str], features: Set[str]) -> tuple[int, s
     known, names = (people[0], named[1]) if margin > 0 else (people[1], named[0])
     if known:
         return margin, f"{known} ids known to be patients"
-    return margin, f"{len(names)} names on the other side are of features, such as {some(sorted(names)[:2])}"
+    return margin, f"{len(names)} names on the other side are of features, such as {few(sorted(names)[:2])}"
 
 
 def _shared_side(sides: Mapping[str, _Sides], a: str, b: str) -> tuple[int, dict[str, bool]] | None:

@@ -9,8 +9,9 @@ from typing import Literal
 import numpy as np
 from scipy import sparse
 
-from exaonepath.alignment.data.report import CohortReport, some
+from exaonepath.alignment.data.report import CohortReport
 from exaonepath.alignment.data.tables import ModalityTable
+from exaonepath.text import few
 
 PatientIds = Literal["as_is", "tcga"]
 
@@ -45,7 +46,7 @@ def to_patients(table: ModalityTable, ids: PatientIds, where: str, report: Cohor
                 "error",
                 "no-tcga-barcode",
                 where,
-                f"{len(strange)} id(s) are no TCGA barcodes: {some(strange)}; drop `patient_ids: tcga`, or mend them",
+                f"{len(strange)} id(s) are no TCGA barcodes: {few(strange)}; drop `patient_ids: tcga`, or mend them",
                 patients=strange,
             )
         types = {row: entry[1] for row, entry in enumerate(parsed) if entry is not None}
@@ -62,7 +63,7 @@ def to_patients(table: ModalityTable, ids: PatientIds, where: str, report: Cohor
             "error",
             "duplicate-patients",
             where,
-            f"{len(twice)} patient id(s) occur more than once: {some(twice)}; keep one row a patient",
+            f"{len(twice)} patient id(s) occur more than once: {few(twice)}; keep one row a patient",
             patients=twice,
         )
         first = {name: at for at, name in reversed(list(enumerate(names)))}
@@ -85,7 +86,7 @@ def tumour_rows(
             "note",
             "normal-samples",
             where,
-            f"{len(normal)} sample(s) of normal tissue left out: {some([samples[row] for row in normal])}",
+            f"{len(normal)} sample(s) of normal tissue left out: {few([samples[row] for row in normal])}",
             patients=[samples[row] for row in normal],
         )
     kept = [row for row in range(len(names)) if types.get(row, _NO_TYPE) not in _NORMAL]
@@ -100,7 +101,7 @@ def tumour_rows(
             "further-samples",
             where,
             f"{len(others)} further tumour sample(s) of patients with an earlier sample type left out: "
-            f"{some([samples[row] for row in others])}",
+            f"{few([samples[row] for row in others])}",
             patients=[samples[row] for row in others],
         )
     dropped = set(others)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from exaonepath.alignment.data.annotation import ask_about_strangers, note_left_out, without_annotation
-from exaonepath.alignment.data.config import OMICS, CohortConfig, ModalitySource
+from exaonepath.alignment.data.config import CohortConfig, ModalitySource
 from exaonepath.alignment.data.dialect import sample_of
 from exaonepath.alignment.data.formats import format_of_header, read_anndata, read_gistic, read_maf, read_mudata
 from exaonepath.alignment.data.frames import read_frame
@@ -16,10 +16,12 @@ from exaonepath.alignment.data.matrices import RawMatrix, read_matrix
 from exaonepath.alignment.data.names import clean_name
 from exaonepath.alignment.data.orientation import is_feature_name, orient
 from exaonepath.alignment.data.patient_ids import tcga_patient
-from exaonepath.alignment.data.report import CohortReport, some
+from exaonepath.alignment.data.report import CohortReport
 from exaonepath.alignment.data.tables import ModalityTable
 from exaonepath.alignment.data.text_files import UNREADABLE, is_parquet
+from exaonepath.alignment.modalities import OMICS
 from exaonepath.errors import DataFileError, ExaonePathError
+from exaonepath.text import few
 
 
 def read_tables(config: CohortConfig, report: CohortReport) -> tuple[dict[str, ModalityTable], pd.DataFrame]:
@@ -42,7 +44,7 @@ def read_tables(config: CohortConfig, report: CohortReport) -> tuple[dict[str, M
                 "warning" if tables else "error",
                 "unknown-modality",
                 "cohort",
-                f"{config.mudata} holds modalities of other names, left out: {some(others)}; known are "
+                f"{config.mudata} holds modalities of other names, left out: {few(others)}; known are "
                 f"{', '.join(OMICS)} (name one through `modalities` with its `key`)",
             )
     matrices: dict[str, RawMatrix] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -98,10 +98,3 @@ class CohortError(ExaonePathError):
 
     def __reduce__(self) -> tuple[type[CohortError], tuple[CohortReport]]:
         return CohortError, (self.report,)  # from a worker process to the main one
-
-
-def some(names: Sequence[str] | Iterable[str], limit: int = 5) -> str:
-    """ "a, b, c, ... (12 in all)": the first names and how many there are."""
-    names = list(names)
-    shown = ", ".join(map(str, names[:limit]))
-    return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"

@@ -12,10 +12,11 @@ from exaonepath.alignment.data.frames import read_frame
 from exaonepath.alignment.data.id_columns import patient_column
 from exaonepath.alignment.data.names import clean_name
 from exaonepath.alignment.data.patient_ids import PatientIds, tcga_patient
-from exaonepath.alignment.data.report import CohortReport, some
+from exaonepath.alignment.data.report import CohortReport
 from exaonepath.errors import DataFileError, ExaonePathError, UnfinishedFileError
 from exaonepath.files.features import ATTRIBUTES, read_features
 from exaonepath.files.hdf5 import open_h5
+from exaonepath.text import few
 
 FeatureCheck = Literal["full", "header"]
 _COLUMNS = ("patient", "slide", "features")
@@ -121,7 +122,7 @@ def _from_barcodes(rows: list[tuple[str, str, Path]], report: CohortReport) -> l
             "error",
             "no-tcga-barcode",
             "slides",
-            f"{len(strange)} patient id(s) are no TCGA barcodes: {some(strange)}",
+            f"{len(strange)} patient id(s) are no TCGA barcodes: {few(strange)}",
             patients=strange,
         )
     return [(entry[0], *row[1:]) for row, entry in zip(rows, parsed, strict=True) if entry is not None]
@@ -138,7 +139,7 @@ def _check_unique(rows: list[tuple[str, str, Path]], report: CohortReport) -> No
                 "error",
                 "duplicate-slides",
                 "slides",
-                f"{len(twice)} {what}(s) are listed more than once: {some(twice)}",
+                f"{len(twice)} {what}(s) are listed more than once: {few(twice)}",
             )
 
 
@@ -152,7 +153,7 @@ def _check_files(
             "no-features-file",
             "slides",
             f"the features file of {len(absent)} slide(s) is missing: "
-            f"{some([f'{slide} (patient {patient}): {file}' for patient, slide, file in absent])}",
+            f"{few([f'{slide} (patient {patient}): {file}' for patient, slide, file in absent])}",
             patients=[patient for patient, _, _ in absent],
         )
     slides: list[Slide] = []
@@ -183,7 +184,7 @@ def _check_files(
             "warning",
             "empty-slide",
             "slides",
-            f"{len(empty)} slide(s) have no patch and were left out: {some([slide.slide for slide in empty])}",
+            f"{len(empty)} slide(s) have no patch and were left out: {few([slide.slide for slide in empty])}",
             patients=[slide.patient for slide in empty],
         )
         slides = [slide for slide in slides if slide.n_patches]
@@ -202,7 +203,7 @@ def _one_width(slides: list[Slide], report: CohortReport, expected_dim: int | No
             "feature-width",
             "slides",
             f"{len(others)} slide(s) have features of another width than {usual}, which {whose}: "
-            f"{some([f'{slide.slide} ({slide.dim})' for slide in others])}",
+            f"{few([f'{slide.slide} ({slide.dim})' for slide in others])}",
             patients=[slide.patient for slide in others],
         )
     return [slide for slide in slides if slide.dim == usual]

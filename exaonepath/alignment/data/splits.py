@@ -14,9 +14,9 @@ from types import MappingProxyType
 
 import pandas as pd
 
-from exaonepath.alignment.data.report import some
 from exaonepath.errors import DataFileError, SettingsError
 from exaonepath.files.atomic import write_text
+from exaonepath.text import few
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def split_patients(
     patients = sorted(patients)
     twice = sorted({a for a, b in pairwise(patients) if a == b})
     if twice:
-        raise SettingsError(f"{len(twice)} patient id(s) occur more than once: {some(twice)}")
+        raise SettingsError(f"{len(twice)} patient id(s) occur more than once: {few(twice)}")
     if not fractions or min(fractions.values()) <= 0 or abs(sum(fractions.values()) - 1) > 1e-6:
         raise SettingsError(f"fractions must be positive and add up to 1, got {dict(fractions)}")
     strata: dict[str, list[str]] = {}
@@ -142,5 +142,5 @@ def _warn_of_singles(column: str, strata: Mapping[str, Sequence[str]]) -> None:
             len(alone),
             len(strata),
             column,
-            some(alone, 3),
+            few(alone, 3),
         )

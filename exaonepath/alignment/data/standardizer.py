@@ -13,12 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from exaonepath.alignment.data.cohort import Cohort
-from exaonepath.alignment.data.config import OMICS
 from exaonepath.alignment.data.manifest import FeatureManifest, check_totals
-from exaonepath.alignment.data.report import CohortReport, some
+from exaonepath.alignment.data.report import CohortReport
 from exaonepath.alignment.data.tables import ModalityTable
+from exaonepath.alignment.modalities import OMICS
 from exaonepath.errors import DataFileError, SettingsError
 from exaonepath.files.atomic import atomic_path
+from exaonepath.text import few
 
 _FORMAT = "exaonepath-standardizer-1"
 
@@ -274,7 +275,11 @@ def _fit(name: str, table: ModalityTable, settings: StandardizerSettings, report
         if mask.any():
             names = [table.features[at] for at in np.flatnonzero(mask)]
             report.add(
-                "note", code, name, f"{len(names)} feature(s) {what} and were dropped: {some(names)}", features=names
+                "note",
+                code,
+                name,
+                f"{len(names)} feature(s) {what} and were dropped: {few(names)}",
+                features=names,
             )
     kept = np.flatnonzero(~never & ~constant)
     if not len(kept):

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from exaonepath.alignment.model.batch import PatientBatch, SlideBatch, SlidePatches
-from exaonepath.alignment.model.configuration import WSI, ExaonePathAlignmentConfig, complete_omics_cfg
+from exaonepath.alignment.batch import PatientBatch, SlideBatch, SlidePatches
+from exaonepath.alignment.modalities import WSI
+from exaonepath.alignment.model.configuration import ExaonePathAlignmentConfig, complete_omics_cfg
 from exaonepath.alignment.model.fusion import fuse
 from exaonepath.alignment.model.loss import PairwiseSigmoidLoss
 from exaonepath.alignment.model.manifest import match_features

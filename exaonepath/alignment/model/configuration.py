@@ -8,14 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from exaonepath.alignment.modalities import OMICS, WSI
 from exaonepath.encoders.base_configuration import ExaonePathPretrainedConfig, check_size, is_integer
 from exaonepath.encoders.configuration import FFN_ALIGN, complete_wsi_cfg, ffn_parameters, wsi_parameters
 from exaonepath.errors import ConfigError
 from exaonepath.files.strict_json import shown
-
-WSI = "wsi"
-# The order of the paper; pairs are formed, and embeddings listed, in it.
-OMICS = ("rna", "snp", "cnv", "methylation")
 
 # How F-RoPE is altered for an ablation; the weights fit in every mode.
 ROPE_MODES = {

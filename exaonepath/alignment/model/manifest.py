@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from exaonepath.errors import WeightsError
+from exaonepath.text import few
 
 logger = logging.getLogger(__name__)
-
-_SHOWN = 8
 
 
 def match_features(modality: str, wanted: Sequence[str], found: Sequence[str], *, by_name: bool = False) -> Tensor:
@@ -38,7 +37,7 @@ def match_features(modality: str, wanted: Sequence[str], found: Sequence[str], *
     if not lacking:
         return places
     differences = "; ".join(
-        f"{len(names)} of {of} {what}: {_some(names)}"
+        f"{len(names)} of {of} {what}: {few(names, 8)}"
         for names, of, what in (
             (lacking, len(wanted), "features of the model are not in the table"),
             (surplus, len(found), "features of the table are unknown to the model"),
@@ -60,7 +59,3 @@ def take_features(values: Tensor, places: Tensor) -> Tensor:
     """Columns of `values` [B, F] in the model's order [B, len(places)]; NaN, the mark of a missing value, where -1."""
     taken = values[:, places.clamp(min=0)]
     return torch.where(places >= 0, taken, torch.nan)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

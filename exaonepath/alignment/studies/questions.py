@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from exaonepath.alignment.data.cohort import WSI
+from exaonepath.alignment.modalities import WSI
 from exaonepath.errors import SettingsError
 
 

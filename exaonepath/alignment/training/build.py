@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from exaonepath.alignment.data.standardizer import Scaling
+from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
-from exaonepath.alignment.model.configuration import WSI, ExaonePathAlignmentConfig
+from exaonepath.alignment.model.configuration import ExaonePathAlignmentConfig
 from exaonepath.alignment.training.data import TrainingData
 from exaonepath.alignment.training.settings import ModelSettings, TrainSettings
 from exaonepath.encoders.loading import load_slide_encoder

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from exaonepath.alignment.data.cohort import MODALITIES, WSI, Cohort, load_cohort
+from exaonepath.alignment.batch import PatientBatch
+from exaonepath.alignment.data.cohort import Cohort, load_cohort
 from exaonepath.alignment.data.config import CohortConfig, ModalitySource
-from exaonepath.alignment.data.dataset import PatientBatch as CohortBatch
 from exaonepath.alignment.data.dataset import PatientDataset, collate_patients
-from exaonepath.alignment.data.report import some
 from exaonepath.alignment.data.slides import SlideTable
 from exaonepath.alignment.data.splits import Split, split_patients
 from exaonepath.alignment.data.standardizer import Scaling, Standardizer, StandardizerSettings
+from exaonepath.alignment.modalities import MODALITIES, WSI
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
-from exaonepath.alignment.model.batch import PatientBatch, SlidePatches
 from exaonepath.alignment.training.batch_plan import PlannedChunk
 from exaonepath.alignment.training.settings import DataSettings
 from exaonepath.alignment.training.step import Chunk
 from exaonepath.alignment.training.typed_tables import build_typed
 from exaonepath.errors import ConfigError, SettingsError
 from exaonepath.files.features import read_features
+from exaonepath.text import few
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def restrict_modalities(cohort: Cohort, modalities: Sequence[str], min_modalitie
         raise SettingsError(f"no patient has {min_modalities} of the modalities {', '.join(modalities)}")
     dropped = [p for p, keep in zip(part.patients, enough, strict=True) if not keep]
     if dropped:
-        logger.info("%d patients have too few of the chosen modalities: %s", len(dropped), some(dropped))
+        logger.info("%d patients have too few of the chosen modalities: %s", len(dropped), few(dropped))
     return part.subset(p for p, keep in zip(part.patients, enough, strict=True) if keep)
 
 
@@ -126,10 +126,10 @@ def load_split(path: Path, cohort: Cohort) -> Split:
     known = {p for part in split.parts.values() for p in part}
     if not known & set(cohort.patients):
         raise SettingsError(
-            f"{path} names {some(sorted(known))}; none of them is in the cohort, which has {some(cohort.patients)}"
+            f"{path} names {few(sorted(known))}; none of them is in the cohort, which has {few(cohort.patients)}"
         )
     if strange := sorted(set(cohort.patients) - known):
-        logger.warning("%d patients are in no part of %s: %s", len(strange), path, some(strange))
+        logger.warning("%d patients are in no part of %s: %s", len(strange), path, few(strange))
     found = split.restricted_to(cohort.patients)
     return Split({name: found.parts.get(name, ()) for name in PARTS}, found.seed, found.stratified_by)
 
@@ -275,8 +275,8 @@ class TrainingData:
         for step, planned in steps:
             chunks = []
             for _, _, seed in planned:
-                batch: CohortBatch = next(loader)
-                chunks.append(Chunk(to_model_batch(batch), batch.patients, batch.patient_index, seed))
+                batch: PatientBatch = next(loader)
+                chunks.append(Chunk(batch, seed))
             yield step, chunks
 
     def evaluation_batches(
@@ -287,7 +287,7 @@ class TrainingData:
         place = {patient: i for i, patient in enumerate(dataset.cohort.patients)}
         for start in range(0, len(rows), max(size, 1)):
             part = list(rows[start : start + max(size, 1)])
-            yield part, to_model_batch(collate_patients([dataset[place[patients[i]]] for i in part]))
+            yield part, collate_patients([dataset[place[patients[i]]] for i in part])
 
     def _evaluation_dataset(self, patients: tuple[str, ...]) -> PatientDataset:
         """All slides, all patches; the one asked for last is kept, with what it has read."""
@@ -300,18 +300,6 @@ class TrainingData:
 
 # Looking for leaks runs every RoPE block twice: a slide as small as this costs nothing.
 _PROBE_PATCHES, _PROBE_TRIES = 4096, 20
-
-
-def to_model_batch(batch: CohortBatch) -> PatientBatch:
-    """The cohort's batch as the model takes it: slides concatenated, availability by name."""
-    slides: list[list[SlidePatches]] = [[] for _ in batch.patients]
-    for row, slide in zip(batch.slide_row.tolist(), batch.slides, strict=True):
-        slides[row].append(SlidePatches(slide.features, slide.coords, slide.contour_index))
-    available = {name: batch.available[:, i] for i, name in enumerate(MODALITIES) if name == WSI or name in batch.omics}
-    has_slides = any(slides)
-    if not has_slides:
-        available.pop(WSI)
-    return PatientBatch.build(len(batch), slides if has_slides else None, batch.omics, available)
 
 
 def available_counts(cohort: Cohort, patients: Sequence[str]) -> dict[str, int]:

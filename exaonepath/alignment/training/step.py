@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from exaonepath.alignment.batch import PatientBatch
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
-from exaonepath.alignment.model.batch import PatientBatch
 from exaonepath.alignment.model.cached_gradients import cached_gradient_step
 from exaonepath.alignment.model.objective import ObjectiveOutput
 from exaonepath.alignment.training.distributed import Processes
-from exaonepath.errors import ExaonePathError
+from exaonepath.errors import ExaonePathError, SettingsError
+from exaonepath.text import few
 
 
 class TrainingError(ExaonePathError):
@@ -31,15 +32,19 @@ class Chunk:
     """Patients embedded together.
 
     Attributes:
-        batch: on the host.
-        patients: their ids, for messages. rows: int64 [B], their numbers, equal for equal patients over all processes.
+        batch: on the host, with ids and numbers of its patients (the same over all processes).
         seed: of the chunk's dropout.
     """
 
     batch: PatientBatch
-    patients: tuple[str, ...]
-    rows: Tensor
     seed: int
+
+    @property
+    def numbers(self) -> Tensor:
+        """int64 [B], one number for all rows of a patient."""
+        if self.batch.patient_index is None:
+            raise SettingsError("a batch to train on needs patient_index: rows of one patient are positives")
+        return self.batch.patient_index
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,8 @@ def accumulate_gradients(
         TrainingError: an embedding or the loss is not finite; names the modality, the pair and the patients.
     """
     names, device = model.modalities, model.loss_device
-    patients = [patient for chunk in chunks for patient in chunk.patients]
-    rows = torch.cat([chunk.rows for chunk in chunks]).to(device)
+    patients = [patient for chunk in chunks for patient in chunk.batch.patients]
+    rows = torch.cat([chunk.numbers for chunk in chunks]).to(device)
     available = {
         name: torch.cat([c.batch.available.get(name, torch.zeros(c.batch.size, dtype=torch.bool)) for c in chunks])
         for name in names
@@ -140,12 +145,8 @@ def _refuse_non_finite(embeddings: Mapping[str, Tensor], patients: Sequence[str]
     if not any(found):
         raise TrainingError("another process found an embedding that is not finite")
     named = [
-        f"{name} of {_some([patients[i] for i in rows.nonzero().view(-1).tolist()])}"
+        f"{name} of {few([patients[i] for i in rows.nonzero().view(-1).tolist()], 8)}"
         for (name, rows), is_bad in zip(bad.items(), found, strict=True)
         if is_bad
     ]
     raise TrainingError(f"embeddings that are not finite: {'; '.join(named)}")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

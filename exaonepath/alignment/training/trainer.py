@@ -45,6 +45,7 @@ from exaonepath.alignment.training.stop_request import StopRequest
 from exaonepath.alignment.training.validation import embed_patients, retrieval_metrics
 from exaonepath.device import resolve_dtype
 from exaonepath.errors import DeviceError, SettingsError, WeightsError
+from exaonepath.text import few
 
 logger = logging.getLogger(__name__)
 
@@ -223,11 +224,11 @@ class Trainer:
             self.processes.sum_gradients(self.parameters)
             norm = self._move()
         except TrainingError as exc:
-            patients = [p for chunk in chunks for p in chunk.patients]
+            patients = [p for chunk in chunks for p in chunk.batch.patients]
             raise TrainingError(
-                f"step {step + 1}: {exc}. Patients of the step on this process: {', '.join(patients[:20])}"
-                f"{', ...' if len(patients) > 20 else ''}. The weights before it are in {self.folder.checkpoints}; a "
-                "lower optimizer.lr, a longer optimizer.warmup or run.precision = bfloat16 are the first things to try"
+                f"step {step + 1}: {exc}. Patients of the step on this process: {few(patients, 20)}. The weights "
+                f"before it are in {self.folder.checkpoints}; a lower optimizer.lr, a longer optimizer.warmup or "
+                "run.precision = bfloat16 are the first things to try"
             ) from exc
         if self.averaged is not None:
             self.averaged.update(self.model, step + 1)

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exaonepath.alignment.batch import PatientBatch
 from exaonepath.alignment.metrics.retrieval import PairEmbeddings, RetrievalScores, cross_modal_retrieval
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel, evaluating
-from exaonepath.alignment.model.batch import PatientBatch
 from exaonepath.alignment.training.distributed import Processes
 
 

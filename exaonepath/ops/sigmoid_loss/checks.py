@@ -14,6 +14,7 @@ from torch import Tensor
 from exaonepath.errors import SettingsError
 from exaonepath.ops.sigmoid_loss.engine import DTYPES
 from exaonepath.ops.sigmoid_loss.pairs import PairwiseInputs
+from exaonepath.text import few
 
 logger = logging.getLogger(__name__)
 
@@ -152,10 +153,9 @@ def check_finite_values(inputs: PairwiseInputs) -> None:
         rows = bad.nonzero()[:, 0].tolist()
         if rows:
             pairs = ", ".join(f"({inputs.names[i]}, {inputs.names[j]})" for i, j in inputs.pairs if m in (i, j))
-            shown = ", ".join(map(str, rows[:_SHOWN_ROWS])) + (", ..." if len(rows) > _SHOWN_ROWS else "")
             raise SettingsError(
-                f"embeddings of {name} hold NaN or infinity in {len(rows)} of {len(h)} rows ({shown}); "
-                f"they would reach the pairs {pairs}"
+                f"embeddings of {name} hold NaN or infinity in {len(rows)} of {len(h)} rows "
+                f"({few(rows, _SHOWN_ROWS)}); they would reach the pairs {pairs}"
             )
     for index, weight in enumerate(inputs.projections):
         if not weight.isfinite().all():

@@ -29,6 +29,7 @@ from exaonepath.slides.features.partial import Block, PartialFile, remove_finish
 from exaonepath.slides.features.preprocessing import PreprocessingConfig, normalise
 from exaonepath.slides.features.reader import PatchBatch, PatchReader
 from exaonepath.slides.image import SlideImage, opened
+from exaonepath.text import few
 from exaonepath.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -260,10 +261,10 @@ def _check_features(features: np.ndarray, batch: PatchBatch, dim: int | None) ->
         raise SettingsError(f"the patch encoder returned {features.shape[1]} numbers a patch, and {dim} before")
     bad = batch.indices[~np.isfinite(features).all(axis=1)]
     if len(bad):
-        shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
         raise BackendError(
             f"the patch encoder gave NaN or infinity for {len(bad)} of {len(features)} patches of a batch "
-            f"(patch {shown}); the weights are broken, or the dtype is too narrow for them: try float32 or bfloat16"
+            f"(patch {few(bad, 10)}); the weights are broken, or the dtype is too narrow for them: try float32 or "
+            "bfloat16"
         )
 
 

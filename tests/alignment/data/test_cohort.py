@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from exaonepath.alignment.data.cohort import load_cohort
-from exaonepath.alignment.data.config import MODALITIES, CohortConfig, ModalitySource
+from exaonepath.alignment.data.config import CohortConfig, ModalitySource
 from exaonepath.alignment.data.report import CohortError
+from exaonepath.alignment.modalities import MODALITIES
 from exaonepath.errors import ExaonePathError, SettingsError
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from exaonepath.alignment.data.config import MODALITIES
-from exaonepath.alignment.data.dataset import FeatureCache, PatientDataset, collate_patients, pad_slides
+from exaonepath.alignment.data.dataset import FeatureCache, PatientDataset, collate_patients
 from exaonepath.alignment.data.standardizer import Standardizer
+from exaonepath.alignment.modalities import MODALITIES
 from exaonepath.errors import DataFileError, SettingsError
 from exaonepath.files.features import read_features
 
@@ -104,23 +104,29 @@ def test_the_three_ways_to_choose_slides(small, standardizer):
     assert names == {s.slide for s in small.slides.of(several[0])}
 
 
-def test_a_batch_keeps_slides_ragged_and_pads_on_demand(small, standardizer):
+def test_a_batch_keeps_slides_ragged(small, standardizer):
     data = PatientDataset(small, standardizer, slides="all")
     short = PatientDataset(small, standardizer, slides="all", patch_budget=11)
-    batch = collate_patients([data[0], short[1], data[2]])
+    rows = [data[0], short[1], data[2]]
+    batch = collate_patients(rows)
     assert len(batch) == 3
-    assert batch.available.shape == (3, len(MODALITIES))
-    assert batch.omics["rna"].shape == (3, standardizer.manifest.dims["rna"])
-    assert batch.slide_row.tolist() == [r for r in range(3) for _ in small.slides.of(small.patients[r])]
-    padded = pad_slides(batch.slides)
-    lengths = [len(slide.features) for slide in batch.slides]
-    assert padded["patch_mask"].sum(1).tolist() == lengths
-    assert len(set(lengths)) == 2
-    for at, slide in enumerate(batch.slides):
-        torch.testing.assert_close(padded["patch_features"][at, : lengths[at]], slide.features, rtol=0, atol=0)
-        assert padded["patch_coords"].dtype == torch.int32
-    assert batch.to("cpu").slides[0].features is not None
-    assert collate_patients([]).available.shape == (0, len(MODALITIES))
+    assert batch.patients == small.patients[:3]
+    assert batch.patient_index.tolist() == [0, 1, 2]
+    assert set(batch.available) == set(MODALITIES)
+    for at, name in enumerate(MODALITIES):
+        assert batch.available[name].tolist() == [bool(row.available[at]) for row in rows]
+    assert batch.profiles["rna"].shape == (3, standardizer.manifest.dims["rna"])
+    assert list(batch.slides.patients) == [r for r in range(3) for _ in small.slides.of(small.patients[r])]
+    slides = [slide for row in rows for slide in row.slides]
+    assert batch.slides.lengths == tuple(len(slide.features) for slide in slides)
+    assert len(set(batch.slides.lengths)) > 1
+    for mine, slide in zip(batch.slides.split(), slides, strict=True):
+        for name in ("features", "coords", "contour_index"):
+            torch.testing.assert_close(getattr(mine, name), getattr(slide, name), rtol=0, atol=0)
+    assert batch.slides.coords.dtype == torch.int32
+    assert batch.to("cpu").slides.features is not None
+    empty = collate_patients([])
+    assert (len(empty), empty.slides, dict(empty.profiles), dict(empty.available)) == (0, None, {}, {})
 
 
 def test_what_a_caller_does_to_a_row_does_not_reach_the_cache(small, standardizer):

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
+from exaonepath.alignment.batch import PatientBatch, SlidePatches
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel, evaluating
-from exaonepath.alignment.model.batch import PatientBatch, SlidePatches
 from exaonepath.alignment.model.configuration import ExaonePathAlignmentConfig, ExaonePathOmicsEncoderConfig
 from exaonepath.alignment.model.fusion import fuse
 from exaonepath.alignment.model.manifest import match_features, take_features

@@ -5,8 +5,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from exaonepath.alignment.batch import PatientBatch, SlidePatches
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
-from exaonepath.alignment.model.batch import PatientBatch, SlidePatches
 from exaonepath.alignment.model.configuration import ExaonePathAlignmentConfig
 from exaonepath.alignment.model.objective import AlignmentObjective
 from exaonepath.alignment.training.distributed import Processes
@@ -38,8 +38,9 @@ def chunk(rows, seed):
         slides.append([] if row == 2 else [SlidePatches(features, coords, torch.randint(0, 2, (n,), generator=g))])
         profiles.append(torch.randn(3, generator=g, dtype=torch.float64))
     there = {"cnv": torch.tensor([row % 3 != 0 for row in rows])}
-    batch = PatientBatch.build(len(rows), slides, {"rna": torch.stack(profiles), "cnv": torch.stack(profiles)}, there)
-    return Chunk(batch, tuple(f"P{row}" for row in rows), torch.tensor(rows), seed)
+    patients = tuple(f"P{row}" for row in rows)
+    values = {"rna": torch.stack(profiles), "cnv": torch.stack(profiles)}
+    return Chunk(PatientBatch.build(len(rows), slides, values, there, patients, torch.tensor(rows)), seed)
 
 
 def gradients(model, chunks, **kwargs):
@@ -86,7 +87,7 @@ def test_one_chunk_is_the_plain_step(model):
     assert len(calls) == 1
     model.zero_grad(set_to_none=True)
     torch.manual_seed(5)
-    AlignmentObjective(model)(embed(one.batch), one.batch.available, one.rows).loss.backward()
+    AlignmentObjective(model)(embed(one.batch), one.batch.available, one.numbers).loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-8, atol=1e-12)
@@ -116,7 +117,7 @@ def test_a_frozen_encoder_gets_no_gradient_and_the_others_keep_theirs(model):
 def test_embeddings_that_are_not_finite_are_named(model, n_chunks):
     chunks = [chunk([0, 1, 4], 1), chunk([5, 7], 2)][:n_chunks]
     chunks[-1].batch.profiles["rna"][1] = torch.inf
-    patient = chunks[-1].patients[1]
+    patient = chunks[-1].batch.patients[1]
     with pytest.raises(TrainingError, match=f"rna of {patient}$"):
         gradients(model, chunks)
 

@@ -1,14 +1,14 @@
-"""What the alignment model reads: patients with ragged slides and molecular profiles, some of them missing."""
+"""Patients with ragged slides and molecular profiles, some missing: what a data set yields and a model reads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from exaonepath.alignment.model.configuration import WSI
+from exaonepath.alignment.modalities import WSI
 from exaonepath.errors import SettingsError
 
 
@@ -20,11 +20,13 @@ class SlidePatches:
         features: [N, C] floating point.
         coords: [N, 2], (x, y) of each patch in level-0 pixels; None: positions unknown, nothing is rotated.
         contour_index: integer [N], tissue fragment of each patch; None: no fragment restriction.
+        slide: id of the slide; empty: not known.
     """
 
     features: Tensor
     coords: Tensor | None = None
     contour_index: Tensor | None = None
+    slide: str = ""
 
     def __post_init__(self) -> None:
         n = self.features.shape[0]
@@ -75,11 +77,26 @@ class SlideBatch:
             tuple(row for row, _ in kept),
         )
 
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def split(self) -> list[SlidePatches]:
+        """The slides one by one, as views."""
+        parts = [
+            [None] * len(self) if part is None else part.split(self.lengths)
+            for part in (self.features, self.coords, self.contour_index)
+        ]
+        return [SlidePatches(*tensors) for tensors in zip(*parts, strict=True)]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> SlideBatch:
+        """The slides with `change` applied to every tensor."""
+        coords = None if self.coords is None else change(self.coords)
+        contours = None if self.contour_index is None else change(self.contour_index)
+        return SlideBatch(change(self.features), coords, contours, self.lengths, self.patients)
+
     def to(self, device: torch.device) -> SlideBatch:
         """The same slides on `device`."""
-        coords = None if self.coords is None else self.coords.to(device, non_blocking=True)
-        contours = None if self.contour_index is None else self.contour_index.to(device, non_blocking=True)
-        return SlideBatch(self.features.to(device, non_blocking=True), coords, contours, self.lengths, self.patients)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -91,12 +108,19 @@ class PatientBatch:
         slides: their slides; None where none has any.
         profiles: modality to [B, F], standardised; rows of patients without the modality hold anything.
         available: modality (the slide included) to bool [B].
+        patients: B ids; empty: not known.
+        patient_index: int64 [B], a number that rows of one patient share (the loss's patient id); None: not known.
     """
 
     size: int
     slides: SlideBatch | None = None
     profiles: Mapping[str, Tensor] = field(default_factory=dict)
     available: Mapping[str, Tensor] = field(default_factory=dict)
+    patients: tuple[str, ...] = ()
+    patient_index: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.size
 
     @staticmethod
     def build(
@@ -104,6 +128,8 @@ class PatientBatch:
         slides: Sequence[Sequence[SlidePatches]] | None = None,
         profiles: Mapping[str, Tensor] | None = None,
         available: Mapping[str, Tensor] | None = None,
+        patients: tuple[str, ...] = (),
+        patient_index: Tensor | None = None,
     ) -> PatientBatch:
         """Fill in what follows from the rest: a patient has the slide modality when there is a patch, and a profile
         when `available` says so, or, where it does not say, when not all of it is NaN.
@@ -127,16 +153,23 @@ class PatientBatch:
         for name, there in available.items():
             if there.shape != (size,) or there.dtype != torch.bool:
                 raise SettingsError(f"{name}: available must be bool [{size}], got {there.dtype} {list(there.shape)}")
-        return PatientBatch(size, joined, profiles, available)
+        return PatientBatch(size, joined, profiles, available, patients, patient_index)
 
-    def to(self, device: torch.device) -> PatientBatch:
-        """The same patients on `device`; `available` stays on the host, where it decides what is computed."""
-        return PatientBatch(
-            self.size,
-            None if self.slides is None else self.slides.to(device),
-            {name: profile.to(device, non_blocking=True) for name, profile in self.profiles.items()},
-            self.available,
-        )
+    def map(self, change: Callable[[Tensor], Tensor]) -> PatientBatch:
+        """The batch with `change` applied to slides and profiles.
+
+        `available` and `patient_index` stay on the host, where they decide what is computed.
+        """
+        slides = None if self.slides is None else self.slides.map(change)
+        return replace(self, slides=slides, profiles={name: change(x) for name, x in self.profiles.items()})
+
+    def to(self, device: torch.device | str) -> PatientBatch:
+        """The same patients on `device`."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PatientBatch:
+        """The batch in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
+        return self.map(Tensor.pin_memory)
 
 
 def _join(name: str, parts: Sequence[Tensor | None]) -> Tensor | None:
