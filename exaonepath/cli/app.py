@@ -12,7 +12,7 @@ from exaonepath.cli.doctor import doctor
 from exaonepath.cli.encode import encode
 from exaonepath.cli.evaluate import evaluate
 from exaonepath.cli.features import features
-from exaonepath.cli.guard import guarded
+from exaonepath.cli.guard import guarded, interruptible
 from exaonepath.cli.patch import patch
 from exaonepath.cli.slide import slide
 from exaonepath.cli.train import train
@@ -29,7 +29,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the `exaonepath` command."""
-    app()
+    with interruptible():  # from the first argument on: a path is looked at before its command begins
+        app()
 
 
 def _show_version(value: bool) -> None:
