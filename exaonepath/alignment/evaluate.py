@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from exaonepath.alignment.metrics.probes import knn_probe, linear_probe
 from exaonepath.alignment.metrics.projections import direction_reuse, pair_spectrum
 from exaonepath.alignment.metrics.retrieval import PairEmbeddings, cross_modal_retrieval, recall_by_group
 from exaonepath.alignment.metrics.survival import cox_probe
-from exaonepath.alignment.subject import Subject, open_subject
+from exaonepath.alignment.subject import Subject, as_subject
 from exaonepath.alignment.training.validation import EmbeddedPatients
 from exaonepath.errors import SettingsError
 from exaonepath.text import few
@@ -84,10 +83,7 @@ def evaluate(
         SettingsError: a label that the cohort lacks, or columns of survival that cannot be read; before any work.
     """
     settings = settings or EvaluationSettings()
-    if not isinstance(subject, Subject):
-        subject = open_subject(
-            Path(subject), None if cohort is None else Path(cohort), split=None if split is None else Path(split)
-        )
+    subject = as_subject(subject, cohort, split)
     labels = _labels(subject, settings)
     _follow_up(subject, subject.held_out, settings)
     parts = {name: subject.embed(ids) for name, ids in subject.parts.items()}

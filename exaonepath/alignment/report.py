@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from exaonepath.alignment.evaluate import EvaluationSettings, embeddings_of, evaluate
 from exaonepath.alignment.figures import draw_attention, draw_missing, draw_projections, draw_retrieval
 from exaonepath.alignment.metrics.exports import export_pooled
-from exaonepath.alignment.subject import Subject
+from exaonepath.alignment.subject import Subject, as_subject
 from exaonepath.encoders.attention_map import AttentionMap, attention_map
 from exaonepath.errors import SettingsError
 from exaonepath.files.artifact import settings_hash
@@ -28,9 +29,20 @@ _ATTENTION_PATCHES = 3000  # more squares than this cannot be told apart in a pi
 
 
 def write_report(
-    subject: Subject, out: Path, settings: EvaluationSettings | None = None, *, figures: bool = True
+    subject: Subject | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    settings: EvaluationSettings | None = None,
+    *,
+    cohort: str | os.PathLike[str] | None = None,
+    split: str | os.PathLike[str] | None = None,
+    figures: bool = True,
 ) -> dict[str, Any]:
     """Evaluate and write `<out>/evaluation.json`, `evaluation.md` and the figures.
+
+    Args:
+        subject, settings, cohort, split: as for `evaluate`.
+        out: the folder of the report.
+        figures: draw pictures, which takes matplotlib.
 
     Returns:
         The report.
@@ -40,7 +52,8 @@ def write_report(
         MissingDependencyError: figures without matplotlib.
     """
     settings = settings or EvaluationSettings()
-    ensure_folder(out)
+    subject = as_subject(subject, cohort, split)
+    out = ensure_folder(out)
     report = {"provenance": provenance(subject, asdict(settings)), **evaluate(subject, settings)}
     write_text(out / "evaluation.json", json.dumps(report, indent=1) + "\n")
     write_text(out / "evaluation.md", table(report))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,6 +142,19 @@ def open_subject(
     else:
         parts, seen = _apart_from_training(run, loaded, known)
     return Subject(loaded, TrainingData(known, parts, standardizer_of(loaded), settings, 0), seen, processes)
+
+
+def as_subject(
+    subject: Subject | str | os.PathLike[str],
+    cohort: str | os.PathLike[str] | None = None,
+    split: str | os.PathLike[str] | None = None,
+) -> Subject:
+    """A subject as it is, or `open_subject` of the folder of a run or a model."""
+    if isinstance(subject, Subject):
+        return subject
+    return open_subject(
+        Path(subject), None if cohort is None else Path(cohort), split=None if split is None else Path(split)
+    )
 
 
 def is_run(folder: Path) -> bool:

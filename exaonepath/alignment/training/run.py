@@ -6,9 +6,10 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ from exaonepath.alignment.training.data import (
 from exaonepath.alignment.training.distributed import Processes
 from exaonepath.alignment.training.run_folder import RunFolder
 from exaonepath.alignment.training.run_log import summary_writer
-from exaonepath.alignment.training.settings import TrainSettings
+from exaonepath.alignment.training.settings import TrainSettings, build_settings
 from exaonepath.alignment.training.settings_file import read_settings
 from exaonepath.alignment.training.trainer import Progress, Trainer, TrainResult
 from exaonepath.files.atomic import write_text
@@ -109,7 +110,7 @@ def _as_the_model_takes_it(
 
 
 def train(
-    settings: TrainSettings | str | os.PathLike[str],
+    settings: TrainSettings | Mapping[str, Any] | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     overwrite: bool = False,
@@ -119,7 +120,7 @@ def train(
     """Train, or go on with the run in `out` where it was stopped.
 
     Args:
-        settings: from `read_settings`, or the path of a settings file (TOML).
+        settings: from `read_settings`; or the path of a settings file (TOML), or its tables as a mapping.
         out: folder of the run (see `RunFolder`); made where it is not there.
         overwrite: start over where `out` holds a run.
         progress: told after every step.
@@ -129,7 +130,9 @@ def train(
         ExaonePathError: bad input, before anything is written.
         TrainingError: a loss, an embedding or a gradient is not finite; the last checkpoint is kept.
     """
-    if not isinstance(settings, TrainSettings):
+    if isinstance(settings, Mapping):
+        settings = build_settings(settings)
+    elif not isinstance(settings, TrainSettings):
         settings = read_settings(Path(settings))
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):  # the caller's random numbers stay the caller's
