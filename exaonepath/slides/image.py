@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from exaonepath.slides.scale import doubts, pixel_size
 
 logger = logging.getLogger(__name__)
 
-_SPARSE_FORMATS = {"mirax", "dicom", "philips", "ventana"}  # tiles without tissue are left out
+# OpenSlide's names of the formats whose scanners leave out tiles without tissue (Leica .scn, Zeiss .czi, ...).
+_SPARSE_FORMATS = {"mirax", "dicom", "philips", "ventana", "leica", "zeiss"}
 _BLOCK = 1024  # side of what a thumbnail reads at a time, in pixels
 _DEFAULT_CACHE = 32 << 20  # OpenSlide's own
 _SAMPLE_BLOCKS, _SAMPLE_BYTES = 64, 1 << 16
@@ -167,7 +168,7 @@ class SlideImage:
         Args:
             image: what `read_image` returned, RGBA. location: of its top left corner.
         """
-        if self.properties.get("openslide.vendor") in _SPARSE_FORMATS:
+        if leaves_out_background(self.properties):
             return 0.0
         alpha = np.asarray(image.getchannel("A"))
         if not alpha.size or alpha.min() > 0:
@@ -335,6 +336,11 @@ def opened(slide: str | os.PathLike[str] | SlideImage) -> Iterator[SlideImage]:
         raise SettingsError(f"a slide is given by its path or as a SlideImage, not as {type(slide).__name__}")
     with SlideImage(slide) as image:
         yield image
+
+
+def leaves_out_background(properties: Mapping[str, str]) -> bool:
+    """Whether tiles without data are normal in the format of a slide; in all others they are a fault of the file."""
+    return properties.get("openslide.vendor") in _SPARSE_FORMATS
 
 
 def _open(path: Path) -> openslide.OpenSlide:

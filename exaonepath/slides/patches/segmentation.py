@@ -19,7 +19,7 @@ import numpy as np
 
 from exaonepath.errors import MemoryLimitError, SettingsError, SlideReadError, SlideSkippedError
 from exaonepath.memory import available_host_memory
-from exaonepath.slides.image import SlideImage
+from exaonepath.slides.image import SlideImage, leaves_out_background
 from exaonepath.slides.patches.levels import LevelReader
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class Tissue(NamedTuple):
         seg_level: the pyramid level that was segmented.
         shrink: by which that level was reduced first.
         nothing: why there is no contour; empty where there is one.
+        missing: share of that level for which the file holds no data, in formats in which that is a fault.
     """
 
     contours: list[np.ndarray]
@@ -104,6 +105,7 @@ class Tissue(NamedTuple):
     seg_level: int
     shrink: float = 1.0
     nothing: str = ""
+    missing: float = 0.0
 
 
 def segment_tissue(slide: SlideImage, settings: SegmentationSettings | None = None) -> Tissue:
@@ -121,6 +123,21 @@ def segment_tissue(slide: SlideImage, settings: SegmentationSettings | None = No
         SlideReadError: neither level can be read.
     """
     settings = settings or SegmentationSettings()
+    tissue = _segment_or_shrink(slide, settings)
+    if tissue.missing:
+        logger.warning("%s %s", slide.path, about_missing(tissue.missing))
+    return tissue
+
+
+def about_missing(share: float) -> str:
+    """A phrase for a slide whose segmented level lacks this share of its data."""
+    return (
+        f"is incomplete: the file holds no data for {100 * share:.3g} % of the segmented level (tiles of "
+        "zero length), and tissue there is not found"
+    )
+
+
+def _segment_or_shrink(slide: SlideImage, settings: SegmentationSettings) -> Tissue:
     tissue = _segment(slide, settings)
     factor = max(slide.level_downsamples[tissue.seg_level]) * settings.seg_downsample
     if tissue.contours or factor >= WANTED_DOWNSAMPLE / 2:
@@ -194,21 +211,26 @@ def _segment_level(slide: SlideImage, level: int, settings: SegmentationSettings
     outlines, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     coloured = bool(mask.any())
     del mask
+    missing = 0.0
+    if not leaves_out_background(slide.properties):
+        missing = reader.empty_pixels / math.prod(slide.level_dimensions[level])
     scale = tuple(d * settings.seg_downsample for d in slide.level_downsamples[level])
     kept = _keep(outlines, hierarchy, settings, scale)
     contours = [_scaled(outlines[index], scale) for index, _ in kept]
     holes = [[_scaled(outlines[hole], scale) for hole in inside] for _, inside in kept]
     nothing = ""
     if not contours:
+        # The pixels are black there, which has no texture and no saturation.
+        empty = f"the file holds no data for {100 * missing:.3g} % of level {level}; " if missing else ""
         where = f"level {level}" + (f" shrunk {settings.seg_downsample:g}x" if settings.seg_downsample > 1 else "")
         if not coloured:
             nothing = (
-                f"no textured pixel of {where} has a saturation above the threshold of {settings.sthresh}; the "
+                f"{empty}no textured pixel of {where} has a saturation above the threshold of {settings.sthresh}; the "
                 f"outer {_WHITE_BAND} pixels are not looked at"
             )
         else:
-            nothing = f"all {len(outlines)} outlines on {where} are smaller than a_t = {settings.a_t:g} allows"
-    return Tissue(contours, holes, level, settings.seg_downsample, nothing)
+            nothing = f"{empty}all {len(outlines)} outlines on {where} are smaller than a_t = {settings.a_t:g} allows"
+    return Tissue(contours, holes, level, settings.seg_downsample, nothing, missing)
 
 
 def textured_saturation(reader: LevelReader) -> np.ndarray:

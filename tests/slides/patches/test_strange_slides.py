@@ -11,6 +11,7 @@ import zlib
 from concurrent.futures import ProcessPoolExecutor
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 import tifffile
@@ -210,6 +211,63 @@ def test_tiles_of_zero_length_are_missing_patches(tmp_path, pixels, caplog):
     assert all("no image data" in failure.reason for failure in read_features(tmp_path / "f.h5").failures)
     partly = sum(0 < share < 1 for share in shares)
     assert f"{partly} of {len(coords)} patches lie partly on tiles without data" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, {"seg_downsample": 3}], ids=["", "shrunk"])
+def test_tissue_on_tiles_without_data_is_warned_about(tmp_path, pixels, caplog, options):
+    path = write(tmp_path / "a.tif", pixels[0], resolution=(20_000, 20_000), resolutionunit="CENTIMETER")
+    drop_tiles(path, lambda at: at % 12 >= 6)  # the right half
+    with caplog.at_level(logging.WARNING):
+        (first, stored), again = (patchfy(path, tmp_path, **options)[:2] for _ in range(2))
+    assert 0 < len(stored) == len(again[1])
+    assert stored[:, 0].max() < 1536
+    assert caplog.text.count("the file holds no data for 48.8 % of the segmented level") == 2  # also where it is reused
+    with h5py.File(first) as file:
+        assert file.attrs["missing_share"] == pytest.approx(1464 / 3000)
+
+
+def test_a_slide_without_any_data_says_so(tmp_path, pixels, caplog):
+    path = write(tmp_path / "a.tif", pixels[0], resolution=(20_000, 20_000), resolutionunit="CENTIMETER")
+    drop_tiles(path, lambda at: True)
+    with caplog.at_level(logging.WARNING):
+        assert len(patchfy(path, tmp_path)[1]) == 0
+    assert "has no patch: the file holds no data for 100 % of level 0" in caplog.text
+
+
+def test_formats_that_leave_out_background_are_not_warned_about(tmp_path, pixels, caplog):
+    path = write(tmp_path / "a.tif", pixels[0], resolution=(20_000, 20_000), resolutionunit="CENTIMETER")
+    drop_tiles(path, lambda at: at % 12 >= 6)
+    with SlideImage(path) as slide, caplog.at_level(logging.WARNING):
+        for number, vendor in enumerate(("leica", "zeiss", "mirax", "dicom", "philips", "ventana")):
+            slide.properties["openslide.vendor"] = vendor
+            patchfy(slide, tmp_path / str(number))
+    assert not caplog.text
+
+
+def test_patches_partly_without_data_are_counted_over_the_whole_run(tmp_path, pixels, caplog):
+    path = write(tmp_path / "a.tif", pixels[0], resolution=(20_000, 20_000), resolutionunit="CENTIMETER")
+    h5, coords, _ = patchfy(path, tmp_path)
+    drop_tiles(path, lambda at: at % 3 == 0)
+    with_coordinates_of_before(path, h5, coords)
+    options = {"weights": "m", "weights_fingerprint": "m", "num_workers": 0, "batch_size": 4}
+    whole = extract_features(path, h5, tmp_path / "whole.h5", Mean(), **options)
+    assert whole.n_partly_missing > 2
+
+    def stop(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(path, h5, tmp_path / "f.h5", Mean(), progress=stop, **options)
+    text = f"{whole.n_partly_missing} of {len(coords)} patches lie partly on tiles without data"
+    for reused in (False, True):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            result = extract_features(path, h5, tmp_path / "f.h5", Mean(), **options)
+        assert result.n_partly_missing == whole.n_partly_missing
+        assert text in caplog.text
+        assert result.reused == reused
+    assert read_features(tmp_path / "f.h5").attrs["n_partly_missing"] == whole.n_partly_missing
 
 
 def test_a_patch_without_any_data_is_a_failure(tmp_path, pixels):
