@@ -252,9 +252,14 @@ def find_slides(paths: Iterable[str | os.PathLike[str]], problems: list[SlideOpe
     slides: list[Path] = []
     problems_here: list[SlideOpenError] = [] if problems is None else problems
     for path in map(Path, paths):
-        if path.is_dir():
+        try:
+            exists, folder = path.exists(), path.is_dir()
+        except PermissionError:
+            problems_here.append(SlideOpenError(f"{path} may not be read (permission denied)"))
+            continue
+        if folder:
             slides += _slides_in(path, problems_here)
-        elif path.exists():
+        elif exists:
             slides.append(path)
         else:
             problems_here.append(SlideOpenError(f"{path}: no such file"))

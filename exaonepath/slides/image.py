@@ -21,7 +21,7 @@ import openslide
 from PIL import Image
 
 from exaonepath.errors import SettingsError, SlideChangedError, SlideOpenError, SlideReadError
-from exaonepath.slides.formats import why_not_a_slide, wrong_pixels
+from exaonepath.slides.formats import why_not_a_slide, why_not_readable, wrong_pixels
 from exaonepath.slides.scale import doubts, pixel_size
 
 logger = logging.getLogger(__name__)
@@ -344,6 +344,9 @@ def leaves_out_background(properties: Mapping[str, str]) -> bool:
 
 
 def _open(path: Path) -> openslide.OpenSlide:
+    reason = why_not_readable(path)
+    if reason is not None:
+        raise SlideOpenError(f"{path} {reason}")
     if not path.exists():
         raise SlideOpenError(f"{path}: no such file")
     if not (path.is_file() or path.is_dir()):  # a pipe would be waited on for ever

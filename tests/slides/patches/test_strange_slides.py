@@ -1,12 +1,14 @@
 """Slides as they come: doubtful scales, empty tissue, missing tiles, files that change, formats that are none."""
 
 import copy
+import errno
 import logging
 import multiprocessing
 import operator
 import os
 import pickle
 import shutil
+import struct
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 
@@ -22,10 +24,12 @@ from exaonepath.errors import MemoryLimitError, ScaleError, SlideChangedError, S
 from exaonepath.files.features import read_features
 from exaonepath.files.patches import write_patches
 from exaonepath.slides.features.extract import extract_features
+from exaonepath.slides.formats import why_not_a_slide, wrong_pixels
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches import segmentation
 from exaonepath.slides.patches.pipeline import patchfy
 from exaonepath.slides.scale import doubts, pixel_size
+from exaonepath.slides.tiff import read_tiff
 from exaonepath.synthetic import make_slide
 
 
@@ -394,6 +398,65 @@ def test_what_is_no_slide_says_what_it_is(tmp_path, pixels, name, says):
         SlideImage(path)
     if name != "text.svs":
         assert "vips tiffsave" in str(caught.value) or "scale it to 8 bits" in str(caught.value)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("big", [False, True], ids=["classic", "big"])
+def test_every_form_of_tiff_is_opened_and_its_tags_are_read(tmp_path, pixels, order, big):
+    small, options = pixels[0][:600, :600], {"byteorder": order, "bigtiff": big, "compression": "zlib"}
+    path = write(tmp_path / "a.tif", small, **options)
+    if order == ">" and not big:  # OpenSlide 4.0 does not open those
+        with pytest.raises(SlideOpenError, match="big-endian byte order"):
+            SlideImage(path)
+        return
+    with SlideImage(path) as slide:
+        assert np.array_equal(slide.read_region((0, 0), 0, (600, 600))[..., :3], small)
+    (tags,) = read_tiff(path, check_data=True).directories
+    assert tags == {256: (600,), 258: (8, 8, 8), 259: (8,), 322: (256,)}
+    path = write(tmp_path / "sixteen.svs", small.astype("u2"), description=APERIO, **options)
+    with pytest.raises(SlideOpenError, match="16 bits a channel"):
+        SlideImage(path)
+
+
+APERIO = "Aperio Image Library v11\n600x600|AppMag = 20|MPP = 0.5"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.00003, 0.5, 0.999])
+def test_a_truncated_slide_is_called_so(tmp_path, pixels, share):
+    path = write(tmp_path / "a.svs", pixels[0][:600, :600], description=APERIO, metadata=None)
+    data = path.read_bytes()
+    # As scanners write it: the directory comes last.
+    (offset,) = struct.unpack_from("<I", data, 4)
+    directory, size = data[offset : offset + 2 + 12 * 20], len(data)
+    path.write_bytes(data[:4] + struct.pack("<I", size) + data[8:] + directory)
+    path.write_bytes(path.read_bytes()[: int(share * size)])
+    with pytest.raises(SlideOpenError, match="is truncated|is empty" if share != 0.00003 else "not a slide"):
+        SlideImage(path)
+
+
+def test_a_slide_that_may_not_be_read_is_called_so(tmp_path, pixels, monkeypatch):
+    path = write(tmp_path / "a.tif", pixels[0][:600, :600])
+    if os.getuid() == 0:  # who may read everything
+
+        def refuse(self, *args, **kwargs):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+        monkeypatch.setattr(type(path), "open", refuse)
+    path.chmod(0)
+    with pytest.raises(SlideOpenError, match=r"a\.tif may not be read \(permission denied\)"):
+        SlideImage(path)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_damaged_tiffs_raise_nothing_else(tmp_path, pixels, seed):
+    path = write(tmp_path / "a.tif", pixels[0][:300, :300], bigtiff=bool(seed % 2), byteorder="<>"[seed // 2 % 2])
+    data, rng = bytearray(path.read_bytes()), np.random.default_rng(seed)
+    for _ in range(30):
+        data[rng.integers(4, 400)] = rng.integers(256)
+        path.write_bytes(data)
+        read_tiff(path, check_data=True)
+        why_not_a_slide(path)
+        wrong_pixels(path, {})
 
 
 @pytest.mark.parametrize("options", [{"compression": "lzw"}, {"compression": "zlib"}, {}])
