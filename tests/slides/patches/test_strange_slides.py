@@ -76,6 +76,31 @@ def test_a_flat_slide_without_texture_is_segmented_shrunk(tmp_path, pixels, capl
     assert "0 contours were found at 1x, and after shrinking to 8x" in caplog.text
 
 
+@pytest.mark.parametrize("tile", [256, 240])
+def test_a_flat_slide_on_which_one_spot_hides_the_rest_is_warned_about(tmp_path, pixels, caplog, tile):
+    whole, expected = pixels
+    soft = cv2.GaussianBlur(whole, (0, 0), 1)
+    soft[50:750, 50:750] = np.random.default_rng(0).integers(0, 255, (700, 700, 3))
+    path = write(tmp_path / "spot.ome.tif", soft, ome=True, metadata=OME, tile=(tile, tile))
+    with caplog.at_level(logging.WARNING):
+        coords = patchfy(path, tmp_path / "out")[1]
+    assert len(coords) < expected / 2  # the original's result stands
+    assert "tissue would be found after shrinking it (seg_downsample = 8, or --seg-downsample 8)" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert len(patchfy(path, tmp_path / "shrunk", seg_downsample=8)[1]) > 2 * len(coords)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("levels", ["pyramid", "flat"])
+@pytest.mark.parametrize("seed", range(3))
+def test_other_slides_are_not_warned_about(tmp_path, caplog, levels, seed):
+    path = make_slide(tmp_path / "a.tif", 4000, 3000, levels=levels, vendor="generic", fragments=2, seed=seed)
+    with caplog.at_level(logging.WARNING):
+        assert len(patchfy(path, tmp_path / "out")[1])
+    assert not caplog.text
+
+
 @pytest.mark.golden
 def test_the_flat_ome_tiff_of_the_report(tmp_path, data_dir, golden):
     """0 patches, exit 0 and a vector of zeros before; the same slide with a pyramid has 56."""
