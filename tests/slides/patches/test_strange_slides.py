@@ -111,7 +111,10 @@ def test_the_flat_ome_tiff_of_the_report(tmp_path, data_dir, golden):
     assert abs(len(coords) - expected) <= 3
 
 
-@pytest.mark.parametrize(("unit", "value", "mpp"), [("nm", 250, 0.25), ("mm", 0.0005, 0.5), ("μm", 2, 2.0)])
+@pytest.mark.parametrize(
+    ("unit", "value", "mpp"),
+    [("nm", 250, 0.25), ("mm", 0.0005, 0.5), ("μm", 2, 2.0), ("cm", 0.00005, 0.5), ("in", 0.00001, 0.254)],
+)
 def test_units_of_ome(tmp_path, unit, value, mpp):
     metadata = {**OME, "PhysicalSizeX": value, "PhysicalSizeY": value}
     metadata |= {"PhysicalSizeXUnit": unit, "PhysicalSizeYUnit": unit}
@@ -134,6 +137,85 @@ def test_units_of_ome(tmp_path, unit, value, mpp):
 )
 def test_ome_text_of_any_kind(text, mpp):
     assert pixel_size({"openslide.vendor": "generic-tiff", "tiff.ImageDescription": text})[0] == mpp
+
+
+def ome(*images, **properties):
+    """Properties of a generic TIFF of 400 x 300 pixels with these OME images."""
+    level = {"openslide.level[0].width": "400", "openslide.level[0].height": "300"}
+    text = f"<OME xmlns='x'>{''.join(f'<Image>{image}</Image>' for image in images)}</OME>"
+    return {"openslide.vendor": "generic-tiff", "tiff.ImageDescription": text, **level, **properties}
+
+
+LABEL = '<Pixels SizeX="40" SizeY="30" PhysicalSizeX="9" PhysicalSizeY="9"><TiffData IFD="1"/></Pixels>'
+TWICE = '<Pixels SizeX="400" SizeY="300" PhysicalSizeX="9" PhysicalSizeY="9"><TiffData IFD="{}"/></Pixels>'
+LEVEL_0 = '<Pixels SizeX="400" SizeY="300" PhysicalSizeX="0.25" PhysicalSizeY="0.25"><TiffData IFD="0"/></Pixels>'
+NO_SIZE = '<Pixels PhysicalSizeX="0.25" PhysicalSizeY="0.25"/>'
+
+
+@pytest.mark.parametrize(
+    ("images", "mpp", "says"),
+    [
+        ((LABEL, LEVEL_0), 0.25, None),
+        ((LEVEL_0, LABEL), 0.25, None),
+        ((LABEL, LEVEL_0.replace('<TiffData IFD="0"/>', "")), 0.25, None),  # known by its size
+        ((TWICE.format(3), LEVEL_0), 0.25, None),  # known by its directory
+        ((LABEL.replace("40", "41"), LEVEL_0.replace("400", "401")), 0.25, None),
+        ((NO_SIZE, NO_SIZE.replace("0.25", "0.5")), 0.25, "2 images of different pixel sizes"),
+        ((NO_SIZE, NO_SIZE), 0.25, None),
+        ((TWICE.format(0), LEVEL_0), 9, "2 images of different pixel sizes"),
+    ],
+)
+def test_the_ome_image_of_level_0_counts(images, mpp, says):
+    properties = ome(*images)
+    assert pixel_size(properties) == (mpp, "OME PhysicalSizeX")
+    found = doubts(properties, *pixel_size(properties))
+    assert (says in found[0]) if says else found == []
+
+
+@pytest.mark.parametrize(
+    ("tags", "warned"),
+    [("0.25", False), ("0.26", False), ("0.27", True), ("0.5", True), ("352.8", False), ("-1", False)],
+)
+def test_ome_against_the_resolution_tags(tags, warned):
+    properties = ome(LEVEL_0, **{"openslide.mpp-x": tags, "openslide.mpp-y": tags})
+    found = doubts(properties, *pixel_size(properties))
+    assert found == (
+        [f"has pixels of 0.25 um by its OME-XML, which is used, and of {tags} um by its resolution tags"] * warned
+    )
+
+
+@pytest.mark.parametrize("declared", ["ISO-8859-1", "UTF-8"])
+@pytest.mark.parametrize("stored", ["latin-1", "utf-8", "twice"])
+def test_the_micro_sign_in_any_encoding(tmp_path, declared, stored):
+    text = (
+        f'<?xml version="1.0" encoding="{declared}"?><OME><Image><Pixels PhysicalSizeX="250" PhysicalSizeXUnit="µm"/>'
+    )
+    text += "</Image></OME>"
+    data = text.replace("µ", "Âµ").encode() if stored == "twice" else text.encode(stored)
+    path = tmp_path / "a.ome.tif"
+    write(path, np.full((300, 300, 3), 255, np.uint8), description=data, metadata=None)
+    with SlideImage(path) as slide:
+        assert (slide.mpp, slide.mpp_source) == (250, "OME PhysicalSizeX")
+
+
+def test_an_ome_unit_that_is_no_length_is_warned_about():
+    properties = ome('<Pixels PhysicalSizeX="0.25" PhysicalSizeXUnit="pixel"/>')
+    assert pixel_size(properties) == (0.5, "assumed")
+    assert "states a pixel size of '0.25' 'pixel' in its OME-XML" in doubts(properties, 0.5, "assumed")[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "mpp", "warned"),
+    [("0.25 um", 0.5, True), ("-0.25", 0.5, True), ("0", 0.5, True), ("inf", 0.5, True), ("0,25", 0.25, False)],
+)
+def test_an_mpp_that_cannot_be_used_is_warned_about(tmp_path, text, mpp, warned):
+    path = tmp_path / "a.svs"
+    description = APERIO.replace("MPP = 0.5", f"MPP = {text}")
+    write(path, np.full((600, 600, 3), 255, np.uint8), description=description, metadata=None)
+    with SlideImage(path) as slide:
+        assert slide.mpp == mpp
+        said = "; ".join(slide.scale_doubts)
+    assert (f"states a pixel size of '{text}'" in said) if warned else not said
 
 
 def test_ome_text_does_not_take_the_place_of_a_vendors_own_property():
