@@ -23,7 +23,7 @@ from exaonepath.slides.dicom import is_dicom, series_identity
 from exaonepath.slides.embed import embed_features_file
 from exaonepath.slides.features.extract import extract_features
 from exaonepath.slides.features.preprocessing import PreprocessingConfig
-from exaonepath.slides.image import SlideImage, opened
+from exaonepath.slides.image import SlideImage, opened, slide_id
 from exaonepath.slides.patches.pipeline import PatchSettings, patchfy
 from exaonepath.slides.patches.segmentation import SegmentationSettings
 
@@ -275,7 +275,7 @@ def find_slides(paths: Iterable[str | os.PathLike[str]], problems: list[SlideOpe
     slides = _one_per_series(slides)
     by_stem: dict[str, Path] = {}
     for slide in slides:
-        first = by_stem.setdefault(slide.stem, slide)
+        first = by_stem.setdefault(slide_id(slide), slide)
         if first is not slide and first.resolve() != slide.resolve():
             raise OutputCollisionError(
                 f"{first} and {slide} have one stem and would write the same files; rename one, or encode "
@@ -355,7 +355,7 @@ def _looks_like_a_slide(path: Path) -> bool:
     suffix = path.suffix.lower()
     if suffix in SLIDE_SUFFIXES:
         return not path.is_dir()
-    return (suffix in ("", ".dicom") or suffix[1:].isdigit()) and is_dicom(path, whole_slide=True)
+    return (suffix in ("", ".dicom") or suffix[1:].isdecimal()) and is_dicom(path, whole_slide=True)
 
 
 def _kind_of_similar_name(path: Path) -> str | None:

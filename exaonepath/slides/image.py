@@ -43,7 +43,7 @@ class SlideImage:
 
     Attributes:
         path: the slide file.
-        name: file stem, the id used in every output file name.
+        name: the id used in every output file name (see `slide_id`).
         level_dimensions: (width, height) of each level, in pixels.
         level_downsamples: (W0 / Wl, H0 / Hl) of each level: the exact pair, not OpenSlide's rounded scalar.
         scalar_downsamples: OpenSlide's own factor of each level, by which it divides the locations it is given.
@@ -57,7 +57,7 @@ class SlideImage:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.name = self.path.stem
+        self.name = slide_id(self.path)
         self._lock = threading.Lock()
         self._closed = False
         self._cache: openslide.OpenSlideCache | None = None
@@ -366,6 +366,14 @@ def opened(slide: str | os.PathLike[str] | SlideImage) -> Iterator[SlideImage]:
         raise SettingsError(f"a slide is given by its path or as a SlideImage, not as {type(slide).__name__}")
     with SlideImage(slide) as image:
         yield image
+
+
+def slide_id(path: Path) -> str:
+    """The id of a slide: its file stem; the whole name where what follows the last dot is a number.
+
+    DICOM files are often called by a UID (1.2.840.1, 1.2.840.2), whose stem many of them share.
+    """
+    return path.name if path.suffix[1:].isdecimal() else path.stem
 
 
 def leaves_out_background(properties: Mapping[str, str]) -> bool:

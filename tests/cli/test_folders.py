@@ -8,6 +8,7 @@ import pytest
 
 from exaonepath.errors import SlideOpenError
 from exaonepath.slides.encode import find_slides
+from exaonepath.slides.image import slide_id
 from exaonepath.text import printable
 
 
@@ -113,6 +114,14 @@ def test_dicom_files_are_known_by_their_content(tmp_path, suffix):
     wanted = [f"level0{suffix}"]
     assert [p.name for p in find_slides([tmp_path])] == wanted
     assert [p.name for p in find_slides([tmp_path / f"{name}{suffix}" for name in ("label", "level0")])] == wanted
+
+
+def test_dicom_slides_called_by_their_uids_have_ids_of_their_own(tmp_path):
+    for number in (1, 2):
+        dicom(tmp_path / f"1.2.840.{number}", f"1.2.3.{number}", 10)
+    found = find_slides([tmp_path])
+    assert [slide_id(path) for path in found] == ["1.2.840.1", "1.2.840.2"]
+    assert slide_id(tmp_path / "a.ome.tif") == "a.ome"
 
 
 def test_the_same_series_in_two_folders_is_two_slides(tmp_path):
