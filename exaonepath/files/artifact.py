@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,9 +74,12 @@ def reuse(
 
     Raises:
         OutputCollisionError: something else, a file of another program, or the result of another slide, would be lost.
-        OutputError: `path` is a folder.
+        OutputError: `path` is a folder, or may not be read.
     """
-    _refuse_other_files(path, kind)
+    try:
+        _refuse_other_files(path, kind)
+    except PermissionError as exc:
+        raise OutputError(f"{path} may not be read (permission denied), so it is not replaced") from exc
     if not path.exists():
         return None
     try:
@@ -202,7 +206,10 @@ def _refuse_other_files(path: Path, kind: Kind) -> None:
 def refuse_input_as_output(out: Path, inputs: Iterable[Path]) -> None:
     """Raise `OutputCollisionError` where the output file is one of the inputs."""
     for path in inputs:
-        if out.exists() and path.exists() and out.samefile(path):
+        same = False
+        with suppress(PermissionError):  # opening them gives the reason
+            same = out.exists() and path.exists() and out.samefile(path)
+        if same:
             raise OutputCollisionError(f"{out} is an input of this command; choose another output file")
 
 

@@ -38,6 +38,7 @@ ATTRIBUTES = (
     "exaonepath_version",
     "n_features",
     "n_failed",
+    "n_partly_missing",
     "complete",
 )
 
@@ -211,6 +212,12 @@ def _integers(path: Path, file: StoredFile, name: str, shape: tuple[int, ...]) -
     if values.size and (values.min() < limits.min or values.max() > limits.max):
         raise DataFileError(f"{path}: {name} holds values beyond 32 bits")
     return values.astype(np.int32, copy=False)
+
+
+def read_partly_missing(file: StoredFile) -> int:
+    """How many patches of an open features file have pixels without data; 0 where the file does not say."""
+    count = file.attribute("n_partly_missing", 0)
+    return count if isinstance(count, int) and count > 0 else 0
 
 
 def read_failures(path: Path, file: StoredFile) -> tuple[PatchFailure, ...]:

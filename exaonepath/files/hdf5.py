@@ -104,6 +104,8 @@ def _raw(path: Path) -> Iterator[RawFile]:
     except FileNotFoundError as exc:
         raise DataFileError(f"{path}: no such file") from exc
     except OSError as exc:
+        if exc.errno == errno.EACCES and os.name == "posix":  # elsewhere it may be a lock
+            raise FileBusyError(f"{path} may not be read (permission denied)") from exc
         if exc.errno in _BUSY:
             raise FileBusyError(f"{path} cannot be opened: {exc.strerror}; is another process using it?") from exc
         raise DataFileError(f"{path} cannot be opened: {exc.strerror}") from exc

@@ -31,6 +31,7 @@ class PatchSet:
         name: id of the slide (its file stem).
         slide_fingerprint: `SlideImage.fingerprint()` of the slide, None in a file made by EXAONE Path itself.
         settings_hash: hash of the settings that made the patches, None likewise.
+        missing: share of the segmented level for which the slide file held no data.
     """
 
     coords: np.ndarray
@@ -40,6 +41,7 @@ class PatchSet:
     name: str
     slide_fingerprint: str | None
     settings_hash: str | None
+    missing: float = 0.0
 
     def __len__(self) -> int:
         return len(self.coords)
@@ -70,6 +72,7 @@ def write_patches(
     patch_size: int,
     patch_level: int,
     settings: Mapping[str, Any],
+    missing: float = 0.0,
 ) -> None:
     """Write a patch file, whole or not at all.
 
@@ -80,6 +83,7 @@ def write_patches(
         patch_size: effective side in level-0 pixels.
         patch_level: level the grid was laid for.
         settings: what made the patches, plain JSON values.
+        missing: share of the segmented level for which the slide file holds no data; stored where it is not 0.
 
     Raises:
         OutputError: the file cannot be written.
@@ -105,6 +109,7 @@ def write_patches(
             "slide_fingerprint": slide.fingerprint(),
             "slide_path": str(slide.path.resolve()),
             **({} if slide.mtime_ns is None else {"slide_mtime_ns": slide.mtime_ns}),
+            **({"missing_share": float(missing)} if missing else {}),
             "mpp": slide.mpp,
             "mpp_source": slide.mpp_source,
             "exaonepath_version": __version__,
@@ -153,7 +158,12 @@ def parse_patches(path: Path, file: StoredFile) -> PatchSet:
         name=file.attribute("name", of="coords") or path.stem,
         slide_fingerprint=file.attribute("slide_fingerprint"),
         settings_hash=file.attribute("settings_hash"),
+        missing=_share(file.attribute("missing_share", 0.0)),
     )
+
+
+def _share(value: object) -> float:
+    return float(value) if isinstance(value, float) and 0 <= value <= 1 else 0.0
 
 
 def foreign_writer(file: StoredFile) -> str | None:

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 _HEADER_BYTES = 1 << 20
-_PREAMBLE = 128
+_PREAMBLE, _MAGIC = 128, b"DICM"
+_META_BYTES = 1024  # the file meta information begins with the class of what is stored
+_WHOLE_SLIDE = b"1.2.840.10008.5.1.4.1.1.77.1.6"  # VL Whole Slide Microscopy Image Storage
 _SERIES = b"\x20\x00\x0e\x00UI"  # (0020,000E), explicit little endian as in every file on disk, value a UID
+
+
+def is_dicom(path: Path, *, whole_slide: bool = False) -> bool:
+    """Whether a file is DICOM, whatever its name is; 132 bytes of it are read.
+
+    Args:
+        path: any path.
+        whole_slide: and whether it holds a part of a whole slide, not a scan of another kind or a directory.
+    """
+    try:
+        if not path.is_file():  # a pipe would be waited on for ever
+            return False
+        with path.open("rb") as file:
+            head = file.read(_PREAMBLE + len(_MAGIC))
+            if head[_PREAMBLE:] != _MAGIC:
+                return False
+            return not whole_slide or _WHOLE_SLIDE in file.read(_META_BYTES)
+    except OSError:
+        return False
 
 
 def series_identity(path: Path) -> str | None:
@@ -14,12 +36,12 @@ def series_identity(path: Path) -> str | None:
 
     Only the beginning of the file is read: the attribute comes before the pixels.
     """
+    if not is_dicom(path):
+        return None
     try:
         with path.open("rb") as file:
             head = file.read(_HEADER_BYTES)
     except OSError:
-        return None
-    if head[_PREAMBLE : _PREAMBLE + 4] != b"DICM":
         return None
     at = head.find(_SERIES)
     if at < 0:
@@ -27,3 +49,11 @@ def series_identity(path: Path) -> str | None:
     length = int.from_bytes(head[at + 6 : at + 8], "little")
     value = head[at + 8 : at + 8 + length].rstrip(b"\0 ").decode("ascii", "replace")
     return value or None
+
+
+def lacks_full_resolution(properties: Mapping[str, str]) -> bool:
+    """Whether level 0 of an opened DICOM slide says that it was resampled: the file of full resolution is missing."""
+    return (
+        properties.get("openslide.vendor") == "dicom"
+        and properties.get("dicom.ImageType[3]", "").strip().upper() == "RESAMPLED"
+    )

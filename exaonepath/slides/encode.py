@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,11 +19,11 @@ from exaonepath.encoders.published import DEFAULT_WEIGHTS
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.errors import OutputCollisionError, SettingsError, SlideOpenError
 from exaonepath.files.embeddings import SlideEmbedding, read_embedding
-from exaonepath.slides.dicom import series_identity
+from exaonepath.slides.dicom import is_dicom, series_identity
 from exaonepath.slides.embed import embed_features_file
 from exaonepath.slides.features.extract import extract_features
 from exaonepath.slides.features.preprocessing import PreprocessingConfig
-from exaonepath.slides.image import SlideImage, opened
+from exaonepath.slides.image import SlideImage, opened, slide_id
 from exaonepath.slides.patches.pipeline import PatchSettings, patchfy
 from exaonepath.slides.patches.segmentation import SegmentationSettings
 
@@ -41,6 +40,12 @@ _FIELDS = [f.name for kind in (PatchSettings, SegmentationSettings) for f in fie
 SLIDE_SUFFIXES = frozenset(
     {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi"}
 )
+_OTHER_FORMATS = frozenset(
+    {".qptiff", ".vsi", ".isyntax", ".btf", ".tf2", ".tf8", ".lif", ".zvi", ".afi", ".ndpis", ".jp2"}
+)
+_UNFINISHED = frozenset({".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".download", ".aria2"})
+_PACKED = frozenset({".gz", ".bz2", ".xz", ".zst", ".zip"})
+_MAX_ENTRIES = 20_000  # looked at below a folder
 
 
 @dataclass(frozen=True)
@@ -241,6 +246,8 @@ def _patching(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def find_slides(paths: Iterable[str | os.PathLike[str]], problems: list[SlideOpenError] | None = None) -> list[Path]:
     """Slide files named on a command line; a folder stands for the slides directly inside it, in name order.
 
+    Slides are known by their suffixes, and DICOM files without one, or with ".dicom" or a number, by their content.
+
     Args:
         paths: files and folders.
         problems: where given, a missing path, a broken link or an empty folder is put here instead of being raised.
@@ -252,9 +259,14 @@ def find_slides(paths: Iterable[str | os.PathLike[str]], problems: list[SlideOpe
     slides: list[Path] = []
     problems_here: list[SlideOpenError] = [] if problems is None else problems
     for path in map(Path, paths):
-        if path.is_dir():
+        try:
+            exists, folder = path.exists(), path.is_dir()
+        except PermissionError:
+            problems_here.append(SlideOpenError(f"{path} may not be read (permission denied)"))
+            continue
+        if folder:
             slides += _slides_in(path, problems_here)
-        elif path.exists():
+        elif exists:
             slides.append(path)
         else:
             problems_here.append(SlideOpenError(f"{path}: no such file"))
@@ -263,7 +275,7 @@ def find_slides(paths: Iterable[str | os.PathLike[str]], problems: list[SlideOpe
     slides = _one_per_series(slides)
     by_stem: dict[str, Path] = {}
     for slide in slides:
-        first = by_stem.setdefault(slide.stem, slide)
+        first = by_stem.setdefault(slide_id(slide), slide)
         if first is not slide and first.resolve() != slide.resolve():
             raise OutputCollisionError(
                 f"{first} and {slide} have one stem and would write the same files; rename one, or encode "
@@ -288,13 +300,14 @@ def _slides_in(folder: Path, problems: list[SlideOpenError]) -> list[Path]:
         return []
     slides: list[Path] = []
     broken: list[Path] = []
-    deeper: list[Path] = []
+    similar: dict[str, list[Path]] = {}
     for entry in entries:
         if entry.is_dir():
-            with suppress(OSError):
-                deeper += [p for p in entry.iterdir() if _looks_like_a_slide(p)]
-        elif not _looks_like_a_slide(entry):
             continue
+        if not _looks_like_a_slide(entry):
+            kind = _kind_of_similar_name(entry)
+            if kind is not None:
+                similar.setdefault(kind, []).append(entry)
         elif entry.name.startswith("."):
             # "._slide.svs" is what macOS adds on a foreign disk: attributes of the file, no slide.
             logger.warning("%s is a hidden file and is skipped", entry)
@@ -303,11 +316,15 @@ def _slides_in(folder: Path, problems: list[SlideOpenError]) -> list[Path]:
         else:
             slides.append(entry)
     problems += [SlideOpenError(f"{path} is a link to a file that does not exist") for path in broken]
+    for kind, files in sorted(similar.items()):
+        logger.warning("%s has %d %s, such as %s, which are skipped", folder, len(files), kind, files[0])
+    deeper, more = _deeper_slides(folder)
     if deeper:
         logger.warning(
-            "%s has folders with %d more slide files, such as %s, which are skipped: name those folders as well",
+            "%s has folders with %d more slide files%s, such as %s, which are skipped: name those folders as well",
             folder,
             len(deeper),
+            " or more" if more else "",
             deeper[0],
         )
     if not slides and not broken:
@@ -315,8 +332,44 @@ def _slides_in(folder: Path, problems: list[SlideOpenError]) -> list[Path]:
     return slides
 
 
+def _deeper_slides(folder: Path) -> tuple[list[Path], bool]:
+    """Slide files in the folders of a folder, however deep, hidden ones left out; and whether the search was cut off.
+
+    Links to folders are not followed, and a tree of any size costs a bounded time.
+    """
+    found: list[Path] = []
+    entries = 0
+    for where, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        entries += len(files) + len(folders)
+        if Path(where) != folder:
+            paths = (Path(where, name) for name in sorted(files) if not name.startswith("."))
+            found += [path for path in paths if _looks_like_a_slide(path)]
+        if entries > _MAX_ENTRIES:
+            return found, True
+    return found, False
+
+
 def _looks_like_a_slide(path: Path) -> bool:
-    return path.suffix.lower() in SLIDE_SUFFIXES and not path.is_dir()
+    """By its name; where that says nothing (DICOM files often have none, or a number), by its content."""
+    suffix = path.suffix.lower()
+    if suffix in SLIDE_SUFFIXES:
+        return not path.is_dir()
+    return (suffix in ("", ".dicom") or suffix[1:].isdecimal()) and is_dicom(path, whole_slide=True)
+
+
+def _kind_of_similar_name(path: Path) -> str | None:
+    """What a file is that its owner may take for a slide, but that is not looked at; None for other files."""
+    suffix, before = path.suffix.lower(), Path(path.stem).suffix.lower()
+    if path.name.startswith("."):
+        return None
+    if suffix in _OTHER_FORMATS:
+        return f"{suffix} files (not known as slides; name one to try it)"
+    if suffix in _UNFINISHED and before in SLIDE_SUFFIXES:
+        return f"{before}{suffix} files (unfinished copies, by their name)"
+    if suffix in _PACKED and before in SLIDE_SUFFIXES:
+        return f"{before}{suffix} files (compressed; unpack them first)"
+    return None
 
 
 def _one_per_series(slides: list[Path]) -> list[Path]:
@@ -324,7 +377,7 @@ def _one_per_series(slides: list[Path]) -> list[Path]:
     series: dict[tuple[Path, str], list[Path]] = {}
     keys: dict[Path, tuple[Path, str]] = {}
     for slide in slides:
-        uid = series_identity(slide) if slide.suffix.lower() == ".dcm" else None
+        uid = series_identity(slide)
         if uid is not None:
             keys[slide] = (slide.parent.resolve(), uid)
             series.setdefault(keys[slide], []).append(slide)

@@ -3,66 +3,74 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from exaonepath.slides.tiff import BITS, COMPRESSION, TILE_WIDTH, WIDTH, read_tiff
 
 _CONVERT = "convert it, for example: vips tiffsave INPUT OUTPUT.tif --tile --pyramid --compression jpeg"
 _COMPRESSIONS = {34712: "JPEG 2000", 33003: "JPEG 2000", 33005: "JPEG 2000", 50001: "WebP", 50000: "Zstandard"}
-_WIDTH, _BITS, _COMPRESSION, _TILE_WIDTH = 256, 258, 259, 322
 
 
 def why_not_a_slide(path: Path) -> str:
     """A phrase for a file that OpenSlide refuses."""
-    tags = first_tiff_tags(path)
-    if tags is not None:
-        compression = _COMPRESSIONS.get(tags.get(_COMPRESSION, 0))
+    tiff = read_tiff(path, check_data=True)
+    if tiff is not None:
+        if not tiff.directories and tiff.truncated:
+            return f"is truncated: {tiff.truncated}; copy it again"
+        tags = tiff.directories[0] if tiff.directories else {}
+        compression = _COMPRESSIONS.get(tags.get(COMPRESSION, (0,))[0])
         if compression is not None:
             return f"is a TIFF whose pixels are compressed as {compression}, which OpenSlide does not read; {_CONVERT}"
-        if _WIDTH in tags and _TILE_WIDTH not in tags:
+        if WIDTH in tags and TILE_WIDTH not in tags:
             return f"is a TIFF in strips, not in tiles, which OpenSlide does not read; {_CONVERT}"
+        if tiff.truncated:
+            return f"is truncated: {tiff.truncated}; copy it again"
+        if tiff.order == ">" and not tiff.big:
+            return f"is a TIFF in big-endian byte order, which OpenSlide reads as BigTIFF only; {_CONVERT}"
         return f"is a TIFF of a kind that OpenSlide does not read; {_CONVERT}"
     kind = _plain_image(path)
     if kind is not None:
         return f"is a plain {kind} image, without tiles or a pixel size; {_CONVERT}"
+    with suppress(OSError):
+        if path.is_file() and path.stat().st_size == 0:
+            return "is empty; copy it again"
     return "is not a slide in a format that OpenSlide reads"
 
 
-def wrong_pixels(path: Path, properties: dict[str, str]) -> str | None:
+def why_not_readable(path: Path) -> str | None:
+    """A phrase for a path whose file cannot be opened at all; None where it can, and for a folder.
+
+    OpenSlide takes any such file for one of an unknown format.
+    """
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                file.read(1)
+    except PermissionError:
+        return "may not be read (permission denied)"
+    except OSError as exc:
+        return f"cannot be read: {exc.strerror or exc}"
+    return None
+
+
+def wrong_pixels(path: Path, properties: Mapping[str, str]) -> str | None:
     """A phrase where OpenSlide opens a file whose pixels it does not give as they are meant; None where it does."""
-    if properties.get("openslide.vendor") != "generic-tiff":
+    # NDPI, whose offsets have a form of their own, holds JPEG of 8 bits and nothing else.
+    if properties.get("openslide.vendor") == "hamamatsu":
         return None
-    tags = first_tiff_tags(path) or {}
-    bits = tags.get(_BITS, (8,))
-    bits = bits if isinstance(bits, tuple) else (bits,)
-    if any(bit > 8 for bit in bits):
+    tiff = read_tiff(path)
+    # Levels are tiled; labels and overviews, which nobody reads here, mostly are not.
+    bits = [max(tags.get(BITS, (8,))) for tags in (tiff.directories if tiff else []) if TILE_WIDTH in tags]
+    if bits and max(bits) > 8:
         return (
             f"has {max(bits)} bits a channel, of which often only 10 or 12 are used: read as 8 bits it would be dark; "
             "scale it to 8 bits a channel first"
         )
     return None
-
-
-def first_tiff_tags(path: Path) -> dict[int, Any] | None:
-    """Tags of the first image of a TIFF or BigTIFF; None for any other file."""
-    try:
-        with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about tags that nobody asks for
-            head = file.read(8)
-            if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-                return None
-            if head[2:4] in (b"+\0", b"\0+"):
-                head += file.read(8)
-            directory = ImageFileDirectory_v2(head)
-            file.seek(directory.next)
-            directory.load(file)
-            wanted = (_WIDTH, _BITS, _COMPRESSION, _TILE_WIDTH)
-            return {tag: directory[tag] for tag in wanted if tag in directory}
-    # What Pillow raises for a damaged directory is not documented.
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError):
-        return {}
 
 
 def _plain_image(path: Path) -> str | None:

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,15 +21,21 @@ import openslide
 from PIL import Image
 
 from exaonepath.errors import SettingsError, SlideChangedError, SlideOpenError, SlideReadError
-from exaonepath.slides.formats import why_not_a_slide, wrong_pixels
+from exaonepath.slides.companions import companion_files
+from exaonepath.slides.dicom import lacks_full_resolution
+from exaonepath.slides.formats import why_not_a_slide, why_not_readable, wrong_pixels
 from exaonepath.slides.scale import doubts, pixel_size
 
 logger = logging.getLogger(__name__)
 
-_SPARSE_FORMATS = {"mirax", "dicom", "philips", "ventana"}  # tiles without tissue are left out
+# OpenSlide's names of the formats whose scanners leave out tiles without tissue (Leica .scn, Zeiss .czi, ...).
+_SPARSE_FORMATS = {"mirax", "dicom", "philips", "ventana", "leica", "zeiss"}
 _BLOCK = 1024  # side of what a thumbnail reads at a time, in pixels
 _DEFAULT_CACHE = 32 << 20  # OpenSlide's own
 _SAMPLE_BLOCKS, _SAMPLE_BYTES = 64, 1 << 16
+_COMPANION_SAMPLE_BYTES = 1 << 14
+
+FileIdentity = tuple[int, int, int, int]  # device, inode, size, modification time in nanoseconds
 
 
 class SlideImage:
@@ -37,7 +43,7 @@ class SlideImage:
 
     Attributes:
         path: the slide file.
-        name: file stem, the id used in every output file name.
+        name: the id used in every output file name (see `slide_id`).
         level_dimensions: (width, height) of each level, in pixels.
         level_downsamples: (W0 / Wl, H0 / Hl) of each level: the exact pair, not OpenSlide's rounded scalar.
         scalar_downsamples: OpenSlide's own factor of each level, by which it divides the locations it is given.
@@ -51,11 +57,12 @@ class SlideImage:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.name = self.path.stem
+        self.name = slide_id(self.path)
         self._lock = threading.Lock()
         self._closed = False
         self._cache: openslide.OpenSlideCache | None = None
-        self._identity = _identity(self.path)
+        self._companions = companion_files(self.path)
+        self._identity = self._current_identity()
         self._slide: openslide.OpenSlide | None = _open(self.path)
         # Readers inside each handle, by id. A handle is closed when it is retired and its last reader has left.
         self._readers: dict[int, int] = {}
@@ -76,6 +83,12 @@ class SlideImage:
         self.scale_doubts = tuple(doubts(self.properties, self.mpp, self.mpp_source))
         for doubt in self.scale_doubts:
             logger.warning("%s %s", self.path, doubt)
+        if lacks_full_resolution(self.properties):
+            logger.warning(
+                "%s: the largest level is marked as resampled (ImageType); the file of full resolution seems to be "
+                "missing from its folder",
+                self.path,
+            )
         self._fingerprint: str | None = None
         self.check_unchanged()
 
@@ -167,7 +180,7 @@ class SlideImage:
         Args:
             image: what `read_image` returned, RGBA. location: of its top left corner.
         """
-        if self.properties.get("openslide.vendor") in _SPARSE_FORMATS:
+        if leaves_out_background(self.properties):
             return 0.0
         alpha = np.asarray(image.getchannel("A"))
         if not alpha.size or alpha.min() > 0:
@@ -206,13 +219,15 @@ class SlideImage:
 
     @property
     def mtime_ns(self) -> int | None:
-        """When the file was last written to, in nanoseconds, as it was when the slide was opened."""
-        return None if self._identity is None else self._identity[3]
+        """When the newest of the slide's files was written to, in nanoseconds, as it was when the slide was opened."""
+        times = [identity[3] for identity in self._identity if identity is not None]
+        return max(times) if times else None
 
     def fingerprint(self) -> str:
         """Hash that identifies the slide's content: file size, 64 blocks spread over the file, OpenSlide's quickhash.
 
-        Reads 4 MiB at most, so it is cheap for a file of any size, and survives copying and renaming.
+        Reads 4 MiB at most, so it is cheap for a file of any size, and survives copying and renaming. Of a slide of
+        several files (DICOM, MIRAX, VMS) the names, sizes and a few blocks of the others count as well.
 
         Raises:
             SlideOpenError: the file is gone or unreadable by now.
@@ -226,6 +241,9 @@ class SlideImage:
                     for i in range(_SAMPLE_BLOCKS):
                         file.seek((size - 1) * i // _SAMPLE_BLOCKS)
                         digest.update(file.read(_SAMPLE_BYTES))
+                blocks = max(2, _SAMPLE_BLOCKS // max(1, len(self._companions)))
+                for path in self._companions:
+                    _sample(path, blocks, digest)
             except OSError as exc:
                 raise SlideOpenError(f"{self.path} cannot be read any more: {exc}") from exc
             self.check_unchanged()
@@ -233,21 +251,34 @@ class SlideImage:
         return self._fingerprint
 
     def check_unchanged(self) -> None:
-        """Check that the path still names the file that was opened, as it was then.
+        """Check that the slide's files are still the ones that were opened, as they were then.
 
         Two files read as one slide would give rows of both, and nothing else would show it.
 
         Raises:
-            SlideChangedError: it names another file, or the file was written to.
-            SlideOpenError: there is no file any more.
+            SlideChangedError: a path names another file, or the file was written to.
+            SlideOpenError: a file is gone.
         """
-        now = _identity(self.path)
-        if now is None:
-            raise SlideOpenError(f"{self.path} cannot be read any more: it is gone")
-        if now != self._identity:
-            raise SlideChangedError(
-                f"{self.path} was replaced or changed while it was read; what was read since is not used: run again"
+        now = self._current_identity()
+        if now == self._identity and None not in now:
+            return
+        for path, identity in zip((self.path, *self._companions), now, strict=True):
+            if identity is None:
+                raise SlideOpenError(f"{path} cannot be read any more: it is gone")
+        changed = self.path
+        if len(now) == len(self._identity):
+            changed = next(
+                path
+                for path, new, old in zip((self.path, *self._companions), now, self._identity, strict=True)
+                if new != old
             )
+        about = f"{changed}, of which {self.path} is a part," if changed != self.path else f"{self.path}"
+        raise SlideChangedError(
+            f"{about} was replaced or changed while it was read; what was read since is not used: run again"
+        )
+
+    def _current_identity(self) -> tuple[FileIdentity | None, ...]:
+        return tuple(_identity(path) for path in (self.path, *self._companions))
 
     def __reduce__(self) -> tuple[object, ...]:
         # To another process, or a copy, goes the path: handles and locks belong to one process.
@@ -337,7 +368,23 @@ def opened(slide: str | os.PathLike[str] | SlideImage) -> Iterator[SlideImage]:
         yield image
 
 
+def slide_id(path: Path) -> str:
+    """The id of a slide: its file stem; the whole name where what follows the last dot is a number.
+
+    DICOM files are often called by a UID (1.2.840.1, 1.2.840.2), whose stem many of them share.
+    """
+    return path.name if path.suffix[1:].isdecimal() else path.stem
+
+
+def leaves_out_background(properties: Mapping[str, str]) -> bool:
+    """Whether tiles without data are normal in the format of a slide; in all others they are a fault of the file."""
+    return properties.get("openslide.vendor") in _SPARSE_FORMATS
+
+
 def _open(path: Path) -> openslide.OpenSlide:
+    reason = why_not_readable(path)
+    if reason is not None:
+        raise SlideOpenError(f"{path} {reason}")
     if not path.exists():
         raise SlideOpenError(f"{path}: no such file")
     if not (path.is_file() or path.is_dir()):  # a pipe would be waited on for ever
@@ -361,7 +408,17 @@ def _on_white(pixels: np.ndarray) -> np.ndarray:
     return ((pixels[..., :3] * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
 
 
-def _identity(path: Path) -> tuple[int, int, int, int] | None:
+def _sample(path: Path, blocks: int, digest: hashlib._Hash) -> None:
+    """Add the name, the size and some blocks of a file to a hash."""
+    size = path.stat().st_size
+    digest.update(f"\0{path.name}:{size}".encode("utf-8", "surrogateescape"))
+    with path.open("rb") as file:
+        for i in range(blocks):
+            file.seek(max(0, size - 1) * i // blocks)
+            digest.update(file.read(_COMPANION_SAMPLE_BYTES))
+
+
+def _identity(path: Path) -> FileIdentity | None:
     """Device, inode, size and modification time; None where there is no file (opening it says so)."""
     try:
         status = path.stat()
@@ -370,7 +427,7 @@ def _identity(path: Path) -> tuple[int, int, int, int] | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _reopened(path: Path, identity: tuple[int, int, int, int] | None) -> SlideImage:
+def _reopened(path: Path, identity: tuple[FileIdentity | None, ...]) -> SlideImage:
     slide = SlideImage(path)
     slide._identity = identity
     slide.check_unchanged()

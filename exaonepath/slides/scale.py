@@ -9,15 +9,55 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from xml.etree import ElementTree
 
 DEFAULT_MPP = 0.5
 ASSUMED = "assumed"
+_OME = "OME PhysicalSizeX"
+_STATED = ("openslide.mpp-x", "aperio.MPP")
 SMALLEST, LARGEST = 0.05, 10.0  # micrometres; oil immersion at 100x is 0.1, a macro camera 10
 _TOLERANCE = 0.01  # by which the two axes may differ
 
+_CONTRADICTION = 0.05  # by which OME-XML and the resolution tags may differ
+
 _OME_LIMIT = 1 << 24
-_MICROMETRES = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4, "pm": 1e-6}
+_INCH = 25_400.0
+_MICROMETRES = {
+    "µm": 1.0,
+    "um": 1.0,
+    "micron": 1.0,
+    "nm": 1e-3,
+    "pm": 1e-6,
+    "Å": 1e-4,
+    "mm": 1e3,
+    "cm": 1e4,
+    "dm": 1e5,
+    "m": 1e6,
+    "in": _INCH,
+    "ft": 12 * _INCH,
+    "thou": _INCH / 1000,
+    "mil": _INCH / 1000,
+    "li": _INCH / 12,
+    "pt": _INCH / 72,
+}
+# The micro sign is two characters of Unicode, and files hold it in other encodings than they state: Latin-1 read as
+# UTF-8, and UTF-8 read as Latin-1.
+_MICRO_SIGNS = ("\u03bc", "\ufffd", "\u00c2\u00b5", "\u00ce\u00bc")
+
+
+@dataclass(frozen=True)
+class OmeScale:
+    """What OME-XML says about the pixels of level 0.
+
+    Attributes:
+        x, y: micrometres per pixel; None where that is not stated, or cannot be used.
+        doubts: what speaks against it, a phrase each.
+    """
+
+    x: float | None
+    y: float | None
+    doubts: tuple[str, ...] = ()
 
 
 def pixel_size(properties: Mapping[str, str]) -> tuple[float, str]:
@@ -26,10 +66,10 @@ def pixel_size(properties: Mapping[str, str]) -> tuple[float, str]:
     The first of: OME-XML, in a TIFF without a vendor's own properties, whose resolution tags say nothing reliable;
     `openslide.mpp-x`; `aperio.MPP`; 10 / objective power; 0.5, assumed.
     """
-    ome = ome_pixel_size(properties)
-    if ome is not None:
-        return ome[0], "OME PhysicalSizeX"
-    for key in ("openslide.mpp-x", "aperio.MPP"):
+    ome = ome_scale(properties)
+    if ome is not None and ome.x is not None:
+        return ome.x, _OME
+    for key in _STATED:
         value = _positive_number(properties.get(key))
         if value is not None:
             return value, key
@@ -49,38 +89,95 @@ def doubts(properties: Mapping[str, str], mpp: float, source: str) -> list[str]:
             f"has an implausible pixel size, {mpp:g} um ({source}): outside {SMALLEST:g} to {LARGEST:g} um, patches "
             "will be of a wrong size; correct the file's metadata"
         )
+    ome = ome_scale(properties)
+    if ome is not None:
+        found += ome.doubts
+    if source != _OME:
+        for key in _STATED[: _STATED.index(source)] if source in _STATED else _STATED:
+            if key in properties:
+                found.append(
+                    f"states a pixel size of {properties[key][:40]!r} ({key}), which cannot be used; {mpp:g} um "
+                    f"({source}) is used in its place"
+                )
+                break
     y = _other_axis(properties, source)
     if y is not None and abs(y - mpp) > _TOLERANCE * max(y, mpp):
         found.append(f"has pixels of {mpp:g} x {y:g} um; {mpp:g} ({source}) is used for both axes")
+    tags = _positive_number(properties.get("openslide.mpp-x")) if source == _OME else None
+    # Resolution tags often hold the resolution of a print, of which nobody claims that it is a scale.
+    if tags is not None and SMALLEST <= tags <= LARGEST and abs(tags - mpp) > _CONTRADICTION * max(tags, mpp):
+        found.append(
+            f"has pixels of {mpp:g} um by its OME-XML, which is used, and of {tags:g} um by its resolution tags"
+        )
     return found
 
 
-def ome_pixel_size(properties: Mapping[str, str]) -> tuple[float, float | None] | None:
-    """(x, y) in micrometres from OME-XML in a generic TIFF's description; None where there is none."""
+def ome_scale(properties: Mapping[str, str]) -> OmeScale | None:
+    """The pixel size in OME-XML in a generic TIFF's description; None where there is no such text."""
     text = properties.get("tiff.ImageDescription", "")
     if properties.get("openslide.vendor") != "generic-tiff" or "<OME" not in text[:4096] or len(text) > _OME_LIMIT:
         return None
     if "<!DOCTYPE" in text or "<!ENTITY" in text:  # OME-XML has none; entities can expand without bound
         return None
     try:
-        root = ElementTree.fromstring(text.encode())
-    except (ElementTree.ParseError, UnicodeError):
+        # Text, not bytes: an encoding that the XML states no longer holds.
+        root = ElementTree.fromstring(text)
+    except (ElementTree.ParseError, UnicodeError, ValueError):
         return None
-    pixels = next((e for e in root.iter() if re.sub(r"^{.*}", "", e.tag) == "Pixels"), None)
-    if pixels is None:
+    images = [element for element in root.iter() if _name(element) == "Pixels"]
+    if not images:
         return None
-    sizes = []
+    pixels, sure = _of_level_0(images, properties)
+    sizes, found = [], []
     for axis in "XY":
-        value = _positive_number(pixels.get(f"PhysicalSize{axis}"))
-        unit = _MICROMETRES.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
-        sizes.append(None if value is None or unit is None else value * unit)
-    return None if sizes[0] is None else (sizes[0], sizes[1])
+        size, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
+        value, factor = _positive_number(size), _MICROMETRES.get(_with_micro_sign(unit.strip()))
+        sizes.append(None if value is None or factor is None else value * factor)
+        if axis == "X" and size is not None and sizes[0] is None:
+            found.append(f"states a pixel size of {size[:40]!r} {unit[:20]!r} in its OME-XML, which cannot be used")
+    if not sure and len({(image.get("PhysicalSizeX"), image.get("PhysicalSizeXUnit")) for image in images}) > 1:
+        found.append(
+            f"has OME-XML with {len(images)} images of different pixel sizes, and nothing tells which one is level 0; "
+            "the first is used"
+        )
+    return OmeScale(sizes[0], sizes[1], tuple(found))
+
+
+def _of_level_0(images: list[ElementTree.Element], properties: Mapping[str, str]) -> tuple[ElementTree.Element, bool]:
+    """Of the `Pixels` of a file with more than one image, those of level 0, and whether that is certain.
+
+    Labels and overviews are images too. The one of level 0 has its size; if several have, or none, it is the one in
+    directory 0: the text stands there, and it was found in the directory of level 0.
+    """
+    if len(images) == 1:
+        return images[0], True
+    size = tuple(properties.get(f"openslide.level[0].{side}") for side in ("width", "height"))
+    candidates = [image for image in images if (image.get("SizeX"), image.get("SizeY")) == size] or images
+    if len(candidates) > 1:
+        candidates = [image for image in candidates if _is_in_directory_0(image)] or candidates
+    return candidates[0], len(candidates) == 1
+
+
+def _is_in_directory_0(pixels: ElementTree.Element) -> bool:
+    # Without an IFD, a TiffData element stands for the whole file, from its first directory.
+    return any(_name(element) == "TiffData" and element.get("IFD", "0").strip() == "0" for element in pixels)
+
+
+def _name(element: ElementTree.Element) -> str:
+    return re.sub(r"^{.*}", "", element.tag)
+
+
+def _with_micro_sign(unit: str) -> str:
+    for sign in _MICRO_SIGNS:
+        if unit == f"{sign}m":
+            return "µm"
+    return unit
 
 
 def _other_axis(properties: Mapping[str, str], source: str) -> float | None:
-    if source.startswith("OME"):
-        ome = ome_pixel_size(properties)
-        return None if ome is None else ome[1]
+    if source == _OME:
+        ome = ome_scale(properties)
+        return None if ome is None else ome.y
     return _positive_number(properties.get("openslide.mpp-y")) if source == "openslide.mpp-x" else None
 
 

@@ -8,14 +8,16 @@ import pytest
 
 from exaonepath.errors import SlideOpenError
 from exaonepath.slides.encode import find_slides
+from exaonepath.slides.image import slide_id
 from exaonepath.text import printable
 
 
-def dicom(path, series, size):
+def dicom(path, series, size, stored=b"1.2.840.10008.5.1.4.1.1.77.1.6"):
     """The beginning of a DICOM file as far as it is looked at."""
     value = series.encode() + b"\0" * (len(series) % 2)
     head = b"\x20\x00\x0d\x00UI\x04\x001.2\0" + b"\x20\x00\x0e\x00UI" + len(value).to_bytes(2, "little") + value
-    path.write_bytes(bytes(128) + b"DICM" + head + bytes(size))
+    meta = b"\x02\x00\x02\x00UI" + len(stored).to_bytes(2, "little") + stored
+    path.write_bytes(bytes(128) + b"DICM" + meta + head + bytes(size))
     return path
 
 
@@ -30,6 +32,49 @@ def test_hidden_files_and_folders_are_mentioned_and_skipped(tmp_path, caplog):
     assert ".hidden.tif is a hidden file" in caplog.text
     assert "1 more slide files" in caplog.text
     assert "notes.txt" not in caplog.text
+
+
+def test_slides_deeper_down_and_files_of_similar_names_are_mentioned(tmp_path, caplog):
+    for name in (
+        "b.svs",
+        "q.qptiff",
+        "r.qptiff",
+        "v.vsi",
+        "c.svs.part",
+        "d.svs.tmp",
+        "e.ome.tif.gz",
+        "notes.txt.part",
+        ".q.qptiff",
+        "one/two/three/deep.svs",
+        "one/.hid.svs",
+        ".hidden/e.svs",
+        "b/Data0000.dat",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "one" / "round").symlink_to(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert [p.name for p in find_slides([tmp_path])] == ["b.svs"]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 6
+    for text in (
+        f"has 2 .qptiff files (not known as slides; name one to try it), such as {tmp_path / 'q.qptiff'}",
+        "has 1 .vsi files",
+        f"has 1 .svs.part files (unfinished copies, by their name), such as {tmp_path / 'c.svs.part'}",
+        "has 1 .svs.tmp files",
+        "has 1 .tif.gz files (compressed; unpack them first)",
+        f"with 1 more slide files, such as {tmp_path / 'one' / 'two' / 'three' / 'deep.svs'}",
+    ):
+        assert sum(text in line for line in said) == 1, text
+
+
+def test_a_large_tree_is_searched_in_part(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("exaonepath.slides.encode._MAX_ENTRIES", 10)
+    for name in ("a/0.svs", *(f"b/{n}.txt" for n in range(20)), "c/1.svs", "top.svs"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert [p.name for p in find_slides([tmp_path])] == ["top.svs"]
+    assert "with 1 more slide files or more" in caplog.text
 
 
 def test_a_broken_link_is_an_error_for_that_slide(tmp_path):
@@ -55,6 +100,28 @@ def test_a_dicom_series_is_one_slide(tmp_path):
     (tmp_path / "odd.dcm").write_bytes(b"not DICOM")
     assert [p.name for p in find_slides([tmp_path])] == ["level0.dcm", "odd.dcm", "other.dcm"]
     assert [p.name for p in find_slides([tmp_path / "label.dcm", tmp_path / "level0.dcm"])] == ["level0.dcm"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".dicom", ".DICOM", ".840"])
+def test_dicom_files_are_known_by_their_content(tmp_path, suffix):
+    for name, size in (("level0", 9000), ("level1", 900), ("label", 50)):
+        dicom(tmp_path / f"{name}{suffix}", "1.2.840.1", size)
+    dicom(tmp_path / "ct", "1.2.840.2", 9, stored=b"1.2.840.10008.5.1.4.1.1.2")
+    for name in ("notes", "empty.dicom", "LICENSE", "a.840"):
+        (tmp_path / name).write_bytes(b"x" * 200 if name == "notes" else b"")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    wanted = [f"level0{suffix}"]
+    assert [p.name for p in find_slides([tmp_path])] == wanted
+    assert [p.name for p in find_slides([tmp_path / f"{name}{suffix}" for name in ("label", "level0")])] == wanted
+
+
+def test_dicom_slides_called_by_their_uids_have_ids_of_their_own(tmp_path):
+    for number in (1, 2):
+        dicom(tmp_path / f"1.2.840.{number}", f"1.2.3.{number}", 10)
+    found = find_slides([tmp_path])
+    assert [slide_id(path) for path in found] == ["1.2.840.1", "1.2.840.2"]
+    assert slide_id(tmp_path / "a.ome.tif") == "a.ome"
 
 
 def test_the_same_series_in_two_folders_is_two_slides(tmp_path):

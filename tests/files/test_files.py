@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from exaonepath.errors import DamagedFileError, DataFileError, OutputCollisionError, OutputError
+from exaonepath.errors import DamagedFileError, DataFileError, FileBusyError, OutputCollisionError, OutputError
 from exaonepath.files import embeddings, features, patches
 from exaonepath.files.artifact import MadeFrom, is_of_this_slide, reuse, settings_hash
 from exaonepath.files.atomic import atomic_path, ensure_folder, write_text
@@ -173,3 +173,20 @@ def test_a_result_is_used_again_with_a_warning_if_its_slide_was_written_to_since
         caplog.clear()
         assert reuse(path, patches.KIND, MadeFrom("s", "f", where, mtime), lambda file: "used") == "used"
         assert ("was written to since" in caplog.text) == warned
+
+
+def test_a_file_that_may_not_be_read_is_an_error_with_that_reason(tmp_path, monkeypatch):
+    """Root may read everything, so the refusal is simulated where it would come from."""
+    path = tmp_path / "a.h5"
+    with atomic_h5(path) as file:
+        file.array("coords", np.zeros((1, 2), np.int32))
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("exaonepath.files.hdf5.os.open", refuse)
+    with pytest.raises(FileBusyError, match=r"may not be read \(permission denied\)"), open_h5(path):
+        pass
+    monkeypatch.setattr("h5py.is_hdf5", refuse)
+    with pytest.raises(OutputError, match=r"may not be read \(permission denied\)"):
+        reuse(path, patches.KIND, MadeFrom("s", "f", "/a.svs", 1), lambda file: True)

@@ -22,7 +22,15 @@ from exaonepath.device import inference
 from exaonepath.errors import BackendError, DataFileError, DeviceError, SettingsError
 from exaonepath.files.artifact import MadeFrom, canonical_json, refuse_input_as_output, reuse, settings_hash
 from exaonepath.files.atomic import ensure_folder
-from exaonepath.files.features import KIND, PatchFailure, Rows, merge_by_index, read_failures, write_features
+from exaonepath.files.features import (
+    KIND,
+    PatchFailure,
+    Rows,
+    merge_by_index,
+    read_failures,
+    read_partly_missing,
+    write_features,
+)
 from exaonepath.files.hdf5 import open_h5
 from exaonepath.files.patches import PatchSet, read_patches
 from exaonepath.slides.features.partial import Block, PartialFile, remove_finished
@@ -48,6 +56,7 @@ class ExtractionResult:
         failures: the patches that could not be read.
         reused: True where a finished file was there already and was left as it was.
         resumed_from: patches that an interrupted run had already dealt with.
+        n_partly_missing: patches for some of whose pixels the slide file holds no data; those pixels are black.
     """
 
     path: Path
@@ -56,6 +65,7 @@ class ExtractionResult:
     failures: tuple[PatchFailure, ...]
     reused: bool
     resumed_from: int
+    n_partly_missing: int = 0
 
 
 def extract_features(
@@ -132,17 +142,32 @@ def extract_features(
 
         made_from = MadeFrom(key, slide.fingerprint(), str(slide.path.resolve()), slide.mtime_ns)
 
-        def stored_failures(overwrite: bool) -> tuple[PatchFailure, ...] | None:
-            """Of the finished file; None where there is no such file."""
-            return reuse(out, KIND, made_from, lambda file: read_failures(out, file), overwrite=overwrite)
+        def finished(overwrite: bool) -> tuple[tuple[PatchFailure, ...] | None, int]:
+            """Of the finished file: failures, patches partly without data; (None, 0) where there is no such file."""
+            found = reuse(
+                out,
+                KIND,
+                made_from,
+                lambda file: (read_failures(out, file), read_partly_missing(file)),
+                overwrite=overwrite,
+            )
+            return found or (None, 0)
 
-        retry = stored_failures(overwrite)
         n = len(patches.coords)
+
+        def reused(failures: tuple[PatchFailure, ...], partly_missing: int, resumed_from: int = 0) -> ExtractionResult:
+            _warn_of_missing(slide, partly_missing, n)
+            return ExtractionResult(
+                out, n, n - len(failures), failures, reused=True, resumed_from=resumed_from,
+                n_partly_missing=partly_missing,
+            )  # fmt: skip
+
+        retry, partly_missing = finished(overwrite)
         part = out.with_name(f".{out.name}.part")
         if retry == ():
             remove_finished(part)
             logger.info("%s is up to date", out)
-            return ExtractionResult(out, n, n, (), reused=True, resumed_from=0)
+            return reused((), partly_missing)
         ensure_folder(out.parent)
         rows = np.arange(n, dtype=np.int64)
         if retry:
@@ -150,10 +175,12 @@ def extract_features(
             rows = np.array([failure.index for failure in retry], np.int64)
         partial = PartialFile(part, {"settings": key, "rows": _digest(rows)}, fresh=overwrite)
         stack.callback(partial.close)
-        if retry is None and not overwrite and stored_failures(overwrite=False) == ():
-            # Another process had the partial file until now, and has finished the work.
-            partial.remove()
-            return ExtractionResult(out, n, n, (), reused=True, resumed_from=0)
+        if retry is None and not overwrite:
+            failures_now, partly_missing_now = finished(overwrite=False)
+            if failures_now == ():
+                # Another process had the partial file until now, and has finished the work.
+                partial.remove()
+                return reused((), partly_missing_now)
         resumed_from = int(np.searchsorted(rows, partial.stop))
         if resumed_from:
             logger.info("%s: resuming after %d of %d patches", out, resumed_from, len(rows))
@@ -172,7 +199,9 @@ def extract_features(
         failures = tuple(partial.failures)
         if retry and len(failures) == len(retry):
             partial.remove()
-            return ExtractionResult(out, n, n - len(retry), retry, reused=True, resumed_from=resumed_from)
+            return reused(retry, partly_missing, resumed_from)
+        partly_missing += partial.n_partly_missing
+        _warn_of_missing(slide, partly_missing, n)
         written = write_features(
             out,
             _merged(partial, out if retry else None, n, retry or ()),
@@ -180,10 +209,12 @@ def extract_features(
             patches.contour_index,
             partial.dim or encode.width(),
             failures,
-            attrs,
+            {**attrs, "n_partly_missing": partly_missing},
         )
         partial.remove()
-        return ExtractionResult(out, n, written, failures, reused=False, resumed_from=resumed_from)
+        return ExtractionResult(
+            out, n, written, failures, reused=False, resumed_from=resumed_from, n_partly_missing=partly_missing
+        )
 
 
 class _Encoder:
@@ -233,7 +264,6 @@ def _run(
     if progress:
         progress(done, total)
     batches = iter(reader)
-    partly_missing = 0
     with ExitStack() as stack:
         stack.callback(
             batches.close
@@ -242,15 +272,17 @@ def _run(
             features = encode(batch.images) if len(batch.indices) else np.empty((0, partial.dim or 0), np.float32)
             _check_features(features, batch, partial.dim)
             reader.slide.check_unchanged()  # before the rows are kept: they may be those of another file
-            partly_missing += len(batch.partly_missing)
-            partial.append(Block(batch.indices, features, batch.failures, batch.stop))
+            partial.append(Block(batch.indices, features, batch.failures, batch.stop, len(batch.partly_missing)))
             done += len(batch.indices) + len(batch.failures)
             if progress:
                 progress(done, total)
+
+
+def _warn_of_missing(slide: SlideImage, partly_missing: int, total: int) -> None:
     if partly_missing:
         logger.warning(
             "%s: %d of %d patches lie partly on tiles without data, which read as black: the file is incomplete",
-            reader.slide.path,
+            slide.path,
             partly_missing,
             total,
         )

@@ -26,20 +26,25 @@ from exaonepath.files.features import PatchFailure
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _MAX_HEADER = 1 << 16
-# magic, rows, width of a row, one past the last patch covered, bytes of failure JSON, checksum of all but itself
-_BLOCK = struct.Struct("<4sIIqII")
-_MAGIC = b"xpB1"
+# magic, rows, width of a row, one past the last patch covered, bytes of failure JSON, patches partly without data,
+# checksum of all but itself
+_BLOCK = struct.Struct("<4sIIqIII")
+_MAGIC = b"xpB2"
 
 
 class Block(NamedTuple):
-    """One batch: `features` float32 [b, D] of patches `indices` int64 [b]; every patch before `stop` is dealt with."""
+    """One batch: `features` float32 [b, D] of patches `indices` int64 [b]; every patch before `stop` is dealt with.
+
+    `n_partly_missing` of them have pixels for which the slide file holds no data.
+    """
 
     indices: np.ndarray
     features: np.ndarray
     failures: tuple[PatchFailure, ...]
     stop: int
+    n_partly_missing: int = 0
 
 
 class PartialFile:
@@ -55,6 +60,7 @@ class PartialFile:
         n_rows: feature rows in the file.
         dim: width of a row, None while there is none.
         failures: unreadable patches so far.
+        n_partly_missing: patches so far that have pixels without data.
 
     Raises:
         OutputError: the file cannot be written, or another process is writing it.
@@ -62,7 +68,7 @@ class PartialFile:
 
     def __init__(self, path: Path, settings: dict[str, Any], *, fresh: bool = False) -> None:
         self.path = path
-        self.stop = self.n_rows = 0
+        self.stop = self.n_rows = self.n_partly_missing = 0
         self.dim: int | None = None
         self.failures: list[PatchFailure] = []
         header = canonical_json({"format": _FORMAT, **settings}).encode() + b"\n"
@@ -129,6 +135,7 @@ class PartialFile:
         if len(block.indices):
             self.dim = block.features.shape[1]
         self.failures.extend(block.failures)
+        self.n_partly_missing += block.n_partly_missing
 
 
 def remove_finished(path: Path) -> None:
@@ -148,7 +155,7 @@ def _pack(block: Block) -> bytes:
     features = np.ascontiguousarray(block.features, "<f4")
     failures = json.dumps([[f.index, f.x, f.y, f.reason] for f in block.failures]).encode() if block.failures else b""
     payload = b"".join((indices.tobytes(), features.tobytes(), failures))
-    fields = (_MAGIC, len(indices), features.shape[1], block.stop, len(failures))
+    fields = (_MAGIC, len(indices), features.shape[1], block.stop, len(failures), block.n_partly_missing)
     check = zlib.crc32(payload, zlib.crc32(_BLOCK.pack(*fields, 0)))
     return _BLOCK.pack(*fields, check) + payload
 
@@ -157,7 +164,7 @@ def _unpack(file: BinaryIO) -> Block | None:
     head = file.read(_BLOCK.size)
     if len(head) < _BLOCK.size:
         return None
-    magic, rows, width, stop, n_failures, check = _BLOCK.unpack(head)
+    magic, rows, width, stop, n_failures, n_partly_missing, check = _BLOCK.unpack(head)
     if magic != _MAGIC:
         return None
     split = rows * 8
@@ -165,13 +172,13 @@ def _unpack(file: BinaryIO) -> Block | None:
     if end + n_failures > os.fstat(file.fileno()).st_size - file.tell():  # torn, or a size that is garbage
         return None
     payload = file.read(end + n_failures)
-    fields = (magic, rows, width, stop, n_failures)
+    fields = (magic, rows, width, stop, n_failures, n_partly_missing)
     if zlib.crc32(payload, zlib.crc32(_BLOCK.pack(*fields, 0))) != check:
         return None
     indices = np.frombuffer(payload, "<i8", rows)
     features = np.frombuffer(payload, "<f4", rows * width, split).reshape(rows, width)
     failures = tuple(PatchFailure(*entry) for entry in json.loads(payload[end:])) if n_failures else ()
-    return Block(indices, features, failures, stop)
+    return Block(indices, features, failures, stop, n_partly_missing)
 
 
 def _open_locked(path: Path) -> FileIO:

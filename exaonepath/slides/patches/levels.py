@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import cv2
@@ -41,7 +41,7 @@ class Band(NamedTuple):
     pieces: Iterator[Piece]
 
 
-@dataclass(frozen=True)
+@dataclass
 class LevelReader:
     """Streams one level of a slide, reduced by `shrink` with OpenCV's INTER_AREA, in full-width bands from the top.
 
@@ -49,6 +49,9 @@ class LevelReader:
         slide: an opened slide.
         level: pyramid level.
         shrink: extra reduction (`seg_downsample`), >= 1; the result has (int(w / shrink), int(h / shrink)) pixels.
+
+    Attributes:
+        empty_pixels: pixels of the level, of those read so far, for which the file holds no data; they read as black.
 
     Pixels are bit for bit those of one read and one resize of the whole level. Memory: a few MiB where the level's
     downsample is an integer, 64 MiB otherwise; with a shrink that does not divide the level evenly, 3 bytes per
@@ -58,6 +61,7 @@ class LevelReader:
     slide: SlideImage
     level: int
     shrink: float = 1.0
+    empty_pixels: int = field(default=0, init=False)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -100,6 +104,8 @@ class LevelReader:
             region = self.slide.read_strips(self._location(left, top), self.level, size, rows)
             for index, pixels in enumerate(region):
                 y = top + index * rows
+                if pixels.shape[2] == 4:
+                    self.empty_pixels += pixels.shape[0] * pixels.shape[1] - cv2.countNonZero(pixels[..., 3])
                 if factor > 1:
                     small = (pixels.shape[1] // factor, pixels.shape[0] // factor)
                     pixels = cv2.resize(pixels, small, interpolation=cv2.INTER_AREA)
@@ -109,9 +115,11 @@ class LevelReader:
         # INTER_AREA with a fractional scale weights every pixel by its position in the whole image: no piecewise way.
         w, h = self.slide.level_dimensions[self.level]
         whole = np.empty((h, w, 3), np.uint8)
-        for band in LevelReader(self.slide, self.level).bands():
+        unshrunk = LevelReader(self.slide, self.level)
+        for band in unshrunk.bands():
             for x, y, pixels in band.pieces:
                 whole[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels[..., :3]
+        self.empty_pixels = unshrunk.empty_pixels
         reduced = cv2.resize(whole, self.size, interpolation=cv2.INTER_AREA)
         del whole
         rows = max(1, _STRIP_PIXELS // reduced.shape[1])

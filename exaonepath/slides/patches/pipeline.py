@@ -19,7 +19,13 @@ from exaonepath.files.patches import KIND, PatchSet, parse_patches, write_patche
 from exaonepath.slides.image import SlideImage, opened
 from exaonepath.slides.patches.grid import PatchGrid, patch_grid
 from exaonepath.slides.patches.picture import draw_tissue, write_picture
-from exaonepath.slides.patches.segmentation import MAX_SEG_PIXELS, SegmentationSettings, Tissue, segment_tissue
+from exaonepath.slides.patches.segmentation import (
+    MAX_SEG_PIXELS,
+    SegmentationSettings,
+    Tissue,
+    about_missing,
+    segment_tissue,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +162,8 @@ def patchfy(
         if stored is not None and auto_skip and save_h5 and not overwrite:
             if not save_mask or mask_path.is_file():
                 logger.info("%s: %d patches taken from %s", slide.path, len(stored), h5_path)
+                if stored.missing:
+                    logger.warning("%s %s", slide.path, about_missing(stored.missing))
                 return h5_path, stored.coords, stored.contour_index
             logger.info("%s: finished, but %s is missing: patching again", slide.path, mask_path)
         ensure_folder(folder)
@@ -173,7 +181,13 @@ def patchfy(
         if save_h5:
             size, _ = settings.effective(slide)
             write_patches(
-                h5_path, slide, *grid, patch_size=size, patch_level=int(patch_level), settings=settings.as_json()
+                h5_path,
+                slide,
+                *grid,
+                patch_size=size,
+                patch_level=int(patch_level),
+                settings=settings.as_json(),
+                missing=tissue.missing,
             )
         logger.info("%s: %d patches on %d contours", slide.path, len(grid.coords), len(tissue.contours))
         return (h5_path if save_h5 else None), grid.coords, grid.contour_index

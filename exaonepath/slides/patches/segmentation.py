@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import NamedTuple
@@ -19,8 +19,8 @@ import numpy as np
 
 from exaonepath.errors import MemoryLimitError, SettingsError, SlideReadError, SlideSkippedError
 from exaonepath.memory import available_host_memory
-from exaonepath.slides.image import SlideImage
-from exaonepath.slides.patches.levels import LevelReader
+from exaonepath.slides.image import SlideImage, leaves_out_background
+from exaonepath.slides.patches.levels import Band, LevelReader, Piece
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ _WHITE_BAND = 20
 _SMALLEST_SHRUNK = 8 * _WHITE_BAND
 _FLAT_LAPLACIAN = 15
 _UNIT_SIDE = 512
+_NEARLY_FULL = WANTED_DOWNSAMPLE / 8  # below this downsample, a level is looked at for overlooked tissue
+_MUCH_MORE = 1.5  # times the area; what full resolution finds of well textured slides differs by a third
 _BAND_PIXELS = 1 << 20
 _SMALL_CACHE = 1 << 20
 
@@ -97,6 +99,7 @@ class Tissue(NamedTuple):
         seg_level: the pyramid level that was segmented.
         shrink: by which that level was reduced first.
         nothing: why there is no contour; empty where there is one.
+        missing: share of that level for which the file holds no data, in formats in which that is a fault.
     """
 
     contours: list[np.ndarray]
@@ -104,6 +107,7 @@ class Tissue(NamedTuple):
     seg_level: int
     shrink: float = 1.0
     nothing: str = ""
+    missing: float = 0.0
 
 
 def segment_tissue(slide: SlideImage, settings: SegmentationSettings | None = None) -> Tissue:
@@ -121,17 +125,30 @@ def segment_tissue(slide: SlideImage, settings: SegmentationSettings | None = No
         SlideReadError: neither level can be read.
     """
     settings = settings or SegmentationSettings()
+    tissue = _segment_or_shrink(slide, settings)
+    if tissue.missing:
+        logger.warning("%s %s", slide.path, about_missing(tissue.missing))
+    return tissue
+
+
+def about_missing(share: float) -> str:
+    """A phrase for a slide whose segmented level lacks this share of its data."""
+    return (
+        f"is incomplete: the file holds no data for {100 * share:.3g} % of the segmented level (tiles of "
+        "zero length), and tissue there is not found"
+    )
+
+
+def _segment_or_shrink(slide: SlideImage, settings: SegmentationSettings) -> Tissue:
     tissue = _segment(slide, settings)
     factor = max(slide.level_downsamples[tissue.seg_level]) * settings.seg_downsample
     if tissue.contours or factor >= WANTED_DOWNSAMPLE / 2:
         return tissue
-    # Laplacian and median are made for a coarse image: at full resolution stained tissue has no texture to them. But no
-    # coarser than leaves the white frame, which counts pixels of that image, a small part of it.
-    side = min(slide.level_dimensions[tissue.seg_level]) / settings.seg_downsample
-    powers = [2**n for n in range(1, 7) if 2**n * factor <= WANTED_DOWNSAMPLE and side / 2**n >= _SMALLEST_SHRUNK]
-    if not powers:
+    # Laplacian and median are made for a coarse image: at full resolution stained tissue has no texture to them.
+    more = _further_shrink(slide, tissue.seg_level, settings)
+    if more == 1:
         return tissue
-    shrink = settings.seg_downsample * powers[-1]
+    shrink = settings.seg_downsample * more
     again = _segment(slide, replace(settings, seg_downsample=shrink))
     if again.contours:
         logger.warning(
@@ -144,6 +161,17 @@ def segment_tissue(slide: SlideImage, settings: SegmentationSettings | None = No
         )
         return again
     return tissue
+
+
+def _further_shrink(slide: SlideImage, level: int, settings: SegmentationSettings) -> int:
+    """The power of 2 by which a level would have to be shrunk further to come near the wanted downsample.
+
+    No coarser than leaves the white frame, which counts pixels of the shrunk image, a small part of it.
+    """
+    factor = max(slide.level_downsamples[level]) * settings.seg_downsample
+    side = min(slide.level_dimensions[level]) / settings.seg_downsample
+    powers = [2**n for n in range(1, 7) if 2**n * factor <= WANTED_DOWNSAMPLE and side / 2**n >= _SMALLEST_SHRUNK]
+    return powers[-1] if powers else 1
 
 
 def _segment(slide: SlideImage, settings: SegmentationSettings) -> Tissue:
@@ -185,36 +213,115 @@ def _segment_level(slide: SlideImage, level: int, settings: SegmentationSettings
             f"{slide.path}: seg_downsample = {settings.seg_downsample:g} leaves nothing of level {level}, which has "
             f"{slide.level_dimensions[level]} pixels"
         )
-    mask = textured_saturation(reader)
+    flat = max(slide.level_downsamples[level]) * settings.seg_downsample < _NEARLY_FULL
+    shrink = _further_shrink(slide, level, settings) if flat else 1
+    overview = Overview(reader.size, shrink) if shrink > 1 else None
+    mask = textured_saturation(reader, overview)
+    outlines, hierarchy, coloured = _outline(mask, settings)
+    del mask
+    missing = 0.0
+    if not leaves_out_background(slide.properties):
+        missing = reader.empty_pixels / math.prod(slide.level_dimensions[level])
+    scale = tuple(d * settings.seg_downsample for d in slide.level_downsamples[level])
+    kept = _keep(outlines, hierarchy, settings, scale)
+    if kept and overview is not None:
+        _warn_if_overlooked(slide, overview, settings, scale, _area(outlines, kept))
+    contours = [_scaled(outlines[index], scale) for index, _ in kept]
+    holes = [[_scaled(outlines[hole], scale) for hole in inside] for _, inside in kept]
+    nothing = ""
+    if not contours:
+        # The pixels are black there, which has no texture and no saturation.
+        empty = f"the file holds no data for {100 * missing:.3g} % of level {level}; " if missing else ""
+        where = f"level {level}" + (f" shrunk {settings.seg_downsample:g}x" if settings.seg_downsample > 1 else "")
+        if not coloured:
+            nothing = (
+                f"{empty}no textured pixel of {where} has a saturation above the threshold of {settings.sthresh}; the "
+                f"outer {_WHITE_BAND} pixels are not looked at"
+            )
+        else:
+            nothing = f"{empty}all {len(outlines)} outlines on {where} are smaller than a_t = {settings.a_t:g} allows"
+    return Tissue(contours, holes, level, settings.seg_downsample, nothing, missing)
+
+
+def _outline(mask: np.ndarray, settings: SegmentationSettings) -> tuple[Sequence[np.ndarray], np.ndarray | None, bool]:
+    """Contours and hierarchy, as OpenCV gives them, of a textured saturation; and whether any pixel is tissue.
+
+    The saturation is overwritten.
+    """
     median_in_place(mask, settings.mthresh | 1)
     kind = cv2.THRESH_BINARY + (cv2.THRESH_OTSU if settings.use_otsu else 0)
     cv2.threshold(mask, settings.sthresh, 255, kind, dst=mask)
     if settings.close > 0:
         cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((settings.close, settings.close), np.uint8), dst=mask)
     outlines, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    coloured = bool(mask.any())
-    del mask
-    scale = tuple(d * settings.seg_downsample for d in slide.level_downsamples[level])
-    kept = _keep(outlines, hierarchy, settings, scale)
-    contours = [_scaled(outlines[index], scale) for index, _ in kept]
-    holes = [[_scaled(outlines[hole], scale) for hole in inside] for _, inside in kept]
-    nothing = ""
-    if not contours:
-        where = f"level {level}" + (f" shrunk {settings.seg_downsample:g}x" if settings.seg_downsample > 1 else "")
-        if not coloured:
-            nothing = (
-                f"no textured pixel of {where} has a saturation above the threshold of {settings.sthresh}; the "
-                f"outer {_WHITE_BAND} pixels are not looked at"
-            )
-        else:
-            nothing = f"all {len(outlines)} outlines on {where} are smaller than a_t = {settings.a_t:g} allows"
-    return Tissue(contours, holes, level, settings.seg_downsample, nothing)
+    return outlines, hierarchy, bool(mask.any())
 
 
-def textured_saturation(reader: LevelReader) -> np.ndarray:
+class Overview:
+    """A small copy of a level, put together from the pieces that are read of it anyway.
+
+    It is accurate to a pixel of its own, which is enough to tell whether much tissue was overlooked.
+
+    Args:
+        size: (width, height) of what is read.
+        shrink: by which it is reduced, in whole pixels.
+    """
+
+    def __init__(self, size: tuple[int, int], shrink: int) -> None:
+        self.size = (size[0] // shrink, size[1] // shrink)
+        self.shrink = shrink
+        self._pixels = np.full((self.size[1], self.size[0], 3), 255, np.uint8)
+
+    def add(self, x: int, y: int, pixels: np.ndarray) -> None:
+        """Add a piece, uint8 [h, w, 3 or 4], whose corner is at (x, y) of what is read."""
+        h, w = pixels.shape[:2]
+        left, top = x // self.shrink, y // self.shrink
+        right, bottom = (min(-(-end // self.shrink), full) for end, full in zip((x + w, y + h), self.size, strict=True))
+        if right > left and bottom > top:
+            small = cv2.resize(pixels, (right - left, bottom - top), interpolation=cv2.INTER_AREA)
+            self._pixels[top:bottom, left:right] = small[..., :3]
+
+    def bands(self) -> Iterator[Band]:
+        """The whole overview as one band."""
+        yield Band(0, self.size[1], iter([Piece(0, 0, self._pixels)]))
+
+
+def _warn_if_overlooked(
+    slide: SlideImage, overview: Overview, settings: SegmentationSettings, scale: tuple[float, ...], found: float
+) -> None:
+    """Log a warning if much more tissue would be found on the shrunk level; what was found is not changed.
+
+    At full resolution, only spots of strong texture are tissue to the algorithm; where there are none at all, the level
+    is shrunk by itself.
+    """
+    outlines, hierarchy, _ = _outline(textured_saturation(overview), settings)
+    scale = tuple(factor * overview.shrink for factor in scale)
+    more = _area(outlines, _keep(outlines, hierarchy, settings, scale)) * overview.shrink**2
+    if more > _MUCH_MORE * found:
+        wanted = settings.seg_downsample * overview.shrink
+        logger.warning(
+            "%s has no level near %dx and was segmented at %.3gx, where tissue has little texture: %.2g times as much "
+            "tissue would be found after shrinking it (seg_downsample = %g, or --seg-downsample %g)",
+            slide.path,
+            WANTED_DOWNSAMPLE,
+            max(slide.level_downsamples[0]) * settings.seg_downsample,
+            more / found,
+            wanted,
+            wanted,
+        )
+
+
+def _area(outlines: Sequence[np.ndarray], kept: Sequence[tuple[int, list[int]]]) -> float:
+    """Of the kept contours less their kept holes, in pixels."""
+    return sum(
+        cv2.contourArea(outlines[i]) - sum(cv2.contourArea(outlines[hole]) for hole in inside) for i, inside in kept
+    )
+
+
+def textured_saturation(reader: LevelReader | Overview, overview: Overview | None = None) -> np.ndarray:
     """uint8 [h, w]: HSV saturation of each pixel; 0 where |Laplacian| <= 15 and in the white frame of 20-21 pixels.
 
-    The original paints those pixels white, and white has saturation 0.
+    The original paints those pixels white, and white has saturation 0. What is read goes into `overview` as well.
     """
     width, height = reader.size
     saturation = np.empty((height, width), np.uint8)
@@ -223,6 +330,8 @@ def textured_saturation(reader: LevelReader) -> np.ndarray:
         carried = len(grey)
         grey = np.concatenate([grey, np.empty((bottom - top, width), np.uint8)])
         for x, y, pixels in pieces:
+            if overview is not None:
+                overview.add(x, y, pixels)
             h, w = pixels.shape[:2]
             row = y - top + carried
             cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY, dst=grey[row : row + h, x : x + w])

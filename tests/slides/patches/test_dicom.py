@@ -1,11 +1,15 @@
 """A DICOM slide as scanners store it: levels, label and overview are a file each, of one series."""
 
 import io
+import logging
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from exaonepath.errors import SlideChangedError, SlideOpenError
+from exaonepath.slides.companions import companion_files
 from exaonepath.slides.encode import find_slides
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.pipeline import patchfy
@@ -104,3 +108,51 @@ def test_any_file_of_the_series_opens_the_whole_slide(series):
     folder, _ = series
     with SlideImage(folder / "2.dcm") as slide:
         assert slide.dimensions == (2000, 1500)
+
+
+@pytest.mark.parametrize("what", ["replaced", "gone", "added"])
+def test_a_slide_of_several_files_is_another_one_if_any_of_them_is(series, tmp_path, what):
+    folder = tmp_path / "copy"
+    shutil.copytree(series[0], folder)
+    with SlideImage(folder / "2.dcm") as slide:
+        before = slide.fingerprint()
+        newest = max(file.stat().st_mtime_ns for file in folder.iterdir())
+        assert slide.mtime_ns == newest
+        if what == "replaced":
+            data = bytearray((folder / "0.dcm").read_bytes())
+            data[-1000:] = bytes(1000)
+            (folder / "0.dcm").write_bytes(data)
+            with pytest.raises(SlideChangedError, match=r"0\.dcm, of which .*2\.dcm is a part, was replaced"):
+                slide.check_unchanged()
+        elif what == "gone":
+            (folder / "label.dcm").unlink()
+            with pytest.raises(SlideOpenError, match=r"label\.dcm cannot be read any more: it is gone"):
+                slide.check_unchanged()
+        else:
+            shutil.copy(series[0] / "0.dcm", folder / "x.dcm")
+            slide.check_unchanged()  # nothing is read from a file that was not there
+            return
+    data = bytearray(shutil.copy(series[0] / "0.dcm", folder / "0.dcm").read_bytes())
+    if what == "replaced":  # what OpenSlide's own hash of the smallest level does not see
+        data[len(data) // 2 : len(data) // 2 + 100_000] = bytes(100_000)
+        (folder / "0.dcm").write_bytes(data)
+    with SlideImage(folder / "2.dcm") as slide:
+        assert slide.fingerprint() != before
+
+
+def test_a_series_without_its_largest_level_is_warned_about(series, tmp_path, caplog):
+    for name in ("1.dcm", "2.dcm", "label.dcm"):
+        shutil.copy(series[0] / name, tmp_path / name)
+    with caplog.at_level(logging.WARNING), SlideImage(tmp_path / "1.dcm") as slide:
+        assert slide.dimensions == (500, 375)
+    assert "the file of full resolution seems to be missing" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", ["", ".dicom", ".1"])
+def test_a_series_is_read_whatever_its_files_are_called(series, tmp_path, suffix):
+    for file in series[0].iterdir():
+        shutil.copy(file, tmp_path / f"{file.stem}{suffix}")
+    (found,) = find_slides([tmp_path])
+    with SlideImage(found) as slide:
+        assert slide.dimensions == (2000, 1500)
+        assert len(companion_files(found)) == 4
