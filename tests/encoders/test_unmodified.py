@@ -378,11 +378,11 @@ def test_export_of_the_patch_encoder():
 
 @pytest.mark.skipif(not onednn_available(), reason="this torch has no oneDNN linear")
 def test_the_onednn_operator_sees_only_plain_tensors(monkeypatch):
-    from exaonepath.ops import linear
+    from exaonepath.ops import linear as module
 
-    seen = []
-    operator = linear._onednn_linear
-    monkeypatch.setattr(linear, "_onednn_linear", lambda *args: seen.append(args) or operator(*args))
+    seen, linear = [], module.linear
+    operator = module._onednn_linear
+    monkeypatch.setattr(module, "_onednn_linear", lambda *args: seen.append(args) or operator(*args))
     x, weight, bias = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5)
     with torch.no_grad():
         linear(x, weight, bias)

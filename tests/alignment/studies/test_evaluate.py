@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from exaonepath.alignment.evaluate import EvaluationSettings, evaluate
+from exaonepath.alignment.evaluate import _follow_up as follow_up
 from exaonepath.alignment.metrics.retrieval import retrieval
 from exaonepath.alignment.report import draw_attention_of, table
 from exaonepath.alignment.subject import open_subject
@@ -172,15 +173,17 @@ def test_words_of_survival_are_read_and_others_refused(subject):
     patients = subject.cohort.patients
     flags = subject.cohort.labels["event"].reindex(patients).to_numpy()
     settings = EvaluationSettings(labels=("subtype",), targets=("rna",), missing=False)
-    plain = evaluate(subject, settings)["survival"]["fused"]
+    plain = follow_up(subject, patients, settings)
+    assert plain[2].all()
     for yes, no in (("DECEASED", "LIVING"), (True, False), ("1:DECEASED", "0:LIVING")):
-        told = with_labels(subject, event=[yes if flag else no for flag in flags])
-        assert evaluate(told, settings)["survival"]["fused"] == plain
+        words = with_labels(subject, event=[yes if flag else no for flag in flags])
+        for mine, theirs in zip(follow_up(words, patients, settings), plain, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
     # Who is unknown is left out, and not taken for alive.
     some_unknown = with_labels(subject, event=[None if i % 3 == 0 else flag for i, flag in enumerate(flags)])
     held = [i for i, p in enumerate(patients) if p in set(subject.held_out)]
     found = evaluate(some_unknown, settings)["survival"]["fused"]
-    assert found["n"] == sum(i % 3 > 0 for i in held) < plain["n"]
+    assert found["n"] == sum(i % 3 > 0 for i in held) < len(held)
     with pytest.raises(SettingsError, match=r"must say whether the event was seen.*got maybe"):
         evaluate(with_labels(subject, event=["maybe"] * len(patients)), settings)
     with pytest.raises(SettingsError, match="must hold times, got long"):
