@@ -139,7 +139,7 @@ def install(uv: Path, folder: Path, interpreter: str, dependencies: str) -> Path
     if not python.exists():
         call(log, uv, "venv", "--quiet", "--python", interpreter, folder / "venv")
     call(
-        log, uv, "pip", "install", "--python", python, "--constraint", requirements, "--editable", ".[dev]",
+        log, uv, "pip", "install", "--exact", "--python", python, "--constraint", requirements, "--editable", ".[dev]",
         EXAONEPATH_REQUIRE_EXTENSION="1",
     )  # fmt: skip
     stamp.write_text(state)
