@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test faults lint bench plots wheel clean
+.PHONY: demo test test-matrix faults lint bench plots wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/exaonepath demo --out demo-output
@@ -14,6 +14,11 @@ demo: $(INSTALLED)
 # Two at a time, a file's tests together: they share what is slow to make.
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# A fast part of the tests on every Python at hand, with the oldest and the newest dependencies; not part of CI, since it
+# installs torch each time. PYTHONS="3.10 3.13" and SETS="oldest newest-4 newest-5" restrict it.
+test-matrix:
+	$(PYTHON) tests/matrix.py
 
 # Every file operation of encode, slide and train failed, killed and interrupted; `make test` takes a part of them.
 faults: $(INSTALLED)
@@ -43,4 +48,4 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt exaonepath/
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo-output exaonepath/_C*.so *.egg-info
+	rm -rf $(VENV) .matrix build dist demo-output exaonepath/_C*.so *.egg-info

@@ -58,3 +58,12 @@ def test_no_placeholder_is_left(document):
 def test_links_and_pictures_are_there(document):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
         assert (document.parent / target).exists(), f"{document.name} points to {target}"
+
+
+@pytest.mark.parametrize("name", ["architecture.md", "glossary.md"])
+def test_modules_that_are_named_exist(name):
+    """`slides/image.py` is a module of the package, `tests/conftest.py` a file of the repository."""
+    named = set(re.findall(r"`([\w/]+/\w+\.py)`", (ROOT / "docs" / name).read_text(encoding="utf-8")))
+    assert named
+    missing = {path for path in named if not (ROOT / "exaonepath" / path).exists() and not (ROOT / path).exists()}
+    assert not missing, f"{name} names {sorted(missing)}"

@@ -1,6 +1,7 @@
 """What gets installed, and what must not be."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,3 +88,11 @@ def test_contributing_describes_the_layers():
 
 def test_changelog_knows_this_version():
     assert f"## {exaonepath.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_one_version_is_stated_everywhere():
+    """What a release has to change by hand, and what a new pin of ruff has to."""
+    assert re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == exaonepath.__version__
+    pinned = re.search(r"^ruff==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.search(r"ruff-pre-commit\n\s+rev: v([\d.]+)", hooks)[1] == pinned
