@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 
 # Two at a time, a file's tests together: they share what is slow to make.
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --durations=10
 
 # A fast part of the tests on every Python at hand, with the oldest and the newest dependencies; not part of CI, since it
 # installs torch each time. PYTHONS="3.10 3.13" and SETS="oldest newest-4 newest-5" restrict it.
