@@ -63,7 +63,7 @@ def is_transformed() -> bool:
     """Whether torch is tracing, compiling, exporting, or inside a function transform or forward-mode AD."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch._C._functorch.maybe_current_level() is not None
         or forward_ad._current_level >= 0
     )

@@ -42,7 +42,7 @@ def _use_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if t is not None))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and torch._C._functorch.maybe_current_level() is None
         and forward_ad._current_level < 0
         and onednn_available()

@@ -12,7 +12,7 @@ import numpy as np
 
 from exaonepath.errors import SettingsError
 from exaonepath.files.atomic import atomic_path
-from exaonepath.plotting import require_matplotlib
+from exaonepath.plotting import HAIRLINE, INK, MUTED, require_matplotlib
 from exaonepath.slides.image import SlideImage
 from exaonepath.viz import panels
 from exaonepath.viz.canvas import Canvas, color_field, grid_step, restain, tissue_mask, view
@@ -174,10 +174,10 @@ def _nothing(figure: Any, layout: Layout) -> None:
         axes.set_axis_off()
         x, align = 0.0, "left"
     for spine in axes.spines.values():
-        spine.set(color=panels.HAIRLINE, linewidth=0.8)
+        spine.set(color=HAIRLINE, linewidth=0.8)
     centre = {"xy": (x, 0.5), "xycoords": "axes fraction", "textcoords": "offset points", "ha": align}
-    axes.annotate("No tissue found", xytext=(0, 3), va="bottom", color=panels.INK, size=13, weight="bold", **centre)
-    axes.annotate("so there are no patches to embed", xytext=(0, -5), va="top", color=panels.MUTED, size=9.5, **centre)
+    axes.annotate("No tissue found", xytext=(0, 3), va="bottom", color=INK, size=13, weight="bold", **centre)
+    axes.annotate("so there are no patches to embed", xytext=(0, -5), va="top", color=MUTED, size=9.5, **centre)
 
 
 def _texts(figure: Any, layout: Layout, title: str, subtitle: str, caption: list[str]) -> None:
@@ -188,12 +188,12 @@ def _texts(figure: Any, layout: Layout, title: str, subtitle: str, caption: list
         title = f"{title[: room // 2]}…{title[-(room - room // 2 - 1) :]}"
     # Names of files may hold a dollar sign, which would otherwise begin a formula.
     plain = {"va": "top", "parse_math": False}
-    figure.text(left, 1 - 0.32 / height, title, **plain, size=18, weight="bold", color=panels.INK)
-    figure.text(left, 1 - 0.68 / height, subtitle, **plain, size=11.5, color=panels.MUTED)
+    figure.text(left, 1 - 0.32 / height, title, **plain, size=18, weight="bold", color=INK)
+    figure.text(left, 1 - 0.68 / height, subtitle, **plain, size=11.5, color=MUTED)
     if caption:
         top = 1 - layout.caption / height
         text = "\n".join(caption)
-        figure.text(left, top, text, **plain, size=_CAPTION_SIZE, color=panels.MUTED, linespacing=1.45)
+        figure.text(left, top, text, **plain, size=_CAPTION_SIZE, color=MUTED, linespacing=1.45)
 
 
 def _numbers(scene: _Scene) -> str:

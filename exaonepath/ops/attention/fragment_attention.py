@@ -59,7 +59,7 @@ def resolve_backend(
     return "triton"
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _kernels_serve(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     reason = unsuited(dtype, head_dim, 0) or unable(device)
     if reason is not None and reason not in _told:
@@ -68,7 +68,7 @@ def _kernels_serve(device: torch.device, dtype: torch.dtype, head_dim: int) -> b
     return reason is None
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _dense_from(device: torch.device, dtype: torch.dtype, head_dim: int) -> int | None:
     return attention_config(torch.cuda.get_device_capability(device), dtype.itemsize, head_dim).dense_from
 
