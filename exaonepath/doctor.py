@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from exaonepath.ops.attention.triton import unable
+from exaonepath.ops.attention.triton import unsupported_device
 from exaonepath.ops.extension import load_extension, why_no_cuda_half
 from exaonepath.ops.linear import onednn_available
 from exaonepath.version import __version__
@@ -113,7 +113,7 @@ def _attention() -> Finding:
     chosen = []
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
-        reason = unable(device)
+        reason = unsupported_device(device)
         chosen.append(f"{'triton' if reason is None else f'sdpa ({reason})'} on {device}")
     return Finding("backends", "attention", f"auto resolves to {', '.join(chosen)}; sdpa on cpu", True)
 
