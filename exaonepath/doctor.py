@@ -1,4 +1,4 @@
-"""What this installation is made of, and which backend serves where, and why."""
+"""Report the versions of this installation, and the selected backends with the reasons."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from exaonepath.ops.attention.triton import unable
+from exaonepath.ops.attention.triton import unsupported_device
 from exaonepath.ops.extension import load_extension, why_no_cuda_half
 from exaonepath.ops.linear import onednn_available
 from exaonepath.version import __version__
@@ -33,7 +33,7 @@ _EXTRAS = {"viz": ("matplotlib",), "synthetic": ("tifffile", "imagecodecs")}
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: `ok` is None where it is a fact rather than a check."""
+    """One line of the report; `ok` is None for a fact that is no check."""
 
     topic: str
     name: str
@@ -42,7 +42,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at versions, devices, the compiled extension, and the backends that would be chosen here."""
+    """Examine versions, devices, the compiled extension, and the backends that would be selected."""
     findings = [
         Finding("versions", "exaonepath", __version__),
         Finding("versions", "python", f"{platform.python_version()} on {platform.platform()}"),
@@ -63,7 +63,7 @@ def _package(name: str) -> Finding:
     except importlib.metadata.PackageNotFoundError:
         if name == "triton":
             return Finding("versions", name, "not installed (this torch build does not need it)")
-        # opencv and openslide exist under several distribution names; what counts is the import.
+        # opencv and openslide exist under several distribution names, so the import is checked too.
         module = {"opencv-python-headless": "cv2", "openslide-bin": "openslide_bin"}.get(name, name)
         found = importlib.util.find_spec(module) is not None
         return Finding("versions", name, "from another distribution" if found else "not installed", found or None)
@@ -94,16 +94,16 @@ def _devices() -> list[Finding]:
 def _extension() -> Finding:
     extension, reason = load_extension()
     if extension is None:
-        return Finding("backends", "C++ extension", f"{reason}; until then the torch backends serve", False)
+        return Finding("backends", "C++ extension", f"{reason}; until then the torch backends are used", False)
     info = extension.build_info()
     if not info["cuda"]:
-        cuda = f"no CUDA half ({why_no_cuda_half()})" if torch.cuda.is_available() else "no CUDA half"
+        cuda = f"without CUDA ({why_no_cuda_half()})" if torch.cuda.is_available() else "without CUDA"
         return Finding("backends", "C++ extension", f"{extension.cpu_isa()}, compiler {info['compiler']}, {cuda}", True)
     cuda = f"CUDA {info['cuda']}"
     devices = extension.cuda_devices()
-    cuda += f", sees {len(devices)} GPU(s)"
+    cuda += f", finds {len(devices)} GPU(s)"
     if len(devices) != (torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        cuda += f" where torch sees {torch.cuda.device_count()}: check driver and CUDA_VISIBLE_DEVICES"
+        cuda += f", but torch finds {torch.cuda.device_count()}: check driver and CUDA_VISIBLE_DEVICES"
     return Finding("backends", "C++ extension", f"{extension.cpu_isa()}, compiler {info['compiler']}, {cuda}", True)
 
 
@@ -113,7 +113,7 @@ def _attention() -> Finding:
     chosen = []
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
-        reason = unable(device)
+        reason = unsupported_device(device)
         chosen.append(f"{'triton' if reason is None else f'sdpa ({reason})'} on {device}")
     return Finding("backends", "attention", f"auto resolves to {', '.join(chosen)}; sdpa on cpu", True)
 

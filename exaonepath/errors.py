@@ -1,7 +1,7 @@
-"""Every error this package raises on purpose, under one base class.
+"""All errors that this package raises on purpose, with one base class.
 
-A message says what was wrong, where (file, key, row), and what to do about it. Errors caused by an argument are also
-`ValueError`, so that code written against plain Python conventions catches them.
+A message states the problem, its place (file, key, row), and what to do. Errors caused by an argument are also
+`ValueError`, so that code with the usual Python conventions catches them.
 """
 
 
@@ -10,7 +10,7 @@ class ExaonePathError(Exception):
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """The message by the lines it is to be shown in: a line break inside one belongs to a name, and is escaped."""
+        """The lines of the message. A line break inside one of them is part of a name, and must be escaped."""
         return (str(self),)
 
 
@@ -19,7 +19,7 @@ class SettingsError(ExaonePathError, ValueError):
 
 
 class ConfigError(SettingsError):
-    """A model configuration holds an unknown key or an impossible value."""
+    """A model configuration has an unknown key or an impossible value."""
 
 
 class DeviceError(SettingsError):
@@ -27,15 +27,15 @@ class DeviceError(SettingsError):
 
 
 class BackendError(ExaonePathError, RuntimeError):
-    """A computation cannot run here or not on this input, ran out of memory, or gave NaN."""
+    """A computation is not supported on this device or for this input, ran out of memory, or returned NaN."""
 
 
 class MemoryLimitError(BackendError):
-    """A computation would need more memory than the limit or the device has; refused before anything is allocated."""
+    """A computation needs more memory than the limit, or than the device has; raised before anything is allocated."""
 
 
 class MissingDependencyError(BackendError):
-    """An optional package is needed for this and not installed; the message names the extra that brings it."""
+    """A required optional package is not installed; the message names the extra that contains it."""
 
 
 class SlideError(ExaonePathError):
@@ -47,19 +47,19 @@ class SlideOpenError(SlideError):
 
 
 class SlideChangedError(SlideError):
-    """The slide file was replaced or written to while it was being read; nothing read since can be used."""
+    """The slide file was replaced or written to while it was read; data read since then must not be used."""
 
 
 class ScaleError(SlideError):
-    """The slide's pixel size is doubtful and strictness was asked for, or no patch can be computed with it."""
+    """The slide's pixel size is doubtful and strict mode is on, or no patches can be computed with it."""
 
 
 class SlideReadError(SlideError):
-    """Pixels of an opened slide could not be read, also not through a fresh handle."""
+    """Pixels of an opened slide could not be read, also not after it was opened again."""
 
 
 class SlideSkippedError(SlideError):
-    """The slide was refused by a limit the caller set (`max_seg_pixels`); the reason is also on disk."""
+    """The slide exceeds a limit that the caller set (`max_seg_pixels`); the reason is also stored on disk."""
 
 
 class OutputError(ExaonePathError, OSError):
@@ -71,23 +71,23 @@ class OutputCollisionError(OutputError):
 
 
 class DataFileError(ExaonePathError):
-    """An input HDF5 file is corrupt, incomplete, lacks a dataset, or its datasets do not fit together."""
+    """An input HDF5 file is corrupt, incomplete, lacks a dataset, or its datasets do not match."""
 
 
 class DamagedFileError(DataFileError):
-    """An HDF5 file was whole once and is not any more: truncated, or its content and its checksums disagree."""
+    """An HDF5 file was complete and was damaged later: it is truncated, or its content does not match its checksums."""
 
 
 class UnfinishedFileError(DataFileError):
-    """An HDF5 file lacks the mark that its writer puts there last."""
+    """An HDF5 file lacks the mark that its writer writes last."""
 
 
 class ForeignFileError(DataFileError):
-    """A file that no stage of this package writes: another format, another layout, or data that lie elsewhere."""
+    """A file that was not written by this package: another format or layout, or data in other files."""
 
 
 class FileBusyError(ExaonePathError, OSError):
-    """An HDF5 file is there but cannot be opened now: locked by another process, or not readable by this user."""
+    """An HDF5 file exists but cannot be opened now: locked by another process, or not readable by this user."""
 
 
 class WeightsError(ExaonePathError):

@@ -1,4 +1,4 @@
-"""Memory of this machine that a process may still use."""
+"""Available memory of this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _CGROUPS = (  # (limit, use), version 2 and version 1
 
 
 def available_host_memory() -> int | None:
-    """Bytes that can be allocated without swapping, container limits considered; None where the system does not say."""
+    """Bytes that can be allocated without swapping, including limits of a container; None if the system has no such
+    information."""
     found = [value for value in (_meminfo(), *(_cgroup(*files) for files in _CGROUPS)) if value is not None]
     return min(found) if found else None
 

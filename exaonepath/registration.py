@@ -1,8 +1,8 @@
-"""Registration with transformers' Auto classes, so that published repositories build our classes.
+"""Registration with transformers' Auto classes, so that published repositories are loaded with our classes.
 
-`import exaonepath` has to be cheap, and transformers may be imported before it or after it, or never. So nothing is
-imported here: transformers' Auto modules are changed once they are imported (at once, if they are already), and the
-models are imported and registered when an Auto class is first used.
+`import exaonepath` must be fast, and transformers may be imported before it, after it, or never. So this module imports
+nothing: a hook changes transformers' Auto modules when they are imported (immediately, if they already are), and the
+models are imported and registered at the first use of an Auto class.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MARK = "_asks_exaonepath_first"
 
 
 def install() -> None:
-    """Have `AutoConfig` and `AutoModel` know our models, whenever transformers is imported; may be called again."""
+    """Make `AutoConfig` and `AutoModel` support our models whenever transformers is imported; may be called again."""
     hooks = {"configuration_auto": _change_config, "modeling_auto": _change_model}
     for module, change in hooks.items():
         wrapt.register_post_import_hook(change, f"transformers.models.auto.{module}")
@@ -70,7 +70,7 @@ def _replace(auto: Any, name: str, wrap: Callable[[Any], Any]) -> None:
         return
     wrapped = functools.wraps(function)(wrap(original))
     setattr(wrapped, _MARK, True)
-    # `for_model` is a static method in some versions, and takes no class.
+    # `for_model` is a static method in some versions, without a class argument.
     setattr(auto, name, classmethod(wrapped) if hasattr(original, "__func__") else staticmethod(wrapped))
 
 
@@ -85,7 +85,7 @@ def _after_registration(original: Any) -> Any:
 
 
 def _config_from_pretrained(original: Any) -> Any:
-    """A config.json of ours is read by our own gate and never by transformers."""
+    """A config.json of our models is read and checked by our own function, never by transformers."""
 
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         arguments = dict(kwargs)
@@ -98,14 +98,14 @@ def _config_from_pretrained(original: Any) -> Any:
 
 
 def _model_from_pretrained(original: Any) -> Any:
-    """A repository's own code is not run, also where `trust_remote_code=True` is passed.
+    """The code in a repository is not run, even with `trust_remote_code=True`.
 
-    Before 5.23 transformers prefers that code over a registered class. Models of other types are passed through.
+    Before version 5.23, transformers prefers that code to a registered class. Other models are handled by transformers.
     """
 
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        # Of a local folder, config and weights have to be read together: it may be replaced in between. On the Hub a
-        # commit is fixed, and AutoConfig is asked in any case.
+        # Config and weights of a local folder must be read together, because it may be replaced in between. On the Hub,
+        # a commit does not change, and `AutoConfig` is called in any case.
         register()
         where = pretrained_model_name_or_path
         is_local = isinstance(where, str | os.PathLike) and os.path.lexists(where)
@@ -117,12 +117,12 @@ def _model_from_pretrained(original: Any) -> Any:
 
 
 def _ours(where: Any, arguments: dict[str, Any]) -> tuple[Any, Repository, dict[str, Any]] | None:
-    """The class, the place and the content of config.json where it is of one of our models; else None.
+    """The class, the repository and the content of config.json if it belongs to one of our models; else None.
 
-    The arguments that say where files are get taken out of `arguments`.
+    The arguments that locate files are removed from `arguments`.
 
     Raises:
-        WeightsError: there is a config.json that cannot be one of any model.
+        WeightsError: there is a config.json that is not valid for any model.
     """
     from exaonepath.encoders.base_configuration import read_config
     from exaonepath.encoders.repository import HubError, Repository
@@ -131,7 +131,7 @@ def _ours(where: Any, arguments: dict[str, Any]) -> tuple[Any, Repository, dict[
         repository = Repository.from_arguments(where, arguments)
         content = read_config(repository) or {}
     except (SettingsError, HubError):
-        return None  # of what model is not known: transformers has its own errors for it
+        return None  # the kind of model is unknown: transformers raises its own error
     model_type = content.get("model_type")
     model = register().get(model_type) if isinstance(model_type, str) else None
     return None if model is None else (model, repository, content)

@@ -1,4 +1,5 @@
-"""Text for people: safe to show, since names of files may hold anything, and short, since lists may be long."""
+"""Text for users: safe to print, because file names may contain any characters, and short, because lists may be
+long."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ _ESCAPED = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 
 def printable(text: object) -> str:
-    """The text with everything escaped that a terminal would act on or could not show.
+    """The text, with all characters escaped that a terminal would interpret or cannot show.
 
     Control characters (ESC, newline, ...), marks that reverse the direction of writing, and bytes of a name that are
     not UTF-8 become `\\x1b`, `\\u202e`, `\\udcff`; a backslash stays one.

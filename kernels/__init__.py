@@ -1,1 +1,1 @@
-"""Triton kernels, installed as `exaonepath.kernels`. Importing this loads no Triton: who needs a kernel does."""
+"""Triton kernels, installed as `exaonepath.kernels`. This package does not import triton; the kernels' modules do."""

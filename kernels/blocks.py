@@ -1,29 +1,34 @@
-"""Device functions the attention kernels share: tiles of tokens, rows of a head, rotation.
+"""Device functions that the attention kernels share: tiles of tokens, rows of a head, rotation.
 
-A launch is a flat list of tiles, longest first. A tile is up to BLOCK consecutive tokens (`first`, `last`) and the
-interval of tokens they may meet (`begin`, `end`). A tile of one long segment runs its interior blocks without any
-masking; a tile of several short segments masks by each row's own bounds. Segments are contiguous, so bounds are all a
-mask ever needs.
+A launch is a flat list of tiles, longest first. A tile consists of up to BLOCK consecutive tokens (`first`, `last`) and
+the interval of tokens that they attend to (`begin`, `end`). A tile of one long segment needs no mask in its interior
+blocks. A tile of several short segments uses the bounds of each row as its mask. Segments are contiguous, so two bounds
+per row describe the mask completely.
 
-Addresses are one 64-bit base per block of tokens and 32-bit offsets inside it: T * 3 * H * D passes 2^31.
+An address is a 64-bit base per block of tokens plus 32-bit offsets inside the block, because T * 3 * H * D exceeds
+2^31.
 """
 
 import triton
 import triton.language as tl
 
-# Tokens a CAREFUL step works on: few, so that the loop that hardly ever runs asks for no register beyond the others'.
+# Number of tokens in a CAREFUL step. It is small, so that this rarely used loop needs no more registers than the
+# others.
 CAREFUL_BLOCK = tl.constexpr(16)
 
 
 @triton.jit
 def wide(token):
-    """A token's number in 64 bits (an int under the interpreter, which has no method to ask)."""
+    """A token's number in 64 bits. A sum replaces `.to`, because `token` can be a plain int under the interpreter."""
     return token + tl.full([], 0, tl.int64)
 
 
 @triton.jit
 def load_tile(p_tiles, BLOCK: tl.constexpr):
-    """first, last, begin, end of this program's tile, and which of its BLOCK tokens exist."""
+    """first, last, begin, end of this program's tile, and which of its BLOCK tokens exist.
+
+    The last tile of a segment has fewer than BLOCK tokens; `exists` [BLOCK] is False for the others.
+    """
     w = tl.program_id(0).to(tl.int64) * 4
     first, last = tl.load(p_tiles + w), tl.load(p_tiles + w + 1)
     begin, end = tl.load(p_tiles + w + 2), tl.load(p_tiles + w + 3)
@@ -32,14 +37,18 @@ def load_tile(p_tiles, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_bounds(p_bounds, first, exists, BLOCK: tl.constexpr):
-    """Interval each token of a tile may meet; empty for tokens that do not exist."""
+    """Interval of tokens that each token of a tile attends to; empty for tokens that do not exist."""
     p = p_bounds + wide(first) * 2 + tl.arange(0, BLOCK) * 2
     return tl.load(p, mask=exists, other=0), tl.load(p + 1, mask=exists, other=0)
 
 
 @triton.jit
 def unmasked_end(p_bounds, first, last, begin, end, BLOCK: tl.constexpr):
-    """Up to where blocks of BLOCK tokens need no mask: nowhere in a tile of several segments."""
+    """The end of the blocks of BLOCK tokens that need no mask; `begin` (no block) for a tile of several segments.
+
+    Segments are sorted. So if the segment of the first token ends at `end`, and that of the last token starts at
+    `begin`, all tokens of the tile belong to one segment.
+    """
     one_segment = (tl.load(p_bounds + wide(first) * 2 + 1) == end) & (tl.load(p_bounds + wide(last - 1) * 2) == begin)
     return tl.where(one_segment, begin + (end - begin) // BLOCK * BLOCK, begin)
 
@@ -52,7 +61,7 @@ def row_pointers(p_x, first, s_token, BLOCK: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def load_rows(p_x, first, exists, s_token, BLOCK: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """A head at BLOCK tokens from `first` on, [BLOCK, D]; where MASKED, 0 for tokens that do not exist."""
+    """A head at BLOCK tokens, starting at `first`, [BLOCK, D]; if MASKED, 0 for tokens that do not exist."""
     p = row_pointers(p_x, first, s_token, BLOCK, D)
     if MASKED:
         return tl.load(p, mask=exists[:, None], other=0.0)
@@ -62,11 +71,11 @@ def load_rows(p_x, first, exists, s_token, BLOCK: tl.constexpr, D: tl.constexpr,
 
 @triton.jit
 def only_finite(x):
-    """x [ROWS, D] with 0 for what is infinite or NaN, and per row 0, or NaN if something was.
+    """x [ROWS, D] with 0 in place of infinite values and NaN; and for each row NaN if it had such a value, else 0.
 
-    A masked probability is 0, but 0 * NaN is NaN: in a product, a bad row of one segment reaches every segment of its
-    tile. So where a tile has met one it is worked on again, with CAREFUL steps: products get the cleaned rows, and
-    whoever may meet a bad row gets the NaN through its probabilities.
+    A masked probability is 0, but 0 * NaN is NaN: in a product, a bad row of one segment would affect all segments of
+    its tile. So if the result of a tile is not finite, the tile is computed again with CAREFUL steps. The products then
+    use the cleaned rows, and the NaN is added to the probabilities of those rows that attend to the bad row.
     """
     finite = tl.abs(x) < float("inf")  # false for NaN
     return tl.where(finite, x, 0.0).to(x.dtype), tl.sum(tl.where(finite, 0.0, float("nan")), 1)
@@ -74,20 +83,20 @@ def only_finite(x):
 
 @triton.jit
 def not_finite(x):
-    """Whether anything in x [ROWS, D] is infinite or NaN."""
-    return tl.sum(tl.sum(x * 0.0, 1), 0) != 0.0  # inf * 0 is NaN, and NaN differs from everything
+    """Whether any value in x [ROWS, D] is infinite or NaN."""
+    return tl.sum(tl.sum(x * 0.0, 1), 0) != 0.0  # inf * 0 is NaN, and NaN != 0 is true
 
 
 @triton.jit
 def load_angles(p_cos, p_sin, first, exists, BLOCK: tl.constexpr, HALF: tl.constexpr):
-    """cos and sin of BLOCK tokens from `first` on: two float32 [BLOCK, D/2]."""
+    """cos and sin of BLOCK tokens, starting at `first`: two float32 [BLOCK, D/2]."""
     o = wide(first) * HALF + (tl.arange(0, BLOCK) * HALF)[:, None] + tl.arange(0, HALF)[None, :]
     return tl.load(p_cos + o, mask=exists[:, None], other=1.0), tl.load(p_sin + o, mask=exists[:, None], other=0.0)
 
 
 @triton.jit
-def turn(a, b, cos, sin):
-    """Rotate in float32. The pair turned together is (d, d + D/2), so a and b are the halves of a head."""
+def rotate(a, b, cos, sin):
+    """Rotate in float32. Dimensions (d, d + D/2) form a pair, so a and b are the two halves of a head."""
     a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.fma(-b, sin, a * cos), tl.fma(a, sin, b * cos)
 
@@ -100,5 +109,8 @@ def store_rows(p_x, first, exists, s_token, x, BLOCK: tl.constexpr, D: tl.conste
 
 @triton.jit
 def within(tokens, lo, hi):
-    """[ROWS, COLUMNS]: which of the column tokens each row may meet; one unsigned comparison instead of two."""
+    """[ROWS, COLUMNS]: whether each row attends to each column token, lo <= token < hi.
+
+    One unsigned comparison replaces two: if token < lo, the difference is negative, and a huge number as unsigned.
+    """
     return (tokens[None, :] - lo[:, None]).to(tl.uint32) < (hi - lo).to(tl.uint32)[:, None]

@@ -1,11 +1,12 @@
-"""Attention inside segments of packed tokens, with the 2D rotation of the queries fused in: the forward kernel.
+"""The forward kernel of attention inside segments of packed tokens; it also rotates the queries.
 
-Queries are turned in the prologue of their tile, each once. Keys come turned already (`rotate_kernel`): a key is read
-by every tile of its segment, and turning it there would take it through registers each time.
+Queries are rotated at the start of their tile, each once. Keys are already rotated (`rotate_kernel`): every tile of a
+segment reads all its keys, so a rotation in this kernel would repeat it for each tile, and would need registers.
 
-Shapes behind the pointers: q and out [R, H, D], whose row 0 is packed token `first_row`; k and v [T, H, D]; cos and sin
+Shapes of the tensors: q and out [R, H, D], whose row 0 is packed token `first_row`; k and v [T, H, D]; cos and sin
 float32 [T, D/2]; lse float32 [H, T]; bounds int32 [T, 2]; tiles int32 [W, 4] as (first, last, begin, end). The last
-dimension is contiguous, the other strides are free. out may be q: no other program touches a tile's rows of a head.
+dimension is contiguous, the other strides are arbitrary. out may be q: no other program reads or writes these rows of q
+and out.
 """
 
 import triton
@@ -18,8 +19,8 @@ from exaonepath.kernels.blocks import (
     load_tile,
     not_finite,
     only_finite,
+    rotate,
     store_rows,
-    turn,
     unmasked_end,
     wide,
     within,
@@ -31,20 +32,24 @@ def _forward_step(
     p_k, p_v, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
     D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over one block of keys. m is the largest score before scaling; scale_log2 > 0."""
+    """Online softmax over one block of keys. m is the largest score before scaling; scale_log2 > 0.
+
+    Online softmax needs each key only once: if a block has a new largest score, the previous sums `acc` and `l` are
+    multiplied by a correction. exp2 is the fast instruction of a GPU, so scale_log2 contains the factor 1 / ln 2.
+    """
     keys = start + tl.arange(0, BLOCK_N)
-    there = keys < end
-    k = load_rows(p_k, start, there, s_k_token, BLOCK_N, D, MASKED)
+    present = keys < end
+    k = load_rows(p_k, start, present, s_k_token, BLOCK_N, D, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
     if MASKED:
         s = tl.where(within(keys, lo, hi), s, -float("inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
-    # A row that has met no key yet keeps m = -inf, and -inf - -inf is not a number.
+    # A row without any key so far has m = -inf, and -inf - (-inf) would be NaN.
     m_safe = tl.where(m_new == -float("inf"), 0.0, m_new) if MASKED else m_new
     shift = -m_safe * scale_log2
     p = tl.exp2(tl.fma(s, scale_log2, shift[:, None]))
     rescale = tl.exp2(tl.fma(m, scale_log2, shift))
-    v = load_rows(p_v, start, there, s_v_token, BLOCK_N, D, MASKED)
+    v = load_rows(p_v, start, present, s_v_token, BLOCK_N, D, MASKED)
     if CAREFUL:
         v, poison = only_finite(v)
         p += tl.where(within(keys, lo, hi), poison[None, :], 0.0)
@@ -56,29 +61,30 @@ def _forward_step(
 def forward_kernel(
     p_q, p_k, p_v, p_out, p_lse, p_cos, p_sin, p_bounds, p_tiles, s_q_token, s_q_head, s_k_token, s_k_head, s_v_token,
     s_v_head, s_out_token, s_out_head, first_row, n_tokens, scale_log2,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TURN_Q: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTATE_Q: tl.constexpr,
     STORE_LSE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out of one tile of queries and one head, and where STORE_LSE its log2 sum of exponentials; grid (W, H)."""
+    """out of one tile of queries and one head, and if STORE_LSE its log2 sum of exponentials; grid (W, H)."""
     head = tl.program_id(1).to(tl.int64)
     first, last, begin, end, exists = load_tile(p_tiles, BLOCK_M)
     p_q += head * s_q_head
     p_k += head * s_k_head
     p_v += head * s_v_head
     row = first - first_row
-    if TURN_Q:
-        # Through memory, where the result will be: on sm_90 a query tile made in registers would be kept there for the
-        # whole loop, one that was loaded goes to the matrix units from shared memory.
+    if ROTATE_Q:
+        # The rotated queries are written to the memory of the result, and loaded again. On sm_90, a query tile that was
+        # computed in registers would occupy them for the whole loop; a loaded one is in shared memory, from where the
+        # matrix units read it. The barrier makes the stores of all threads visible before the load.
         HALF: tl.constexpr = D // 2
         cos, sin = load_angles(p_cos, p_sin, first, exists, BLOCK_M, HALF)
         a = load_rows(p_q, row, exists, s_q_token, BLOCK_M, HALF, True)
         b = load_rows(p_q + HALF, row, exists, s_q_token, BLOCK_M, HALF, True)
-        a, b = turn(a, b, cos, sin)
-        p_turned = p_out + head * s_out_head
-        store_rows(p_turned, row, exists, s_out_token, a, BLOCK_M, HALF)
-        store_rows(p_turned + HALF, row, exists, s_out_token, b, BLOCK_M, HALF)
+        a, b = rotate(a, b, cos, sin)
+        p_rotated = p_out + head * s_out_head
+        store_rows(p_rotated, row, exists, s_out_token, a, BLOCK_M, HALF)
+        store_rows(p_rotated + HALF, row, exists, s_out_token, b, BLOCK_M, HALF)
         tl.debug_barrier()
-        q = load_rows(p_turned, row, exists, s_out_token, BLOCK_M, D, True)
+        q = load_rows(p_rotated, row, exists, s_out_token, BLOCK_M, D, True)
     else:
         q = load_rows(p_q, row, exists, s_q_token, BLOCK_M, D, True)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
@@ -90,7 +96,7 @@ def forward_kernel(
             p_k, p_v, start, end, begin, end, q, acc, l, m, s_k_token, s_v_token, scale_log2,
             D, BLOCK_N, False, False, PRECISION,
         )  # fmt: skip
-    lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)  # here, so that no register holds them in the loop above
+    lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)  # after the loop above, which then has more free registers
     for start in tl.range(plain, end, BLOCK_N, num_stages=STAGES):
         acc, l, m = _forward_step(
             p_k, p_v, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
@@ -100,10 +106,11 @@ def forward_kernel(
         acc = tl.zeros([BLOCK_M, D], tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
         m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        # All loaded again behind a barrier, so that no register holds it for here through the loops above.
+        # Everything is loaded again after a barrier: otherwise the compiler would keep it in registers during the loops
+        # above, although this branch rarely runs.
         tl.debug_barrier()
         first, _, begin, end, exists = load_tile(p_tiles, BLOCK_M)
-        if TURN_Q:
+        if ROTATE_Q:
             q = load_rows(p_out + head * s_out_head, first - first_row, exists, s_out_token, BLOCK_M, D, True)
         else:
             q = load_rows(p_q, first - first_row, exists, s_q_token, BLOCK_M, D, True)
@@ -113,9 +120,10 @@ def forward_kernel(
                 p_k, p_v, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
                 D, CAREFUL_BLOCK, True, True, PRECISION,
             )  # fmt: skip
-    # Loaded again, so that no register holds the addresses of the rows through the loops.
+    # Loaded again, so that the addresses of the rows occupy no registers during the loops.
     first, _, _, _, exists = load_tile(p_tiles, BLOCK_M)
-    l = tl.where(exists, l, 1.0)  # of a row that exists, 0 means that every score was -inf: not a number, as in softmax
+    # If l of a row that exists is 0, every score was -inf. Then the result is NaN, as in softmax.
+    l = tl.where(exists, l, 1.0)
     if STORE_LSE:
         p = p_lse + head * n_tokens + wide(first) + tl.arange(0, BLOCK_M)
         tl.store(p, tl.fma(m, scale_log2, tl.log2(l)), mask=exists)

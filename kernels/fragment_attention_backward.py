@@ -1,10 +1,11 @@
-"""Backward of the fragment attention: dQ by tiles of queries, dK and dV by tiles of keys; deterministic, no atomics.
+"""Backward pass of the fragment attention: dQ by tiles of queries, dK and dV by tiles of keys.
 
-Queries and keys come turned (training rotates them once, into the buffer backward needs anyway), and the gradients are
-turned back in the epilogue (TURN_BACK). The mask is symmetric, so both passes run over the same kind of tile list.
-Scores of the second are formed transposed, S' = K Q', so that no product has to be transposed after it was made.
+Each program owns the rows that it writes, so no atomic additions are needed, and the result is deterministic. Queries
+and keys are already rotated: training rotates them once, into the buffer that the backward pass needs anyway. The
+gradients are rotated back at the end (ROTATE_BACK). The mask is symmetric, so both kernels use the same kind of tile
+list. The second kernel computes the scores transposed, S' = K Q', so that no result of a product has to be transposed.
 
-Shapes behind the pointers: qkv and dqkv [T, 3, H, D] with equal strides; out and dout [T, H, D] contiguous; cos and sin
+Shapes of the tensors: qkv and dqkv [T, 3, H, D] with equal strides; out and dout [T, H, D] contiguous; cos and sin
 float32 [T, D/2]; lse and delta float32 [H, T]; bounds int32 [T, 2]; tiles int32 [W, 4].
 """
 
@@ -18,8 +19,8 @@ from exaonepath.kernels.blocks import (
     load_tile,
     not_finite,
     only_finite,
+    rotate,
     store_rows,
-    turn,
     unmasked_end,
     wide,
     within,
@@ -28,14 +29,17 @@ from exaonepath.kernels.blocks import (
 
 @triton.jit
 def _store_gradient(
-    p_x, p_cos, p_sin, first, exists, s_token, g, BLOCK: tl.constexpr, D: tl.constexpr, TURN_BACK: tl.constexpr
+    p_x, p_cos, p_sin, first, exists, s_token, g, BLOCK: tl.constexpr, D: tl.constexpr, ROTATE_BACK: tl.constexpr
 ):
-    """Store the float32 gradient of a turned query or key, turned back (the transpose of a rotation is its inverse)."""
-    if TURN_BACK:
+    """Store the float32 gradient of a rotated query or key, rotated back.
+
+    The gradient is multiplied by the transpose of the rotation, which is the inverse rotation, with -sin.
+    """
+    if ROTATE_BACK:
         HALF: tl.constexpr = D // 2
         a, b = tl.split(tl.permute(tl.reshape(g, [BLOCK, 2, HALF]), [0, 2, 1]))
         cos, sin = load_angles(p_cos, p_sin, first, exists, BLOCK, HALF)
-        a, b = turn(a, b, cos, -sin)
+        a, b = rotate(a, b, cos, -sin)
         store_rows(p_x, first, exists, s_token, a, BLOCK, HALF)
         store_rows(p_x + HALF, first, exists, s_token, b, BLOCK, HALF)
     else:
@@ -47,11 +51,15 @@ def _query_gradient_step(
     p_k, p_v, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2,
     D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one block of keys adds to the gradient of a tile of turned queries."""
+    """Add the contribution of one block of keys to the gradient of a tile of rotated queries.
+
+    The probabilities are computed again from the scores and lse. The gradient of a score is p * (dp - delta), because
+    delta = rowsum(out * dout) equals the mean of dp with weights p, which the normalisation of softmax subtracts.
+    """
     keys = start + tl.arange(0, BLOCK_N)
-    there = keys < end
-    k = load_rows(p_k, start, there, s_token, BLOCK_N, D, MASKED)
-    v = load_rows(p_v, start, there, s_token, BLOCK_N, D, MASKED)
+    present = keys < end
+    k = load_rows(p_k, start, present, s_token, BLOCK_N, D, MASKED)
+    v = load_rows(p_v, start, present, s_token, BLOCK_N, D, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = tl.exp2(tl.fma(s, scale_log2, -lse[:, None]))  # [BM, BN]
     if MASKED:
@@ -68,7 +76,7 @@ def _query_gradient_step(
 def query_gradient_kernel(
     p_qkv, p_dqkv, p_out, p_dout, p_lse, p_delta, p_cos, p_sin, p_bounds, p_tiles, s_token, s_slot, s_head,
     s_out_token, s_out_head, n_tokens, scale, scale_log2,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TURN_BACK: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTATE_BACK: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries and one head, and delta = rowsum(out * dout) for the other kernel; grid (W, H)."""
@@ -90,7 +98,7 @@ def query_gradient_kernel(
             p_k, p_v, start, end, begin, end, q, dout, lse, delta, dq, s_token, scale_log2,
             D, BLOCK_N, False, False, PRECISION,
         )  # fmt: skip
-    lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)  # here, so that no register holds them in the loop above
+    lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)  # after the loop above, which then has more free registers
     for start in tl.range(plain, end, BLOCK_N, num_stages=STAGES):
         dq = _query_gradient_step(
             p_k, p_v, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2,
@@ -98,7 +106,7 @@ def query_gradient_kernel(
         )  # fmt: skip
     if plain == begin and not_finite(dq):
         dq = tl.zeros([BLOCK_M, D], tl.float32)
-        first, _, begin, end, exists = load_tile(p_tiles, BLOCK_M)  # again: no register holds them through the loops
+        first, _, begin, end, exists = load_tile(p_tiles, BLOCK_M)  # again: they occupy no registers during the loops
         lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)
         for start in tl.range(begin, end, CAREFUL_BLOCK, num_stages=1):
             dq = _query_gradient_step(
@@ -107,7 +115,7 @@ def query_gradient_kernel(
             )  # fmt: skip
     first, _, _, _, exists = load_tile(p_tiles, BLOCK_M)
     p_dq = p_dqkv + head * s_head
-    _store_gradient(p_dq, p_cos, p_sin, first, exists, s_token, dq * scale, BLOCK_M, D, TURN_BACK)
+    _store_gradient(p_dq, p_cos, p_sin, first, exists, s_token, dq * scale, BLOCK_M, D, ROTATE_BACK)
 
 
 @triton.jit
@@ -115,14 +123,14 @@ def _key_gradient_step(
     p_q, p_dout, p_lse, p_delta, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token, scale_log2,
     D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one block of queries adds to the gradients of a tile of turned keys and of values."""
+    """Add the contribution of one block of queries to the gradients of a tile of rotated keys and of values."""
     rows = start + tl.arange(0, BLOCK_M)
-    there = rows < end
-    q = load_rows(p_q, start, there, s_token, BLOCK_M, D, MASKED)
-    dout = load_rows(p_dout, start, there, s_out_token, BLOCK_M, D, MASKED)
+    present = rows < end
+    q = load_rows(p_q, start, present, s_token, BLOCK_M, D, MASKED)
+    dout = load_rows(p_dout, start, present, s_out_token, BLOCK_M, D, MASKED)
     p_l, p_d = p_lse + wide(start) + tl.arange(0, BLOCK_M), p_delta + wide(start) + tl.arange(0, BLOCK_M)
     if MASKED:
-        lse, delta = tl.load(p_l, mask=there, other=0.0), tl.load(p_d, mask=there, other=0.0)
+        lse, delta = tl.load(p_l, mask=present, other=0.0), tl.load(p_d, mask=present, other=0.0)
     else:
         lse, delta = tl.load(p_l), tl.load(p_d)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
@@ -132,12 +140,12 @@ def _key_gradient_step(
         dout, more = only_finite(dout)
         p += (poison + more)[None, :]
     if MASKED:
-        p = tl.where(within(rows, lo, hi), p, 0.0)  # a key meets the queries of its own interval
+        p = tl.where(within(rows, lo, hi), p, 0.0)  # a key gets gradients only from queries of its own interval
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
     if CAREFUL:
-        ds = tl.where(within(rows, lo, hi), ds, 0.0)  # delta of a foreign query may be NaN
+        ds = tl.where(within(rows, lo, hi), ds, 0.0)  # delta of a query of another segment may be NaN
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 
@@ -145,10 +153,10 @@ def _key_gradient_step(
 def key_gradient_kernel(
     p_qkv, p_dqkv, p_dout, p_lse, p_delta, p_cos, p_sin, p_bounds, p_tiles, s_token, s_slot, s_head, s_out_token,
     s_out_head, n_tokens, scale, scale_log2,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TURN_BACK: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTATE_BACK: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of BLOCK_N keys and one head; grid (W, H), tiles made for BLOCK_N."""
+    """dK and dV of one tile of BLOCK_N keys and one head; grid (W, H), with tiles of up to BLOCK_N tokens."""
     head = tl.program_id(1).to(tl.int64)
     first, last, begin, end, exists = load_tile(p_tiles, BLOCK_N)
     p_q = p_qkv + head * s_head
@@ -172,7 +180,7 @@ def key_gradient_kernel(
     if plain == begin and (not_finite(dk) or not_finite(dv)):
         dk = tl.zeros([BLOCK_N, D], tl.float32)
         dv = tl.zeros([BLOCK_N, D], tl.float32)
-        first, _, begin, end, exists = load_tile(p_tiles, BLOCK_N)  # again: no register holds them through the loops
+        first, _, begin, end, exists = load_tile(p_tiles, BLOCK_N)  # again: they occupy no registers during the loops
         lo, hi = load_bounds(p_bounds, first, exists, BLOCK_N)
         for start in tl.range(begin, end, CAREFUL_BLOCK, num_stages=1):
             dk, dv = _key_gradient_step(
@@ -181,5 +189,5 @@ def key_gradient_kernel(
             )  # fmt: skip
     first, _, _, _, exists = load_tile(p_tiles, BLOCK_N)
     p_dk = p_dqkv + head * s_head + s_slot
-    _store_gradient(p_dk, p_cos, p_sin, first, exists, s_token, dk * scale, BLOCK_N, D, TURN_BACK)
+    _store_gradient(p_dk, p_cos, p_sin, first, exists, s_token, dk * scale, BLOCK_N, D, ROTATE_BACK)
     store_rows(p_dk + s_slot, first, exists, s_token, dv, BLOCK_N, D)

@@ -1,9 +1,9 @@
 """Frozen launch settings of the kernels, per architecture, dtype and head dimension. Never chosen at run time.
 
-Each row compiles ahead of time without spilling a register inside a loop, for every way its kernel is launched, and
-fits the shared memory of its architectures; `tests/ops/attention/kernel_resources.json` holds the figures and
-`test_triton_compile.py` beside it compares the kernels with them. None has been timed on a card yet. docs/triton.md
-describes what was chosen from.
+With each row, the kernel compiles ahead of time without register spills inside a loop, in every variant that is
+launched, and fits the shared memory of its architectures. `tests/ops/attention/kernel_resources.json` contains the
+resources, and `test_triton_compile.py` in the same folder compares the kernels with them. None of the settings has been
+timed on a GPU yet. docs/triton.md describes how they were chosen.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class LaunchConfig:
 class AttentionConfig:
     """Settings of the three kernels.
 
-    `precision` is what float32 products run in. `dense_from`: one single segment of at least so many tokens is left to
-    torch's own attention by the backend "auto"; None: never, or not measured.
+    `precision`: precision of float32 products. `dense_from`: if there is only one segment, and it has at least this
+    many tokens, the backend "auto" uses torch's own attention; None: never, or not measured.
     """
 
     forward: LaunchConfig
@@ -38,18 +38,18 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class RotateConfig:
-    """Elements of a head and number of heads that a program of the rotation works on, and its warps."""
+    """Elements of a head and number of heads that one program of the rotation processes, and its warps."""
 
     elements: int
     heads: int
     num_warps: int
 
     def tokens(self, head_dim: int) -> int:
-        """Tokens a program works on."""
+        """Number of tokens that one program processes."""
         return self.elements // head_dim
 
 
-# 16 bytes a load and four heads in flight; the angles are read once for the four.
+# 16 bytes per load, and four heads per program: the angles are read once for all four.
 ROTATE = RotateConfig(2048, 4, 4)
 
 _Row = tuple[int, int, int, int]
@@ -61,8 +61,8 @@ def _config(forward: _Row, query_gradient: _Row, key_gradient: _Row, precision: 
     )
 
 
-# By (bytes per element, head dimension). Four warps where the registers suffice, so that two programs share a
-# multiprocessor and one's softmax runs under the other's products.
+# By (bytes per element, head dimension). Four warps if there are enough registers: then two programs share a
+# multiprocessor, and the softmax of one runs at the same time as the products of the other.
 _SM_90 = {
     (2, 32): _config((128, 64, 4, 3), (128, 64, 4, 2), (64, 128, 8, 2)),
     (2, 64): _config((128, 64, 4, 3), (128, 128, 8, 2), (64, 128, 8, 2)),
@@ -88,7 +88,7 @@ _SMALL = {
     (4, 64): _config((64, 32, 8, 2), (32, 16, 8, 2), (16, 16, 4, 1)),
     (4, 128): _config((32, 32, 8, 2), (16, 32, 8, 1), (32, 16, 8, 1)),
 }
-# The interpreter on a CPU: small tiles, so that small tests meet every kind of tile.
+# The interpreter on a CPU: small tiles, so that small tests contain every kind of tile.
 _INTERPRETER = _config((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), "ieee")
 
 

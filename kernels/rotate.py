@@ -1,18 +1,18 @@
-"""Rotation of queries and keys by their token's position, in place or into a copy."""
+"""Rotation of queries and keys by the position of their token, in place or into a copy."""
 
 import triton
 import triton.language as tl
-from exaonepath.kernels.blocks import load_angles, load_rows, store_rows, turn
+from exaonepath.kernels.blocks import load_angles, load_rows, rotate, store_rows
 
 
-@triton.jit(do_not_specialize=["first_row", "n_rows", "n_heads", "n_turned"])
+@triton.jit(do_not_specialize=["first_row", "n_rows", "n_heads", "n_rotated"])
 def rotate_kernel(
-    p_x, p_out, p_cos, p_sin, s_token, s_head, s_out_token, s_out_head, first_row, n_rows, n_heads, n_turned,
+    p_x, p_out, p_cos, p_sin, s_token, s_head, s_out_token, s_out_head, first_row, n_rows, n_heads, n_rotated,
     D: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """out = x with heads below n_turned rotated and the rest copied; out may be x.
+    """out = x with heads below n_rotated rotated and the rest copied; out may be x.
 
-    Grid (cdiv(n_rows, BLOCK), cdiv(n_heads, HEADS)): one reading of the angles serves HEADS heads.
+    Grid (cdiv(n_rows, BLOCK), cdiv(n_heads, HEADS)): each program reads the angles once, for HEADS heads.
     x and out [n_rows, n_heads, D]; row 0 is token first_row; cos and sin float32 [T, D/2].
     """
     HALF: tl.constexpr = D // 2
@@ -25,8 +25,8 @@ def rotate_kernel(
             p = p_x + head.to(tl.int64) * s_head
             a = load_rows(p, row, exists, s_token, BLOCK, HALF, True)
             b = load_rows(p + HALF, row, exists, s_token, BLOCK, HALF, True)
-            if head < n_turned:
-                x, y = turn(a, b, cos, sin)
+            if head < n_rotated:
+                x, y = rotate(a, b, cos, sin)
                 a, b = x.to(a.dtype), y.to(b.dtype)
             p = p_out + head.to(tl.int64) * s_out_head
             store_rows(p, row, exists, s_out_token, a, BLOCK, HALF)

@@ -1,4 +1,4 @@
-"""Patients with ragged slides and molecular profiles, some missing: what a data set yields and a model reads."""
+"""Batches of patients: slides of different lengths and molecular profiles, some of them missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SlidePatches:
 
     Attributes:
         features: [N, C] floating point.
-        coords: [N, 2], (x, y) of each patch in level-0 pixels; None: positions unknown, nothing is rotated.
+        coords: [N, 2], (x, y) of each patch in level-0 pixels; None: positions unknown, no rotation.
         contour_index: integer [N], tissue fragment of each patch; None: no fragment restriction.
         slide: id of the slide; empty: not known.
     """
@@ -40,7 +40,7 @@ class SlidePatches:
 
 @dataclass(frozen=True)
 class SlideBatch:
-    """Slides one after the other, without padding.
+    """Concatenated slides, without padding.
 
     Attributes:
         features: [sum N, C].
@@ -58,7 +58,7 @@ class SlideBatch:
 
     @staticmethod
     def join(slides: Sequence[Sequence[SlidePatches]]) -> SlideBatch | None:
-        """The slides of each patient, in order; slides without patches are left out; None where nothing is left.
+        """The slides of each patient, in order; slides without patches are left out; None if no slides remain.
 
         Raises:
             SettingsError: some slides have coordinates or fragments and others do not, or widths differ.
@@ -105,8 +105,8 @@ class PatientBatch:
 
     Attributes:
         size: B.
-        slides: their slides; None where none has any.
-        profiles: modality to [B, F], standardised; rows of patients without the modality hold anything.
+        slides: their slides; None if there are none.
+        profiles: modality to [B, F], standardised; rows of patients without the modality may have any values.
         available: modality (the slide included) to bool [B].
         patients: B ids; empty: not known.
         patient_index: int64 [B], a number that rows of one patient share (the loss's patient id); None: not known.
@@ -131,11 +131,11 @@ class PatientBatch:
         patients: tuple[str, ...] = (),
         patient_index: Tensor | None = None,
     ) -> PatientBatch:
-        """Fill in what follows from the rest: a patient has the slide modality when there is a patch, and a profile
-        when `available` says so, or, where it does not say, when not all of it is NaN.
+        """A batch with inferred availability: a patient has the slide modality if there is at least one patch. A
+        patient has a profile according to `available` or, if it has no entry, if not all values are NaN.
 
         Raises:
-            SettingsError: row counts that do not fit.
+            SettingsError: numbers of rows do not match.
         """
         profiles, available = dict(profiles or {}), dict(available or {})
         for name, profile in profiles.items():
@@ -147,18 +147,18 @@ class PatientBatch:
             if len(slides) != size:
                 raise SettingsError(f"slides of {len(slides)} patients for a batch of {size}")
             joined = SlideBatch.join(slides)
-            there = torch.zeros(size, dtype=torch.bool)
-            there[list(joined.patients) if joined else []] = True
-            available[WSI] = there & available[WSI] if WSI in available else there
-        for name, there in available.items():
-            if there.shape != (size,) or there.dtype != torch.bool:
-                raise SettingsError(f"{name}: available must be bool [{size}], got {there.dtype} {list(there.shape)}")
+            has_slide = torch.zeros(size, dtype=torch.bool)
+            has_slide[list(joined.patients) if joined else []] = True
+            available[WSI] = has_slide & available[WSI] if WSI in available else has_slide
+        for name, flags in available.items():
+            if flags.shape != (size,) or flags.dtype != torch.bool:
+                raise SettingsError(f"{name}: available must be bool [{size}], got {flags.dtype} {list(flags.shape)}")
         return PatientBatch(size, joined, profiles, available, patients, patient_index)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PatientBatch:
         """The batch with `change` applied to slides and profiles.
 
-        `available` and `patient_index` stay on the host, where they decide what is computed.
+        `available` and `patient_index` stay on the host, which uses them to select the rows to compute.
         """
         slides = None if self.slides is None else self.slides.map(change)
         return replace(self, slides=slides, profiles={name: change(x) for name, x in self.profiles.items()})
@@ -173,7 +173,7 @@ class PatientBatch:
 
 
 def _join(name: str, parts: Sequence[Tensor | None]) -> Tensor | None:
-    there = [part for part in parts if part is not None]
-    if there and len(there) < len(parts):
-        raise SettingsError(f"{len(parts) - len(there)} of {len(parts)} slides lack {name}; give all of them, or none")
-    return torch.cat(there) if there else None
+    given = [part for part in parts if part is not None]
+    if given and len(given) < len(parts):
+        raise SettingsError(f"{len(parts) - len(given)} of {len(parts)} slides lack {name}; give all of them, or none")
+    return torch.cat(given) if given else None

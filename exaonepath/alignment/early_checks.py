@@ -1,7 +1,7 @@
-"""What is wrong with the tables of a cohort, as far as their first lines show it, before much is imported.
+"""Early checks of the first lines of a cohort's tables, before large packages are imported.
 
-Importing torch and transformers takes seconds, and finding a column of another name needs neither. What cannot be
-judged here is left to those who read the whole table.
+The import of torch and transformers takes seconds, but a check for missing columns needs neither. All other checks are
+made when the whole table is read.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _NO_TEXT = (".h5ad", ".h5mu", ".parquet", ".pq")
 
 
 def check_headers(data: object) -> None:
-    """Look at the first lines of the tables that settings name.
+    """Check the first lines of the tables in the settings.
 
     Args:
-        data: the table `data` of the settings, not checked yet: what is of another type is left to those checks.
+        data: the table `data` of the settings, not checked yet: values of a wrong type are ignored here.
 
     Raises:
-        CohortError: a table is missing, of another kind of file, or lacks a column that is needed; every reason.
+        CohortError: a table is missing, is another kind of file, or lacks a required column; it lists all problems.
     """
     if not isinstance(data, Mapping):
         return
@@ -38,17 +38,17 @@ def check_headers(data: object) -> None:
     column = data.get("id_column")
     for name in _TABLES:
         if data.get(name) and isinstance(data[name], str):
-            _look(report, name, Path(data[name]), column if isinstance(column, str) and column else None)
+            _check(report, name, Path(data[name]), column if isinstance(column, str) and column else None)
     sources = data.get("tables")
     for name, source in sources.items() if isinstance(sources, Mapping) else ():
         if isinstance(source, Mapping) and source.get("path") and isinstance(source["path"], str):
-            _look(report, name, Path(source["path"]), None)
+            _check(report, name, Path(source["path"]), None)
     if report.errors:
         raise CohortError(report)
 
 
 def tables_of_evaluation(model: Path, cohort: Path | None, id_column: str | None) -> Mapping[str, Any] | None:
-    """The table `data` that stands for a cohort to evaluate on (see `open_subject`); None where it cannot be told."""
+    """The table `data` for the cohort of an evaluation (see `open_subject`); None if it cannot be read."""
     from exaonepath.alignment.training.settings_file import read_tables
 
     try:
@@ -59,12 +59,12 @@ def tables_of_evaluation(model: Path, cohort: Path | None, id_column: str | None
         else:
             data = dict(read_tables(cohort).get("data") or {})
     except (ExaonePathError, OSError, ValueError, LookupError, TypeError):
-        return None  # reported by whoever opens the cohort
+        return None  # the error is reported when the cohort is opened
     return {**data, **({} if id_column is None else {"id_column": id_column})}
 
 
-def _look(report: Any, name: str, path: Path, id_column: str | None) -> None:
-    """Whether a table is there, of text, and has the columns that slides and labels need."""
+def _check(report: Any, name: str, path: Path, id_column: str | None) -> None:
+    """Report an error if a table does not exist, is no text file, or lacks the columns of slides or labels."""
 
     try:
         check_file(path)
@@ -83,4 +83,4 @@ def _look(report: Any, name: str, path: Path, id_column: str | None) -> None:
     except ExaonePathError as exc:
         report.add("error", "unreadable", name, str(exc))
     except UNREADABLE:
-        return  # told better by whoever reads all of it
+        return  # the reader of the whole file gives a better message

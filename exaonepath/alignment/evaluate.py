@@ -1,4 +1,4 @@
-"""Everything that is measured of a trained model, as one report of plain JSON types."""
+"""Evaluation of a trained model, as one report of plain JSON types."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from exaonepath.text import few
 
 logger = logging.getLogger(__name__)
 
-# How tables write whether the event was seen; "1:DECEASED" is cBioPortal's.
+# Values in tables for whether the event was observed; "1:DECEASED" is used by cBioPortal.
 _EVENTS = {
     **dict.fromkeys(("1", "1.0", "true", "yes", "dead", "deceased", "died", "event", "1:deceased"), 1),
     **dict.fromkeys(("0", "0.0", "false", "no", "alive", "living", "censored", "0:living"), 0),
@@ -41,14 +41,14 @@ _MOST_CLASSES = 20
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured beyond retrieval.
+    """Settings of the evaluation.
 
     Attributes:
         labels: columns to probe; empty: every column of the labels with 2 to 20 different values.
-        time, event: columns of survival; used where both are there.
-        targets: modalities to find from subsets of the others; empty: all.
-        missing: curves over missing modalities.
-        seed: of folds and intervals.
+        time, event: columns of survival; used if both exist.
+        targets: modalities to retrieve from subsets of the others; empty: all.
+        missing: whether to compute curves over missing modalities.
+        seed: seed of folds and intervals.
     """
 
     labels: tuple[str, ...] = ()
@@ -66,21 +66,21 @@ def evaluate(
     cohort: str | os.PathLike[str] | None = None,
     split: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Measure a model on a cohort.
+    """Evaluate a model on a cohort.
 
-    Retrieval and geometry are told for each part of the split; probes, survival, missing modalities and projections for
-    the patients that did not train the model.
+    Retrieval and geometry are reported for each part of the split; probes, survival, missing modalities and projections
+    for the held-out patients.
 
     Args:
         subject: from `open_subject`; or the folder of a run or of a model.
-        settings: what is measured.
-        cohort, split: where `subject` is a folder: see `open_subject`.
+        settings: settings of the evaluation.
+        cohort, split: if `subject` is a folder: see `open_subject`.
 
     Returns:
         The report, of plain JSON types; `alignment.report.write_report` writes it with tables and figures.
 
     Raises:
-        SettingsError: a label that the cohort lacks, or columns of survival that cannot be read; before any work.
+        SettingsError: the cohort lacks a label, or columns of survival cannot be read; raised before any computation.
     """
     settings = settings or EvaluationSettings()
     subject = as_subject(subject, cohort, split)
@@ -101,7 +101,7 @@ def evaluate(
 
 
 def require_labels(cohort: Cohort, labels: Iterable[str]) -> None:
-    """Raise `SettingsError` where the cohort lacks a label, or all its patients have the same value of it."""
+    """Raise `SettingsError` if the cohort lacks a label, or all its patients have the same value of it."""
     columns = cohort.labels
     if missing := [label for label in labels if label not in columns]:
         raise SettingsError(
@@ -128,7 +128,7 @@ def _part(part: EmbeddedPatients) -> dict[str, Any]:
     groups = recall_by_group(part.pairs, count)
     return {
         "patients": len(part.patients),
-        "available": {name: int(there.sum()) for name, there in part.available.items()},
+        "available": {name: int(flags.sum()) for name, flags in part.available.items()},
         "retrieval": {name: score.as_dict() for name, score in cross_modal_retrieval(part.pairs).items()},
         "recall_by_modalities": {str(n): value.recall.as_dict() for n, value in groups.items()},
         "geometry": {
@@ -141,13 +141,13 @@ def _part(part: EmbeddedPatients) -> dict[str, Any]:
 
 
 def embeddings_of(subject: Subject, embedded: EmbeddedPatients) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Name -> (rows, embedding): every modality by its patients, and the fused embedding of all of them.
+    """Name -> (rows, embedding): every modality for its patients, and the fused embedding for all patients.
 
-    A modality stands for itself as its fused embedding does: its projections into the spaces of all its pairs.
+    A modality is represented by the fused embedding of it alone: its projections into the spaces of all its pairs.
     """
     found = {}
-    for name, there in embedded.available.items():
-        rows = np.flatnonzero(there)
+    for name, flags in embedded.available.items():
+        rows = np.flatnonzero(flags)
         if len(rows):
             found[name] = (rows, subject.fuse(embedded, (name,))[rows])
     found["fused"] = (np.arange(len(embedded.patients)), embedded.fused)
@@ -185,10 +185,10 @@ def _survival(subject: Subject, embedded: EmbeddedPatients, settings: Evaluation
 def _follow_up(
     subject: Subject, patients: Sequence[str], settings: EvaluationSettings
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """(time, whether the event was seen, whether both are known), [n] each; None without such columns.
+    """(time, whether the event was observed, whether both are known), [n] each; None without such columns.
 
     Raises:
-        SettingsError: a time that is no number, or an event that is neither yes nor no (the values are named).
+        SettingsError: a time is no number, or an event is neither yes nor no (the values are named).
     """
     if not {settings.time, settings.event} <= set(subject.cohort.labels):
         return None
@@ -201,8 +201,8 @@ def _follow_up(
     event = words.map(_EVENTS)
     if wrong := sorted({str(v) for v in events[event.isna() & events.notna()]}):
         raise SettingsError(
-            f"column {settings.event} must say whether the event was seen (1 or 0, true or false, deceased or living), "
-            f"got {few(wrong)}; name another with --event"
+            f"column {settings.event} must state whether the event was observed (1 or 0, true or false, deceased or "
+            f"living), got {few(wrong)}; name another with --event"
         )
     known = time.notna() & event.notna()
     return time.to_numpy(np.float64), event.fillna(0).to_numpy() > 0, known.to_numpy(bool)
@@ -215,7 +215,7 @@ def _missing(
     labels: Sequence[str],
     settings: EvaluationSettings,
 ) -> dict[str, Any]:
-    """Curves over the patients who have everything."""
+    """Curves over the patients who have all modalities."""
     rows = complete_rows(embedded)
     patients = np.asarray(embedded.patients)[rows]
     if len(rows) < 2:
@@ -269,7 +269,7 @@ def _missing_probes(
         gains = gain_over_single(fused, subject.model.modalities, known, asked, seed=seed)
         out["gain_over_single"] = {name: gain.as_dict() for name, gain in gains.items()}
     except SettingsError as exc:
-        logger.warning("all modalities beside single ones were not compared for %s: %s", label, exc)
+        logger.warning("all modalities were not compared with single ones for %s: %s", label, exc)
     return out
 
 
@@ -297,14 +297,14 @@ def complete_rows(embedded: EmbeddedPatients) -> np.ndarray:
 
 
 def column(subject: Subject, patients: Sequence[str], label: str) -> np.ndarray:
-    """Values of a label, as objects, in the order of the patients; NaN where unknown."""
+    """Values of a label, as objects, in the order of the patients; NaN if unknown."""
     found = subject.cohort.labels[label].reindex(list(patients)).astype(object)
     values: np.ndarray = found.where(found.notna(), np.nan).to_numpy(object)
     return values
 
 
 def _common(pair: PairEmbeddings) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the patients on both sides of a pair, one a patient."""
+    """Rows of the patients on both sides of a pair, one per patient."""
     right = {patient: at for at, patient in enumerate(pair.right_patients)}
     both = [(at, right[p]) for at, p in enumerate(pair.left_patients) if p in right]
     return pair.u[[a for a, _ in both]], pair.v[[b for _, b in both]]

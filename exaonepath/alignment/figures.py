@@ -1,5 +1,5 @@
-"""Figures of evaluations and ablations. Colours are Okabe and Ito's, which colour-blind readers tell apart; what a
-colour says is said by a place or a label too."""
+"""Figures of evaluations and ablations. The colours of Okabe and Ito can be distinguished by colour-blind readers; the
+meaning of a colour is also shown by a position or a label."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from exaonepath.files.atomic import atomic_path
 from exaonepath.plotting import HAIRLINE, INK, MUTED, require_matplotlib
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-_ROW = 0.27  # inches of a line of text in a chart
+_ROW = 0.27  # height of a row of a chart, in inches
 _TITLE, _FOOT = 0.95, 0.55
 
 
 def draw_outcome(outcome: Outcome, measures: Sequence[str], path: str | os.PathLike[str]) -> Path:
-    """A study: a panel per measure, a row per variant; a ring per seed, a dot for the mean, a bar for its interval."""
+    """Draw a study: a panel per measure, a row per variant; a ring per seed, a dot for the mean, a bar for its
+    interval."""
     variants = [variant.name for variant in outcome.study.variants]
     figure, panels = _panels(outcome.study.question, len(measures), len(variants), width=2.75, label=1.9)
     for axes, measure in zip(panels, measures, strict=True):
@@ -29,7 +30,7 @@ def draw_outcome(outcome: Outcome, measures: Sequence[str], path: str | os.PathL
             seeds = [v for v in outcome.values[name].get(measure, []) if v is not None]
             if not seeds:
                 axes.annotate(
-                    "not there", (0.03, row), xycoords=("axes fraction", "data"), color=MUTED, size=8, va="center"
+                    "not available", (0.03, row), xycoords=("axes fraction", "data"), color=MUTED, size=8, va="center"
                 )
                 continue
             mean = outcome.estimate(name, measure)
@@ -47,13 +48,13 @@ def draw_outcome(outcome: Outcome, measures: Sequence[str], path: str | os.PathL
     n = len(outcome.seeds)
     note = (
         f"rings: {n} seeds; dot and bar: mean and 95 % interval over seeds and patients; dashed: chance; "
-        "patients held out from training"
+        "patients held out of training"
     )
     return _save(figure, path, note)
 
 
 def draw_retrieval(report: Mapping[str, Any], part: str, path: str | os.PathLike[str]) -> Path:
-    """Recall@1 and @10 of every direction with intervals, against chance."""
+    """Draw recall@1 and @10 of every direction with intervals, compared with chance."""
     scores = report["parts"][part]["retrieval"]
     names = list(scores)
     figure, panels = _panels(f"Cross-modal retrieval, {part} patients", 2, len(names), width=3.4, label=1.5)
@@ -70,14 +71,15 @@ def draw_retrieval(report: Mapping[str, Any], part: str, path: str | os.PathLike
 
 
 def draw_missing(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Curves over the number of modalities present: finding the others, and labels from the fused embedding."""
+    """Draw curves over the number of available modalities: retrieval of the others, and labels from the fused
+    embedding."""
     missing = report["missing"]
     charts: list[tuple[str, list[tuple[str, Mapping[str, Any], str]], float]] = [
         (f"find {target}: recall@1", [("", found, BLUE)], found["chance"])
         for target, found in missing["retrieval"].items()
     ]
     for label, found in missing["probes"].items():
-        lines = [("probe of its own", found["refitted"], BLUE), ("probe of the full set", found["deployed"], VERMILION)]
+        lines = [("separate probes", found["refitted"], BLUE), ("probe of the full set", found["deployed"], VERMILION)]
         charts.append((f"{label}: balanced accuracy", lines, found["refitted"]["chance"]))
     columns = min(4, len(charts))
     lines_of = -(-len(charts) // columns)
@@ -116,7 +118,8 @@ def draw_missing(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
 
 
 def draw_projections(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Spectrum of both sides of every pair, and how far they use the same directions and order patients alike."""
+    """Draw the spectrum of both sides of every pair, and the similarity of their directions and of their order of
+    patients."""
     pairs = report["projections"]["pairs"]
     columns = min(5, len(pairs))
     lines_of = -(-len(pairs) // columns)
@@ -163,10 +166,12 @@ def draw_attention(
     patch_size: int = 256,
     title: str = "Attention inside and across fragments",
 ) -> Path:
-    """Where chosen patches (stars) look, one row each, one column a block: colour is probability, mean over heads.
+    """Draw the attention of chosen patches (stars): one row per patch, one column per block.
+
+    The colour is the probability, mean over heads.
 
     Args:
-        maps: of one slide.
+        maps: attention maps of one slide.
         coords: int [N, 2] and contour_index [N] of its patches, at level 0.
         path: PNG to write.
         patch_size: side of a patch in level-0 pixels.
@@ -200,7 +205,7 @@ def draw_attention(
             )
             drawn.set_array(np.clip(p[~nothing], 1e-4, 1))
             drawn.set_edgecolor("face")
-            # Exactly zero is not a small number: drawn empty.
+            # Probabilities of exactly zero are drawn as empty squares, to distinguish them from small ones.
             empty = [s for s, none in zip(squares, nothing, strict=True) if none]
             axes.add_collection(PatchCollection(empty, facecolor="#f2f3f5", edgecolor="#e2e5ea", linewidth=0.3))
             axes.add_collection(drawn)
@@ -236,7 +241,7 @@ def draw_attention(
 
 
 def _apart(coords: np.ndarray, contour: np.ndarray, patch_size: int) -> np.ndarray:
-    """Positions with fragments that overlap moved side by side; others stay."""
+    """Positions in which overlapping fragments are moved next to each other; others are not changed."""
     out = coords.copy()
     boxes: list[np.ndarray] = []
     for name in np.unique(contour):

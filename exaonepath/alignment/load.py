@@ -1,4 +1,4 @@
-"""A trained alignment model, loaded to be used: embeddings of the patients of any cohort."""
+"""Load a trained alignment model, and compute embeddings of the patients of any cohort."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Alignment:
     """A trained model on a device.
 
     Attributes:
-        model: in evaluation mode.
+        model: the model in evaluation mode.
         run: the folder of the run that trained it; None for a model folder.
         processes: the device.
     """
@@ -38,16 +38,16 @@ class Alignment:
         *,
         by_name: bool = False,
     ) -> EmbeddedPatients:
-        """Embeddings of the patients of a cohort: all their slides, all patches, whatever modalities they have.
+        """Embeddings of the patients of a cohort, from all their slides and patches and all available modalities.
 
         Args:
             cohort: a folder with cohort.h5mu, slides.csv and labels.csv (those that exist), or a settings file with a
                 table `data`; None: the cohort of the run.
             patients: their ids, in the order of the result; None: all.
-            by_name: accept a cohort that lacks features of the model; they count as average.
+            by_name: accept a cohort that lacks features of the model; they count as the training mean.
 
         Raises:
-            SettingsError: no such cohort or patient, or nothing in it that the model takes.
+            SettingsError: the cohort or a patient does not exist, or the cohort has no modality of the model.
             DataFileError: a file of the cohort cannot be read. WeightsError: its features are not those of the model.
         """
         where = None if cohort is None else Path(cohort)
@@ -55,7 +55,7 @@ class Alignment:
         wanted = known.patients if patients is None else tuple(patients)
         if unknown := sorted(set(wanted) - set(known.patients)):
             raise SettingsError(f"the cohort has no patient {few(unknown)}")
-        everybody = Split({"train": (), "val": (), "test": known.patients})  # nobody is trained on
+        everybody = Split({"train": (), "val": (), "test": known.patients})  # no patient is used for training
         data = TrainingData(known, everybody, standardizer_of(self.model), settings, 0)
         return Subject(self.model, data, False, self.processes).embed(wanted)
 
@@ -64,10 +64,10 @@ def load_alignment(run: str | os.PathLike[str], *, device: str = "auto") -> Alig
     """Load a trained alignment model.
 
     Args:
-        run: the folder of a run (its final model is taken), or of a model.
+        run: the folder of a run (its final model is used), or of a model.
         device: "auto", "cpu" or "cuda".
 
     Raises:
-        WeightsError: the model cannot be loaded. DeviceError: no such device.
+        WeightsError: the model cannot be loaded. DeviceError: the device does not exist.
     """
     return Alignment(*load_model(Path(run), device))

@@ -1,6 +1,6 @@
 """The five modalities of a patient: the slide and four molecular profiles."""
 
 WSI = "wsi"
-# The order of the paper; pairs are formed, and embeddings listed, in it.
+# The order of the paper; pairs and embeddings have this order.
 OMICS = ("rna", "snp", "cnv", "methylation")
 MODALITIES = (WSI, *OMICS)

@@ -1,4 +1,4 @@
-"""Reports as files: JSON with the hashes of what made it, a readable table, figures; and the exports beside them."""
+"""Write reports: JSON with hashes of its inputs, a readable table, figures, and exports of embeddings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from exaonepath.version import __version__
 logger = logging.getLogger(__name__)
 
 _ATTENTION_QUERIES = 2
-_ATTENTION_PATCHES = 3000  # more squares than this cannot be told apart in a picture
+_ATTENTION_PATCHES = 3000  # more squares cannot be distinguished in a picture
 
 
 def write_report(
@@ -48,8 +48,8 @@ def write_report(
         The report.
 
     Raises:
-        SettingsError: a label that the cohort lacks. OutputError: the folder cannot be written.
-        MissingDependencyError: figures without matplotlib.
+        SettingsError: the cohort lacks a label. OutputError: the folder cannot be written.
+        MissingDependencyError: figures need matplotlib, which is not installed.
     """
     settings = settings or EvaluationSettings()
     subject = as_subject(subject, cohort, split)
@@ -70,7 +70,7 @@ def write_report(
 
 
 def provenance(subject: Subject, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a report was made from: hashes of the settings, the cohort and the model's own origin."""
+    """Origin of a report: hashes of the settings and the cohort, and the origin of the model."""
     return {
         "settings": dict(settings),
         "settings_hash": settings_hash(json.loads(json.dumps(settings))),
@@ -82,13 +82,13 @@ def provenance(subject: Subject, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def draw_attention_of(subject: Subject, path: Path, patient: str | None = None) -> list[AttentionMap]:
-    """Attention of two patches in every block, on a slide of a held-out patient: the first with two fragments.
+    """Draw the attention of two patches in every block, on the first slide of a held-out patient with two fragments.
 
     Returns:
-        The maps; empty, and nothing is drawn, where no slide fits.
+        The maps; empty, and nothing is drawn, if there is no such slide.
 
     Raises:
-        SettingsError: the asked patient has no slide that can be drawn.
+        SettingsError: the given patient has no slide that can be drawn.
     """
     if "wsi" not in subject.model.modalities or not hasattr(subject.model, "slide_encoder"):
         return []
@@ -127,24 +127,24 @@ def draw_attention_of(subject: Subject, path: Path, patient: str | None = None) 
 
 
 def export_embeddings(subject: Subject, out: Path) -> list[Path]:
-    """Patient embeddings in the layout Patho-Bench reads: `<out>/<modality or fused>/<patient>.h5`."""
+    """Write patient embeddings in the layout of Patho-Bench: `<out>/<modality or fused>/<patient>.h5`."""
     embedded = subject.embed(subject.cohort.patients)
-    made: list[Path] = []
+    written: list[Path] = []
     note = {"cohort_hash": subject.cohort.fingerprint, "exaonepath_version": __version__}
     for name, (rows, x) in embeddings_of(subject, embedded).items():
         patients = np.asarray(embedded.patients)[rows]
-        made += export_pooled(out / name, dict(zip(patients.tolist(), x, strict=True)), embedding=name, **note)
-    return made
+        written += export_pooled(out / name, dict(zip(patients.tolist(), x, strict=True)), embedding=name, **note)
+    return written
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report for reading, in Markdown."""
+    """The report as Markdown."""
     lines = ["# Evaluation", ""]
     known = report["provenance"]["split_known"]
     lines += [
         f"{report['held_out']} patients held out from training."
         if known
-        else f"{report['held_out']} patients, none of whom trained the model as far as is known.",
+        else f"{report['held_out']} patients; as far as is known, none of them is in the training data of the model.",
         "Intervals: 95 %, bootstrap over patients.",
         "",
     ]
@@ -169,7 +169,7 @@ def table(report: Mapping[str, Any]) -> str:
         )
     for label, found in report["probes"].items():
         lines += [
-            f"## {label} (held-out patients; 5 folds, fewer where a class has fewer patients)",
+            f"## {label} (held-out patients; 5 folds, fewer if a class has fewer patients)",
             "",
         ]
         lines += _rows(
@@ -188,10 +188,10 @@ def table(report: Mapping[str, Any]) -> str:
         )
     for label, found in (report["missing"] or {"probes": {}})["probes"].items():
         if "gain_over_single" in found:
-            lines += [f"## {label}: all modalities beside each alone (patients who have everything)", ""]
+            lines += [f"## {label}: all modalities compared with each alone (patients with all modalities)", ""]
             alone = found["refitted"]["subsets"]
             lines += _rows(
-                ("modality", "balanced accuracy alone", "gained with all modalities (paired)"),
+                ("modality", "balanced accuracy alone", "gain with all modalities (paired)"),
                 [(name, _interval(alone[name]), _interval(gain)) for name, gain in found["gain_over_single"].items()],
             )
     if report["survival"]:

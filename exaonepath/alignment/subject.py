@@ -1,4 +1,4 @@
-"""What is evaluated: a trained alignment model, a cohort, and which of its patients the model has not seen."""
+"""The subject of an evaluation: a trained alignment model, a cohort, and the held-out patients."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ HELD_OUT = ("val", "test")
 
 @dataclass(frozen=True)
 class Subject:
-    """A model beside a cohort.
+    """A model and a cohort.
 
     Attributes:
-        model: in evaluation mode.
-        data: the cohort, standardised as the model was trained.
-        seen: whether the split tells which patients trained the model; else all patients count as held out.
-        processes: the device at hand.
+        model: the model in evaluation mode.
+        data: the cohort, standardised as in training.
+        seen: whether the training patients are known from the split; else all patients count as held out.
+        processes: the device.
     """
 
     model: ExaonePathAlignmentModel
@@ -61,7 +61,7 @@ class Subject:
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
-        """Part to its patients, empty parts left out."""
+        """Part to its patients, without empty parts."""
         return {name: ids for name, ids in self.data.split.parts.items() if ids}
 
     @property
@@ -81,19 +81,19 @@ class Subject:
         )
 
     def fuse(self, embedded: EmbeddedPatients, modalities: Sequence[str]) -> np.ndarray:
-        """Fused embedding float32 [n, D] of patients as if only these modalities were there."""
+        """Fused embedding float32 [n, D] of patients as if only these modalities were available."""
         device = self.model.loss_device
         embeddings = {name: torch.from_numpy(h).to(device) for name, h in embedded.modality.items()}
         available = {
-            name: torch.from_numpy(there if name in modalities else np.zeros_like(there))
-            for name, there in embedded.available.items()
+            name: torch.from_numpy(flags if name in modalities else np.zeros_like(flags))
+            for name, flags in embedded.available.items()
         }
         with torch.no_grad():
             fused: np.ndarray = self.model.fuse(embeddings, available).float().cpu().numpy()
         return fused
 
     def shared_spaces(self, embedded: EmbeddedPatients) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
-        """(i, j) -> unit vectors (u, v) float32 [n, d] of all rows; those of missing modalities mean nothing."""
+        """(i, j) -> unit vectors (u, v) float32 [n, d] of all rows; those of missing modalities have no meaning."""
         device = self.model.loss_device
         h = {name: torch.from_numpy(x).to(device) for name, x in embedded.modality.items()}
         with torch.no_grad():
@@ -115,20 +115,20 @@ def open_subject(
     device: str = "auto",
     id_column: str | None = None,
 ) -> Subject:
-    """Load a model and the cohort it is to be judged on.
+    """Load a model and the cohort of its evaluation.
 
     Args:
-        model: a run's folder (its final model is taken), or a model's.
-        cohort: a folder with cohort.h5mu, slides.csv and labels.csv (what is there of them), or a settings file with a
-            table `data`; None: the run's own cohort, with its split.
-        split: file of a split of `cohort`; None: those who trained the run's model do not count as held out.
-        by_name: take a cohort that lacks features of the model; they count as average.
+        model: folder of a run (its final model is used), or of a model.
+        cohort: a folder with cohort.h5mu, slides.csv and labels.csv (those that exist), or a settings file with a table
+            `data`; None: the cohort of the run, with its split.
+        split: file of a split of `cohort`; None: the training patients of the run do not count as held out.
+        by_name: accept a cohort that lacks features of the model; they count as the training mean.
         device: "auto", "cpu", "cuda".
-        id_column: the column of the labels with patient ids; None: as the settings say.
+        id_column: the column of the labels with patient ids; None: that of the settings.
 
     Raises:
-        SettingsError: no cohort is known, it has nothing the model takes, it is not what the run was trained on any
-            more, or all of it trained the model.
+        SettingsError: no cohort is given, it has no modality of the model, it has changed since the training, or all
+            its patients are training patients.
         DataFileError: the run's files cannot be read. WeightsError: features differ, or the model cannot be loaded.
     """
     if cohort is None and not is_run(model):
@@ -158,7 +158,7 @@ def as_subject(
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run of training (else: a model)."""
+    """Whether a folder is that of a training run (else: of a model)."""
     return (folder / "settings.json").is_file()
 
 
@@ -166,7 +166,7 @@ def load_model(folder: Path, device: str) -> tuple[ExaonePathAlignmentModel, Pat
     """The model of a run or of a model folder, in evaluation mode; the run, if it is one; and the device.
 
     Raises:
-        WeightsError: the model cannot be loaded. DeviceError: no such device.
+        WeightsError: the model cannot be loaded. DeviceError: the device does not exist.
     """
     run = is_run(folder)
     processes = Processes.start(device)
@@ -183,14 +183,14 @@ def open_cohort(
     by_name: bool = False,
     id_column: str | None = None,
 ) -> tuple[Cohort, DataSettings]:
-    """A cohort, or the run's own, restricted to what a model takes.
+    """A cohort, or that of the run, restricted to the modalities of a model.
 
     Raises:
         SettingsError, DataFileError, WeightsError: see `open_subject`.
     """
     column: dict[str, Any] = {} if id_column is None else {"id_column": id_column}
     if cohort is not None:
-        # Whoever has one modality that the model takes can be embedded; only training needs two.
+        # A patient with one modality of the model can be embedded; only training needs two.
         settings = replace(cohort_settings(cohort), modalities=(), min_modalities=1, **column)
         known = load_training_cohort(settings)
     elif run is not None:
@@ -198,47 +198,47 @@ def open_cohort(
         known = load_training_cohort(settings)
         if known.fingerprint != _stored(run).get("cohort_hash"):
             raise SettingsError(
-                f"the cohort has changed since {run} was trained on it, so who was held out means nothing any more; "
-                "name the cohort, and a split of it, to evaluate on what is there now"
+                f"the cohort has changed since {run} was trained on it, so its split is not valid any more; to "
+                "evaluate on the current cohort, name it and a split of it"
             )
     else:
-        raise SettingsError("a model without a run has no cohort of its own; name one")
+        raise SettingsError("a model without a run has no cohort; name one")
     known = restrict_modalities(known, [n for n in model.modalities if n in known.held], settings.min_modalities)
     check_features(model, known, by_name=by_name)
     return known, settings
 
 
 def _apart_from_training(run: Path | None, model: ExaonePathAlignmentModel, cohort: Cohort) -> tuple[Split, bool]:
-    """Everybody in "test" but those who trained the model, as far as the run tells; whether it told of any."""
+    """A split with all patients in "test" except the known training patients, and whether any are known."""
     trained: set[str] = set()
     if run is not None and (run / "split.json").is_file():
         trained = set(Split.load(run / "split.json").parts.get("train", ())) & set(cohort.patients)
         if trained:
             logger.warning(
-                "%d of the cohort's patients trained the model and are not held out: %s",
+                "%d of the cohort's patients were used for training and are not held out: %s",
                 len(trained),
                 few(sorted(trained)),
             )
     elif model.config.provenance.get("cohort_hash") == cohort.fingerprint:
-        logger.warning("the model was trained on this very cohort; name its split, or all patients count as held out")
+        logger.warning("the model was trained on this cohort; name its split, or all patients count as held out")
     test = tuple(p for p in cohort.patients if p not in trained)
     if not test:
-        raise SettingsError("every patient of the cohort trained the model: nobody is held out")
+        raise SettingsError("every patient of the cohort was used for training: nobody is held out")
     return Split({"train": tuple(sorted(trained)), "val": (), "test": test}), bool(trained)
 
 
 def cohort_settings(path: Path) -> DataSettings:
-    """Where a cohort's files are: a folder with the usual names in it, or a settings file.
+    """Settings with the files of a cohort: a folder with files of the usual names, or a settings file.
 
     Raises:
-        SettingsError: the folder has none of them. ConfigError: the settings file is wrong.
+        SettingsError: the folder has none of these files. ConfigError: the settings file is not valid.
     """
     if path.is_dir():
         files = {"mudata": "cohort.h5mu", "slides": "slides.csv", "labels": "labels.csv"}
-        there = {key: str(path / name) for key, name in files.items() if (path / name).is_file()}
-        if not there:
-            raise SettingsError(f"{path} holds none of {', '.join(files.values())}; name a settings file in its place")
-        return DataSettings(**there)  # type: ignore[arg-type]
+        existing = {key: str(path / name) for key, name in files.items() if (path / name).is_file()}
+        if not existing:
+            raise SettingsError(f"{path} has none of {', '.join(files.values())}; name a settings file instead")
+        return DataSettings(**existing)  # type: ignore[arg-type]
     return read_settings(path).data
 
 

@@ -1,8 +1,9 @@
-"""Which patches a patch attends to, per block, as the attention that runs computes it.
+"""Which patches a patch attends to, per block, as computed by the attention backend that the encoder uses.
 
-No backend writes its probabilities down, but each is linear in the values: the derivative of query q's output with
-respect to the value of token k is the probability p(q, k). One backward pass with a cotangent of ones at up to D
-queries, each in a column of its own, gives all their rows, exactly and for whatever backend the encoder uses.
+No backend stores its probabilities. But the output of attention is linear in the values: the derivative of query q's
+output with respect to the value of token k is the probability p(q, k). The D columns of a head do not mix, so one
+backward pass serves up to D queries: its cotangent has a one in a separate column for each query. The gradient of the
+values then holds the rows of all these queries, exactly, for any backend.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def attention_map(
         One map per block. Memory is that of a forward pass, and [Q, H, N] per block.
 
     Raises:
-        SettingsError: a query or block that does not exist.
+        SettingsError: a query or a block does not exist.
     """
     transformer = encoder.transformer
     n, n_prefix, depth = len(features), transformer.n_prefix, transformer.cfg["depth"]
@@ -79,6 +80,8 @@ def attention_map(
         raise SettingsError(f"the encoder has blocks 0 to {depth - 1}, got {wanted}")
     mask = torch.ones(1, n, dtype=torch.bool, device=features.device)
     layout = build_fragment_layout(n_prefix, mask, None if contour_index is None else contour_index[None])
+    # `layout.source` lists the caller's index of each packed token. Its inverse gives the packed position of each
+    # token.
     packed = torch.empty(n_prefix + n, dtype=torch.int64, device=features.device)
     packed[layout.source] = torch.arange(n_prefix + n, device=features.device)
 

@@ -1,4 +1,4 @@
-"""What our Hugging Face models share: strict safetensors loading and the choice of attention backend."""
+"""The base class of our Hugging Face models: strict safetensors loading and the choice of attention backend."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from exaonepath.encoders.weights import check_keys, read_weights
 from exaonepath.errors import ExaonePathError, SettingsError, WeightsError
 
 _MISFITS = ("missing", "unexpected", "mismatched")
-# What of transformers' `from_pretrained` is of use here; anything else is a field of the configuration, or unknown.
+# Arguments of transformers' `from_pretrained` that we pass on. Any other is a field of the configuration, or unknown.
 _TRANSFORMERS_ARGUMENTS = {
     "attn_implementation", "device_map", "dtype", "max_memory", "offload_buffers", "offload_folder", "torch_dtype",
 }  # fmt: skip
@@ -51,12 +51,13 @@ _REFUSED_ARGUMENTS = {
 
 
 class ExaonePathPreTrainedModel(PreTrainedModel):
-    """Base of the encoders. `from_pretrained` reads safetensors only, and every key has to fit."""
+    """Base of the encoders. `from_pretrained` reads safetensors only, and every key has to match."""
 
     _supports_sdpa = True
-    # What `component=` may call this model.
+    # Values of `component=` that select this model.
     component_names: ClassVar[tuple[str, ...]] = ()
-    # Follows from the config; published checkpoints carry it, and then it is read.
+    # The periods follow from the config, so a file may omit them. Published checkpoints contain them; then they are
+    # read.
     _keys_to_ignore_on_load_missing = [r"rope_embed\.periods$"]  # noqa: RUF012  transformers' own convention
 
     @classmethod
@@ -65,8 +66,8 @@ class ExaonePathPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load config and weights from a Hub id or a directory, as in transformers, but strictly.
 
-        The files are read and checked here; transformers gets a configuration object and tensors in memory, and looks
-        for no file itself (adapters, pickled or distributed checkpoints, kernels).
+        This method reads and checks the files. transformers gets a configuration object and tensors in memory, and does
+        not look for files itself (adapters, pickled or distributed checkpoints, kernels).
 
         Raises:
             WeightsError: files are missing or damaged, or tensors are missing, unexpected or misshapen (all are
@@ -76,10 +77,10 @@ class ExaonePathPreTrainedModel(PreTrainedModel):
         _check_arguments(args, kwargs)
         kwargs.pop("component_subfolder", None)
         for name in ("component", "encoder_type"):
-            # With subfolder=, AutoModel comes here directly: a component that says the same is no contradiction.
+            # With subfolder=, AutoModel calls this class directly. A component that names the same class is accepted.
             value = kwargs.pop(name, None)
             if value is not None and value not in cls.component_names:
-                raise SettingsError(f"{name}={value!r} was asked for, but the configuration there is of {cls.__name__}")
+                raise SettingsError(f"{name}={value!r} was requested, but the configuration is of {cls.__name__}")
         want_info, variant = kwargs.pop("output_loading_info", False), kwargs.pop("variant", None)
         repository = Repository.from_arguments(pretrained_model_name_or_path, kwargs)
         config = kwargs.pop("config", None)
@@ -94,7 +95,7 @@ class ExaonePathPreTrainedModel(PreTrainedModel):
         check_attention(config._attn_implementation)
         check_attention(kwargs.get("attn_implementation"))
         if unknown := sorted(set(kwargs) - _TRANSFORMERS_ARGUMENTS):
-            raise SettingsError(f"from_pretrained of {cls.__name__} knows no argument {', '.join(unknown)}")
+            raise SettingsError(f"from_pretrained of {cls.__name__} has no argument {', '.join(unknown)}")
         with torch.device("meta"):  # names and shapes, without memory
             shapes = {name: tuple(t.shape) for name, t in cls(copy.deepcopy(config)).state_dict().items()}
         state = read_weights(repository, shapes, cls._keys_to_ignore_on_load_missing, variant)
@@ -109,7 +110,7 @@ class ExaonePathPreTrainedModel(PreTrainedModel):
             KeyError,
             ImportError,
             RuntimeError,
-        ) as exc:  # the files are good: what is left are arguments
+        ) as exc:  # the files were checked above, so the arguments are the cause
             raise SettingsError(f"{repository} cannot be loaded with these arguments: {exc}") from exc
         check_keys(str(repository), *([str(key) for key in info.get(f"{kind}_keys") or ()] for kind in _MISFITS))
         model.config.name_or_path = model.name_or_path = repository.where
@@ -119,17 +120,18 @@ class ExaonePathPreTrainedModel(PreTrainedModel):
     def _load_pretrained_model(
         cls, model: Any, state_dict: Any, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
-        # transformers 4.57 writes tensors in memory to an offload folder only where it has files to walk through.
+        # transformers 4.57 writes tensors in memory to an offload folder only if its list of files is not empty. So it
+        # gets a list of one empty name.
         return super()._load_pretrained_model(model, state_dict, checkpoint_files or [""], *args, **kwargs)
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, is_init_check: bool = False, **kwargs: Any
     ) -> str:
-        # transformers' own takes unknown names for kernels of the Hub, and fetches them.
+        # transformers' own method treats an unknown name as a kernel on the Hub, and downloads it.
         return self.get_correct_attn_implementation(attn_implementation, is_init_check)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """transformers' hook: our backends under their own names, and nothing else."""
+        """transformers' hook: it accepts the names of our backends only."""
         check_attention(requested_attention)
         return requested_attention or "auto"
 
@@ -138,12 +140,12 @@ class ExaonePathPreTrainedModel(PreTrainedModel):
         if isinstance(module, RopePeriods):
             module.reset()
         elif isinstance(module, nn.Linear | nn.Conv2d):
-            # Inputs are normed, so outputs have variance 1 at any width. A fixed 0.02 leaves attention in narrow
-            # encoders even over all keys, and positions with nothing to be learned from.
+            # Inputs are normalised, so this standard deviation gives outputs of variance 1 at any width. With a fixed
+            # 0.02, attention in narrow encoders would be uniform over all keys, and positions could not be learned.
             nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm | RMSNorm):  # by type: other modules may lend out a child's weight
+        elif isinstance(module, nn.LayerNorm | RMSNorm):  # by type: `weight` of other modules may be a child's weight
             nn.init.ones_(module.weight)
             if isinstance(module, nn.LayerNorm) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -153,7 +155,7 @@ class ExaonePathPreTrainedModel(PreTrainedModel):
 
 
 def _check_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse what would bypass the reading of safetensors, and take out what has no effect on it."""
+    """Raise an error for arguments that would bypass safetensors, and remove arguments that have no effect."""
     if kwargs.pop("use_safetensors", None) is False or kwargs.pop("ignore_mismatched_sizes", False):
         raise WeightsError("exaonepath loads safetensors only, and never weights whose shapes do not match")
     if args:

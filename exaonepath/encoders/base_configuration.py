@@ -1,4 +1,4 @@
-"""What our configurations share: a config.json is read through one gate, and holds known keys with bounded values."""
+"""The base class of our configurations: one function reads config.json, and keys and values are checked."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from exaonepath.files.strict_json import parse_json, shown
 from exaonepath.ops.attention.fragment_attention import ATTENTION_BACKENDS
 
 CONFIG_NAME = "config.json"
-# An alignment model lists its features: a methylation array alone has 900,000 names, 20 MB.
+# The config of an alignment model lists its features: a methylation array alone has 900,000 names, 20 MB.
 _MAX_CONFIG = 128 * 2**20
-# 40 GB in float32, a thousand times the published encoders: more is a mistake, refused before it is allocated.
+# 40 GB in float32, a thousand times the published encoders. A larger number is a mistake, and an error is raised before
+# anything is allocated.
 _MAX_PARAMETERS = 10_000_000_000
 _MAX_LABELS = 10_000
 _MAX_TEXT = 4096
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
-# Keys that transformers 4 writes into every configuration, where it is asked for all of them, and that have no effect
-# on these models. They may be there with their default.
+# Keys that have no effect on these models, but that transformers 4 writes if all keys are requested. They are accepted
+# with their default values.
 _WITHOUT_EFFECT: dict[str, Any] = {
     "return_dict": True, "output_hidden_states": False, "output_attentions": False, "torchscript": False,
     "pruned_heads": {}, "tie_word_embeddings": True, "chunk_size_feed_forward": 0, "is_encoder_decoder": False,
@@ -52,8 +53,8 @@ class ExaonePathPretrainedConfig(PretrainedConfig):
         """Read config.json from a Hub id, a directory, or the file itself; further arguments as in transformers.
 
         Raises:
-            WeightsError: it is missing, cannot be read, or is not one JSON object. ConfigError: a key in it is unknown,
-                or a value impossible.
+            WeightsError: the file is missing, cannot be read, or is not one JSON object. ConfigError: it has an unknown
+                key or an impossible value.
         """
         repository = Repository.from_arguments(pretrained_model_name_or_path, kwargs)
         config = read_config(repository)
@@ -65,12 +66,12 @@ class ExaonePathPretrainedConfig(PretrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """transformers' hook: the content of config.json, empty where there is none, and the arguments left over."""
+        """transformers' hook: the content of config.json (empty if there is none), and the unused arguments."""
         return read_config(Repository.from_arguments(pretrained_model_name_or_path, kwargs)) or {}, kwargs
 
     @classmethod
     def from_file(cls, config: dict[str, Any], repository: Repository, arguments: dict[str, Any]) -> Any:
-        """The configuration from the content of `repository`'s config.json and what a user states otherwise."""
+        """The configuration from the content of `repository`'s config.json; `arguments` override its fields."""
         for name in ("trust_remote_code", "code_revision", "gguf_file"):
             if arguments.pop(name, None) and name == "gguf_file":
                 raise ConfigError("gguf_file: weights of these models are read from safetensors only")
@@ -82,21 +83,21 @@ class ExaonePathPretrainedConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but fields that are stated otherwise are checked with the rest, not set afterwards."""
+        """As in transformers, but overridden fields are checked with all others, not set afterwards."""
         fields = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs")]
         own = {name: kwargs.pop(name) for name in fields if name in kwargs}
-        # transformers 4.57 sets some of these after the constructor, and drops others: checked before.
+        # transformers 4.57 sets some of these after the constructor, and drops others. So they are checked first.
         for key, value in (*config_dict.items(), *kwargs.items()):
             if not (key in ("dtype", "torch_dtype") and value == "auto"):
                 _check_value(key, value)
         return super().from_dict({**config_dict, **own}, **kwargs)
 
     def check_others(self, others: dict[str, Any], *own: str) -> dict[str, Any]:
-        """The keys that are left to transformers, without `auto_map`: it points to a repository's own code, and these
-        classes are what stands in for that.
+        """The keys that transformers handles, without `auto_map`, which points to code in a repository that these
+        classes replace.
 
         Raises:
-            ConfigError: a key is neither in `own` nor one of transformers', or its value cannot be taken.
+            ConfigError: a key is neither in `own` nor one of transformers' keys, or its value is not accepted.
         """
         for key, value in others.items():
             if key in _CHECKS or key in ATTENTION_KEYS:
@@ -119,10 +120,10 @@ _DEFAULTS = PretrainedConfig().to_dict()
 
 
 def read_config(repository: Repository) -> dict[str, Any] | None:
-    """The content of a model's config.json; None where there is none.
+    """The content of a model's config.json; None if there is none.
 
     Raises:
-        WeightsError: it cannot be read, or is not one JSON object.
+        WeightsError: the file cannot be read, or is not one JSON object.
     """
     data = repository.read(CONFIG_NAME, _MAX_CONFIG)
     if data is None:
@@ -135,13 +136,13 @@ def read_config(repository: Repository) -> dict[str, Any] | None:
 
 
 def check_attention(name: object, key: str = "attn_implementation") -> None:
-    """Raise `ConfigError` where `name` is no attention backend of ours: transformers would fetch a kernel by it."""
+    """Raise `ConfigError` if `name` is not one of our attention backends: transformers would download a kernel."""
     if name is not None and not (isinstance(name, str) and name in ATTENTION_BACKENDS):
         raise ConfigError(f"{key}={shown(name)} is not one of {', '.join(ATTENTION_BACKENDS)}")
 
 
 def check_size(parameters: int, what: str) -> None:
-    """Raise `ConfigError` where a model would have more parameters than any of this family can need."""
+    """Raise `ConfigError` if a model would have more parameters than any model of this family needs."""
     if parameters > _MAX_PARAMETERS:
         raise ConfigError(
             f"{what} would have {parameters:,} parameters ({parameters * 4 / 1e9:,.0f} GB in float32), more than the "
@@ -150,7 +151,7 @@ def check_size(parameters: int, what: str) -> None:
 
 
 def is_integer(value: object, lowest: int, highest: int) -> bool:
-    """Whether `value` is a whole number (and not a bool) in that range."""
+    """Whether `value` is an integer (and not a bool) from `lowest` to `highest`."""
     return type(value) is int and lowest <= value <= highest
 
 

@@ -1,9 +1,9 @@
 """Transformer layers of the slide encoder, over packed tokens [T, E]: the mathematics, in module calls only.
 
-The residual stream, norms and softmax statistics stay in float32 whatever the dtype of the weights, autocast included:
-only matrix products run in half precision. Here every parameter is read by the module that owns it, so hooks, adapters,
-quantised and offloaded weights act as anywhere in torch. `inference` computes the same in less memory, for encoders in
-which nothing was changed (see `unmodified`).
+The residual stream, norms and softmax statistics stay in float32 for any dtype of the weights, and under autocast: only
+matrix products run in half precision. In this file, each parameter is read only by the module that owns it. So hooks,
+adapters, quantised and offloaded weights work as in any torch model. `inference` computes the same in less memory, for
+encoders without such changes (see `unmodified`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from exaonepath.ops.linear import linear
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Dtype matrix products run in: autocast's where it is on, else the weights' own."""
-    if not weight.is_floating_point():  # quantised: what the layer makes of its input is its own affair
+    """Dtype of matrix products: autocast's dtype if autocast is on, else that of the weights."""
+    if not weight.is_floating_point():  # quantised: the layer gets float32 and converts it as it needs
         return torch.float32
     device = weight.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -38,7 +38,7 @@ def stream_dtype(weight: Tensor) -> torch.dtype:
 
 @own
 class Linear(nn.Linear):
-    """`nn.Linear` that picks the faster CPU library without autograd."""
+    """`nn.Linear` that uses the faster CPU library if no gradient is needed."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -46,7 +46,7 @@ class Linear(nn.Linear):
 
 @own
 class LayerNorm(nn.LayerNorm):
-    """Layer norm in the dtype of its input (the float32 residual stream), whatever the dtype of its weights."""
+    """Layer norm in the dtype of its input (the float32 residual stream), for any dtype of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
@@ -68,11 +68,11 @@ class RMSNorm(nn.Module):
 
 @own
 class RopePeriods(nn.Module):
-    """The rotation's periods, float32 whatever the dtype of the model.
+    """The periods of the rotation, in float32 for any dtype of the model.
 
-    The checkpoint's buffer decides. Half-precision periods would be wrong by whole radians far from the origin, so
-    casting the model leaves the buffer alone, and a buffer that was stored in half precision is recognised as the
-    rounded form of what the config states and replaced by it.
+    The checkpoint's buffer has priority over the config. Half-precision periods would be wrong by whole radians far
+    from the origin. So a cast of the model does not change the buffer. If a buffer was stored in half precision, it
+    equals the rounded periods of the config, and the exact periods of the config replace it.
     """
 
     periods: Tensor
@@ -93,11 +93,12 @@ class RopePeriods(nn.Module):
         return stored.double()
 
     def reset(self) -> None:
-        """Fill the buffer from the config (a checkpoint may leave it out)."""
+        """Fill the buffer from the config (a checkpoint may omit it)."""
         with torch.no_grad():
             self.periods.copy_(self._from_config)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RopePeriods:
+        # torch calls this for `.to()`, `.half()` and the like. A change of device is kept, a change of dtype is undone.
         before = self.periods
         super()._apply(fn, recurse)
         if self.periods.dtype != before.dtype:
@@ -162,7 +163,7 @@ class Block(nn.Module):
             x: residual stream [T, E].
             segments: which tokens attend to each other.
             rotation: of queries and keys (RoPE blocks), or None (NoPE blocks).
-            backend: of attention, a resolved one.
+            backend: attention backend, resolved (not "auto").
 
         Returns:
             The stream after the block, [T, E].

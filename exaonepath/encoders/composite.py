@@ -18,7 +18,7 @@ from exaonepath.errors import SettingsError
 
 
 class ExaonePathModel(ExaonePathPreTrainedModel):
-    """Both encoders side by side. `from_pretrained(..., component="patch" | "slide")` returns one of them alone."""
+    """Both encoders in one model. `from_pretrained(..., component="patch" | "slide")` returns one of them alone."""
 
     config_class = ExaonePathConfig
     main_input_name = "pixel_values"
@@ -46,18 +46,18 @@ class ExaonePathModel(ExaonePathPreTrainedModel):
             component: "patch" or "slide" (or patch-encoder, patch_encoder, slide-encoder, slide_encoder, wsi): load
                 that encoder alone. None: both.
             encoder_type: older spelling of `component`.
-            component_subfolder: overrides the subfolder the root config names; needs `component`.
+            component_subfolder: overrides the subfolder in the root config; needs `component`.
             **kwargs: as for any `from_pretrained`.
 
         Raises:
-            SettingsError: an unknown component.
-            WeightsError: the weights are missing or do not fit.
+            SettingsError: the component is unknown.
+            WeightsError: the weights are missing or do not match the model.
         """
         config = kwargs.pop("config", None)
         if not isinstance(config, ExaonePathConfig):
             where: Any = pretrained_model_name_or_path if config is None else config
             config = ExaonePathConfig.from_pretrained(where, **{k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs})
-        # AutoModel has moved this argument into the root config by now.
+        # AutoModel has already moved this argument into the root config.
         if getattr(config, "_attn_implementation", None) is not None:
             kwargs.setdefault("attn_implementation", config._attn_implementation)
         wanted = _component(component, encoder_type)
@@ -65,7 +65,7 @@ class ExaonePathModel(ExaonePathPreTrainedModel):
             if component_subfolder is not None:
                 raise SettingsError('component_subfolder needs component="patch" or "slide"')
             if kwargs.get("output_loading_info"):
-                raise SettingsError("output_loading_info is there for one component at a time; add component=")
+                raise SettingsError("output_loading_info is available for one component at a time; add component=")
             model = cls._both(config, pretrained_model_name_or_path, args, kwargs)
             model.name_or_path = str(pretrained_model_name_or_path)
             return model
@@ -84,7 +84,7 @@ class ExaonePathModel(ExaonePathPreTrainedModel):
         }
         config.patch_encoder_config = parts["patch"].config.to_diff_dict()
         config.slide_encoder_config = parts["slide"].config.to_diff_dict()
-        with torch.device("meta"):  # the parts are loaded already: build the shell without memory
+        with torch.device("meta"):  # the parts are already loaded: build the outer module without memory
             model = cls(config)
         model.patch_encoder, model.slide_encoder = parts["patch"], parts["slide"]
         return model.eval()

@@ -1,4 +1,4 @@
-"""Hugging Face configurations of the published model, field for field; an unknown key is an error that names it."""
+"""Hugging Face configurations with the fields of the published model. An unknown key raises an error that names it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from exaonepath.encoders.repository import check_subfolder
 from exaonepath.errors import ConfigError, SettingsError
 from exaonepath.files.strict_json import shown
 
-# What each key of `wsi_cfg` is when a checkpoint does not state it.
+# Value of each key of `wsi_cfg` if a checkpoint does not contain it.
 WSI_DEFAULTS: dict[str, Any] = {
     "input_dim": 768,
     "embed_dim": 768,
@@ -36,13 +36,13 @@ WSI_DEFAULTS: dict[str, Any] = {
     "pos_embed_rope_min_period": None,
     "pos_embed_rope_max_period": None,
 }
-# Known keys without any effect. Ours keeps periods in float32 whatever `pos_embed_rope_dtype` says.
+# Known keys without any effect. Our periods are float32 for any value of `pos_embed_rope_dtype`.
 WSI_IGNORED = {"aggregate", "attn_type", "out_l2_norm", "pos_embed_rope_dtype"}
 
 FFN_ALIGN = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
 NORM_LAYERS = ("layernorm", "rmsnorm")
 
-# The lowest and highest value of each: generous, and still nothing that takes minutes to build.
+# The lowest and highest value of each: wide limits, but no allowed model takes minutes to build.
 _INTEGERS = {
     "input_dim": (1, 2**20),
     "embed_dim": (1, 2**16),
@@ -69,10 +69,10 @@ _NUMBERS = (
 def complete_wsi_cfg(wsi_cfg: Mapping[str, Any]) -> dict[str, Any]:
     """`wsi_cfg` with defaults filled in and checked; keys without effect are dropped.
 
-    Where `pos_embed_rope_min_period` is stated and `pos_embed_rope_base` is not, the latter is None.
+    If `pos_embed_rope_min_period` is given and `pos_embed_rope_base` is not, the latter is None.
 
     Raises:
-        ConfigError: an unknown key, or a value that no encoder can be built from.
+        ConfigError: a key is unknown, or no encoder can be built from a value.
     """
     if not isinstance(wsi_cfg, Mapping):
         raise ConfigError(f"wsi_cfg must be a mapping, got {shown(wsi_cfg)}")
@@ -84,7 +84,7 @@ def complete_wsi_cfg(wsi_cfg: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"unknown key {shown(key)} in wsi_cfg{hint}")
     cfg = {**WSI_DEFAULTS, **{k: v for k, v in wsi_cfg.items() if k not in WSI_IGNORED}}
     if "pos_embed_rope_base" not in wsi_cfg and cfg["pos_embed_rope_min_period"] is not None:
-        cfg["pos_embed_rope_base"] = None  # periods are stated the other way: the default has no say
+        cfg["pos_embed_rope_base"] = None  # the periods are given by their range: the default base does not apply
     for key, (lowest, highest) in _INTEGERS.items():
         if not is_integer(cfg[key], lowest, highest):
             raise ConfigError(f"wsi_cfg[{key!r}] must be an integer from {lowest} to {highest}, got {shown(cfg[key])}")
@@ -114,14 +114,14 @@ def complete_wsi_cfg(wsi_cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def wsi_parameters(cfg: Mapping[str, Any]) -> int:
-    """About how many parameters the slide encoder of a completed `wsi_cfg` has."""
+    """Approximate number of parameters of the slide encoder of a completed `wsi_cfg`."""
     width = cfg["embed_dim"]
     block = 4 * width**2 + ffn_parameters(width, cfg["ffn_ratio"])
     return int(cfg["depth"] * block + width * (cfg["input_dim"] + cfg["n_storage_tokens"]))
 
 
 def ffn_parameters(width: int, ratio: float) -> int:
-    """About how many parameters a SwiGLU FFN has."""
+    """Approximate number of parameters of a SwiGLU FFN."""
     return int(2 * width * width * ratio)
 
 
@@ -164,7 +164,7 @@ class ExaonePathPatchEncoderConfig(ExaonePathPretrainedConfig):
 
 
 class ExaonePathSlideEncoderConfig(ExaonePathPretrainedConfig):
-    """Slide encoder. `wsi_cfg` is kept as given (it is what gets saved); `wsi` is the completed, checked form."""
+    """Slide encoder. `wsi_cfg` is kept and saved as given; `wsi` is the completed, checked form."""
 
     model_type = "exaonepath_slide_encoder"
 
@@ -180,7 +180,7 @@ class ExaonePathSlideEncoderConfig(ExaonePathPretrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Width of the slide embedding: features and encoder output side by side."""
+        """Width of the slide embedding: the features and the encoder output, concatenated."""
         return int(self.wsi["input_dim"] + self.wsi["embed_dim"])
 
 

@@ -1,9 +1,9 @@
-"""What a block computes (`block.Block`), in less memory, for encoders in which nothing was changed.
+"""The computation of a block (`block.Block`) in less memory, for encoders without hooks or other changes.
 
-Without autograd a block works on the token buffer in place: next to it exist the keys and values of all tokens, and for
-everything else only a chunk of rows (see `memory_plan`). Under autograd the row-wise layers go by chunks too, and may
-be computed again in the backward pass. Both read weights past the modules that own them: `unmodified.is_unmodified` has
-to hold.
+Without autograd, a block overwrites the token buffer in place. In addition to that buffer, only the keys and values of
+all tokens exist; everything else exists for one chunk of rows at a time (see `memory_plan`). Under autograd, the
+row-wise layers also run in chunks, and may be computed again in the backward pass. Both functions read the weights
+without a call of the modules that own them. So `unmodified.is_unmodified` must be true for the encoder.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ def block_in_place(
     chunks: Sequence[RowChunk],
     rows: int,
 ) -> Tensor:
-    """`block(x, segments, rotation, backend)`, written over x.
+    """`block(x, segments, rotation, backend)`; the result overwrites x.
 
     Args:
         block: in evaluation mode or not; no gradient is kept.
         x: residual stream [T, E], overwritten.
         segments, rotation, backend: as for the block.
         chunks: queries that attend together.
-        rows: rows that go through the linear layers together.
+        rows: rows that the linear layers compute together.
 
     Returns:
         x.
     """
     tokens, width = x.shape
     attn, heads, dtype = block.attn, block.attn.heads, compute_dtype(block.attn.qkv.weight)
+    # The stacked projection is split in two: keys and values are needed for all tokens, queries only for one chunk.
     to_queries = projection(attn.qkv, dtype, slice(None, width))
     to_keys_values = projection(attn.qkv, dtype, slice(width, None))
     proj = projection(attn.proj, dtype)
@@ -55,7 +56,8 @@ def block_in_place(
     keys_values = torch.empty((tokens, 2, heads, width // heads), dtype=dtype, device=x.device)
     largest = max([0, *[chunk.count for chunk in chunks]])
     queries = torch.empty((largest, heads, width // heads), dtype=dtype, device=x.device)
-    at_once = largest == tokens  # queries for all tokens have room: the norm serves them as well
+    # If one chunk holds all tokens, the queries are computed in the first loop, which saves a second pass of the norm.
+    at_once = largest == tokens
     for first in range(0, tokens, rows):
         part = slice(first, first + rows)
         normed = block.norm1(x[part]).to(dtype)
@@ -64,17 +66,18 @@ def block_in_place(
             queries[part].flatten(1).copy_(to_queries(normed))
         if rotation is not None:
             rotate_rows(keys_values[part, 0], rotation, first, backend=backend)
-        del normed
+        del normed  # before the next iteration: else two of them would exist while the next one is computed
     k, v = keys_values.unbind(1)
 
     for chunk in chunks:
         q = queries[: chunk.count]
-        # Once keys and values exist, a row of the stream is read and written by nobody but itself.
+        # Attention reads other tokens only through `k` and `v`, which exist already. So each row of the stream may be
+        # overwritten now: no other row needs its old value.
         stream = x[chunk.first : chunk.first + chunk.count]
         if not at_once:
             for target, source in zip(q.split(rows), stream.split(rows), strict=True):
                 target.flatten(1).copy_(to_queries(block.norm1(source).to(dtype)))
-        attend_rows(q, k, v, segments, chunk, rotation, backend=backend)
+        attend_rows(q, k, v, segments, chunk, rotation, backend=backend)  # overwrites q with the result
         for attended, target in zip(q.split(rows), stream.split(rows), strict=True):
             target += attn.proj_drop(proj(attended.flatten(1)))
             target += mlp(block.norm2(target).to(dtype))
@@ -88,8 +91,8 @@ def block_by_rows(
 
     Args:
         block, x, segments, rotation, backend: as for the block.
-        rows: rows that go through the linear layers together.
-        recompute: keep nothing of the linear layers, and compute it again in the backward pass.
+        rows: rows that the linear layers compute together.
+        recompute: keep no activations of the linear layers, and compute them again in the backward pass.
 
     Returns:
         The stream after the block, [T, E].
@@ -105,7 +108,7 @@ def block_by_rows(
 
     qkv = by_rows(to_qkv, (x,), (block.norm1, attn.qkv), rows, recompute)
     out = fragment_attention(attn.split(qkv), segments, rotation, backend=backend).flatten(1)
-    del qkv
+    del qkv  # autograd keeps what the backward pass needs of it
     return by_rows(after_attention, (x, out), (attn.proj, block.norm2, block.mlp), rows, recompute)
 
 
@@ -117,7 +120,7 @@ def projection(module: Linear, dtype: torch.dtype, rows: slice = slice(None)) ->
 
 
 def _swiglu(module: SwiGLU, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """A SwiGLU as a function of inputs in `dtype`, in place where no gradient is kept."""
+    """A SwiGLU as a function of inputs in `dtype`. Without gradients it works in place."""
     w1, w2, w3 = (projection(layer, dtype) for layer in (module.w1, module.w2, module.w3))
 
     def apply(x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Does anything cross from one tissue fragment to another inside a RoPE block?
+"""A test for leakage: whether information passes from one tissue fragment to another inside a RoPE block.
 
-Blocks without positions mix the whole slide on purpose, so leakage means: with a RoPE block's input changed at one
-fragment only, its output elsewhere must stay as it was, bit for bit. Measured on the very blocks that run, whatever
-the attention backend: their inputs are taken by hooks, changed, and the block is called again.
+Blocks without positions mix the whole slide on purpose, so only RoPE blocks are tested. If the input of a RoPE block
+changes at one fragment only, its output at all other fragments must stay the same, bit for bit. The test runs the
+encoder's own blocks, with any attention backend: hooks record their inputs, one fragment of an input is changed, and
+the block is called again.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from torch import Tensor, nn
 from exaonepath.errors import SettingsError
 from exaonepath.ops.attention.layout import build_fragment_layout
 
-_PERTURBATION = 8.0  # in standard deviations of the stream: an attention weight of 1e-6 would still show
+_PERTURBATION = 8.0  # in standard deviations of the stream: large enough to detect an attention weight of 1e-6
 
 
 @dataclass(frozen=True)
 class BlockLeakage:
-    """What a RoPE block let through.
+    """Leakage measured in one RoPE block.
 
     Attributes:
         block: index of the block.
@@ -41,18 +42,18 @@ class BlockLeakage:
 def fragment_leakage(
     encoder: Any, features: Tensor, coords: Tensor, contour_index: Tensor, *, fragment: int | None = None
 ) -> list[BlockLeakage]:
-    """Change one fragment in front of every RoPE block of a slide encoder, and look at the others behind it.
+    """Change one fragment in the input of every RoPE block, and measure the change at the others in its output.
 
     Args:
-        encoder: `ExaonePathSlideEncoderModel`; its training mode is switched off for the call, dropout being noise.
+        encoder: `ExaonePathSlideEncoderModel`; it is in evaluation mode for the call, because dropout adds noise.
         features: [N, C] of one slide; coords: [N, 2]; contour_index: [N].
         fragment: the fragment to change; default: the largest.
 
     Returns:
-        One entry per RoPE block; `change` is 0 in each where nothing crosses.
+        One entry per RoPE block; `change` is 0 in each if there is no leakage.
 
     Raises:
-        SettingsError: the slide has fewer than two fragments, or not the asked one.
+        SettingsError: the slide has fewer than two fragments, or does not have `fragment`.
     """
     names, sizes = contour_index.unique(return_counts=True)
     if len(names) < 2:
@@ -76,7 +77,7 @@ def fragment_leakage(
             noise = torch.randn(stream.shape, generator=generator).to(stream)
             inside = contour == chosen
             changed[inside] += _PERTURBATION * stream.std().clamp(min=1e-3) * noise[inside]
-            # Twice with the same call: what differs is the input alone.
+            # `before` comes from a call with the same arguments. So only the input can cause a difference.
             difference = (block(changed, *args[1:], **kwargs) - before).detach()[~inside].abs()
             results.append(BlockLeakage(index, chosen, float(difference.max()), int((difference > 0).any(dim=1).sum())))
     return results
@@ -91,7 +92,7 @@ def rope_blocks(encoder: Any) -> list[int]:
 def block_calls(
     encoder: Any, features: Tensor, coords: Tensor | None, contour_index: Tensor | None
 ) -> dict[int, tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
-    """Arguments and output of every block in one forward pass over a slide [N, C], in the differentiable path."""
+    """Arguments and output of every block in one forward pass over a slide [N, C], on the code path of training."""
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = {}
 
     def remember(index: int) -> Any:
@@ -104,7 +105,7 @@ def block_calls(
         block.register_forward_hook(remember(i), with_kwargs=True) for i, block in enumerate(encoder.transformer.blocks)
     ]
     try:
-        # A leaf that wants a gradient keeps every block on the path that training takes.
+        # An input that requires a gradient selects the code path of training, in which every block is called.
         encoder(
             features[None].clone().requires_grad_(),
             patch_coords=None if coords is None else coords[None],
@@ -118,7 +119,7 @@ def block_calls(
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off inside the block, the training flag as it was after it."""
+    """Switch dropout off inside the `with` block, and restore the training flag after it."""
     was = module.training
     module.eval()
     try:

@@ -1,6 +1,7 @@
-"""From what a user writes after `--weights` to a model that is ready to run.
+"""Load an encoder from the value of `--weights`.
 
-A Hub id, a directory, or `random:SEED`: reproducible random weights for trying the pipeline out without a checkpoint.
+The value is a Hub id, a directory, or `random:SEED`: reproducible random weights, to try the pipeline without a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ class LoadedEncoder(Generic[M]):
 
     Attributes:
         model: the encoder.
-        weights: what the user asked for.
+        weights: the value that the user gave.
         fingerprint: hash of the parameters; equal fingerprints give equal embeddings.
-        is_random: the weights are random, and so are the embeddings' meaning.
+        is_random: the weights are random, so the embeddings have no meaning.
     """
 
     model: M
@@ -73,7 +74,7 @@ def load_patch_encoder(
         attn_implementation: "sdpa" or "eager" (the same here); None: "auto".
 
     Raises:
-        WeightsError: nothing usable at `weights`, or keys do not fit. DeviceError: no such device.
+        WeightsError: `weights` has no usable files, or their keys do not match. DeviceError: the device does not exist.
     """
     return _load(ExaonePathPatchEncoderModel, "patch", weights, device, dtype, attn_implementation)
 
@@ -87,7 +88,7 @@ def load_slide_encoder(
 ) -> LoadedEncoder[ExaonePathSlideEncoderModel]:
     """Load the slide encoder; arguments as for `load_patch_encoder`.
 
-    `attn_implementation` may also be "triton"; None or "auto": triton on a GPU the kernels can run on, else sdpa.
+    `attn_implementation` may also be "triton". None or "auto": triton on a GPU that supports the kernels, else sdpa.
     """
     return _load(ExaonePathSlideEncoderModel, "slide", weights, device, dtype, attn_implementation)
 
@@ -111,12 +112,12 @@ def _load(
 
 
 def _pretrained(cls: type[M], component: str, weights: str, options: dict[str, Any]) -> M:
-    expanded = os.path.expanduser(weights)  # noqa: PTH111  Path.expanduser raises where there is no such user
+    expanded = os.path.expanduser(weights)  # noqa: PTH111  Path.expanduser raises an error if the user does not exist
     repository = Repository(expanded if os.path.lexists(expanded) else weights)
     options = {**options, "dtype": torch.float32}
     config = read_config(repository)
     if repository.unreachable:
-        options["local_files_only"] = True  # asking again would only wait again
+        options["local_files_only"] = True  # a second request would only wait for the same timeout
     if config is None:
         return cls.from_pretrained(repository.where, subfolder=f"{component}-encoder", **options)
     if config.get("model_type") == cls.config_class.model_type:
@@ -141,11 +142,11 @@ def _random_model(cls: type[M], weights: str, options: dict[str, Any]) -> M:
 def randomize(model: nn.Module, seed: int) -> None:
     """Fill all parameters from `seed` and their names alone: the same numbers in every process and version.
 
-    Scaled so that activations keep their size through the layers: a random encoder then still tells different
-    tissue apart, as a random projection does.
+    The scale keeps the size of activations constant through the layers. Then even a random encoder gives different
+    embeddings for different tissue, as a random projection does.
     """
     for name, parameter in model.named_parameters():
-        # torch's CPU generator looks at 32 bits of a seed: both have to be mixed into those.
+        # torch's CPU generator uses only 32 bits of a seed. A checksum mixes the seed and the name into 32 bits.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         leaf = name.rsplit(".", 1)[-1]
         if parameter.ndim == 1:

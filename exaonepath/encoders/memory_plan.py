@@ -1,8 +1,8 @@
-"""How much memory the slide encoder's inference takes, worked out before anything is allocated.
+"""The memory that the slide encoder's inference needs, computed before anything is allocated.
 
-Inference holds the residual stream, the keys and values of one layer and, beside them, only what a chunk of rows needs.
-Everything is counted here, so that a slide that cannot fit is refused with the figure it would need, and a tight limit
-is met by smaller chunks. Sizes are bytes throughout.
+Inference holds the residual stream, the keys and values of one layer and, in addition, only the temporary tensors of
+one chunk of rows. This module counts all of them. If a slide cannot fit, the error states the memory that it needs; if
+the limit is low, the chunks become smaller. All sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter: 1000**_power, f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power}
 
-# Rows that go through the linear layers together. A slide that fits one chunk of a GPU is not cut: launches would
-# dominate. Beyond that, 4,096 rows fill a GPU's matrix units, and 2,048 a CPU's cache.
+# Rows that the linear layers compute together. On a GPU, a slide of up to _ONE_CHUNK tokens is one chunk: with smaller
+# chunks, kernel launches would take most of the time. For larger slides, 4,096 rows are enough to keep a GPU's matrix
+# units busy, and 2,048 rows fit a CPU's cache.
 _ONE_CHUNK = 16_384
 _ROWS, _ROWS_CPU, _ROWS_MIN = 4096, 2048, 256
-# Queries that attend together, in chunks of rows: more of them share what a tile of keys costs to read.
+# Queries that attend together, as a multiple of the rows above: more queries share the cost of reading a tile of keys.
 _ATTENTION_CHUNKS = 4
-# What the allocator and cuBLAS take beyond the tensors on a GPU: workspace, and blocks rounded up to 2 MiB.
+# Memory of the allocator and cuBLAS on a GPU, in addition to the tensors: workspace, and blocks rounded up to 2 MiB.
+# The share is a divisor: 1/32 of the tensors.
 _OVERHEAD_BYTES, _OVERHEAD_SHARE = 80 << 20, 32
-# Rows of the rotation's tables made at once, in float64.
+# Rows of the rotation's tables that are computed at once, in float64.
 _TABLE_ROWS = 1 << 16
-# Index tensors of a token: source, patch positions and rows, the inverse, coordinates in float64, bounds of segments.
+# Bytes of index tensors per token: source, patch positions and rows, the inverse, float64 coordinates, segment bounds.
 _INDEX_BYTES = 96
-# Of a token while the tokens are sorted, which is done where the features lie.
+# Bytes per token while the tokens are sorted. Sorting runs on the device of the features.
 _SORT_BYTES = 320
 
 
@@ -38,7 +40,7 @@ def parse_memory(text: int | str) -> int:
     """Bytes from a number or from text such as "12GB", "11.5 GiB" or "800MB" (GB is 10^9, GiB 2^30).
 
     Raises:
-        SettingsError: not an amount of memory, or not positive.
+        SettingsError: `text` is not an amount of memory, or is not positive.
     """
     if isinstance(text, bool) or not isinstance(text, int | str):
         raise SettingsError(f"an amount of memory is a number of bytes or text such as 12GB, got {text!r}")
@@ -54,18 +56,19 @@ def parse_memory(text: int | str) -> int:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be computed, and where its parts lie.
+    """Sizes, dtypes and devices of one inference run.
 
     Attributes:
         tokens: T, valid patches and prefix tokens of all slides together. patches: rows of the caller, B * N.
-        input_dim, embed_dim, hidden_dim, heads: of the encoder.
+        input_dim, embed_dim, hidden_dim, heads: sizes of the encoder.
         compute: dtype of the matrix products. stream: dtype of the residual stream.
-        weights: bytes of all parameters and buffers. cast_weights: bytes of one block's weights in `compute`, where
-            that is not the dtype they are kept in, else 0.
+        weights: bytes of all parameters and buffers. cast_weights: bytes of one block's weights in `compute`, if they
+            are stored in another dtype, else 0.
         features: dtype of the caller's features. output: dtype of the embeddings.
-        features_here, output_here: features lie, and embeddings go, on the device rather than in the host's memory.
-        positions: the slide has coordinates.
-        backend: of attention, resolved.
+        features_on_device, output_on_device: whether features and embeddings are on the device, not in the host's
+            memory.
+        positions: whether the slide has coordinates.
+        backend: attention backend, resolved.
         longest: tokens of the longest segment.
         device: type of the device.
     """
@@ -82,8 +85,8 @@ class Workload:
     cast_weights: int
     features: torch.dtype
     output: torch.dtype
-    features_here: bool
-    output_here: bool
+    features_on_device: bool
+    output_on_device: bool
     positions: bool
     backend: str
     longest: int
@@ -92,13 +95,14 @@ class Workload:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Chunk sizes, and the bytes they lead to on the model's device.
+    """Chunk sizes, and the bytes that they need on the model's device.
 
     Attributes:
-        rows: rows that go through the linear layers together. attention_rows: queries that attend together.
-        weights, features, index, tables, tokens, keys_values, output: bytes of what is held; not all at once.
-        chunk: bytes beside them while the blocks run.
-        tensors: the peak of all tensors together. overhead: what the GPU's allocator and libraries take beyond them.
+        rows: rows that the linear layers compute together. attention_rows: queries that attend together.
+        weights, features, index, tables, tokens, keys_values, output: bytes of each group of tensors. Not all of them
+            exist at the same time.
+        chunk: additional bytes while the blocks run.
+        tensors: the peak of all tensors together. overhead: additional memory of the GPU's allocator and libraries.
     """
 
     rows: int
@@ -116,30 +120,30 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """Bytes the device needs, weights included."""
+        """Bytes that are needed on the device, weights included."""
         return self.tensors + self.overhead
 
 
 def default_rows(tokens: int, device: str) -> int:
-    """Rows that go through the linear layers together where memory does not matter, on a type of device."""
+    """Rows that the linear layers compute together on a type of device, if memory is not limited."""
     if device == "cpu":
         return _ROWS_CPU
     return max(1, tokens) if tokens <= _ONE_CHUNK else _ROWS
 
 
 def plan_memory(work: Workload, limit: int | None = None, *, where: str = "this device") -> MemoryPlan:
-    """Pick chunk sizes that keep within `limit`, and say what they need.
+    """Choose chunk sizes that need at most `limit`, and compute the memory that they need.
 
     Args:
-        work: what is to be computed.
+        work: the inference run.
         limit: bytes, weights included; None: no limit.
-        where: the device, for the error.
+        where: name of the device, for the error.
 
     Returns:
         The plan; `total` is an upper bound.
 
     Raises:
-        MemoryLimitError: not even the smallest chunks fit; the message has the figures and what helps.
+        MemoryLimitError: even the smallest chunks do not fit; the message states the sizes and gives advice.
     """
     rows = default_rows(work.tokens, work.device)
     while True:
@@ -156,26 +160,28 @@ def _with_rows(work: Workload, rows: int) -> MemoryPlan:
     queries = max(1, min(_ATTENTION_CHUNKS * rows, work.tokens))
     width, small, wide = work.embed_dim, work.compute.itemsize, work.stream.itemsize
     table = max(4, small)
-    features = work.patches * work.input_dim * work.features.itemsize if work.features_here else 0
-    output = work.patches * (work.input_dim + width) * work.output.itemsize if work.output_here else 0
+    features = work.patches * work.input_dim * work.features.itemsize if work.features_on_device else 0
+    output = work.patches * (work.input_dim + width) * work.output.itemsize if work.output_on_device else 0
     index = _INDEX_BYTES * work.tokens
     tables = 2 * work.tokens * (width // work.heads // 2) * table if work.positions else 0
     tokens = work.tokens * width * wide
     keys_values = 2 * work.tokens * width * small
 
+    # Temporary tensors of a chunk. The steps run one after another, so the largest of them counts, not their sum.
     cast = 0 if small == wide else small
     norm = rows * width * (wide + cast) + 8 * rows
     linear = rows * (width * cast + max(2 * width, 2 * work.hidden_dim, width) * small)
     if not cast:
-        linear += rows * width * wide  # the norm's output is what the products read
-    beside = max(norm, linear, _rotation(work, rows), _attention(work, queries))
-    chunk = work.cast_weights + queries * width * small + beside
+        linear += rows * width * wide  # without a cast, the products read the norm's output itself, so it stays
+    temporary = max(norm, linear, _rotation(work, rows), _attention(work, queries))
+    chunk = work.cast_weights + queries * width * small + temporary
     embed = rows * (work.input_dim * (work.features.itemsize + small) + width * (small + 2 * wide))
     leave = rows * (width * (2 * wide + work.output.itemsize) + 2 * work.input_dim * max(4, work.output.itemsize))
     held = work.weights + features + index
     angles = 0 if not work.positions else 4 * 8 * min(work.tokens, _TABLE_ROWS) * (width // work.heads // 2)
+    # One entry per phase: sorting, rotation tables, patch embedding, blocks, output. The peak is the largest of them.
     peak = max(
-        work.weights + features + (_SORT_BYTES * work.tokens if work.features_here else 0),
+        work.weights + features + (_SORT_BYTES * work.tokens if work.features_on_device else 0),
         held + tables + angles,
         held + tables + tokens + work.cast_weights + embed,
         held + tables + tokens + keys_values + chunk,
@@ -188,7 +194,7 @@ def _with_rows(work: Workload, rows: int) -> MemoryPlan:
 
 
 def _rotation(work: Workload, rows: int) -> int:
-    """Beside heads that torch rotates, 2,048 rows at once: a float32 copy, six halves, the result, its rounded form."""
+    """Temporary bytes of a rotation by torch, 2,048 rows at once: a float32 copy, six halves, the result, its cast."""
     if not work.positions or work.backend == "triton":
         return 0
     rows = min(rows, 2048)
@@ -197,7 +203,7 @@ def _rotation(work: Workload, rows: int) -> int:
 
 
 def _attention(work: Workload, queries: int) -> int:
-    """Beside `queries` rows that attend."""
+    """Temporary bytes of the attention of `queries` rows."""
     width, small = work.embed_dim, work.compute.itemsize
     if work.backend == "triton":
         return 0
@@ -205,12 +211,13 @@ def _attention(work: Workload, queries: int) -> int:
     if work.backend == "eager":
         scores = work.heads * queries * work.longest * 3 * max(4, small)
         return max(rotation, scores + 3 * work.tokens * width * small)
-    # Short segments of a chunk are gathered, at most 16,384 tokens at once: queries, keys, values, result, reordered.
+    # Short segments of a chunk are gathered into dense batches of at most 16,384 tokens. Five tensors of that size
+    # exist: queries, keys, values, the result, and the result in its final order.
     gathered = 5 * min(queries, 1 << 14) * width * small
     result = 2 * queries * width * small
     if work.device != "cpu":
         return max(rotation, gathered, result)
-    # `cpu_attention`: one head's keys and values in float32, twice for the transposition, and two blocks of scores.
+    # `cpu_attention`: keys and values of one head in float32, also their transposed copies, and two blocks of scores.
     head = width // work.heads
     scores = 2 * 4 * max(10 << 20, 64 * 4 * work.longest) // 4
     tiled = 4 * head * (2 * queries + 4 * work.longest) + scores
@@ -231,8 +238,8 @@ def _refusal(work: Workload, plan: MemoryPlan, limit: int, where: str) -> str:
     if work.compute.itemsize > 2:
         half = _with_rows(replace(work, compute=torch.bfloat16, cast_weights=work.weights // 6), _ROWS_MIN)
         advice.append(f"compute in bfloat16 ({in_gb(half.total)})")
-    if (work.features_here or work.output_here) and work.device != "cpu":
-        streamed = _with_rows(replace(work, features_here=False, output_here=False), _ROWS_MIN)
+    if (work.features_on_device or work.output_on_device) and work.device != "cpu":
+        streamed = _with_rows(replace(work, features_on_device=False, output_on_device=False), _ROWS_MIN)
         advice.append(f"leave features and embeddings in the host's memory (encode_streamed, {in_gb(streamed.total)})")
     advice.append("allow more memory" if work.device == "cpu" else "allow more memory, or run on the CPU")
     return (
@@ -242,15 +249,16 @@ def _refusal(work: Workload, plan: MemoryPlan, limit: int, where: str) -> str:
 
 
 def in_gb(size: int) -> str:
-    """ "1.23 GB", rounded up: a limit of the figure named is enough."""
+    """ "1.23 GB", rounded up, so that a limit of the stated size is enough."""
     return f"{-(-size // 10**7) / 100:.2f} GB"
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes this process could still allocate on a GPU; None where that is not known, or not limited (CPU)."""
+    """Bytes that this process can still allocate on a GPU; None on a CPU, where the memory is not limited here."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
+    # torch keeps freed memory reserved for itself. The driver counts it as used, but this process can use it again.
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
     return max(0, min(free, allowed)) + reserved - allocated

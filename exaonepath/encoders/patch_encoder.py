@@ -14,8 +14,8 @@ from exaonepath.encoders.configuration import ExaonePathPatchEncoderConfig
 from exaonepath.errors import SettingsError
 
 _DIM, _DEPTH, _HEADS, _MLP, _EPS = 768, 12, 12, 3072, 1e-6
-# DINO adds this to the grid before it forms the scale factor of the position embedding, so that rounding down inside
-# the interpolation cannot lose a row; it shifts the sampling points too, hence is part of the definition.
+# DINO adds this to the grid size before it computes the scale factor of the position embedding. So rounding down inside
+# the interpolation cannot lose a row. It also shifts the sampling points, so it is part of the model's definition.
 _INTERPOLATE_OFFSET = 0.1
 
 
@@ -102,7 +102,7 @@ class VisionTransformer(nn.Module):
         tokens = tokens + self._positions(height, width).to(tokens.dtype)
         for block in self.blocks:
             tokens = block(tokens, eager)
-        # Only the CLS row is returned: the norm is per token, so the others need none.
+        # Only the CLS token is returned. The norm acts on each token alone, so the other tokens need no norm.
         out: Tensor = self.norm(tokens[:, 0])
         return out
 
@@ -118,7 +118,7 @@ class VisionTransformer(nn.Module):
 
 
 class _PatchEncoder(nn.Module):
-    """A level of the published parameter names."""
+    """One level of the published parameter names (`patch_encoder.backbone`)."""
 
     def __init__(self, backbone: VisionTransformer) -> None:
         super().__init__()
@@ -143,14 +143,15 @@ class ExaonePathPatchEncoderModel(ExaonePathPreTrainedModel):
         """Embed images.
 
         Args:
-            x, pixel_values: [B, 3, H, W], preprocessed (ImageNet mean and std); either spelling. H and W are multiples
-                of the patch size; other sizes than the config's resize the position embedding bicubically.
+            x, pixel_values: [B, 3, H, W], preprocessed (ImageNet mean and std); two names of one argument. H and W are
+                multiples of the patch size. If they differ from the config, the position embedding is resized
+                bicubically.
 
         Returns:
             [B, 768], the normalised CLS token.
 
         Raises:
-            SettingsError: not exactly one of the two, or a shape that does not fit.
+            SettingsError: not exactly one of the two is given, or the shape is wrong.
         """
         if kwargs:
             raise SettingsError(f"unknown arguments: {', '.join(sorted(kwargs))}")

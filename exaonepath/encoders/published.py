@@ -1,3 +1,3 @@
-"""The published weights that are loaded where a user names none."""
+"""The published weights, which are the default."""
 
 DEFAULT_WEIGHTS = "LGAI-EXAONE/EXAONE-Path-2.5"

@@ -1,7 +1,7 @@
 """The files of a model, in a local folder or in a repository of the Hub.
 
-Symbolic links are followed: the Hub's cache consists of them, and what a user links from a folder of their own is
-theirs to decide. What is opened at the end of a link has to be a regular file.
+Symbolic links are followed, because the Hub's cache consists of them, and because users may link files into their own
+folders. The target of a link must be a regular file.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from exaonepath.errors import SettingsError, WeightsError
 
-# Arguments of `from_pretrained` that say where files are fetched from. `proxies` and `resume_download` have no effect
-# in newer versions of the Hub's client, which read the environment.
+# Arguments of `from_pretrained` that control the download of files. `proxies` and `resume_download` have no effect in
+# newer versions of the Hub's client, which read the environment.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _IGNORED_ARGUMENTS = ("proxies", "resume_download", "mirror", "user_agent", "_commit_hash")
-# The base class of what the Hub's HTTP library raises: httpx or requests, whichever the client is built on.
+# The base class of the errors of the HTTP library that the Hub's client uses (httpx or requests, by version).
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 _COMMIT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")
 
 
 class HubError(WeightsError):
-    """The Hub refused a request, or what was asked for is no id of a repository."""
+    """The Hub refused a request, or the name is not a valid id of a repository."""
 
 
 @dataclass
 class Repository:
-    """Where the files of one model lie.
+    """Location of the files of one model.
 
     Attributes:
         where: local folder, the path of a config.json, or a Hub id.
         subfolder: folder inside it, "" for the root.
         hub: arguments of the Hub's client.
-        unreachable: the Hub was asked for a file that the cache lacks, and could not be reached.
+        unreachable: a file is not in the cache, and the Hub could not be reached.
     """
 
     where: str
@@ -51,10 +51,10 @@ class Repository:
 
     @classmethod
     def from_arguments(cls, where: str | os.PathLike[str] | None, arguments: dict[str, Any]) -> Repository:
-        """Take the arguments that say where files are out of those of a `from_pretrained`.
+        """Remove the arguments that locate files from `arguments` of a `from_pretrained`, and use them.
 
         Raises:
-            SettingsError: `where` is not a path or id, or the subfolder leads out of it.
+            SettingsError: `where` is not a path or an id, or the subfolder is outside it.
         """
         if not isinstance(where, str | os.PathLike) or not isinstance(os.fspath(where), str) or not os.fspath(where):
             raise SettingsError(f"weights are named by a directory or a Hub id, got {where!r}")
@@ -70,32 +70,32 @@ class Repository:
 
     @property
     def is_local(self) -> bool:
-        """The files lie in a local folder (or `where` is a file, of whatever kind), and the Hub is not asked."""
+        """Whether `where` exists locally (as a folder or any kind of file); then the Hub is not used."""
         return os.path.lexists(self.where)
 
     @property
     def _format(self) -> int | None:
-        """What lies at a local path, as in `stat.S_IFMT`; None: a broken link, or nothing."""
+        """File type of a local path, as in `stat.S_IFMT`; None: a broken link, or nothing exists."""
         try:
             return stat.S_IFMT(Path(self.where).stat().st_mode)
         except OSError:
             return None
 
     def location(self, name: str) -> str:
-        """The file of that name, for messages."""
+        """The full name of a file, for messages."""
         return "/".join(part for part in (self.where, self.subfolder, name) if part)
 
     def open(self, name: str, stack: ExitStack) -> BinaryIO | None:
-        """Open a file for reading until `stack` closes; None where there is no such file.
+        """Open a file for reading until `stack` closes; None if the file does not exist.
 
         Raises:
-            WeightsError: it cannot be opened or fetched, or is not a regular file.
+            WeightsError: the file cannot be opened or downloaded, or is not a regular file.
         """
         path = self._path(name)
         if path is None:
             return None
         try:
-            # Without O_NONBLOCK the open of a FIFO waits for a writer, for ever.
+            # Without O_NONBLOCK, opening a FIFO waits for a writer, possibly forever.
             flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
             file = stack.enter_context(os.fdopen(os.open(path, flags | getattr(os, "O_CLOEXEC", 0)), "rb"))
         except (FileNotFoundError, NotADirectoryError) as exc:
@@ -115,10 +115,10 @@ class Repository:
         return file
 
     def read(self, name: str, limit: int) -> bytes | None:
-        """The content of a file; None where there is no such file.
+        """The content of a file; None if the file does not exist.
 
         Raises:
-            WeightsError: as for `open`, or it is larger than `limit` bytes.
+            WeightsError: as for `open`, or the file is larger than `limit` bytes.
         """
         with ExitStack() as stack:
             file = self.open(name, stack)
@@ -133,7 +133,7 @@ class Repository:
         return data
 
     def check_unchanged(self) -> None:
-        """Raise `WeightsError` where a file that was read is no longer the one that lies there."""
+        """Raise `WeightsError` if a file that was read has been replaced since then."""
         for path, identity in self._opened.items():
             try:
                 now = _identity(path.stat())
@@ -143,7 +143,7 @@ class Repository:
                 raise WeightsError(f"{path} was replaced while the model was read; nothing was loaded, try again")
 
     def missing(self, what: str) -> WeightsError:
-        """The error for a file that is not there."""
+        """The error for a missing file."""
         if self.unreachable:
             reason = "no connection, or HF_HUB_OFFLINE or local_files_only is set, and the local cache has no copy"
             return WeightsError(self._not_found(f"no {what} in {self}: {reason}"))
@@ -159,20 +159,20 @@ class Repository:
         if self.is_local:
             if self._format == stat.S_IFDIR:
                 return Path(self.where, self.subfolder, name)
-            # transformers lets a configuration be named by its file.
+            # transformers also accepts the path of the configuration file itself.
             return Path(self.where) if name == "config.json" and self._format == stat.S_IFREG else None
         try:
             path = hf_hub_download(self.where, name, subfolder=self.subfolder or None, **self.hub)
         except LocalEntryNotFoundError:
             self.unreachable = True
-            self.hub["local_files_only"] = True  # asking again would only wait again
+            self.hub["local_files_only"] = True  # a second request would only wait for the same timeout
             return None
         except EntryNotFoundError:
             return None
         except (OSError, HFValidationError, _HTTP_ERROR) as exc:
             raise HubError(self._not_found(str(exc))) from exc
         if commit := _COMMIT.search(path):
-            self.hub["revision"] = commit[1]  # all further files of the same commit
+            self.hub["revision"] = commit[1]  # read all further files from the same commit
         return Path(path)
 
     def _not_found(self, reason: str) -> str:
@@ -184,7 +184,7 @@ class Repository:
 
 
 def check_subfolder(subfolder: object, name: str) -> None:
-    """Raise `SettingsError` where `subfolder` is not a relative path that stays inside its folder."""
+    """Raise `SettingsError` if `subfolder` is not a relative path that stays inside its folder."""
     path = PurePosixPath(subfolder.replace("\\", "/")) if isinstance(subfolder, str) else None
     if path is None or path.is_absolute() or ".." in path.parts or ":" in path.parts[:1] or "\0" in str(path):
         raise SettingsError(f"{name} must be a relative path inside the model's folder, got {subfolder!r}")

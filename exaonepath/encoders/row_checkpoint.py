@@ -1,7 +1,7 @@
-"""Row-wise functions under autograd, a chunk of rows at a time, with or without keeping what they compute.
+"""Row-wise functions under autograd, one chunk of rows at a time, with or without storing their activations.
 
-A transformer's norms and linear layers act on each row alone. In chunks, and computed again in the backward pass, they
-never hold the wide hidden activations of all rows at once.
+The norms and linear layers of a transformer act on each row alone. If they run in chunks, and are computed again in the
+backward pass, the wide hidden activations of all rows never exist at the same time.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ def by_rows(
 ) -> Tensor:
     """`function(*inputs)`, by chunks of rows.
 
-    Both ways draw the same random numbers and sum gradients in the same order: they agree bit for bit.
+    With and without `recompute`, the same random numbers are drawn, and gradients are summed in the same order. So both
+    results are equal, bit for bit.
 
     Args:
         function: [R, ...] tensors to [R, M], each row of the result from the same row of the inputs alone.
         inputs: [T, ...] each.
-        modules: what `function` calls; their parameters get gradients.
-        rows: of a chunk.
-        recompute: keep the inputs only, and call `function` again in the backward pass.
+        modules: the modules that `function` calls; their parameters get gradients.
+        rows: number of rows of a chunk.
+        recompute: keep only the inputs, and call `function` again in the backward pass.
 
     Returns:
         [T, M]
@@ -47,6 +48,12 @@ def by_rows(
 
 
 class _RowCheckpoint(torch.autograd.Function):
+    """Gradient checkpointing by chunks of rows: each chunk is computed again just before its gradient.
+
+    The parameters are passed as tensors in addition to the inputs, although `function` does not take them: autograd
+    gives gradients only to the tensors that are arguments of `apply`.
+    """
+
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], rows: int, count: int, *tensors: Tensor) -> Tensor:
         inputs = tensors[:count]
@@ -56,6 +63,7 @@ class _RowCheckpoint(torch.autograd.Function):
         out: Tensor | None = None
         total = inputs[0].shape[0]
         for first in range(0, max(1, total), rows):
+            # Stored per chunk, so that dropout draws the same numbers again in the backward pass.
             ctx.random.append(_RandomState(inputs))
             part = _call(function, [t[first : first + rows] for t in inputs], ctx.needs_input_grad[3:])[0].detach()
             if total <= rows:
@@ -74,7 +82,7 @@ class _RowCheckpoint(torch.autograd.Function):
         of_inputs = [torch.empty_like(t) if need else None for t, need in zip(inputs, needed, strict=False)]
         parameters = [p for p, need in zip(ctx.parameters, needed[len(inputs) :], strict=True) if need]
         sums: list[Tensor | None] = [None] * len(parameters)
-        # Last chunk first, as autograd itself would: sums of rounded numbers depend on the order.
+        # Last chunk first, which is the order of autograd itself: a sum of rounded numbers depends on the order.
         for index in reversed(range(len(ctx.random))):
             rows = slice(index * ctx.rows, (index + 1) * ctx.rows)
             with ctx.ambient.restored(), ctx.random[index].restored():
@@ -96,14 +104,14 @@ class _RowCheckpoint(torch.autograd.Function):
 def _call(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], needed: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The function with its graph, on leaves of its own: the same kernels run as in plain autograd."""
+    """The result with its own small graph, and the leaves of that graph. It runs the same kernels as plain autograd."""
     leaves = [t.detach().requires_grad_(need) for t, need in zip(inputs, needed, strict=False)]
     with torch.enable_grad():
         return function(*leaves), leaves
 
 
 class _Ambient:
-    """Autocast as it was in the forward pass: the backward pass may run in another thread."""
+    """The autocast state of the forward pass. It is restored in the backward pass, which may run in another thread."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device.type
@@ -118,7 +126,7 @@ class _Ambient:
 
 
 class _RandomState:
-    """States of the generators that the CPU and the inputs' devices draw from."""
+    """States of the random generators of the CPU and of the inputs' devices."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.cpu = torch.get_rng_state()

@@ -27,8 +27,9 @@ class SlideEncoderOutput(ModelOutput):
     """Embeddings of a batch of slides; readable as attributes, as keys, and as a tuple.
 
     Attributes:
-        patch_embedding: [B, N, C + E], the features beside the encoder's output; encoder half 0 at padded patches.
-        slide_embedding: [B, C + E], mean over valid patches; 0 for a slide without any.
+        patch_embedding: [B, N, C + E], features and encoder output, concatenated; at padded patches the encoder output
+            is 0.
+        slide_embedding: [B, C + E], mean over valid patches; 0 for a slide without valid patches.
     """
 
     patch_embedding: Tensor | None = None
@@ -37,7 +38,7 @@ class SlideEncoderOutput(ModelOutput):
 
 @own
 class _WsiEncoder(nn.Module):
-    """A level of the published parameter names; called like what it holds."""
+    """One level of the published parameter names (`wsi_encoder.transformer`); it calls its child."""
 
     def __init__(self, transformer: SlideTransformer) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class _WsiEncoder(nn.Module):
 
 @own
 class _SlideEncoder(nn.Module):
-    """A level of the published parameter names; called like what it holds."""
+    """One level of the published parameter names (`slide_encoder.wsi_encoder`); it calls its child."""
 
     def __init__(self, transformer: SlideTransformer) -> None:
         super().__init__()
@@ -69,8 +70,8 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
     main_input_name = "patch_features"
     component_names = ("slide", "slide-encoder", "slide_encoder", "wsi")
     _no_split_modules = ["Block"]  # noqa: RUF012
-    # Blocks, and the row-wise layers inside them, are computed again in the backward pass. `use_reentrant` of
-    # transformers' `gradient_checkpointing_kwargs` has no effect: it is always False here.
+    # Blocks, and the row-wise layers inside them, are computed again in the backward pass. `use_reentrant` in
+    # transformers' `gradient_checkpointing_kwargs` has no effect: it is always False for this model.
     supports_gradient_checkpointing = True
 
     def __init__(self, config: ExaonePathSlideEncoderConfig) -> None:
@@ -105,15 +106,15 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
             `SlideEncoderOutput`, in the wider dtype of features and weights.
 
         Raises:
-            SettingsError: shapes, dtypes or devices that do not fit, or coordinates that are not finite or not exact.
+            SettingsError: shapes, dtypes or devices do not match, or coordinates are not finite or not exact.
             MemoryLimitError: without autograd, the slide cannot fit into the GPU's free memory.
         """
         mask = self._check(patch_features, patch_mask, patch_coords, patch_contour_index)
         if torch.is_grad_enabled() or not is_unmodified(self.slide_encoder):
             output = self._forward_whole(patch_features, mask, patch_coords, patch_contour_index)
         else:
-            home = patch_features.device
-            output = self._infer(patch_features, mask, patch_coords, patch_contour_index, home, None)
+            device = patch_features.device
+            output = self._infer(patch_features, mask, patch_coords, patch_contour_index, device, None)
         return output.to_tuple() if return_dict is False else output
 
     @torch.no_grad()
@@ -128,21 +129,21 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
     ) -> SlideEncoderOutput:
         """Encode slides whose features, and embeddings, stay in the host's memory.
 
-        Only what a chunk of rows needs is copied to the model's device, while the chunk before is computed. The result
-        is that of `forward` to rounding.
+        Only the data of one chunk of rows is copied to the model's device at a time, while the previous chunk is
+        computed. The result equals that of `forward` up to rounding.
 
         Args:
             patch_features, patch_mask, patch_coords, patch_contour_index: as for `forward`, arrays or tensors on the
-                host (features may also be on the model's device); features float32 or narrower save nothing else.
-            max_memory: what may be used on the model's device, weights included, in bytes or as "12GB"; None: what is
-                free on a GPU, no limit on a CPU. A lower limit leads to smaller chunks.
+                host (features may also be on the model's device).
+            max_memory: memory that may be used on the model's device, weights included, in bytes or as "12GB"; None:
+                the free memory of a GPU, no limit on a CPU. A lower limit leads to smaller chunks.
 
         Returns:
             `SlideEncoderOutput` on the host.
 
         Raises:
             SettingsError: as for `forward`.
-            MemoryLimitError: the slides cannot fit; said before anything is allocated, with the figure.
+            MemoryLimitError: the slides cannot fit; raised before anything is allocated, and states the needed memory.
         """
         inputs = [
             torch.from_numpy(t) if isinstance(t, np.ndarray) else t
@@ -175,18 +176,18 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
         backend: str | None = None,
         streamed: bool = True,
     ) -> MemoryPlan:
-        """What inference of one slide takes, without doing it.
+        """The memory that inference of one slide needs, without running it.
 
         Args:
             n_patches: N.
             max_memory: as for `encode_streamed`.
-            device: where it would run; None: the model's device.
-            dtype: of the matrix products, as autocast would set it; None: as now.
-            backend: of attention; None: "triton" for a GPU, "sdpa" for the CPU.
-            streamed: as `encode_streamed`, else as `forward`.
+            device: device of the inference; None: the model's device.
+            dtype: dtype of the matrix products, as autocast would set it; None: the current one.
+            backend: attention backend; None: "triton" for a GPU, "sdpa" for the CPU.
+            streamed: whether to plan for `encode_streamed`; else for `forward`.
 
         Raises:
-            MemoryLimitError: it does not fit into `max_memory`.
+            MemoryLimitError: the slide does not fit into `max_memory`.
         """
         where = self.device if device is None else torch.device(device)
         backend = backend or ("triton" if where.type == "cuda" else "sdpa")
@@ -210,18 +211,19 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
         layout = build_fragment_layout(transformer.n_prefix, mask, contour)
         order = TokenOrder.of(layout, batch * n)
         rotation = transformer.rotation(order, coords)
-        layout, rotation = _moved(layout, rotation, device)
+        layout, rotation = _to_device(layout, rotation, device)
 
         backend = self.config._attn_implementation
         resolved = {name for _, name in transformer.backends(layout, backend, device).values()}
+        # NoPE and RoPE blocks may use different backends. The slowest of them also needs the most memory.
         slowest = next(name for name in ("eager", "sdpa", "triton") if name in resolved)
         longest = max(layout.slides.lengths, default=0)
-        here = features.device == device, out_device == device
+        on_device = features.device == device, out_device == device
         work = self._workload(
-            order.n_tokens, batch * n, features.dtype, None, slowest, longest, device, here, coords is not None
+            order.n_tokens, batch * n, features.dtype, None, slowest, longest, device, on_device, coords is not None
         )
-        there = work.weights + (features.nbytes if here[0] else 0)
-        plan = plan_memory(work, _limit(limit, there, device), where=str(device))
+        allocated = work.weights + (features.nbytes if on_device[0] else 0)
+        plan = plan_memory(work, _limit(limit, allocated, device), where=str(device))
 
         reader = RowReader(flat, device, plan.rows)
         x = transformer.encode(reader, layout, order, rotation, backend, plan.rows, plan.attention_rows)
@@ -231,7 +233,7 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
     def _collect(
         self, x: Tensor, features: Tensor, mask: Tensor, order: TokenOrder, rows: int, out_device: torch.device
     ) -> SlideEncoderOutput:
-        """Embeddings from the residual stream [T, E], by chunks of patches; means are summed up in float64."""
+        """Embeddings from the residual stream [T, E], by chunks of patches; the sums of the means are in float64."""
         batch, n, channels = features.shape
         dtype, width = torch.promote_types(features.dtype, self.dtype), x.shape[1]
         patches = torch.empty((batch, n, channels + width), dtype=dtype, device=out_device)
@@ -246,7 +248,7 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
             if not order.all_valid:
                 valid = mask[slides, part][..., None]
                 feature_sums[slides] += _sum_valid(own, valid)
-                own = torch.where(valid | torch.isfinite(own), own, 0)
+                own = torch.where(valid | torch.isfinite(own), own, 0)  # NaN and inf of padding are not returned
             else:
                 feature_sums[slides] += own.sum(1, dtype=torch.promote_types(own.dtype, torch.float32))
             target[..., :channels] = own
@@ -258,7 +260,7 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
     def _forward_whole(
         self, features: Tensor, mask: Tensor, coords: Tensor | None, contour: Tensor | None
     ) -> SlideEncoderOutput:
-        """Every module called, gradients where they are wanted."""
+        """The forward pass by calls of all modules; it supports gradients."""
         layout = build_fragment_layout(self.transformer.n_prefix, mask, contour)
         order = TokenOrder.of(layout, mask.numel())
         packed = self.slide_encoder(features.flatten(0, 1), layout, coords, self.config._attn_implementation)
@@ -288,7 +290,7 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
         backend: str,
         longest: int,
         device: torch.device,
-        here: tuple[bool, bool],
+        on_device: tuple[bool, bool],
         positions: bool,
     ) -> Workload:
         transformer = self.transformer
@@ -310,8 +312,8 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
             cast_weights=cast,
             features=features,
             output=torch.promote_types(features, self.dtype),
-            features_here=here[0],
-            output_here=here[1],
+            features_on_device=on_device[0],
+            output_on_device=on_device[1],
             positions=positions,
             backend=backend,
             longest=longest,
@@ -354,10 +356,10 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
         return mask if mask.dtype == torch.bool else mask != 0
 
 
-def _moved(
+def _to_device(
     layout: FragmentLayout, rotation: Rotation | None, device: torch.device
 ) -> tuple[FragmentLayout, Rotation | None]:
-    """The same on the encoder's device."""
+    """Copy layout and rotation to the encoder's device."""
     if layout.source.device == device:
         return layout, rotation
     slides = Segments(layout.slides.offsets.to(device), layout.slides.lengths)
@@ -370,15 +372,18 @@ def _moved(
     return layout, rotation
 
 
-def _limit(limit: int | None, there: int, device: torch.device) -> int | None:
-    """Bytes that may be used, `there` (weights, features on the device) included: they are part of the plan."""
+def _limit(limit: int | None, allocated: int, device: torch.device) -> int | None:
+    """Bytes that may be used, including `allocated` (weights, and features on the device): the plan counts them too."""
     free = available_memory(device)
     if free is None:
         return limit
-    return there + free if limit is None else min(limit, there + free)
+    return allocated + free if limit is None else min(limit, allocated + free)
 
 
 def _sum_valid(x: Tensor, valid: Tensor) -> Tensor:
-    """Sum over patches [B, N, C] where valid [B, N, 1], in float32 or wider; padded values (NaN, inf) are left out."""
+    """Sum over valid patches of x [B, N, C], valid [B, N, 1], in float32 or wider.
+
+    `where` ignores padded values that are NaN or inf; a product with the mask would not, because 0 * NaN is NaN.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     return torch.where(valid, x, 0).sum(1, dtype=wide)

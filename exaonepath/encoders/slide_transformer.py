@@ -28,7 +28,7 @@ _EPS = 1e-5  # of every norm, layer norm or RMS norm
 
 
 def ffn_hidden(embed_dim: int, ffn_ratio: float, ffn_layer: str) -> int:
-    """SwiGLU hidden width: two thirds of the plain width, rounded up to the layer's multiple."""
+    """SwiGLU hidden width: two thirds of the plain width, rounded up to a multiple that the layer's name gives."""
     align = FFN_ALIGN[ffn_layer]
     hidden = int(int(embed_dim * ffn_ratio) * 2 / 3)
     return -(-hidden // align) * align
@@ -36,7 +36,7 @@ def ffn_hidden(embed_dim: int, ffn_ratio: float, ffn_layer: str) -> int:
 
 @dataclass(frozen=True)
 class TokenOrder:
-    """Packed tokens by kind, P prefix tokens a slide among them.
+    """Packed tokens by kind: patches, and P prefix tokens per slide.
 
     Attributes:
         patch_positions: int64 [T - B * P], packed positions of the patches, ascending.
@@ -54,7 +54,11 @@ class TokenOrder:
 
     @staticmethod
     def of(layout: FragmentLayout, n_rows: int) -> TokenOrder:
-        """The order of a layout, without waiting for the device."""
+        """The order of a layout.
+
+        A stable sort by kind replaces a boolean index: the size of its result is known beforehand, so the host does not
+        wait for the GPU.
+        """
         n_patches = layout.source.numel() - layout.batch * layout.n_prefix
         by_kind = torch.argsort(layout.is_prefix.to(torch.uint8), stable=True)
         patches, prefix = by_kind[:n_patches], by_kind[n_patches:]
@@ -68,11 +72,11 @@ class TokenOrder:
 
     @property
     def all_valid(self) -> bool:
-        """Whether every one of the caller's patches is there."""
+        """Whether all of the caller's patches are valid (no padding)."""
         return self.patch_rows.numel() == self.n_rows
 
     def positions(self) -> Tensor:
-        """int64 [rows]: packed position of each of the caller's patches, -1 where it is masked."""
+        """int64 [rows]: packed position of each of the caller's patches, -1 for masked patches."""
         out = torch.full((self.n_rows,), -1, dtype=torch.int64, device=self.patch_rows.device)
         return out.index_copy_(0, self.patch_rows, self.patch_positions)
 
@@ -101,14 +105,14 @@ class PatchEmbed(nn.Module):
         return out
 
     def lean(self, features: Tensor, dtype: torch.dtype, stream: torch.dtype) -> Tensor:
-        """The same past `proj`: autocast would keep its cast weight, and a graph with it, from chunk to chunk."""
+        """The same without a call of `proj`: autocast would cache its cast weight, and keep a graph between chunks."""
         out: Tensor = self.norm(projection(self.proj, dtype)(features.to(dtype)).to(stream))
         return out
 
 
 @own
 class SlideTransformer(nn.Module):
-    """CLS and storage tokens, then patches; blocks without positions alternate with fragment-wise RoPE blocks."""
+    """Transformer over CLS, storage and patch tokens, with NoPE blocks (whole slide) and RoPE blocks (per fragment)."""
 
     def __init__(self, cfg: dict[str, Any]) -> None:
         super().__init__()
@@ -128,14 +132,14 @@ class SlideTransformer(nn.Module):
         self.gradient_checkpointing = False
 
     def _checkpoint(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        # What `gradient_checkpointing_enable` left here. A reentrant one would run the block without autograd, and the
-        # row checkpoints inside it would keep nothing.
+        # `gradient_checkpointing_enable` may have stored a function. With `use_reentrant=True`, the block would run
+        # without autograd, and the row checkpoints inside it would store nothing.
         function: Callable[..., Tensor] = self.__dict__.get("_gradient_checkpointing_func", checkpoint)
         return function(block, *arguments, use_reentrant=False)
 
     @property
     def weight(self) -> Tensor:
-        """The parameter that stands for all: its dtype and device are the encoder's."""
+        """A parameter whose dtype and device are those of the whole encoder."""
         return self.patch_embed.proj.weight
 
     def forward(self, features: Tensor, layout: FragmentLayout, coords: Tensor | None, backend: str) -> Tensor:
@@ -143,12 +147,12 @@ class SlideTransformer(nn.Module):
 
         Args:
             features: [rows, C], patches in the caller's order.
-            layout: of the packed tokens.
+            layout: layout of the packed tokens.
             coords: [B, N, 2] of the same patches, or None.
-            backend: of attention.
+            backend: attention backend.
 
         Returns:
-            The encoder's output over packed tokens, [T, E] (`layout.unpack_patches` gives the caller's order).
+            The encoder's output over packed tokens, [T, E] (`layout.unpack_patches` restores the caller's order).
         """
         order = TokenOrder.of(layout, features.shape[0])
         rotation = self.rotation(order, coords)
@@ -164,20 +168,20 @@ class SlideTransformer(nn.Module):
         """Rotation of the packed tokens from the caller's coordinates [B, N, 2], on their device.
 
         Raises:
-            SettingsError: a valid patch's coordinate is not finite, or of a dtype that cannot hold it exactly.
+            SettingsError: a coordinate of a valid patch is not finite, or its dtype cannot represent it exactly.
         """
         if coords is None:
             return None
         valid = coords.flatten(0, 1).index_select(0, order.patch_rows)
         _check_coords(valid)
         of_patches = Rotation.from_coords(valid, self.rope_embed(), self.cfg["patch_size"])
-        # Position 0 is an angle of 0: prefix tokens come out of the rotation as they went in.
+        # Position 0 gives an angle of 0, so the rotation does not change prefix tokens.
         positions = of_patches.positions.new_zeros((order.n_tokens, 2))
         positions.index_copy_(0, order.patch_positions, of_patches.positions)
         return Rotation(positions, of_patches.periods)
 
     def backends(self, layout: FragmentLayout, backend: str, device: torch.device) -> dict[bool, tuple[Segments, str]]:
-        """What the NoPE blocks (True) and the RoPE blocks (False) attend in, and by which backend."""
+        """Segments and backend of the NoPE blocks (True) and of the RoPE blocks (False)."""
         dtype, head_dim = compute_dtype(self.weight), self.cfg["embed_dim"] // self.cfg["num_heads"]
         return {
             nope: (segments, resolve_backend(backend, device, dtype, head_dim, segments))
@@ -201,14 +205,14 @@ class SlideTransformer(nn.Module):
         rows: int,
         attention_rows: int,
     ) -> Tensor:
-        """Inference of an unmodified encoder (`is_unmodified`), up to the last norm.
+        """Inference of an unmodified encoder (`is_unmodified`), without the last norm.
 
         Args:
-            features: reads rows of the caller's patches, numbered as in `order`.
-            layout: of the packed tokens, on the encoder's device.
-            order: on the features' device.
-            rotation: of the packed tokens, on the encoder's device; None: positions are not used.
-            backend: of attention.
+            features: reader of rows of the caller's patches, numbered as in `order`.
+            layout: layout of the packed tokens, on the encoder's device.
+            order: order of the tokens, on the features' device.
+            rotation: rotation of the packed tokens, on the encoder's device; None: positions are not used.
+            backend: attention backend.
             rows, attention_rows: see `MemoryPlan`.
 
         Returns:
@@ -218,14 +222,15 @@ class SlideTransformer(nn.Module):
         resolved = self.backends(layout, backend, device)
         chunks = {nope: cut_rows(segments, attention_rows) for nope, (segments, _) in resolved.items()}
         if rotation is not None:
-            # Made in float64, which takes room: now, while there is nothing else.
+            # The tables are computed in float64, which needs much memory. So they are computed before x is allocated.
             rotation.cos_sin(torch.promote_types(dtype, torch.float32))
         x = torch.empty((order.n_tokens, self.cfg["embed_dim"]), dtype=stream, device=device)
-        here = order.to(device)
-        x.index_copy_(0, here.prefix_positions, self._prefix(here, stream))
-        for index, positions in zip(order.patch_rows.split(rows), here.patch_positions.split(rows), strict=True):
+        local = order.to(device)
+        x.index_copy_(0, local.prefix_positions, self._prefix(local, stream))
+        # `take` needs the index on the features' device, `index_copy_` needs the positions on the encoder's device.
+        for index, positions in zip(order.patch_rows.split(rows), local.patch_positions.split(rows), strict=True):
             x.index_copy_(0, positions, self.patch_embed.lean(features.take(index), dtype, stream))
-        del here
+        del local
         for i, block in enumerate(self.blocks):
             nope = self._is_nope(i)
             segments, attention = resolved[nope]
@@ -235,20 +240,20 @@ class SlideTransformer(nn.Module):
     def leave(
         self, x: Tensor, order: TokenOrder, shape: tuple[int, int], rows: int
     ) -> Iterator[tuple[slice, slice, Tensor]]:
-        """The last norm, in the caller's order, 0 at padded patches.
+        """The last norm, with patches in the caller's order, and 0 at padded patches.
 
         Args:
             x: [T, E] from `encode`. order: on any device. shape: (B, N). rows: at most this many at once.
 
         Yields:
-            (slides, patches, values [slides, patches, E]): together every patch once.
+            (slides, patches, values [slides, patches, E]): all chunks together contain each patch once.
         """
         batch, n = shape
         positions = order.positions().to(x.device).view(batch, n)
-        some = max(1, rows // max(1, n))
-        for b in range(0, batch, some):
+        slides = max(1, rows // max(1, n))
+        for b in range(0, batch, slides):
             for first in range(0, n, rows):
-                where = slice(b, b + some), slice(first, first + rows)
+                where = slice(b, b + slides), slice(first, first + rows)
                 index = positions[where]
                 values: Tensor = self.norm(x.index_select(0, index.reshape(-1).clamp(min=0)))
                 if not order.all_valid:
@@ -265,17 +270,18 @@ class SlideTransformer(nn.Module):
         *,
         lean: bool,
     ) -> Tensor:
-        """Features [rows, C] to the encoder's output [T, E], with gradients where they are wanted.
+        """Features [rows, C] to the encoder's output [T, E]; supports gradients.
 
-        Lean: linear layers by chunks of rows, and computed again in the backward pass where gradient checkpointing is
-        on. Else nothing but calls of modules, each once (and once more per checkpointed block, as checkpoints do).
+        With `lean`, linear layers run in chunks of rows, and are computed again in the backward pass if gradient
+        checkpointing is on. Without it, each module is only called, once (twice if its block is checkpointed).
         """
         dtype, stream = compute_dtype(self.weight), stream_dtype(self.weight)
         resolved = self.backends(layout, backend, features.device)
         recompute = self.gradient_checkpointing
         rows = default_rows(order.n_tokens, features.device.type)
 
-        # In the caller's order where nothing is padded: the features are then not copied for the backward pass.
+        # Without padding, the features stay in the caller's order, so no reordered copy is kept for the backward pass.
+        # The order of the positions then matches that of the features.
         positions = order.patch_positions
         if order.all_valid:
             positions = order.positions()
@@ -308,7 +314,7 @@ class SlideTransformer(nn.Module):
 
 
 def _inverse(*positions: Tensor) -> Tensor:
-    """int64 [T]: where each packed token lies in what is concatenated from tokens at these positions."""
+    """int64 [T]: index of each packed token in the concatenation of the tokens at these packed positions."""
     joined = torch.cat(positions)
     return torch.empty_like(joined).index_copy_(0, joined, torch.arange(joined.numel(), device=joined.device))
 
@@ -318,10 +324,10 @@ def _check_coords(coords: Tensor) -> None:
         raise SettingsError(f"patch_coords must be numbers of pixels, got {coords.dtype}")
     if not coords.is_floating_point() or coords.numel() == 0:
         return
-    largest = coords.abs().max().item()  # NaN, where there is one
+    largest = coords.abs().max().item()  # NaN if any coordinate is NaN; the next comparison is then false
     if not largest < float("inf"):
         raise SettingsError("patch_coords holds a non-finite value at a valid patch")
-    exact = 2 / torch.finfo(coords.dtype).eps
+    exact = 2 / torch.finfo(coords.dtype).eps  # all integers below this are exact in the dtype: 2**24 for float32
     if largest >= exact:
         raise SettingsError(
             f"patch_coords holds {largest:.0f} as {coords.dtype}, which is exact below {exact:.0f} only: pass the "

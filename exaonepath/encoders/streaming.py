@@ -1,7 +1,8 @@
-"""Rows between the host's memory and a GPU, copied while the GPU computes.
+"""Copies of rows between the host's memory and a GPU, while the GPU computes.
 
-Two page-locked buffers take turns: a copy from or to one of them runs while the other is filled or emptied. Where both
-ends are one device, or page-locked memory is not to be had, the same calls copy directly.
+A GPU can copy from and to page-locked memory by itself, in the background. Two page-locked buffers are used
+alternately: while a copy from or to one buffer runs, the CPU fills or empties the other. If no copy between host and
+GPU is needed, the same calls copy directly.
 """
 
 from __future__ import annotations
@@ -13,28 +14,28 @@ _BUFFERS = 2
 
 
 class _Buffers:
-    """Page-locked [rows, width] buffers that take turns, each with the event that ends the last copy from or to it."""
+    """Page-locked [rows, width] buffers, used alternately. Each has an event that marks the end of its last copy."""
 
     def __init__(self, device: torch.device, rows: int, width: int, dtype: torch.dtype) -> None:
         self._device = device
         self._all = [_page_locked(rows, width, dtype) for _ in range(_BUFFERS)]
         self._copied: list[torch.cuda.Event | None] = [None] * _BUFFERS
-        self._turn = 0
+        self._current = 0
 
     def advance(self) -> int:
-        """The number of the buffer whose turn it is now."""
-        self._turn = (self._turn + 1) % _BUFFERS
-        return self._turn
+        """Switch to the next buffer, and return its number."""
+        self._current = (self._current + 1) % _BUFFERS
+        return self._current
 
     def settled(self, number: int) -> Tensor:
-        """The buffer, once no copy runs on it any more."""
+        """The buffer, after its last copy has ended."""
         event = self._copied[number]
         if event is not None:
             event.synchronize()
         return self._all[number]
 
     def mark(self, number: int) -> None:
-        """A copy from or to the buffer was started just now."""
+        """Record that a copy from or to the buffer was started."""
         self._copied[number] = _event(self._device)
 
 
@@ -53,10 +54,10 @@ def _need_buffers(host: torch.device, device: torch.device) -> bool:
 
 
 class RowReader:
-    """Rows of a [M, C] tensor on `device`, wherever the tensor lies.
+    """Reads rows of a [M, C] tensor, on any device, to `device`.
 
     Args:
-        source: [M, C]. device: where rows are wanted. rows: most of them in one call.
+        source: [M, C]. device: device of the result. rows: largest number of rows in one call.
     """
 
     def __init__(self, source: Tensor, device: torch.device, rows: int) -> None:
@@ -71,16 +72,18 @@ class RowReader:
         number = self._buffers.advance()
         part = self._buffers.settled(number)[: index.numel()]
         torch.index_select(self._source, 0, index, out=part)
+        # Returns before the copy ends. Later GPU work waits for it, because it is in the same stream.
         moved = part.to(self._device, non_blocking=True)
         self._buffers.mark(number)
         return moved
 
 
 class RowWriter:
-    """Writes [R, W] tensors of `device` to tensors that may be on the host; `finish` before reading those.
+    """Writes [R, W] tensors of `device` to tensors that may be on the host. Call `finish` before reading those.
 
     Args:
-        device: where values come from. host: where they go. rows: most of them in one call. width: W. dtype: theirs.
+        device: device of the values. host: device of the targets. rows: largest number of rows in one call. width: W.
+        dtype: dtype of the values.
     """
 
     def __init__(self, device: torch.device, host: torch.device, rows: int, width: int, dtype: torch.dtype) -> None:
@@ -93,7 +96,7 @@ class RowWriter:
             target.copy_(values)
             return
         number = self._buffers.advance()
-        self._empty(number)
+        self._empty(number)  # the values of an earlier call go to their target before the buffer is used again
         self._buffers.settled(number)[: values.shape[0]].copy_(values, non_blocking=True)
         self._buffers.mark(number)
         self._pending[number] = target

@@ -1,9 +1,9 @@
-"""Whether the parameters of a model may be read past the modules that own them.
+"""Checks whether the parameters of a model may be read without a call of the modules that own them.
 
-The lean paths (`inference`) cast weights once, cut matrices in two and work in place; they take a parameter from its
-module without calling the module. That is right only where the call would do nothing else. Hooks, a `forward` replaced
-on an instance, adapters, quantised, parametrised or offloaded weights, tracing and function transforms all act through
-the call; wherever one of them may be present, the plain path is taken, which does nothing but call modules.
+The memory-saving functions (`inference`) cast weights once, split matrices and work in place. They read a parameter
+from its module, but do not call the module. This is correct only if the call does nothing else. Hooks, a `forward`
+replaced on an instance, adapters, quantised, parametrised or offloaded weights, tracing and function transforms all act
+through the call. If one of them may be present, the encoder only calls its modules.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_module
 
 C = TypeVar("C", bound=type[nn.Module])
 
-# The classes whose mathematics the lean paths know, and their forward when this package was imported.
+# The classes that the memory-saving functions implement, and their `forward` at the import of this package.
 _OWN: dict[type[nn.Module], Any] = {cls: cls.forward for cls in (nn.Dropout, nn.Identity)}
 _OWN[nn.ModuleList] = nn.ModuleList.forward  # never called: a container
 
@@ -27,13 +27,13 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
 def own(cls: C) -> C:
-    """Class decorator: the lean paths compute exactly what this class does."""
+    """Class decorator: states that the memory-saving functions compute exactly the same as this class."""
     _OWN[cls] = cls.forward
     return cls
 
 
 def is_unmodified(model: nn.Module) -> bool:
-    """Whether a call of any module in `model` does just what its class says, with parameters that are all present."""
+    """Whether each module in `model` computes exactly the `forward` of its class, and all parameters have values."""
     if is_transformed() or any(getattr(torch_module, name, None) for name in _GLOBAL_HOOKS):
         return False
     devices: set[torch.device] = set()
@@ -45,12 +45,12 @@ def is_unmodified(model: nn.Module) -> bool:
                 if not is_plain_tensor(parameter):
                     return False
                 devices.add(parameter.device)
-    # Weights that an offloading library keeps elsewhere stand on "meta", which has no values.
+    # Offloading libraries leave parameters on the "meta" device, which has no values. Then there are two devices.
     return len(devices) <= 1
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """Where a model computes whose weights may be kept elsewhere until they are needed (accelerate's hooks say)."""
+    """The device on which a model computes; accelerate's hooks state it if the weights are offloaded."""
     for module in model.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:
@@ -70,7 +70,7 @@ def is_transformed() -> bool:
 
 
 def is_plain_tensor(tensor: Tensor) -> bool:
-    """A strided tensor of torch's own class: no subclass that computes in another way."""
+    """Whether it is a strided tensor of torch's own class: a subclass may compute in another way."""
     return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
 
 
@@ -78,5 +78,5 @@ def _is_plain_module(module: nn.Module) -> bool:
     cls = type(module)
     if cls not in _OWN or cls.forward is not _OWN[cls] or any(getattr(module, name, None) for name in _HOOKS):
         return False
-    # What an instance replaces: accelerate and others put their own `forward` there.
+    # Attributes of the instance hide those of the class: accelerate and others set their own `forward` this way.
     return not any(name in module.__dict__ for name in _CALLS)

@@ -1,4 +1,4 @@
-"""The weights of one model: one safetensors file or several, whether they fit, and their values."""
+"""Read the weights of one model from one or several safetensors files, and check names, shapes and values."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """Read model.safetensors, or the shards that model.safetensors.index.json names.
 
-    Names and shapes are compared before any value is read, so that no more is allocated than the files hold.
+    Names and shapes are compared before any value is read, so no more memory is allocated than the files contain.
 
     Args:
-        repository: where the files are.
+        repository: location of the files.
         expected: shape of every tensor of the model.
-        optional: patterns of names that the file may lack.
+        optional: patterns of names that may be missing.
         variant: read model.VARIANT.safetensors instead.
 
     Returns:
@@ -49,7 +49,7 @@ def read_weights(
         for name, (_, indexed) in files.items():
             if indexed is not None and indexed != set(headers[name]):
                 some = sorted(indexed ^ set(headers[name]))
-                raise WeightsError(f"{repository.location(name)} does not hold what its index says: {_some(some)}")
+                raise WeightsError(f"{repository.location(name)} does not match its index: {_some(some)}")
         stored = {key: tensor for header in headers.values() for key, tensor in header.items()}
         _check_fit(str(repository), expected, stored, tuple(optional))
         state = {
@@ -62,7 +62,7 @@ def read_weights(
 
 
 def check_keys(where: str, missing: Sequence[str], unexpected: Sequence[str], misshapen: Sequence[str]) -> None:
-    """Raise `WeightsError` that lists all keys of the three kinds, where there are any."""
+    """Raise `WeightsError` that lists all keys of the three kinds, if there are any."""
     problems = [
         f"{kind}: {_some(sorted(keys))}"
         for kind, keys in (("missing keys", missing), ("unexpected keys", unexpected), ("misshapen", misshapen))
@@ -93,7 +93,7 @@ def _suffix(variant: str | None) -> str:
 
 
 def _open_files(repository: Repository, suffix: str, stack: ExitStack) -> dict[str, tuple[BinaryIO, set[str] | None]]:
-    """Open files by name, with the tensors that the index places there (None: there is no index)."""
+    """Open files by name, each with the tensors that the index assigns to it (None: there is no index)."""
     single, index = f"model{suffix}.safetensors", f"model.safetensors.index{suffix}.json"
     file = repository.open(single, stack)
     if file is not None:
@@ -105,7 +105,7 @@ def _open_files(repository: Repository, suffix: str, stack: ExitStack) -> dict[s
     for name, keys in _shards(data, repository.location(index)).items():
         shard = repository.open(name, stack)
         if shard is None:
-            raise WeightsError(f"{repository.location(index)} names {name}, which is not there: copy all shards")
+            raise WeightsError(f"{repository.location(index)} names {name}, which does not exist: copy all shards")
         files[name] = (shard, keys)
     return files
 

@@ -1,7 +1,7 @@
-"""Operations the models are built of: checked, differentiable, with a choice of backends.
+"""Operations of the models: checked, differentiable, with a choice of backends.
 
-`fragment_layout` sorts tokens once, `rotary` turns coordinates into angles, `fragment_attention` attends inside
-segments.
+`attention.layout` sorts tokens once, `attention.rotary` computes angles from coordinates, and
+`attention.fragment_attention` computes attention inside segments.
 """
 
 from exaonepath.ops.attention.fragment_attention import ATTENTION_BACKENDS, fragment_attention, resolve_backend

@@ -1,4 +1,4 @@
-"""The compiled half of the package, or the reason why it cannot serve."""
+"""Loads the compiled extension of the package, or gives the reason why it cannot be used."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from types import ModuleType
 from exaonepath.errors import BackendError
 from exaonepath.version import __version__
 
-# Number of the functions' signatures: an extension left over from an earlier state of the sources has another.
+# Version of the functions' signatures. An extension that was built from older sources has another number.
 _INTERFACE = 1
 
 
 @cache
 def load_extension() -> tuple[ModuleType | None, str]:
-    """The extension and "", or None and why: not built, built for another machine, or of another version."""
+    """The extension and "", or None and the reason: not built, built for another machine, or of another version."""
     try:
         module = importlib.import_module("exaonepath._C")
     except ImportError as exc:
@@ -32,7 +32,7 @@ def require_extension() -> ModuleType:
     """The extension.
 
     Raises:
-        BackendError: it cannot serve; the message says why.
+        BackendError: the extension cannot be used; the message gives the reason.
     """
     module, reason = load_extension()
     if module is None:
@@ -41,10 +41,10 @@ def require_extension() -> ModuleType:
 
 
 def why_no_cuda_half() -> str:
-    """Why the extension cannot serve CUDA tensors, or "" where it can."""
+    """The reason why the extension does not support CUDA tensors, or "" if it does."""
     module, reason = load_extension()
     if module is None:
         return reason
     if not hasattr(module, "sigmoid_pass_cuda"):
-        return "the C++ extension was built without its CUDA half; reinstall where nvcc is on the PATH"
+        return "the C++ extension was built without CUDA; reinstall with nvcc on the PATH"
     return ""

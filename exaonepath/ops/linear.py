@@ -1,8 +1,8 @@
-"""Float32 matrix products on the CPU through oneDNN, where that is possible.
+"""Float32 matrix products on the CPU through oneDNN, if possible.
 
-torch sends float32 products to MKL, which runs its AVX2 code on AMD processors: 180 GFLOP/s on two Zen 5 cores, where
-oneDNN (which torch also carries, and uses for bfloat16 and convolutions) reaches 340 to 450 with AVX-512. On Intel
-the two are alike. Only inference goes this way: the operator has no gradient.
+torch computes float32 products with MKL, which uses only its AVX2 code on AMD processors: 180 GFLOP/s on two Zen 5
+cores. oneDNN, which torch also contains and uses for bfloat16 and convolutions, reaches 340 to 450 with AVX-512. On
+Intel processors, both are equally fast. Only inference uses oneDNN: the operator has no gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, by the faster of torch's two float32 libraries when no gradient is wanted.
+    """`torch.nn.functional.linear`; if no gradient is needed, the faster of torch's two float32 libraries is used.
 
     Args:
         x: [..., K]. weight: [M, K]. bias: [M] or None.
@@ -35,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _use_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        # Only what the operator was made for: tensor subclasses, tracing and function transforms do not know it.
+        # The operator supports plain tensors only: tensor subclasses, tracing and function transforms do not know it.
         all(_is_plain(tensor) for tensor in (x, weight, bias) if tensor is not None)
         and x.numel() > 0
         and weight.numel() > 0
@@ -64,7 +64,7 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def onednn_available() -> bool:
-    """Whether this torch has the operator and it computes in full float32 (a process may have asked for less)."""
+    """Whether this torch has the operator and it computes in full float32 (a process can set a lower precision)."""
     if not torch.backends.mkldnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)
@@ -76,5 +76,5 @@ def onednn_available() -> bool:
         logger.debug("oneDNN linear is not available (%s); using torch's default", exc)
         return False
     exact = x.double() @ weight.double().T
-    # float32 rounds near 1e-7 of the norm; bf16 or tf32 inside would show as 1e-3.
+    # float32 has an error of about 1e-7 of the norm; internal bf16 or tf32 would give an error of about 1e-3.
     return bool((out - exact).norm() <= 1e-6 * exact.norm())

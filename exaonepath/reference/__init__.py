@@ -1,4 +1,4 @@
-"""The operations in plain torch, as obvious as possible: the one truth that tests and benchmarks compare with.
+"""Reference implementations in plain torch, as simple as possible, for comparison in tests and benchmarks.
 
-Nothing here is meant to be fast, and nothing here calls the code it is the reference of.
+They are not meant to be fast, and do not call the code that they are compared with.
 """

@@ -19,7 +19,7 @@ def rotate(x: Tensor, positions: Tensor, periods: Tensor) -> Tensor:
 def dense_fragment_attention(
     q: Tensor, k: Tensor, v: Tensor, segment: Tensor, scale: float, key_segment: Tensor | None = None
 ) -> Tensor:
-    """Attention of [T, H, D] where token i sees token j if segment[i] == segment[j]; segment is integer [T].
+    """Attention of [T, H, D] in which token i attends to token j if segment[i] == segment[j]; segment is integer [T].
 
     With `key_segment` [K], queries and keys are different tokens: `segment` is that of the queries alone.
     """

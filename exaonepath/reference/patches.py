@@ -1,4 +1,4 @@
-"""Patching as its specification states it: the whole level at once, one patch at a time."""
+"""Patching, directly from its specification: the whole level at once, one patch at a time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def grid_by_points(
 def segment_at_once(
     image: np.ndarray, scale: tuple[float, float], settings: Any
 ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-    """Contours and their holes at level 0, from the whole RGBA level, every intermediate image kept whole.
+    """Contours and their holes at level 0, from the whole RGBA level, with complete intermediate images.
 
     Args:
         image: uint8 [h, w, 4]. scale: downsample of the level, (x, y). settings: a `SegmentationSettings`.

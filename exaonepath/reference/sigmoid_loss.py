@@ -30,7 +30,7 @@ def dense_sigmoid_loss(
         pair_weights: [P], None for equal ones. pos_weight: None, a number, or "balanced".
 
     Returns:
-        loss [], loss of each pair [P] (0 where it has no positive), number of valid positives [P].
+        loss [], loss of each pair [P] (0 if it has no positive), number of valid positives [P].
     """
     if availability is None:
         availability = patient.new_ones((len(embeddings), len(patient)), dtype=torch.bool)
@@ -38,7 +38,7 @@ def dense_sigmoid_loss(
     total, weight_sum = log_t.sum() * 0 + bias.sum() * 0, 0.0
     losses, counts = [], []
     for index, (i, j) in enumerate(combinations(range(len(embeddings)), 2)):
-        # A missing row holds anything, NaN included: it must not come near a product.
+        # A missing row may have any values, NaN included, and must not be part of a product.
         h_i = torch.where(availability[i][:, None], embeddings[i], 0)
         h_j = torch.where(availability[j][:, None], embeddings[j], 0)
         u = F.normalize(h_i @ projections[i, j], dim=1)

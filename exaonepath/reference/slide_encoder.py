@@ -1,6 +1,7 @@
-"""The slide encoder as SPEC-like straight-line torch: padded tokens, dense [T, T] mask, float64 by default.
+"""The slide encoder in simple torch code: padded tokens, dense [T, T] mask, float64 by default.
 
-Also the baseline of the benchmarks: with `attention=sdpa_dense_mask` it is what the published encoder does per slide.
+It is also the baseline of the benchmarks: with `attention=sdpa_dense_mask` it computes a slide as the published
+encoder.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def slide_encoder(
         state: parameters by name, without the prefix `slide_encoder.wsi_encoder.transformer.`.
         config: `wsi_cfg` with every default filled in, and `periods`: float64 [D/4].
         features: [B, N, C]; mask: bool [B, N]; coords: [B, N, 2] or None; contour_index: [B, N] or None.
-        dtype: of parameters and activations.
+        dtype: dtype of parameters and activations.
 
     Returns:
         (patch embedding [B, N, C + E], slide embedding [B, C + E]); undefined at padded patches.

@@ -1,6 +1,7 @@
-"""Synthetic H&E-like slides: real files that OpenSlide opens, of any size, made without holding the image in memory.
+"""Synthetic H&E-like slides: real files that OpenSlide can open, of any size, written without the whole image in
+memory.
 
-For tests, demos and benchmarks; nothing here has diagnostic meaning.
+For tests, demos and benchmarks; they have no diagnostic meaning.
 """
 
 from exaonepath.synthetic.slide import make_slide

@@ -1,6 +1,6 @@
-"""Writes a synthetic cohort with planted biology: slides, four molecular modalities, labels, survival, and the truth.
+"""Write a synthetic cohort with simulated biology: slides, four molecular modalities, labels, survival, and the truth.
 
-For tests, demos and trying out settings of training; nothing here has diagnostic meaning.
+For tests, demos and trials of training settings; it has no diagnostic meaning.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ _PREFIX = {"rna": "GENE", "snp": "MUT", "cnv": "CNA", "methylation": "cg"}
 
 @dataclass(frozen=True)
 class SyntheticCohortSettings:
-    """Dials of a synthetic cohort.
+    """Settings of a synthetic cohort.
 
     Attributes:
-        patients, subtypes, programmes: how many of each.
-        slides_per_patient: fewest and most slides.
-        patches_per_slide: about how many.
+        patients, subtypes, programmes: their numbers.
+        slides_per_patient: smallest and largest number of slides.
+        patches_per_slide: approximate number of patches.
         fragment_pairs: pairs of registered serial sections on a slide.
         feature_dim: width of the patch features.
-        rna, snp, cnv, methylation: features of each modality.
-        noise: spread of all that is no programme; 1 is usual, 0 none.
-        missing: modality ("wsi" too) to the share of patients without it; everybody keeps at least two.
-        dominant, dominance: the programmes show `dominance` times weaker in all modalities but the dominant one.
-        batches, batch_effect: centres, and how much each shifts what it measures.
-        spatial_periods: patches per turn of the intermixed and of the nested arrangement. The usual values are periods
-            of RoPE with base 10,000 at head dimensions 32 and 64.
-        seed: same settings, same cohort.
+        rna, snp, cnv, methylation: number of features of each modality.
+        noise: standard deviation of all other variation than programmes; 1 is the default, 0 is none.
+        missing: modality ("wsi" too) to the share of patients without it; every patient keeps at least two.
+        dominant, dominance: the programmes are `dominance` times weaker in all modalities except the dominant one.
+        batches, batch_effect: number of centres, and the size of the shift of each centre's measurements.
+        spatial_periods: patches per period of the intermixed and of the nested arrangement. The defaults are periods of
+            RoPE with base 10,000 at head dimensions 32 and 64.
+        seed: the same settings give the same cohort.
     """
 
     patients: int = 600
@@ -83,7 +83,7 @@ class SyntheticCohortSettings:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         low, high = self.slides_per_patient
         if not 1 <= low <= high:
-            raise SettingsError(f"slides_per_patient is {self.slides_per_patient}; (1, 2), say, is expected")
+            raise SettingsError(f"slides_per_patient is {self.slides_per_patient}; for example (1, 2) is expected")
         if self.patches_per_slide < 4 * self.fragment_pairs:
             raise SettingsError(f"patches_per_slide is {self.patches_per_slide}; a pair of fragments needs at least 4")
         if self.noise < 0 or self.batch_effect < 0 or self.dominance <= 0 or min(self.spatial_periods) <= 0:
@@ -95,7 +95,7 @@ class SyntheticCohortSettings:
                 raise SettingsError(f"missing is {rate} for {name!r}; a share is expected, of {', '.join(MODALITIES)}")
 
     def gain(self, modality: str) -> float:
-        """How strongly the programmes show in a modality."""
+        """Strength of the programmes in a modality."""
         return 1.0 if self.dominant in (None, modality) else 1.0 / self.dominance
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,26 +106,26 @@ class SyntheticCohortSettings:
 def write_synthetic_cohort(folder: str | os.PathLike[str], settings: SyntheticCohortSettings | None = None) -> Path:
     """Write `cohort.h5mu`, `slides.csv`, `features/*.h5`, `labels.csv` and `README.json` (settings and truth).
 
-    A folder that holds the same cohort already is left alone, one that holds part of it is completed.
+    A folder that already has the same cohort is not changed; an incomplete one is completed.
 
     Args:
-        folder: where; made if need be.
-        settings: the dials; None: the usual ones.
+        folder: output folder; created if it does not exist.
+        settings: settings of the cohort; None: the defaults.
 
     Returns:
         The folder.
 
     Raises:
-        OutputCollisionError: the folder holds other things. OutputError: it cannot be written.
+        OutputCollisionError: the folder has other content. OutputError: it cannot be written.
         MissingDependencyError: mudata (extra `train`) is not installed.
     """
     settings = settings or SyntheticCohortSettings()
     key = settings_hash({"format": _FORMAT, **settings.as_dict()})
     out = ensure_folder(folder)
     if _is_finished(out, key):
-        logger.info("%s holds this cohort already", out)
+        logger.info("%s already has this cohort", out)
         return out
-    # The claim comes first: a killed run is recognised and completed, and nobody else's folder is written into.
+    # This file is written first, so that the folder of a killed run is recognised and completed.
     write_text(out / "README.json", json.dumps({"format": _FORMAT, "settings_hash": key, "complete": False}))
     patients = [f"P{at:05d}" for at in range(settings.patients)]
     latents = draw_latents(settings.patients, settings.programmes, settings.subtypes, settings.batches, settings.seed)
@@ -140,7 +140,7 @@ def write_synthetic_cohort(folder: str | os.PathLike[str], settings: SyntheticCo
 def draw_patient_slides(
     at: int, latents: Latents, appearance: Appearance, settings: SyntheticCohortSettings
 ) -> list[PatchCloud]:
-    """The slides of patient number `at`: a function of the settings and the number alone."""
+    """The slides of patient number `at`; they depend only on the settings and the number."""
     rng = np.random.default_rng([settings.seed, 5, at])
     low, high = settings.slides_per_patient
     programmes = seen_programmes(latents, "wsi", settings.gain("wsi"))[at]
@@ -163,14 +163,14 @@ def _is_finished(out: Path, key: str) -> bool:
     marker = out / "README.json"
     if not marker.is_file():
         if any(out.iterdir()):
-            raise OutputCollisionError(f"{out} is not empty and holds no synthetic cohort; name another folder")
+            raise OutputCollisionError(f"{out} is not empty and has no synthetic cohort; name another folder")
         return False
     try:
         found = json.loads(marker.read_text(encoding="utf-8"))
     except ValueError as exc:
         raise DataFileError(f"{marker} cannot be read ({exc}); name another folder") from exc
     if not isinstance(found, dict) or found.get("settings_hash") != key:
-        raise OutputCollisionError(f"{out} holds a cohort of other settings; name another folder, or delete it")
+        raise OutputCollisionError(f"{out} has a cohort with other settings; name another folder, or delete it")
     return bool(found.get("complete"))
 
 

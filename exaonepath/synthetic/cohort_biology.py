@@ -1,4 +1,4 @@
-"""Made-up tumours: latent programmes per patient, and what molecular assays would measure of them."""
+"""Simulated tumours: latent programmes per patient, and simulated measurements of molecular assays."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ OMICS = ("rna", "snp", "cnv", "methylation")
 MODALITIES = ("wsi", *OMICS)
 
 _SUBTYPE_SPREAD = 2.5  # distance of subtype centres, in units of the spread inside a subtype
-_BLIND = 0.1  # what is left of a programme in a modality that hardly shows it
-# Features that go along with the arrangement of cells, and by how much, in units of a programme's effect: the largest
-# single difference between patients, so that looking for what is hard to see is worth a model's while.
+_BLIND = 0.1  # strength of a programme in a modality that hardly shows it
+# Share of features that depend on the arrangement of cells, and their effect in units of a programme's effect. It is
+# the largest single difference between patients, so that a model benefits from learning it although it is hard to find.
 _SPATIAL_SHARE = {"rna": 0.3, "methylation": 0.3}
 _SPATIAL_EFFECT = 2.5
-# Spread of the error an assay makes about a patient's programmes as a whole, which no number of features averages out.
+# Standard deviation of an assay's error in a patient's programmes. It is common to all features, so no average removes
+# it.
 _ERROR = {"rna": 0.3, "snp": 0.6, "cnv": 0.6, "methylation": 0.5}
 _ARM = 12  # genes of one chromosome arm, gained and lost together
 
 
 @dataclass(frozen=True)
 class Latents:
-    """What is true of every patient.
+    """The true properties of every patient.
 
     Attributes:
         subtype: int64 [P].
-        programmes: float64 [P, K], activity of each tumour programme, of spread near 1.
-        spatial: int64 [P], 0 (intermixed) or 1 (nested): how patch types lie beside each other inside a fragment.
+        programmes: float64 [P, K], activity of each tumour programme, with a standard deviation near 1.
+        spatial: int64 [P], 0 (intermixed) or 1 (nested): arrangement of patch types inside a fragment.
         batch: int64 [P], the centre that measured the patient.
         time: float64 [P], days to death or last visit.
-        event: int64 [P], 1 where the patient died.
+        event: int64 [P], 1 if the patient died.
     """
 
     subtype: np.ndarray
@@ -42,19 +43,19 @@ class Latents:
 
 
 def draw_latents(n: int, programmes: int, subtypes: int, batches: int, seed: int) -> Latents:
-    """`Latents` of n patients. Subtype moves the programmes; the spatial state is independent of both."""
+    """`Latents` of n patients. The programmes depend on the subtype; the spatial state is independent of both."""
     rng = np.random.default_rng([seed, 1])
     subtype = rng.permutation(np.arange(n) % subtypes)
     centres = rng.standard_normal((subtypes, programmes))
     centres *= _SUBTYPE_SPREAD / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-9)
     activity = centres[subtype] + rng.standard_normal((n, programmes))
-    # Half of every subtype: what predicts the subtype then says nothing of the arrangement.
+    # Half of every subtype, so that the subtype has no information about the arrangement.
     spatial = np.zeros(n, np.int64)
     for value in range(subtypes):
         members = rng.permutation(np.flatnonzero(subtype == value))
         spatial[members[: (len(members) + value % 2) // 2]] = 1
     batch = rng.integers(batches, size=n)
-    # The first programme and the nested state shorten life; a third or so are still alive at their last visit.
+    # The first programme and the nested state shorten survival; about a third are alive at their last visit.
     hazard = np.exp(0.9 * activity[:, 0] + 0.7 * (spatial - 0.5))
     death, last_visit = rng.exponential(900 / hazard), rng.exponential(1500, n)
     return Latents(
@@ -63,9 +64,10 @@ def draw_latents(n: int, programmes: int, subtypes: int, batches: int, seed: int
 
 
 def visibility(modality: str, programmes: int) -> np.ndarray:
-    """float64 [K]: how much of each programme a modality shows.
+    """float64 [K]: strength of each programme in a modality.
 
-    Each is all but blind to every fifth programme, a different fifth for each: no modality alone knows everything.
+    Each modality hardly shows every fifth programme, and a different fifth in each. So no single modality has all
+    information.
     """
     weights = np.ones(programmes)
     weights[np.arange(programmes) % len(MODALITIES) == MODALITIES.index(modality)] = _BLIND
@@ -73,7 +75,7 @@ def visibility(modality: str, programmes: int) -> np.ndarray:
 
 
 def seen_programmes(latents: Latents, modality: str, gain: float) -> np.ndarray:
-    """float64 [P, K]: the programmes as a modality shows them; `gain` weakens them all."""
+    """float64 [P, K]: the programmes as visible in a modality; `gain` is a factor on all of them."""
     return latents.programmes * visibility(modality, latents.programmes.shape[1]) * gain
 
 
@@ -84,16 +86,16 @@ def measure_modality(
 
     Args:
         modality: one of `OMICS`.
-        latents: of the patients.
+        latents: true properties of the patients.
         n_features: F.
-        noise: spread of what is no programme, 1 is usual.
-        gain: strength of the programmes, 1 is usual.
-        batch_effect: spread of each centre's own shift per feature, in units of a programme's effect.
-        seed: same arguments, same values.
+        noise: standard deviation of other variation than programmes; the default is 1.
+        gain: strength of the programmes; the default is 1.
+        batch_effect: standard deviation of each centre's shift per feature, in units of a programme's effect.
+        seed: the same arguments give the same values.
     """
     rng = np.random.default_rng([seed, 2, OMICS.index(modality)])
     n, k = latents.programmes.shape
-    # A feature answers to two programmes or so.
+    # A feature depends on about two programmes.
     loadings = rng.standard_normal((k, n_features)) * (rng.random((k, n_features)) < min(1.0, 2 / k))
     if modality == "cnv":
         loadings = np.repeat(loadings[:, ::_ARM], _ARM, axis=1)[:, :n_features]
@@ -118,7 +120,7 @@ def measure_modality(
 
 
 def draw_availability(n: int, missing: dict[str, float], seed: int) -> np.ndarray:
-    """bool [P, 5] in the order of `MODALITIES`: each missing at its own rate, two at least there."""
+    """bool [P, 5] in the order of `MODALITIES`: each is missing at its rate, but at least two are available."""
     rng = np.random.default_rng([seed, 3])
     rates = np.array([missing.get(name, 0.0) for name in MODALITIES])
     lead = rng.random((n, len(MODALITIES))) - rates

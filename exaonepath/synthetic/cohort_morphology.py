@@ -1,9 +1,10 @@
-"""Made-up slides of a cohort: the mean of their patch features shows the programmes, their arrangement one thing more.
+"""Simulated slides of a cohort: the mean of the patch features shows the programmes, their arrangement the spatial
+state.
 
-Fragments come in pairs of registered serial sections: the same patch positions twice, patch for patch of the opposite
-type. Each fragment holds as many patches of one type as of the other, whatever the arrangement. So the spatial state
-cannot be told from any bag of patches, nor from bags per fragment (no positions), nor from positions and types once the
-fragments of a pair are taken together, where both types are at every position: only from positions inside a fragment.
+Fragments are pairs of registered serial sections: the same patch positions twice, with the opposite type at each
+position. Each fragment has the same number of patches of both types, for any arrangement. So the spatial state cannot
+be inferred from a bag of patches, from bags per fragment (without positions), or from positions and types of both
+fragments together, where both types are at every position. It can only be inferred from positions inside a fragment.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ PATCH_SIZE = 256  # level-0 pixels; the slide encoder's unit of position
 
 @dataclass(frozen=True)
 class PatchCloud:
-    """Patches of a made-up slide.
+    """Patches of a simulated slide.
 
     Attributes:
         features: float32 [N, C].
         coords: int32 [N, 2], level-0 pixels.
         contour_index: int32 [N].
-        types: int64 [N], -1 or 1: the truth behind the features.
+        types: int64 [N], -1 or 1: the true types.
     """
 
     features: np.ndarray
@@ -34,7 +35,7 @@ class PatchCloud:
 
 @dataclass(frozen=True)
 class Appearance:
-    """How programmes, types and centres look in patch features; one for a cohort.
+    """Effects of programmes, types and centres on patch features; the same for a whole cohort.
 
     Attributes:
         programmes: float64 [K, C], shift of every patch per unit of a programme.
@@ -50,7 +51,7 @@ class Appearance:
 def draw_appearance(programmes: int, batches: int, dim: int, batch_effect: float, seed: int) -> Appearance:
     """`Appearance` of a cohort whose patch features are `dim` wide."""
     rng = np.random.default_rng([seed, 4])
-    # Distinct directions while there is room for them: otherwise one programme would hide in another.
+    # Orthogonal directions if there are enough dimensions: otherwise programmes would be confused with each other.
     basis = np.linalg.qr(rng.standard_normal((dim, dim)))[0]
     if programmes + 1 <= dim:
         rows, patch_type = basis[:programmes], basis[programmes]
@@ -61,7 +62,7 @@ def draw_appearance(programmes: int, batches: int, dim: int, batch_effect: float
 
 
 def fragment_positions(n: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 [n, 2]: grid positions of a roundish piece of tissue, from (0, 0)."""
+    """int64 [n, 2]: grid positions of an approximately round fragment, starting at (0, 0)."""
     side = int(np.ceil(np.sqrt(n))) + 4
     grid = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="xy"), -1).reshape(-1, 2)
     offset = grid - (side - 1) / 2
@@ -74,7 +75,8 @@ def fragment_positions(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def arrange(positions: np.ndarray, period: float, rng: np.random.Generator) -> np.ndarray:
-    """int64 [n]: types -1 and 1, half of each (n even), alternating along both axes with `period` patches a turn."""
+    """int64 [n]: types -1 and 1, half of each (n even), alternating along both axes with a period of `period`
+    patches."""
     phase = rng.uniform(0, 2 * np.pi, 2)
     field = np.cos(2 * np.pi * positions / period + phase).sum(1) + 1e-3 * rng.standard_normal(len(positions))
     types = np.full(len(positions), -1, np.int64)
@@ -95,17 +97,17 @@ def draw_slide(
     """One slide.
 
     Args:
-        programmes: float64 [K], as morphology shows them.
-        period: patches per turn of the arrangement.
-        appearance: the cohort's.
+        programmes: float64 [K], as visible in morphology.
+        period: patches per period of the arrangement.
+        appearance: appearance of the cohort.
         batch: the centre.
-        n_patches: about how many; each fragment gets an even number.
+        n_patches: approximate number of patches; each fragment gets an even number.
         pairs: pairs of fragments.
-        noise: spread of a patch's own look, and of the slide's.
-        rng: the slide's own stream.
+        noise: standard deviation of the random variation of patches and of the slide.
+        rng: random generator of the slide.
     """
     per_fragment = max(2, 2 * round(n_patches / (4 * pairs)))
-    # A section shows a programme less exactly than the tumour has it.
+    # A section shows the programmes of the tumour with an error.
     shown = programmes + 0.6 * noise * rng.standard_normal(len(programmes))
     base = shown @ appearance.programmes + appearance.batches[batch]
     corner = rng.integers(1_000, 40_000, 2)

@@ -1,4 +1,4 @@
-"""Periodic textures ("plates") that can be sampled anywhere, at any magnification, without keeping the image."""
+"""Periodic textures ("plates") that can be sampled at any position and magnification, without storing the image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ _SMALLEST_MIP = 8
 
 
 class Plate:
-    """A square float32 texture repeated without end (or clamped at its border), with reduced copies for low levels.
+    """A square float32 texture that repeats infinitely (or is clamped at its border), with reduced copies for low
+    levels.
 
     Args:
         texture: float32 [n, m]; for a wrapping plate n = m is a power of two.
@@ -26,7 +27,7 @@ class Plate:
 
     def sample(self, origin: tuple[float, float], step: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
         """float32 [h, w]: the texture at `origin + (i + 0.5) * step` (level-0 pixels) for a (w, h) grid of pixels."""
-        # The mip whose pixels are not larger than the wanted ones, so nothing aliases by more than a factor of two.
+        # The reduced copy whose pixels are not larger than the requested ones: aliasing is below a factor of two.
         mip = min(max(0, int(np.log2(max(min(step) / self.scale, 1.0)))), len(self.mips) - 1)
         texture = self.mips[mip]
         rows, y, sy = self._window(origin[1], step[1], size[1], self.mips[0].shape[0], texture.shape[0])
@@ -77,7 +78,7 @@ def nuclei(rng: np.random.Generator, size: int, diameter: float, spacing: float)
             axes = diameter / 2 * rng.uniform(0.7, 1.2) * np.array([1.0, rng.uniform(0.6, 1.0)])
             angle, depth = float(rng.uniform(0, 180)), float(rng.uniform(0.65, 1.15))
             centre = (np.array([col, row]) + 0.5 + jitter[row, col]) * size / cells + pad
-            # A nucleus near the border shows again beyond the opposite one, which makes the texture periodic.
+            # A nucleus near a border is drawn again at the opposite border, which makes the texture periodic.
             copies = [[v, v - size] if v > size + pad - 2 * diameter else [v, v + size] for v in centre]
             for x in copies[0]:
                 for y in copies[1]:

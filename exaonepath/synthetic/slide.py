@@ -1,4 +1,4 @@
-"""Writes a synthetic slide as a tiled JPEG TIFF that OpenSlide opens, tile by tile."""
+"""Write a synthetic slide, tile by tile, as a tiled JPEG TIFF that OpenSlide can open."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from exaonepath.files.atomic import atomic_path
 from exaonepath.synthetic.tissue import BACKGROUND, Tissue
 
 _SMALLEST_LEVEL = 512
-_UNIQUE_TILES = 8000  # a level with more tiles than this repeats interior tiles: drawing each would take minutes
+_UNIQUE_TILES = 8000  # a level with more tiles repeats interior tiles, because drawing all would take minutes
 _REPEATS = 96
-_BIG_PIXELS = 1 << 31  # a classic TIFF ends at 4 GiB; JPEG stays well below 2 bytes per pixel
+_BIG_PIXELS = 1 << 31  # a classic TIFF is limited to 4 GiB; JPEG needs much less than 2 bytes per pixel
 
 
 def make_slide(
@@ -36,19 +36,19 @@ def make_slide(
     vendor: str = "aperio",
     quality: int = 85,
 ) -> Path:
-    """Write a synthetic H&E-like slide; memory stays at tens of MB whatever its size.
+    """Write a synthetic H&E-like slide; it needs tens of MB of memory for any size.
 
     Args:
-        path: file to write (`.svs` or `.tif`); it appears whole or not at all.
+        path: file to write (`.svs` or `.tif`), completely or not at all.
         width, height: level-0 size in pixels.
         fragments: number of separate pieces of tissue (0: an empty slide).
         holes: whether the pieces have holes.
         mpp: micrometres per pixel to state in the file; None states none (and no objective power).
         levels: "pyramid" (1, 4, 16, ... until the longest side is at most 512), "flat" (one level), or the downsample
-            factors themselves, beginning with 1; they need not be integers.
-        seed: same arguments, same image.
+            factors themselves, starting with 1; they need not be integers.
+        seed: the same arguments give the same image.
         tile: tile side in pixels, a multiple of 16.
-        vendor: "aperio" (SVS) or "generic" (generic tiled TIFF), which is what OpenSlide will say.
+        vendor: "aperio" (SVS) or "generic" (generic tiled TIFF), as reported by OpenSlide.
         quality: JPEG quality, 1 to 100.
 
     Returns:
@@ -84,7 +84,7 @@ def make_slide(
 
 def _tifffile() -> ModuleType:
     try:
-        import imagecodecs  # noqa: F401  tifffile asks for it, also for tiles that are JPEG already
+        import imagecodecs  # noqa: F401  tifffile needs it, also for tiles that are already JPEG
         import tifffile
     except ImportError as exc:
         raise MissingDependencyError(
@@ -96,7 +96,7 @@ def _tifffile() -> ModuleType:
 def _tiles(
     tissue: Tissue, size: tuple[int, int], step: tuple[float, float], tile: int, quality: int
 ) -> Iterator[bytes]:
-    """JPEG tiles of one level, row by row: background, and a huge level's interior, come from a cache."""
+    """JPEG tiles of one level, row by row. Tiles of background, and interior tiles of a huge level, are cached."""
     columns, rows = -(-size[0] // tile), -(-size[1] // tile)
     repeat = columns * rows > _UNIQUE_TILES
     empty = _encode(np.broadcast_to(np.round(BACKGROUND).astype(np.uint8), (tile, tile, 3)), quality)
@@ -134,7 +134,7 @@ def _tags(
     index: int,
     quality: int,
 ) -> dict[str, Any]:
-    """The tags from which OpenSlide takes vendor, level and resolution, as arguments of tifffile."""
+    """The tags in which OpenSlide finds vendor, level and resolution, as arguments of tifffile."""
     if vendor == "aperio":
         shape = f"{slide[0]}x{slide[1]}" + (f" -> {size[0]}x{size[1]}" if index else "")
         text = f"Aperio Image Library v12.0.0\n{shape} [0,0 {slide[0]}x{slide[1]}] ({tile}x{tile}) JPEG/RGB Q={quality}"

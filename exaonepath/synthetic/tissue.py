@@ -1,7 +1,7 @@
-"""What a synthetic slide shows: tissue fragments with holes, stroma, epithelium, nuclei, lumens, in H&E colours.
+"""The content of a synthetic slide: tissue fragments with holes, stroma, epithelium, nuclei, lumens, in H&E colours.
 
 Every pixel is a function of its level-0 position, the level's downsample and the seed, so any tile of any level can be
-made on its own. Colours come from optical densities of haematoxylin and eosin, as in a real stain: intensity =
+drawn alone. Colours are computed from optical densities of haematoxylin and eosin, as in a real stain: intensity =
 background * exp(-(h * H + e * E)).
 """
 
@@ -27,7 +27,7 @@ class Tissue:
         fragments: number of separate pieces of tissue, laid out on a grid.
         holes: whether each piece has one or two holes in it.
         mpp: micrometres per pixel, which sets the size of nuclei and glands.
-        seed: same seed, same slide.
+        seed: the same seed gives the same slide.
     """
 
     def __init__(self, width: int, height: int, fragments: int, holes: bool, mpp: float, seed: int) -> None:
@@ -46,7 +46,7 @@ class Tissue:
         self._sparse = Plate(nuclei(rng, 1024, 0.75 * cell, 3.1 * cell), 1.0)
         fibres = smooth_noise(rng, 1024, (1.2 * um * 6, 1.2 * um)) + smooth_noise(rng, 1024, (2.2 * um, 2.2 * um * 4))
         self._fibres = Plate(fibres, 1.0)
-        # Grain at every scale: real tissue is rough however far one zooms out, and segmentation looks for roughness.
+        # Grain at every scale: real tissue is rough at every magnification, and segmentation detects roughness.
         self._grain = [Plate(white_noise(rng, 512), float(scale)) for scale in _GRAIN_SCALES]
 
     def coverage(self, box: tuple[float, float, float, float], margin: float) -> str:
@@ -62,7 +62,8 @@ class Tissue:
         return "full" if part.min() > margin else "edge"
 
     def look(self, box: tuple[float, float, float, float], variants: int) -> tuple[int, int]:
-        """Key of a box inside the tissue: boxes with one key look alike (epithelium or stroma, to a few per cent)."""
+        """Key of a box inside the tissue: boxes with the same key look similar (epithelium or stroma, to a few per
+        cent)."""
         middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
         level = float(self._region.sample(middle, (1.0, 1.0), (1, 1))[0, 0])
         shade = int(np.clip(level * 12, -12, 20))
@@ -98,7 +99,7 @@ class Tissue:
     def _roughness(
         self, origin: tuple[float, float], step: tuple[float, float], size: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(noise of 8 pixels and more, noise at every scale that this magnification shows), float32 [h, w] each."""
+        """(noise of 8 pixels and more, noise at every scale visible at this magnification), float32 [h, w] each."""
         rough = np.zeros((size[1], size[0]), np.float32)
         fine = np.zeros_like(rough)
         for plate in self._grain:
@@ -106,7 +107,8 @@ class Tissue:
                 target = rough if plate.scale >= 8 else fine
                 target += plate.sample(origin, step, size)
         if min(step) < 2:
-            fine += self._grain[0].sample(origin, step, size)  # twice: JPEG takes half of the finest away
+            # added twice, because JPEG removes half of the finest noise
+            fine += self._grain[0].sample(origin, step, size)
         return rough, rough + fine
 
 
@@ -134,7 +136,7 @@ def _outlines(
     fragments: int,
     holes: bool,
 ) -> np.ndarray:
-    """float32 [h, w]: about the signed distance, in level-0 pixels, to the tissue's edge; positive inside."""
+    """float32 [h, w]: approximate signed distance, in level-0 pixels, to the tissue's edge; positive inside."""
     width, height = slide
     w, h = size
     x = ((np.arange(w, dtype=np.float32) + 0.5) * scale)[None, :]
@@ -151,9 +153,9 @@ def _outlines(
         rx, ry = 0.40 * cell_w * rng.uniform(0.85, 1.0), 0.40 * cell_h * rng.uniform(0.85, 1.0)
         body = _blob(rng, x, y, (cx, cy), (rx, ry), roughness=0.10)
         if holes:
-            turn = rng.uniform(0, 2 * np.pi)
+            start = rng.uniform(0, 2 * np.pi)
             for k in range(int(rng.integers(1, 3))):
-                angle = turn + k * np.pi * rng.uniform(0.8, 1.2)
+                angle = start + k * np.pi * rng.uniform(0.8, 1.2)
                 centre = (cx + 0.42 * rx * np.cos(angle), cy + 0.42 * ry * np.sin(angle))
                 radius = min(rx, ry) * rng.uniform(0.22, 0.31)
                 hole = _blob(rng, x, y, centre, (radius * rng.uniform(1.0, 1.2), radius), roughness=0.10)
@@ -175,10 +177,10 @@ def _blob(
     for k in range(2, 14):
         amplitude, phase = rng.normal(0, roughness / k**0.75), rng.uniform(0, 2 * np.pi)
         edge += np.float32(amplitude) * np.cos(k * angles + np.float32(phase))
-    # Where the outline would reach into the neighbouring fragment's cell it is flattened.
+    # The outline is limited, so that it does not reach into the cell of the neighbouring fragment.
     edge = np.minimum(edge, 1.15)
     u, v = np.broadcast_arrays((x - centre[0]) / np.float32(radii[0]), (y - centre[1]) / np.float32(radii[1]))
     distance, angle = cv2.cartToPolar(np.ascontiguousarray(u), np.ascontiguousarray(v))
-    turns = (angle * np.float32(0.5 / np.pi) + 0.5) % 1.0
-    edge = edge[(turns * (len(angles) - 1)).astype(np.int32)]
+    revolutions = (angle * np.float32(0.5 / np.pi) + 0.5) % 1.0
+    edge = edge[(revolutions * (len(angles) - 1)).astype(np.int32)]
     return ((edge - distance) * min(radii)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Pictures: a slide, its tissue and patches, and what the encoders make of them. Needs the extra `viz` (matplotlib)."""
+"""Pictures of a slide, its tissue, its patches and their embeddings. Needs the extra `viz` (matplotlib)."""
 
 from exaonepath.plotting import require_matplotlib
 from exaonepath.viz.colors import embedding_colors

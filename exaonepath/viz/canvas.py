@@ -1,4 +1,4 @@
-"""The pixels of the pictures: the part of the slide that has tissue, and the embeddings' colours on it."""
+"""The pixels of the pictures: the part of the slide with tissue, and the colours of the embeddings on it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from exaonepath.slides.image import SlideImage
 from exaonepath.viz.colors import to_oklab, to_srgb
 
-_MARGIN = 0.03  # around the tissue, of its longer side
-_LONGEST_THUMBNAIL = 6000  # of the whole slide; bounds memory where the tissue is a small part of it
-_GLASS = 0.97  # OKLab lightness of empty glass, about
-_TINT = 0.22  # how much of the colour pixels without stain get
-_TEXTURE = 0.75  # how much of the tissue's own light and dark stays
+_MARGIN = 0.03  # margin around the tissue, relative to its longer side
+_LONGEST_THUMBNAIL = 6000  # of the whole slide; limits memory if the tissue is a small part of it
+_GLASS = 0.97  # approximate OKLab lightness of empty glass
+_TINT = 0.22  # share of the colour for pixels without stain
+_TEXTURE = 0.75  # share of the tissue's own lightness differences that is kept
 _BACKGROUND = 1.0
 _NEAR = 0.55  # width of the blending of neighbouring patches, in steps
 
@@ -45,7 +45,7 @@ class Canvas:
 
 
 def view(slide: SlideImage, boxes: Sequence[np.ndarray], longest: int) -> Canvas:
-    """The slide cropped to what `boxes` (each level-0 points [P, 2]) cover, `longest` pixels on the longer side.
+    """The slide cropped to the area of `boxes` (each level-0 points [P, 2]), `longest` pixels on the longer side.
 
     Without points: the whole slide.
 
@@ -75,7 +75,7 @@ def tissue_mask(canvas: Canvas, contours: Sequence[np.ndarray], holes: Sequence[
     """float32 [h, w], 1 inside the tissue and 0 outside and in its holes, with a soft edge of about a pixel."""
     width, height = canvas.size
     mask: np.ndarray = np.zeros((height, width), np.uint8)
-    # Contour by contour, each hole after its own: an island inside a hole is a contour of its own and stays.
+    # Each contour is drawn with its holes before the next one: an island inside a hole is another contour and is kept.
     for contour, inside in zip(contours, holes, strict=True):
         one = _filled(canvas, [contour], 255)
         if len(inside):
@@ -87,7 +87,7 @@ def tissue_mask(canvas: Canvas, contours: Sequence[np.ndarray], holes: Sequence[
 def _filled(canvas: Canvas, outlines: Sequence[np.ndarray], value: int) -> np.ndarray:
     width, height = canvas.size
     mask: np.ndarray = np.zeros((height, width), np.uint8)
-    # OpenCV's fixed point: 4 bits below the pixel, so that outlines do not snap to the pixel grid.
+    # OpenCV's fixed-point coordinates: 4 fractional bits, so that outlines are not rounded to the pixel grid.
     polygons = [np.round((canvas.points(outline) - 0.5) * 16).astype(np.int32) for outline in outlines]
     for polygon in polygons:
         cv2.fillPoly(mask, [polygon], value, lineType=cv2.LINE_AA, shift=4)
@@ -95,7 +95,7 @@ def _filled(canvas: Canvas, outlines: Sequence[np.ndarray], value: int) -> np.nd
 
 
 def grid_step(coords: np.ndarray, patch_size: int) -> int:
-    """Distance between neighbouring patches, in level-0 pixels, as their coordinates int [N, 2] tell it."""
+    """Distance between neighbouring patches in level-0 pixels, inferred from their coordinates int [N, 2]."""
     gaps = []
     for along, across in ((0, 1), (1, 0)):
         ordered = coords[np.lexsort((coords[:, along], coords[:, across]))].astype(np.int64)
@@ -109,22 +109,22 @@ def grid_step(coords: np.ndarray, patch_size: int) -> int:
 def color_field(
     canvas: Canvas, centres: np.ndarray, lab: np.ndarray, patch_size: int, step: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Colours of patches spread over the picture: at each pixel the mean of the patches around it, nearer ones more.
+    """Colours of patches blended over the picture: at each pixel a weighted mean of the nearby patches.
 
-    Time and memory depend on the picture alone, not on the number of patches.
+    Time and memory depend only on the picture, not on the number of patches.
 
     Args:
         canvas: the picture.
-        centres: float [N, 2], of the patches, at level 0.
-        lab: OKLab [N, 3]; a patch with NaN takes the colour of its neighbours.
+        centres: float [N, 2], centres of the patches at level 0.
+        lab: OKLab [N, 3]; a patch with NaN gets the colour of its neighbours.
         patch_size, step: side of a patch, and distance between neighbouring ones, at level 0.
 
     Returns:
-        OKLab float32 [h, w, 3], and float32 [h, w]: 1 where a patch is, or its cell of the grid where patches stand
-        apart; 0 elsewhere.
+        OKLab float32 [h, w, 3], and float32 [h, w]: 1 inside a patch (or inside its cell of the grid, if there are gaps
+        between patches), 0 elsewhere.
     """
     width, height = canvas.size
-    # Worked out at a few pixels per step: the field is smooth, and a wide blur of a large picture takes seconds.
+    # Computed at a few pixels per step: the field is smooth, and a wide blur of a large picture takes seconds.
     unit = float(np.sqrt(canvas.scale[0] * canvas.scale[1]))  # pixels per level-0 pixel
     shrink = max(1.0, step * unit / 8)
     small = max(1, round(width / shrink)), max(1, round(height / shrink))
@@ -135,7 +135,7 @@ def color_field(
     np.add.at(sums, (at[:, 1], at[:, 0]), np.concatenate([np.where(known, lab, 0), known], axis=1).astype(np.float32))
     unit *= float(np.sqrt(factor.prod()))
     pitch, reach = max(step * unit, 1.0), max(step * unit, patch_size * unit, 1.0)
-    # Where no patch with a colour is near, farther ones decide.
+    # The wider blurs have tiny weights, so they have an effect only if no patch with a colour is near.
     mixed = np.zeros_like(sums)
     for sigma, share in ((_NEAR * pitch, 1.0), (1.2 * pitch, 1e-2), (max(4 * pitch, reach), 1e-5)):
         mixed += np.float32(share) * cv2.GaussianBlur(sums, (0, 0), sigma, borderType=cv2.BORDER_CONSTANT)
@@ -170,7 +170,7 @@ def restain(image: np.ndarray, field: np.ndarray, cover: np.ndarray) -> np.ndarr
     amount = (_TINT + (1 - _TINT) * stain)[..., None]
     dyed = field.copy()
     dyed[..., 0] += _TEXTURE * (light - middle)
-    # Very dark pixels (ink, folds) keep some lightness, or their colour would not show.
+    # Very dark pixels (ink, folds) get a minimum lightness; otherwise their colour would not be visible.
     dyed[..., 0] = np.clip(dyed[..., 0], 0.30, 0.95)
     glass = np.array([_BACKGROUND, 0, 0], np.float32)
     dyed = glass + (dyed - glass) * amount

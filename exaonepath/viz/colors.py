@@ -1,8 +1,9 @@
-"""Embeddings to colours: patches that the encoder finds alike get colours that the eye finds alike.
+"""Colours of embeddings: patches with similar embeddings get colours that look similar.
 
-The embeddings are projected on their first three principal components. The first two become the hue plane of OKLab
-(B. Ottosson's perceptual colour space, https://bottosson.github.io/posts/oklab), the third a little lightness, so that
-distances on the picture are roughly distances between embeddings and no colour is too dark or too pale to see.
+The embeddings are projected on their first three principal components. The first two are mapped to the hue plane of
+OKLab (B. Ottosson's perceptual colour space, https://bottosson.github.io/posts/oklab), the third to small differences
+of lightness. So differences of colours are roughly proportional to distances of embeddings, and no colour is too dark
+or too pale.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ import numpy as np
 from exaonepath.errors import SettingsError
 
 _COMPONENTS = 3
-_OUTLIER_QUANTILE = 0.95  # rows farther out than this are pulled in before the axes are found
-_RANGE = (0.02, 0.98)  # scores between these quantiles span the colours
-_SMALLEST_SPREAD = 0.12  # of the first component's: below it a component is noise and is not stretched further
-_FLAT = 1e-6  # deviation over norm below which all embeddings are one
-_EIGEN_ROWS = 20_000  # the axes of more patches than this are found on an even sample
+_OUTLIER_QUANTILE = 0.95  # rows with a larger distance are moved to this distance before the axes are computed
+_RANGE = (0.02, 0.98)  # scores between these quantiles use the full range of colours
+_SMALLEST_SPREAD = 0.12  # relative to the first component; a smaller component is noise and is not stretched further
+_FLAT = 1e-6  # embeddings with a smaller relative deviation count as equal
+_EIGEN_ROWS = 20_000  # with more patches, the axes are computed from an even sample
 
-# Lightness, and chroma at the edge of the hue plane. Yellow is light and blue is dark in every display's gamut, so
-# lightness follows the yellow-blue axis: that leaves room for more chroma than a flat lightness would.
+# Lightness, and chroma at the edge of the hue plane. Yellow is light and blue is dark in the gamut of every display, so
+# lightness depends on the yellow-blue axis: this allows more chroma than a constant lightness.
 _LIGHTNESS, _LIGHTNESS_BY_B, _LIGHTNESS_BY_THIRD = 0.70, 0.60, 0.05
 _CHROMA = 0.165
-# Most patches lie near the middle, where all is grey; this much of the colour goes by rank, which spreads them out.
+# Most patches are near the centre, which is grey. This share of the colour depends on ranks, which separates them.
 _EVEN = 0.55
-_TURN = np.deg2rad(20.0)  # of the hue plane; chosen by eye on H&E slides
+_HUE_ANGLE = np.deg2rad(20.0)  # rotation of the hue plane; chosen visually on H&E slides
 _MISSING = (176, 176, 176)
 
 
@@ -34,8 +35,8 @@ class Projection(NamedTuple):
     """Embeddings on their principal components.
 
     Attributes:
-        scores: float64 [N, 3], about -1 to 1 (outliers reach farther); NaN where the embedding is not finite.
-        explained: float64 [3], share of the variance along each component; 0 where there is none.
+        scores: float64 [N, 3], about -1 to 1 (more for outliers); NaN if the embedding is not finite.
+        explained: float64 [3], share of the variance along each component; 0 if there is none.
     """
 
     scores: np.ndarray
@@ -45,8 +46,8 @@ class Projection(NamedTuple):
 def embedding_colors(embedding: np.ndarray) -> np.ndarray:
     """One colour per patch.
 
-    Deterministic, and the same for embeddings that differ by a rotation or a mirroring of their space, a shift, or a
-    scale: only distances between patches count. Any N works, 0 and 1 too; equal embeddings get one colour.
+    Deterministic, and invariant to rotation, reflection, shift and scale of the embedding space: only distances between
+    patches matter. Any N is possible, 0 and 1 too; equal embeddings get equal colours.
 
     Args:
         embedding: float [N, E]; rows with NaN or infinity become grey.
@@ -63,8 +64,8 @@ def embedding_colors(embedding: np.ndarray) -> np.ndarray:
 def project(embedding: np.ndarray) -> Projection:
     """Robust principal components of embeddings float [N, E]; see `Projection`.
 
-    Rows far from the centre are pulled in before the axes are found: a few patches of ink or dust shall not decide the
-    colours of all others. Signs are fixed by the longer tail being positive.
+    Rows far from the centre are moved closer before the axes are computed, so that a few patches of ink or dust do not
+    determine the colours of all others. The sign of each component is chosen so that its longer tail is positive.
 
     Raises:
         SettingsError: not a matrix of numbers.
@@ -102,14 +103,14 @@ def score_colors(scores: np.ndarray) -> np.ndarray:
 
 
 def score_oklab(scores: np.ndarray) -> np.ndarray:
-    """OKLab [N, 3] of finite principal scores [N, 3]. Depends on all of them: colours go by rank in part."""
-    # Outliers saturate; a hard clip would give the patches beyond it one and the same colour.
+    """OKLab [N, 3] of finite principal scores [N, 3]. A colour depends on all scores, because ranks are part of it."""
+    # Outliers saturate smoothly; a hard clip would give all of them the same colour.
     soft = (1 - _EVEN) * np.tanh(1.1 * scores) + _EVEN * _ranks(scores)
     x, y = soft[:, 0], soft[:, 1]
     # The square of two scores becomes a disc: its corners have no more chroma than its edges.
     x, y = x * np.sqrt(1 - y**2 / 2), y * np.sqrt(1 - x**2 / 2)
-    a = _CHROMA * (np.cos(_TURN) * x - np.sin(_TURN) * y)
-    b = _CHROMA * (np.sin(_TURN) * x + np.cos(_TURN) * y)
+    a = _CHROMA * (np.cos(_HUE_ANGLE) * x - np.sin(_HUE_ANGLE) * y)
+    b = _CHROMA * (np.sin(_HUE_ANGLE) * x + np.cos(_HUE_ANGLE) * y)
     lightness = _LIGHTNESS + _LIGHTNESS_BY_B * b + _LIGHTNESS_BY_THIRD * soft[:, 2]
     return np.stack([lightness, a, b], axis=1)
 
@@ -134,7 +135,7 @@ def _axes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows = rows * np.minimum(1.0, limit / np.maximum(distance, limit))[:, None]
         rows = rows - rows.mean(axis=0)
     n, width = rows.shape
-    # The smaller of the two matrices with the same eigenvalues.
+    # Both products have the same eigenvalues; the smaller matrix is faster.
     gram = rows @ rows.T if n < width else rows.T @ rows
     values, vectors = np.linalg.eigh(gram)
     keep = min(_COMPONENTS, len(values))
@@ -152,7 +153,7 @@ def _axes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _half_range(projected: np.ndarray) -> np.ndarray:
     low, high = np.quantile(projected, _RANGE, axis=0)
     half = (high - low) / 2
-    # Where nearly all patches agree the quantiles meet; the few that differ still get a colour of their own.
+    # If nearly all patches are equal, the quantiles are equal too. The maximum then gives different patches a colour.
     half = np.where(half > _FLAT * np.abs(projected).max(), half, np.abs(projected).max(axis=0))
     return np.where(half > 0, half, 1.0)
 
@@ -160,7 +161,7 @@ def _half_range(projected: np.ndarray) -> np.ndarray:
 def _signs(projected: np.ndarray) -> np.ndarray:
     third = (projected**3).sum(axis=0)
     total = (np.abs(projected) ** 3).sum(axis=0)
-    # Without a longer tail (two patches, say) the first of the farthest patches decides.
+    # Without a longer tail (for example, with two patches) the first of the farthest patches determines the sign.
     far = np.abs(projected) >= 0.999 * np.abs(projected).max(axis=0)
     first = projected[far.argmax(axis=0), np.arange(projected.shape[1])]
     return np.where(np.where(np.abs(third) > 1e-6 * total, third, first) < 0, -1.0, 1.0)
@@ -191,7 +192,7 @@ def to_oklab(rgb: np.ndarray) -> np.ndarray:
 
 
 def to_srgb(lab: np.ndarray) -> np.ndarray:
-    """SRGB uint8 [..., 3] of OKLab [..., 3]; what the display cannot show is clipped."""
+    """SRGB uint8 [..., 3] of OKLab [..., 3]; colours outside the sRGB gamut are clipped."""
     linear = np.clip((lab @ _LAB_TO_LMS.T.astype(lab.dtype)) ** 3 @ _LMS_TO_RGB.T.astype(lab.dtype), 0, 1)
     encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     return np.round(encoded * 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Example patches for the colours: a few groups of alike embeddings, and what their patches look like."""
+"""Example patches for the colours: a few groups of similar embeddings, and images of their patches."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from exaonepath.slides.image import SlideImage
 logger = logging.getLogger(__name__)
 
 _ROUNDS = 25
-_MOST = 20_000  # more patches than this are thinned out evenly before they are grouped
+_MOST = 20_000  # of more patches, an even sample is grouped
 
 
 def exemplars(scores: np.ndarray, coords: np.ndarray, patch_size: int, groups: int, each: int) -> list[np.ndarray]:
-    """Patches that stand for the colours of the picture.
+    """Representative patches for the colours of the picture.
 
     Args:
         scores: float [N, 3], principal scores (finite).
         coords: int [N, 2], corners at level 0.
-        patch_size: level-0 pixels; patches of one group do not overlap on the slide where that can be had.
-        groups, each: most groups, and most patches in one.
+        patch_size: level-0 pixels; patches of one group do not overlap on the slide, if possible.
+        groups, each: largest number of groups, and of patches in a group.
 
     Returns:
         For each group the indices of its patches, int64, the most typical first; groups in the order of their first
-        component. Fewer where there are fewer distinct patches.
+        component. Fewer if there are fewer distinct patches.
     """
     chosen = np.arange(0, len(scores), max(1, -(-len(scores) // _MOST)))
     points = np.clip(scores[chosen], -1.5, 1.5)
@@ -43,8 +43,8 @@ def exemplars(scores: np.ndarray, coords: np.ndarray, patch_size: int, groups: i
 
 
 def read_tile(slide: SlideImage, corner: np.ndarray, patch_size: int, side: int) -> np.ndarray:
-    """One patch as uint8 RGB [side, side, 3]; grey where it cannot be read (the reader of patches has said why)."""
-    # From the level that has about the wanted resolution: 24 patches shall not cost 24 full-size reads.
+    """One patch as uint8 RGB [side, side, 3]; grey if it cannot be read, with a warning."""
+    # Read from the level with about the needed resolution, to avoid full-size reads of 24 patches.
     level = slide.get_best_level_for_downsample(max(1.0, patch_size / side))
     down = slide.level_downsamples[level]
     size = max(1, round(patch_size / down[0])), max(1, round(patch_size / down[1]))
@@ -57,7 +57,7 @@ def read_tile(slide: SlideImage, corner: np.ndarray, patch_size: int, side: int)
 
 
 def _centres(points: np.ndarray, groups: int) -> np.ndarray:
-    """k-means, started from points that are far from each other: deterministic, and no colour is left out."""
+    """k-means, initialised with points that are far from each other: deterministic, and includes rare colours."""
     first = int(((points - np.median(points, axis=0)) ** 2).sum(axis=1).argmin())
     centres = [points[first]]
     gap = ((points - centres[0]) ** 2).sum(axis=1)
@@ -81,7 +81,7 @@ def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def _apart(members: np.ndarray, coords: np.ndarray, patch_size: int, each: int) -> np.ndarray:
-    """The first `each` members that do not overlap; where there are not so many, overlapping ones fill up."""
+    """The first `each` members that do not overlap; if there are fewer, overlapping ones are added."""
     taken: list[int] = []
     for index in members:
         gaps = np.abs(coords[taken].astype(np.int64) - coords[index].astype(np.int64)).max(axis=1) if taken else []

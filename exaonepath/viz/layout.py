@@ -1,4 +1,4 @@
-"""Where the panels of the overview picture go, in inches from the top left corner, for slides of any shape."""
+"""Positions of the panels of the overview picture, in inches from the top left corner, for slides of any shape."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Box:
 
 @dataclass(frozen=True)
 class Layout:
-    """The figure's size and the places of its parts, in inches.
+    """The figure's size and the positions of its parts, in inches.
 
     Attributes:
         size: (width, height).
         slide, embedding: the two large panels.
         scatter: the plot of principal components.
         tiles: [groups][examples] of patch pictures.
-        tiles_heading: the area above which the tiles' heading goes.
+        tiles_heading: the area below the heading of the tiles.
         caption: top of the caption.
     """
 
@@ -49,7 +49,8 @@ class Layout:
 
 
 def arrange(aspect: float, caption_lines: int, details: bool = True) -> Layout:
-    """Places for a slide of `aspect` = width / height; without `details` no room is kept for scatter and tiles."""
+    """The layout for a slide of `aspect` = width / height; without `details`, there is no space for scatter and
+    tiles."""
     layout = _portrait(aspect) if aspect < _PORTRAIT else _landscape(aspect)
     width, bottom = layout.size
     if not details:
@@ -59,9 +60,9 @@ def arrange(aspect: float, caption_lines: int, details: bool = True) -> Layout:
 
 
 def _portrait(aspect: float) -> Layout:
-    """Both panels side by side, the details in a column to their right."""
+    """Both panels next to each other, the details in a column to their right."""
     height = 6.0
-    # Very tall slides become strips; below this width their headings would run into each other.
+    # Panels of very tall slides are narrow; below this width their headings would overlap.
     width = height * aspect
     pitch = max(width, 2.6) + _GAP
     top = _TITLE + _LABEL
@@ -85,7 +86,7 @@ def _portrait(aspect: float) -> Layout:
 
 
 def _landscape(aspect: float) -> Layout:
-    """The details in a row beneath; the panels side by side, or one above the other for a wide slide."""
+    """The details in a row below the panels; panels next to each other, or above each other for a wide slide."""
     total = 11.6
     top = _TITLE + _LABEL
     if aspect < _WIDE:
@@ -117,7 +118,7 @@ def _landscape(aspect: float) -> Layout:
 def _tiles(area: Box, *, groups_down: bool, groups: int, each: int) -> list[list[Box]]:
     rows, columns = (groups, each) if groups_down else (each, groups)
     side = min((area.width - (columns - 1) * _TILE_GAP) / columns, (area.height - (rows - 1) * _TILE_GAP) / rows)
-    # The tiles fill the longer direction of their area; what is left over goes between them.
+    # The tiles are as large as possible; the remaining space is distributed between them.
     gap_x = (area.width - columns * side) / max(columns - 1, 1)
     gap_y = (area.height - rows * side) / max(rows - 1, 1)
     gap = min(gap_x, gap_y, 0.16)

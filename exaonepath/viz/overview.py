@@ -20,7 +20,7 @@ from exaonepath.viz.colors import project, score_colors, score_oklab, to_oklab
 from exaonepath.viz.gallery import exemplars
 from exaonepath.viz.layout import Box, Layout, arrange
 
-_SEEN = 0.75  # part of a patch that must lie on the slide for its colour to be shown: outside, the encoder sees black
+_SEEN = 0.75  # share of a patch that must be on the slide for its colour to be shown: pixels outside are black
 _TRIAL = 400  # pixels
 _ROOM_FOR_NOTE, _ROOM_FOR_NOTICE = 4.0, 2.6  # inches
 _TITLE_CHARACTERS_PER_INCH = 5.8
@@ -41,21 +41,21 @@ def draw_overview(
     colors: np.ndarray | None = None,
     dpi: float = 150,
 ) -> Path:
-    """Draw the slide with its tissue and patches, and beside it the patch embeddings as colours on the tissue.
+    """Draw the slide with its tissue and patches, and next to it the patch embeddings as colours on the tissue.
 
-    Two details explain the colours: the embeddings on their first two principal components, and example patches of
-    the main groups of colours. Needs no display, and keeps no global state: threads may draw at the same time.
+    Two details explain the colours: the embeddings on their first two principal components, and example patches of the
+    main groups of colours. It needs no display and has no global state, so threads may draw at the same time.
 
     Args:
         slide: an open slide.
         tissue: `segment_tissue`'s result, or (contours, holes of each contour), int [P, 2] at level 0.
-        coords: int [N, 2], corners of the patches at level 0; N = 0 makes a picture that says so.
+        coords: int [N, 2], corners of the patches at level 0; for N = 0, the picture states that there are none.
         patch_size_level0: side of a patch in level-0 pixels.
-        embedding: float [N, E], what the colours show. A patch of which a quarter or more lies outside the slide is
-            not shown: its embedding tells of the black there.
-        out_png: the file to write, in an existing folder; it appears whole or not at all.
+        embedding: float [N, E], shown as colours. A patch is not shown if a quarter or more of it is outside the slide,
+            because its embedding depends on the black pixels there.
+        out_png: the file to write, in an existing folder, completely or not at all.
         title, subtitle, caption: text above and below; None: the slide's name, its numbers, nothing.
-        colors: uint8 [N, 3] to use in place of `embedding_colors(embedding)`.
+        colors: uint8 [N, 3] to use instead of `embedding_colors(embedding)`.
         dpi: pixels per inch; the picture is 9 to 15 inches wide.
 
     Returns:
@@ -63,7 +63,7 @@ def draw_overview(
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
-        SettingsError: arrays that do not fit together.
+        SettingsError: arrays do not match.
         SlideReadError: the slide cannot be read.
         OutputError: the picture cannot be written.
     """
@@ -71,7 +71,7 @@ def draw_overview(
     contours, holes = list(tissue[0]), list(tissue[1])
     coords, embedding = np.asarray(coords), np.asarray(embedding)
     _check(contours, holes, coords, patch_size_level0, embedding, colors)
-    # The panels' size follows from the view's shape, which a small picture tells.
+    # The size of the panels depends on the shape of the view, which is found with a small picture.
     details = len(coords) > 0
     subject = contours if details else []
     width, height = view(slide, subject, _TRIAL).size
@@ -88,13 +88,13 @@ def draw_overview(
         _nothing(figure, layout)
     path = Path(out_png)
     with atomic_path(path) as temporary:
-        # No creation date or version inside: the same input gives the same file.
+        # Without creation date and version, the same input gives the same file.
         figure.savefig(temporary, format="png", metadata={"Software": None})
     return path
 
 
 class _Scene(NamedTuple):
-    """What all panels share."""
+    """The common inputs of all panels."""
 
     slide: SlideImage
     canvas: Canvas
@@ -104,7 +104,7 @@ class _Scene(NamedTuple):
     patch_size: int
 
     def seen(self) -> np.ndarray:
-        """Part of each patch that lies on the slide, float [N]."""
+        """Share of each patch that is on the slide, float [N]."""
         low = np.maximum(self.coords, 0)
         high = np.minimum(self.coords + self.patch_size, self.slide.dimensions)
         return np.maximum(high - low, 0).prod(axis=1) / self.patch_size**2
@@ -170,7 +170,7 @@ def _nothing(figure: Any, layout: Layout) -> None:
     axes = _axes(figure, layout, layout.embedding)
     axes.set(xticks=[], yticks=[], facecolor="#f6f7f9")
     x, align = 0.5, "center"
-    if layout.embedding.width < _ROOM_FOR_NOTICE:  # beside a very tall slide: no frame, text from its left edge on
+    if layout.embedding.width < _ROOM_FOR_NOTICE:  # next to a very tall slide: no frame, left-aligned text
         axes.set_axis_off()
         x, align = 0.0, "left"
     for spine in axes.spines.values():
@@ -186,7 +186,7 @@ def _texts(figure: Any, layout: Layout, title: str, subtitle: str, caption: list
     room = int((width - 0.8) * _TITLE_CHARACTERS_PER_INCH)
     if len(title) > room:
         title = f"{title[: room // 2]}…{title[-(room - room // 2 - 1) :]}"
-    # Names of files may hold a dollar sign, which would otherwise begin a formula.
+    # Names of files may contain a dollar sign, which would otherwise start a formula.
     plain = {"va": "top", "parse_math": False}
     figure.text(left, 1 - 0.32 / height, title, **plain, size=18, weight="bold", color=INK)
     figure.text(left, 1 - 0.68 / height, subtitle, **plain, size=11.5, color=MUTED)

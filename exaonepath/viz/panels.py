@@ -1,4 +1,4 @@
-"""The parts of the overview picture, each drawn into axes that it is given. Sizes of type and lines are in points."""
+"""The parts of the overview picture, each drawn into given axes. Sizes of text and lines are in points."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from exaonepath.viz.gallery import read_tile
 
 OUTLINE, HOLE = "#0a7f6f", "#d9560b"
 _MOST_CELLS = 20_000
-_SMALLEST_CELL = 4.5  # points on the picture; a finer grid is a grey veil
+_SMALLEST_CELL = 4.5  # points on the picture; a finer grid would look grey
 
 
 def heading(axes: Any, title: str, *notes: str | tuple[str, str]) -> None:
-    """Title above a panel, with notes behind it: grey, or (text, colour) for a key to the panel's colours."""
+    """Title above a panel, followed by notes: grey, or (text, colour) for a legend of the panel's colours."""
     text = axes.annotate(title, (0, 1), (0, 7), "axes fraction", "offset points", color=INK, size=11, weight="bold")
     gap = 9
     for note in notes:
@@ -40,7 +40,7 @@ def image(axes: Any, pixels: np.ndarray) -> None:
 def outlines(
     axes: Any, canvas: Canvas, contours: Sequence[np.ndarray], holes: Sequence[Sequence[np.ndarray]], *, faint: bool
 ) -> None:
-    """Draw contours and holes; `faint` for the picture whose subject they are not."""
+    """Draw contours and holes; `faint` for pictures in which they are not the main content."""
     from matplotlib.collections import LineCollection
 
     for group, color in ((contours, OUTLINE), ([hole for inside in holes for hole in inside], HOLE)):
@@ -50,13 +50,13 @@ def outlines(
         if faint:
             axes.add_collection(LineCollection(lines, colors="#3b4250", linewidths=0.5, alpha=0.55))
             continue
-        # A light line beneath, so that the outline stands off dark tissue as well as pale.
+        # A light line below, so that the outline is visible on dark and on pale tissue.
         axes.add_collection(LineCollection(lines, colors="white", linewidths=2.6, alpha=0.75))
         axes.add_collection(LineCollection(lines, colors=color, linewidths=1.3))
 
 
 def cells(axes: Any, canvas: Canvas, coords: np.ndarray, patch_size: int, step: int, points_per_pixel: float) -> bool:
-    """Draw the grid, for every patch the square of `step` around its centre; False where it would be too fine."""
+    """Draw the grid, for every patch the square of `step` around its centre; returns False if it would be too fine."""
     from matplotlib.collections import LineCollection
 
     side = step * float(np.mean(canvas.scale)) * points_per_pixel
@@ -112,7 +112,7 @@ def scatter(axes: Any, scores: np.ndarray, colors: np.ndarray, explained: np.nda
 
 
 def _limits(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Centre and half width of what to show: all points but a few far ones, and never less than the usual range."""
+    """Centre and half width of the plot: all points except a few far ones, and at least the usual range."""
     low, high = np.quantile(points, (0.002, 0.998), axis=0)
     return (low + high) / 2, np.maximum((high - low) / 2 * 1.12, 0.8)
 
@@ -125,7 +125,7 @@ def tile(axes: Any, slide: SlideImage, corner: np.ndarray, patch_size: int, colo
 
 
 def _simplified(points: np.ndarray) -> np.ndarray:
-    """The closed line without points that fall together on the picture: contours have one per segmented pixel."""
+    """The closed line without points that coincide on the picture: contours have one point per segmented pixel."""
     moved = np.abs(np.diff(np.round(points * 2), axis=0, prepend=np.inf)).max(axis=1) > 0
     kept = points[moved]
     return np.concatenate([kept, kept[:1]])

@@ -305,7 +305,7 @@ def test_doctor_without_the_extension(run, monkeypatch):
     report = run("doctor")
     load_extension.cache_clear()
     assert report.exit_code == 0  # everything still runs, by other backends
-    assert "the torch backends serve" in report.stdout
+    assert "the torch backends are used" in report.stdout
 
 
 def test_find_slides_keeps_order_and_drops_repeats(tmp_path):

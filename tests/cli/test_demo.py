@@ -123,10 +123,10 @@ def test_without_an_index_the_demo_says_so_and_uses_a_made_up_slide(tmp_path, mo
     fake_pip(monkeypatch, code=1, stderr="ERROR: no index\n")
     lines: list[str] = []
     result = run_demo(tmp_path / "out", device="cpu", report=lines.append, dpi=50)
-    assert any("ERROR: no index" in line and "made-up" in line for line in lines)
+    assert any("ERROR: no index" in line and "synthetic" in line for line in lines)
     assert result.synthetic
     assert 0 < result.n_patches <= 40
-    assert any("made up" in meaning for _, meaning in result.files)
+    assert any("synthetic" in meaning for _, meaning in result.files)
 
 
 def test_demo_runs_to_its_end_and_again(tmp_path, monkeypatch, small_encoders, slide):
@@ -168,7 +168,7 @@ def test_caption_says_whether_weights_are_random():
     real = demo._caption("some/model", False, True, (5, 768))
     assert "random" not in real
     assert "some/model" in real
-    assert "made up" in real
+    assert "synthetic" in real
 
 
 @pytest.mark.parametrize("most", [3, 30, 300])

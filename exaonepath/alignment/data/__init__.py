@@ -1,4 +1,4 @@
-"""Cohorts of patients: molecular tables and slides, read, checked, split, standardised and fed to a model."""
+"""Cohorts of patients: reading, checks, splits and standardisation of molecular tables and slides, for training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from exaonepath.alignment.data.standardizer import OmicsRows, Scaling, Standardizer, StandardizerSettings
     from exaonepath.alignment.data.tables import ModalityTable
 
-# Imported when they are asked for: looking at the header of a table takes none of the packages that a cohort takes.
+# Imported at their first use: reading the header of a table needs none of the packages that a cohort needs.
 _MODULES = {
     "checks": "SCALES",
     "cohort": "Cohort load_cohort",
@@ -41,22 +41,22 @@ _MODULES = {
     "standardizer": "OmicsRows Scaling Standardizer StandardizerSettings",
     "tables": "ModalityTable",
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 
 def _load(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     return value
 
 
 if not TYPE_CHECKING:
-    __getattr__ = _load  # to a type checker, any name would be one of ours
+    __getattr__ = _load  # hidden from type checkers, which would accept any name
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_MODULE_OF})
 
 
 __all__ = [

@@ -1,8 +1,9 @@
-"""Columns of a matrix that say something of its rows and are no values of anybody: by their name, or by not fitting in.
+"""Annotation in a matrix: rows and columns that describe features or patients and are no measurements.
 
-A gene's number, its place or its length is a column of numbers like a patient's. Those of usual names are left out.
-One of an unusual name is asked about: where the other patients of the matrix are known from elsewhere, it is not, and
-neither its name nor its numbers look like theirs. `annotation` in the settings of the matrix answers.
+The number, position or length of a gene is a column of numbers, like the column of a patient. Annotation with a usual
+name is left out. For other candidates, the user is asked (by an error): a row or column is a candidate if other tables
+name most of the other patients or features of the matrix, but not this one, and its name or its numbers differ from
+theirs. The user answers with `annotation` in the settings of the matrix.
 """
 
 from __future__ import annotations
@@ -40,27 +41,29 @@ _OF_PATIENTS = """
 """
 _KNOWN = frozenset([*_OF_FEATURES.split(), *_OF_PATIENTS.split()])
 
-_FEWEST_KNOWN = 0.5  # of the other names: where fewer are known elsewhere, being unknown says nothing
+_FEWEST_KNOWN = 0.5  # share of the other names; if other tables name fewer, an unknown name has no meaning
 _FEWEST_ALIKE = 0.9
 _FAR = 100.0
-_MOST_FEATURES = 5  # where more are written in another way it is the names that vary
+_MOST_FEATURES = 5  # if more names have another form, the names of this table simply vary
 
 
 def normalised(name: str) -> str:
-    """Lower case without marks and blanks: "Entrez_Gene_Id" and "entrez gene ID" are one name."""
+    """Lower case without punctuation and blanks: "Entrez_Gene_Id" and "entrez gene ID" are one name."""
     name = name.lower()
-    return name if name.isalnum() else re.sub(r"[\W_]+", "", name)  # most of hundreds of thousands have no marks
+    return name if name.isalnum() else re.sub(r"[\W_]+", "", name)  # the first check is fast, for 900,000 names
 
 
-def is_annotation(name: str, told: Collection[str] = ()) -> bool:
-    """Whether a column of this name is known, or told, to say something of its rows."""
-    return name in told or normalised(name) in _KNOWN
+def is_annotation(name: str, declared: Collection[str] = ()) -> bool:
+    """Whether a column of this name is annotation: by a usual name, or because the user declared it."""
+    return name in declared or normalised(name) in _KNOWN
 
 
-def without_annotation(where: str, table: ModalityTable, told: Collection[str], report: CohortReport) -> ModalityTable:
+def without_annotation(
+    where: str, table: ModalityTable, declared: Collection[str], report: CohortReport
+) -> ModalityTable:
     """The table without patients and features whose names are those of annotation."""
-    rows = [at for at, name in enumerate(table.patients) if is_annotation(name, told)]
-    columns = [at for at, name in enumerate(table.features) if is_annotation(name, told)]
+    rows = [at for at, name in enumerate(table.patients) if is_annotation(name, declared)]
+    columns = [at for at, name in enumerate(table.features) if is_annotation(name, declared)]
     if not rows and not columns:
         return table
     note_left_out(
@@ -74,7 +77,7 @@ def without_annotation(where: str, table: ModalityTable, told: Collection[str], 
 
 
 def note_left_out(where: str, source: str, names: Sequence[str], report: CohortReport) -> None:
-    """Say that these are no values."""
+    """Report that these rows or columns were left out as annotation."""
     report.add(
         "note",
         "annotation",
@@ -86,7 +89,7 @@ def note_left_out(where: str, source: str, names: Sequence[str], report: CohortR
 
 def ask_about_strangers(
     matrices: Mapping[str, ModalityTable],
-    told: Mapping[str, Collection[str] | None],
+    declared: Mapping[str, Collection[str] | None],
     report: CohortReport,
     *,
     patients: Iterable[str],
@@ -94,24 +97,25 @@ def ask_about_strangers(
     labels: Iterable[str],
     same: Callable[[str], str] = str,
 ) -> None:
-    """Report, as errors, what is among the patients or features of a matrix and looks like annotation.
+    """Report, as errors, patients or features of a matrix that look like annotation.
 
     Args:
         matrices: modality to matrix, patients in rows.
-        told: modality to the names that the user calls annotation; None where he says nothing. Who says, even with
-            an empty list, is not asked.
-        report: takes the errors.
-        patients: known from slides, labels and other tables. features: known from other tables.
-        labels: names of columns of the labels; those in the form of a gene's are no sign.
-        same: id of a sample to that of its patient.
+        declared: modality to the names that the user declares as annotation. None: nothing declared. For a list, even
+            an empty one, no error is reported.
+        report: receives the errors.
+        patients: patients of slides, labels and other tables. features: features of other tables.
+        labels: names of columns of the labels, without those that look like names of genes.
+        same: converts the id of a sample to that of its patient.
     """
     odd = {name: _odd(table) for name, table in matrices.items()}
     written = {name: _odd_features(table.features) for name, table in matrices.items()}
     known, known_features = {same(patient) for patient in patients}, frozenset(features)
     for name, table in matrices.items():
-        if told.get(name) is not None:
+        if declared.get(name) is not None:
             continue
-        # What is odd in another matrix too is not known from there: two of one program have the same annotation.
+        # Names that are unusual in another matrix too do not count as known: matrices of the same program have the same
+        # annotation.
         elsewhere = known.union(
             *((same(p) for p in other.patients if p not in odd[at]) for at, other in matrices.items() if at != name)
         )
@@ -137,14 +141,14 @@ def _ask(where: str, source: str, what: str, names: Sequence[str], why: str, rep
         "error",
         "annotation",
         where,
-        f"{source}: whether {few(names)} are {what} or annotation cannot be told: {why}; set its `annotation` to "
-        f"[{answer}] to leave them out, or to [] where they are {what}",
+        f"{source}: {few(names)} may be {what} or annotation: {why}; set its `annotation` to [{answer}] to leave them "
+        f"out, or to [] if they are {what}",
         features=names,
     )
 
 
 def _odd(table: ModalityTable) -> set[str]:
-    """Patients whose names are built unlike those of nearly all others, or whose numbers are far from theirs."""
+    """Patients whose names have another form than nearly all others, or whose numbers are much larger."""
     shapes = [_shape(patient) for patient in table.patients]
     usual, count = Counter(shapes).most_common(1)[0] if shapes else ("", 0)
     odd: set[str] = set()
@@ -160,22 +164,23 @@ def _odd(table: ModalityTable) -> set[str]:
 
 
 def _shape(name: str) -> str:
-    """How a name is built: words of letters alone and words with a digit, and what stands between."""
+    """The form of a name: "A" for each word of letters, "9" for each word with a digit, and the characters between."""
     return re.sub(r"[^\W_]+", lambda word: "A" if word.group().isalpha() else "9", name)
 
 
 def _odd_features(features: Sequence[str]) -> tuple[str, ...]:
-    """The few features that are written in another way than nearly all others; none where the ways vary."""
+    """The few features whose names are written in another way than nearly all others; empty if the names vary."""
     ways = [_writing(name) for name in features]
     usual, count = Counter(ways).most_common(1)[0] if ways else ("", 0)
     odd = [name for name, way in zip(features, ways, strict=True) if way != usual]
-    # Tallies are left out later, and what is no name or was a gene once is warned of.
+    # Counts of unassigned reads are left out later, and warnings are logged for missing names and dates.
     odd = [name for name in odd if not (name.startswith(("__", "N_")) or is_no_name(name) or gene_of_date(name))]
     return tuple(odd) if len(odd) <= _MOST_FEATURES and count >= _FEWEST_ALIKE * len(features) - 1 else ()
 
 
 def _writing(name: str) -> str:
-    """Whether a name has small letters (but for C1orf112's) after a first one, and marks that genes do not have."""
+    """Style of a name: whether it has lower case after the first letter (except "orf", as in C1orf112), and whether it
+    has characters that names of genes do not have."""
     letters = (re.sub(r"orf(?=\d)", "", name) if "orf" in name else name)[1:]
     small = "" if letters == letters.upper() else "small"
     return small if name.isalnum() or not re.search(r"[_\s()%/]", name) else small + "marked"

@@ -1,4 +1,4 @@
-"""Checks of one modality's table: ids, missing and infinite values, and whether the numbers are what they should be."""
+"""Checks of the table of one modality: ids, missing and infinite values, and whether the numbers match their scale."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from exaonepath.text import few
 Missing = Literal["error", "mean"]
 DuplicateFeatures = Literal["error", "mean"]
 
-# What the numbers of a modality may be; the first is taken where neither the user nor the file says it. "auto" looks.
+# Scales of each modality. The first is the default, if neither the user nor the file states the scale. "auto" infers it
+# from the values.
 SCALES: dict[str, tuple[str, ...]] = {
     "rna": ("auto", "counts", "tpm", "log", "any"),
     "snp": ("indicator", "any"),
     "cnv": ("copy-number", "any"),
     "methylation": ("beta", "m-value", "any"),
 }
-# log2(TPM + 1) of the most expressed gene stays below 20, natural logs further below; the largest TPM of a sample is
-# never so small (its million spreads over some 20,000 genes, unevenly).
+# log2(TPM + 1) of the most expressed gene is below 20, and natural logarithms are smaller. The largest TPM of a sample
+# is always larger than this limit, because a million is distributed unevenly over about 20,000 genes.
 _LARGEST_LOG = 25.0
-# HTSeq's begin with two underscores: __no_feature, __ambiguous, ...
+# Counts of unassigned reads. Those of HTSeq begin with two underscores: __no_feature, __ambiguous, ...
 _STAR_TALLIES = frozenset({"N_unmapped", "N_multimapping", "N_noFeature", "N_ambiguous"})
 _LARGEST_COPY_NUMBER = 50.0
 _LARGEST_M_VALUE = 30.0
-_ROUNDING = 1e-4  # of beta values: what float32 and four decimals leave
+_ROUNDING = 1e-4  # largest rounding error of beta values, in float32 and with four decimals
 
 
 @dataclass
 class Figures:
-    """What one pass over a table counts."""
+    """Statistics of a table, computed in one pass."""
 
     n: int
     minimum: float
@@ -102,18 +103,18 @@ def check_table(
     missing: Missing = "error",
     duplicate_features: DuplicateFeatures = "error",
 ) -> ModalityTable:
-    """Check a table (one row a patient already) and settle its scale; findings go into the report.
+    """Check a table with one row per patient, and determine its scale; findings are added to the report.
 
     Args:
         modality: "rna", "snp", "cnv" or "methylation".
         table: the table.
-        report: where findings go.
-        scale: what the user says the numbers are; None: what the format says, or the modality's usual scale.
-        missing: "error" refuses single missing values, "mean" lets them be filled with the fitted mean later.
-        duplicate_features: "error" refuses two columns of one name, "mean" averages them.
+        report: receives the findings.
+        scale: scale of the numbers; None: that of the format, or the modality's usual scale.
+        missing: "error": single missing values are an error; "mean": they are filled with the fitted mean later.
+        duplicate_features: "error": two columns with the same name are an error; "mean": they are averaged.
 
     Returns:
-        The table with its scale, without rows that hold no value at all, and without columns that are no features.
+        The table with its scale, without rows that have no values, and without columns that are no features.
     """
     if modality == "rna":
         table = _without_tallies(modality, table, report)
@@ -129,14 +130,14 @@ def check_table(
             "note",
             "no-values",
             modality,
-            f"{len(names)} patient(s) have no value at all, taken as not measured: {few(names)}",
+            f"{len(names)} patient(s) have no value at all and count as not measured: {few(names)}",
             patients=names,
         )
         table = table.take(np.setdiff1d(np.arange(len(table.patients)), figures.all_missing_rows))
     scale = scale or (table.scale if table.scale != "any" else SCALES[modality][0])
     if scale == "auto":
         scale = _look(figures)
-        report.add("note", "scale", modality, f"taken as {_SAID[scale]}; values {_span(figures)}")
+        report.add("note", "scale", modality, f"taken as {_SCALE_NAMES[scale]}; values {_span(figures)}")
     _check_scale(modality, scale, figures, report)
     return replace(table, scale=scale)
 
@@ -144,7 +145,7 @@ def check_table(
 def _rounded_beta(
     modality: str, table: ModalityTable, figures: Figures, report: CohortReport
 ) -> tuple[ModalityTable, Figures]:
-    """Beta values that rounding put a hair outside of 0..1 are put back, and told."""
+    """Clip beta values that are outside 0..1 by a rounding error, and report it."""
     if not (figures.n_negative or figures.n_above_one) or not (
         figures.minimum >= -_ROUNDING and figures.maximum <= 1 + _ROUNDING
     ):
@@ -157,14 +158,14 @@ def _rounded_beta(
         "note",
         "clipped",
         modality,
-        f"{figures.share(count)} lie outside 0..1 by no more than {_ROUNDING:g} ({_span(figures)}), as rounding does: "
-        "put to 0 and 1",
+        f"{figures.share(count)} lie outside 0..1 by no more than {_ROUNDING:g} ({_span(figures)}), a rounding error: "
+        "set to 0 and 1",
     )
     table = replace(table, values=values)
     return table, measure(table)
 
 
-_SAID = {"counts": "counts (all integers)", "tpm": "TPM or the like", "log": "log values (taken as they are)"}
+_SCALE_NAMES = {"counts": "counts (all integers)", "tpm": "TPM or similar", "log": "log values (not transformed)"}
 
 
 def _look(figures: Figures) -> str:
@@ -187,7 +188,7 @@ def _check_finite(
         done = (
             "they will be filled with the mean of the training patients"
             if missing == "mean"
-            else "mend them, or choose `missing: mean` to fill them with the mean of the training patients"
+            else "correct them, or set `missing: mean` to fill them with the mean of the training patients"
         )
         report.add(
             "warning" if missing == "mean" else "error",
@@ -204,8 +205,8 @@ def _check_finite(
             "error",
             "infinite-values",
             modality,
-            f"{figures.n_infinite} value(s) are infinite, in patient(s) {few(who)}, feature(s) {few(what)}; a log of "
-            "zero, perhaps",
+            f"{figures.n_infinite} value(s) are infinite, in patient(s) {few(who)}, feature(s) {few(what)}; possibly "
+            "logarithms of zero",
             patients=who,
             features=what,
         )
@@ -227,34 +228,34 @@ def _scale_problem(scale: str, figures: Figures) -> str | None:
             return f"{outside} lie outside 0..1 and all are integers: these look like counts, not beta values"
         if negative and figures.maximum <= _LARGEST_M_VALUE:
             return f"{outside} lie outside 0..1: these look like M-values (`scale: m-value`), not beta values"
-        return f"{outside} lie outside 0..1, where beta values end"
+        return f"{outside} lie outside 0..1, the range of beta values"
     if scale == "m-value":
         if not negative and not figures.n_above_one:
             return "all lie in 0..1: these look like beta values (`scale: beta`)"
         if max(-figures.minimum, figures.maximum) > _LARGEST_M_VALUE:
-            return f"they reach beyond +-{_LARGEST_M_VALUE:g}, where M-values do not"
+            return f"they exceed +-{_LARGEST_M_VALUE:g}, the range of M-values"
     if scale in ("counts", "tpm"):
         if negative:
-            return f"{figures.share(negative)} are negative: log or standardised values, perhaps (`scale: log`)"
+            return f"{figures.share(negative)} are negative: possibly log or standardised values (`scale: log`)"
         if fractional and figures.maximum <= _LARGEST_LOG:
-            return f"none exceeds {_LARGEST_LOG:g}: these look like log values (`scale: log`), and log1p would be twice"
+            return f"none exceeds {_LARGEST_LOG:g}: these look like log values (`scale: log`); log1p is wrong for them"
     if scale == "counts" and fractional:
-        return f"{figures.share(fractional)} are no integers: TPM, perhaps (`scale: tpm`)"
+        return f"{figures.share(fractional)} are no integers: possibly TPM (`scale: tpm`)"
     if scale == "log" and figures.maximum > _LARGEST_LOG:
-        return f"they exceed {_LARGEST_LOG:g}: these look like TPM or counts, not logs"
+        return f"they exceed {_LARGEST_LOG:g}: these look like TPM or counts, not logarithms"
     if scale == "indicator" and (negative or fractional or figures.maximum > 2):
         return "0 and 1 (or 0, 1, 2 alleles) are expected"
     if scale == "copy-number" and max(-figures.minimum, figures.maximum) > _LARGEST_COPY_NUMBER:
-        return f"they reach beyond +-{_LARGEST_COPY_NUMBER:g}: no copy numbers and no log ratios are so large"
+        return f"they exceed +-{_LARGEST_COPY_NUMBER:g}: no copy numbers and no log ratios are so large"
     return None
 
 
 def _span(figures: Figures) -> str:
-    return f"run from {figures.minimum:.4g} to {figures.maximum:.4g}"
+    return f"range from {figures.minimum:.4g} to {figures.maximum:.4g}"
 
 
 def _without_tallies(modality: str, table: ModalityTable, report: CohortReport) -> ModalityTable:
-    """The table without the reads that a counting program could not assign: they are of no gene, and of no total."""
+    """The table without the counts of unassigned reads, which belong to no gene and must not be part of a total."""
     tallies = [at for at, name in enumerate(table.features) if name.startswith("__") or name in _STAR_TALLIES]
     if not tallies or len(tallies) == len(table.features):
         return table
@@ -263,7 +264,7 @@ def _without_tallies(modality: str, table: ModalityTable, report: CohortReport) 
         "note",
         "no-features",
         modality,
-        f"{len(names)} column(s) tally unassigned reads (of HTSeq or STAR) and were left out: {few(names)}",
+        f"{len(names)} column(s) count unassigned reads (of HTSeq or STAR) and were left out: {few(names)}",
         features=names,
     )
     kept = np.setdiff1d(np.arange(len(table.features)), tallies)
@@ -288,7 +289,7 @@ def _unique_features(
             "error",
             "duplicate-features",
             modality,
-            f"{len(twice)} feature name(s) occur more than once: {few(twice)}; mend them, or choose "
+            f"{len(twice)} feature name(s) occur more than once: {few(twice)}; correct them, or set "
             "`duplicate_features: mean`",
             features=twice,
         )

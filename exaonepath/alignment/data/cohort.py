@@ -1,4 +1,4 @@
-"""A cohort: patients, their molecular tables, their slides and labels, checked as a whole before training."""
+"""A cohort: patients with their molecular tables, slides and labels, checked as a whole before training."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from exaonepath.text import few
 
 @dataclass(frozen=True, eq=False)
 class Cohort:
-    """Patients and what is known of each.
+    """Patients and their data.
 
     Attributes:
-        patients: sorted ids, every one with at least the asked number of modalities.
-        modalities: tables of those of `OMICS` that are there; their patients are a sorted part of `patients`.
+        patients: sorted ids; each patient has at least the required number of modalities.
+        modalities: tables of the available modalities of `OMICS`; their patients are a sorted subset of `patients`.
         slides: slides of these patients.
-        labels: one row a patient, in the order of `patients`; NaN where nothing is known.
-        report: what the checks found.
+        labels: one row per patient, in the order of `patients`; NaN for unknown values.
+        report: findings of the checks.
     """
 
     patients: tuple[str, ...]
@@ -56,7 +56,7 @@ class Cohort:
         """The cohort of these patients (sorted, each once).
 
         Raises:
-            SettingsError: a patient is not of this cohort.
+            SettingsError: a patient is not in this cohort.
         """
         wanted = set(patients)
         unknown = sorted(wanted - set(self.patients))
@@ -73,14 +73,14 @@ class Cohort:
 
     @property
     def held(self) -> tuple[str, ...]:
-        """Names of the modalities that are there, the slide first."""
+        """Names of the available modalities, the slide first."""
         return (*((WSI,) if len(self.slides) else ()), *self.modalities)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of ids, feature names, values and slide names: equal cohorts have equal ones, wherever they lie.
+        """Hex digest of ids, feature names, values and slide names: equal for equal cohorts, in any folder.
 
-        Patch features count by their number and width only: reading them all would take as long as an epoch.
+        Only the number and width of patch features are included: reading them all would take as long as an epoch.
         """
         digest = hashlib.sha256()
         for name in sorted(self.modalities):
@@ -97,11 +97,11 @@ class Cohort:
 def load_cohort(config: CohortConfig) -> Cohort:
     """Read and check a cohort.
 
-    Every check runs, whatever the others found, so one call tells all there is to mend. Warnings and notes go to the
-    log and stay in `Cohort.report`.
+    All checks run, so one call reports all problems. Warnings and notes are logged and stored in `Cohort.report`.
 
     Raises:
-        CohortError: it cannot be used; the message lists every reason with the ids concerned, and how many more.
+        CohortError: the cohort cannot be used; the message lists every reason, with some of the affected ids and their
+            number.
     """
     report = CohortReport()
     tables, obs = read_tables(config, report)
@@ -154,7 +154,7 @@ def _assemble(
         shown = "; ".join(f"{name}: {len(ids)} patients, such as {few(sorted(ids), 2)}" for name, ids in owners.items())
         barcodes = any(tcga_patient(patient) for patient in everyone)
         advice = (
-            "; if these are barcodes of samples, `patient_ids: tcga` takes the patient from them" if barcodes else ""
+            "; if these are barcodes of samples, set `patient_ids: tcga` to extract the patients" if barcodes else ""
         )
         report.add(
             "error",
@@ -174,7 +174,7 @@ def _assemble(
     unused = [name for name, ids in owners.items() if patients and not ids & kept]
     for name in unused:
         others = sorted(frozenset().union(*(ids for other, ids in owners.items() if other != name)))
-        # What the user named is meant to be used; what a file holds beside may be of other patients.
+        # A modality that the user named must be usable. An additional one in a file may be of other patients.
         named = name in config.modalities or name == WSI
         report.add(
             "error" if named else "warning",
@@ -182,7 +182,7 @@ def _assemble(
             name,
             f"none of its {len(owners[name])} patients ({few(sorted(owners[name]), 3)}) has another modality; the "
             f"others have patients such as {few(others, 3)}; "
-            + ("mend the ids, or leave it out of the settings" if named else "left out"),
+            + ("correct the ids, or remove it from the settings" if named else "left out"),
             patients=sorted(owners[name]),
         )
     return Cohort(
@@ -195,7 +195,7 @@ def _assemble(
 
 
 def _rows_of(table: ModalityTable, patients: Iterable[str]) -> ModalityTable:
-    """Rows of these patients, sorted by id: nothing later depends on the order of a file."""
+    """Rows of these patients, sorted by id, so that no result depends on the order of a file."""
     wanted = patients if isinstance(patients, (set, frozenset)) else set(patients)
     order = sorted((patient, row) for row, patient in enumerate(table.patients) if patient in wanted)
     return replace(table.take([row for _, row in order]))

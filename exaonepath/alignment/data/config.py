@@ -1,4 +1,4 @@
-"""What makes a cohort: the files, and what they do not say of themselves."""
+"""Settings of a cohort: the files, and properties that the files do not state."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ Format = Literal["auto", "matrix", "maf", "gistic", "anndata"]
 
 @dataclass(frozen=True)
 class ModalitySource:
-    """Where a modality's table is, and what the file does not say of itself.
+    """The file of a modality's table, and properties that the file does not state.
 
     Attributes:
         path: the file.
         format: "matrix" (CSV, TSV, Parquet with ids), "maf", "gistic", "anndata" (.h5ad, or one modality of an .h5mu);
-            "auto" goes by the file name.
-        orientation: of a matrix; see `orient`.
-        scale: what the numbers are, one of `SCALES[modality]`; None: what the format says, or the usual scale.
+            "auto": inferred from the file name.
+        orientation: orientation of a matrix; see `orient`.
+        scale: scale of the numbers, one of `SCALES[modality]`; None: that of the format, or the usual scale.
         key: the modality's name inside an .h5mu file.
         duplicate_features: see `check_table`.
-        decimal: of a matrix of text: "." or ","; "auto" looks at its numbers and refuses what can be read in two ways.
-        annotation: of a matrix: names of further rows or columns that are no values; None: those of usual names are
-            left out, and what looks like one of another name is an error; a list, even an empty one, says there are
-            no others.
+        decimal: decimal separator of a text matrix: "." or ","; "auto": inferred from the numbers, with an error if
+            they are ambiguous.
+        annotation: names of additional rows or columns of a matrix that are no values. None: those with usual names are
+            left out, and others that look like annotation are an error. A list, even an empty one, is complete.
     """
 
     path: str | os.PathLike[str]
@@ -59,19 +59,19 @@ class ModalitySource:
 
 @dataclass(frozen=True)
 class CohortConfig:
-    """What makes a cohort.
+    """Settings of a cohort.
 
     Attributes:
-        mudata: a .h5mu file with modalities named rna, snp, cnv, methylation (others are left alone, and named).
+        mudata: a .h5mu file with modalities named rna, snp, cnv, methylation (others are ignored, with a warning).
         modalities: tables of single modalities; one given here replaces that of `mudata`.
         slides: the table of slides; None: a cohort without slides.
-        labels: a table with a column of patient ids and any others; it adds to the `obs` of `mudata`.
-        id_column: the column of `labels` that holds the ids; None: one called patient, Patient_ID, case_id or the like.
-        patient_ids: "as_is", or "tcga": ids are barcodes, of which the first three fields name the patient.
-        scales: for `mudata`, what the numbers of a modality are where it is not the usual scale.
-        missing: what to do about single missing values; see `check_table`.
-        min_modalities: patients with fewer are left out, and named.
-        feature_dim: width the slide encoder takes; None: any.
+        labels: a table with a column of patient ids and any others; it is combined with the `obs` of `mudata`.
+        id_column: the column of ids in `labels`; None: one named patient, Patient_ID, case_id or similar.
+        patient_ids: "as_is", or "tcga": ids are barcodes, whose first three fields are the patient id.
+        scales: for `mudata`: scales of modalities that do not have the usual scale.
+        missing: treatment of single missing values; see `check_table`.
+        min_modalities: patients with fewer modalities are left out, with a note that names them.
+        feature_dim: input width of the slide encoder; None: any.
         check_features: "full" or "header"; see `read_slides`.
     """
 
@@ -91,8 +91,8 @@ class CohortConfig:
         for name in (*self.modalities, *self.scales):
             if name not in OMICS:
                 raise SettingsError(f"unknown modality {name!r}; molecular modalities are {', '.join(OMICS)}")
-        told = {**self.scales, **{name: s.scale for name, s in self.modalities.items() if s.scale is not None}}
-        for name, scale in told.items():
+        given = {**self.scales, **{name: s.scale for name, s in self.modalities.items() if s.scale is not None}}
+        for name, scale in given.items():
             if scale not in SCALES[name]:
                 raise SettingsError(f"scale {scale!r} of {name} is not one of {', '.join(SCALES[name])}")
         _one_of("patient_ids", self.patient_ids, get_args(PatientIds))
@@ -105,7 +105,7 @@ class CohortConfig:
 
     @staticmethod
     def from_folder(folder: str | os.PathLike[str], **settings: Any) -> CohortConfig:
-        """The cohort of a folder with `cohort.h5mu` and, where there are such, `slides.csv` and `labels.csv`.
+        """The cohort of a folder with `cohort.h5mu` and, if they exist, `slides.csv` and `labels.csv`.
 
         Args:
             folder: the folder.
@@ -131,7 +131,7 @@ class CohortConfig:
             base: the folder that relative paths start from.
 
         Raises:
-            SettingsError: an unknown key, or a value that cannot be used.
+            SettingsError: a key is unknown, or a value is not valid.
         """
         data = dict(data)
         _known_keys("the cohort", data, CohortConfig)

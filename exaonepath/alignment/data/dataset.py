@@ -1,4 +1,4 @@
-"""Patients as a torch data set: ragged slides, molecular inputs, and which of them are there."""
+"""Patients as a torch data set: slides of different lengths, molecular inputs, and their availability."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class PatientRow:
 
     Attributes:
         patient: id.
-        patient_index: its place in `Cohort.patients`; rows of one patient share it (the loss's patient id).
+        patient_index: its index in `Cohort.patients`; rows of one patient share it (the loss's patient id).
         slides: none, one or several.
-        omics: modality to float32 [F]; zeros where the patient lacks it.
+        omics: modality to float32 [F]; zeros if the patient lacks it.
         available: bool [5], in the order of `MODALITIES`.
     """
 
@@ -45,11 +45,11 @@ class PatientRow:
 
 
 class PatientDataset(Dataset[PatientRow]):
-    """Patients of a cohort, ready for a model.
+    """Patients of a cohort as inputs of a model.
 
-    What row i of epoch e holds depends on (seed, e, patient) alone: not on the worker, the order, or earlier rows. The
-    epoch lives in shared memory, so `set_epoch` reaches workers that are kept from one epoch to the next. No file stays
-    open between rows; features are kept up to `cache_bytes` in each process.
+    The content of row i of epoch e depends only on (seed, e, patient), not on the worker, the order, or earlier rows.
+    The epoch is in shared memory, so `set_epoch` also has an effect on workers that persist between epochs. No file
+    stays open between rows. Each process caches features of up to `cache_bytes`.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class PatientDataset(Dataset[PatientRow]):
     ) -> None:
         """Args:
             cohort: from `load_cohort`.
-            standardizer: fitted on training patients; the cohort is aligned with it here.
-            patients: which patients; None: all.
-            slides: "one": one row a patient, one slide drawn each epoch; "all": one row a patient with all its slides
-                (evaluation); "rows": one row a slide (and one for a patient without any), several rows a patient.
-            patch_budget: patches a slide at most, whole fragments (`choose_patches`); None: all.
-            seed: of the draws.
-            cache_bytes: bound of the patch features kept in memory by each process; 0 keeps none.
+            standardizer: fitted on training patients; the cohort is aligned with it.
+            patients: ids of the patients; None: all.
+            slides: "one": one row per patient, with one random slide each epoch; "all": one row per patient with all
+                its slides (evaluation); "rows": one row per slide (and one for a patient without slides).
+            patch_budget: largest number of patches per slide, whole fragments (`choose_patches`); None: all.
+            seed: seed of the random choices.
+            cache_bytes: largest size of the patch features that each process caches; 0: no cache.
 
         Raises:
-            CohortError: the cohort does not fit the standardizer. SettingsError: an argument cannot be used.
+            CohortError: the cohort does not match the standardizer. SettingsError: an argument is not valid.
         """
         if slides not in ("one", "all", "rows"):
             raise SettingsError(f"slides is {slides!r}; it must be one, all or rows")
@@ -84,7 +84,7 @@ class PatientDataset(Dataset[PatientRow]):
         self.cohort = cohort if patients is None else cohort.subset(patients)
         self.omics, self.report = standardizer.align(self.cohort)
         self.dims = standardizer.manifest.dims
-        # Places in the whole cohort, so that parts of one cohort agree on them.
+        # Indices in the whole cohort, so that they are equal in all subsets of a cohort.
         place = {patient: at for at, patient in enumerate(cohort.patients)}
         self._place = [place[patient] for patient in self.cohort.patients]
         self._row_of = {
@@ -110,11 +110,11 @@ class PatientDataset(Dataset[PatientRow]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that draws are made for."""
+        """The epoch of the random choices."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the draws of this epoch from now on, in every worker too; call it before iterating."""
+        """Use the random choices of this epoch, also in every worker; call it before an iteration."""
         self._epoch.fill_(epoch)
 
     def __getitem__(self, row: int) -> PatientRow:
@@ -150,12 +150,13 @@ class PatientDataset(Dataset[PatientRow]):
         if self.patch_budget is not None and len(features) > self.patch_budget:
             rows = choose_patches(coords, contours, self.patch_budget, rng)
             features, coords, contours = features[rows], coords[rows], contours[rows]
-        # Copies: what a caller does to a row in place must not reach the cache.
+        # Copies, because a caller may change a row in place, which must not change the cache.
         return SlidePatches(torch.tensor(features), torch.tensor(coords), torch.tensor(contours), slide.slide)
 
 
 class FeatureCache:
-    """Features files read lately, the least recently used dropped first; not sent to other processes."""
+    """A cache of features files that drops the least recently used first. Its content is not sent to other
+    processes."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -163,7 +164,7 @@ class FeatureCache:
         self._held: OrderedDict[Path, FeatureSet] = OrderedDict()
 
     def read(self, path: Path, dim: int) -> FeatureSet:
-        """The contents of a features file; `DataFileError` where it cannot be used (any more)."""
+        """The contents of a features file; raises `DataFileError` if it cannot be read."""
         if path in self._held:
             self._held.move_to_end(path)
             return self._held[path]
@@ -189,9 +190,9 @@ def _n_bytes(features: FeatureSet) -> int:
 
 
 def collate_patients(rows: Sequence[PatientRow]) -> PatientBatch:
-    """Rows to a batch; slides are joined, one after the other, without padding."""
+    """A batch of rows; slides are concatenated without padding."""
     names = rows[0].omics if rows else {}
-    there = (
+    available = (
         torch.stack([row.available for row in rows]) if rows else torch.zeros((0, len(MODALITIES)), dtype=torch.bool)
     )
     has_slides = any(row.slides for row in rows)
@@ -200,7 +201,7 @@ def collate_patients(rows: Sequence[PatientRow]) -> PatientBatch:
         len(rows),
         [row.slides for row in rows] if has_slides else None,
         {name: torch.stack([row.omics[name] for row in rows]) for name in names},
-        {name: there[:, MODALITIES.index(name)] for name in held},
+        {name: available[:, MODALITIES.index(name)] for name in held},
         tuple(row.patient for row in rows),
         torch.tensor([row.patient_index for row in rows], dtype=torch.int64),
     )

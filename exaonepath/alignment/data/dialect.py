@@ -1,4 +1,4 @@
-"""How a table of text is written: what separates its columns, and what its numbers have for decimals and thousands."""
+"""The format of a text table: column separator, and decimal and thousands separators of its numbers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from exaonepath.errors import DataFileError
 
 Decimal = Literal["auto", ".", ","]
 
-# Enough to tell, and nothing beside a table of any size.
+# Size of the sample: enough to infer the format, and small compared with a table.
 _SAMPLE_CHARACTERS, _SAMPLE_LINES = 1 << 18, 500
 _SEPARATORS = ("\t", ";", ",")
 SEPARATOR_NAMES = {"\t": "tabs", ";": "semicolons", ",": "commas"}
 
 _WITH_COMMA = re.compile(r"[+-]?\d*,\d+(?:[eE][+-]?\d+)?")
-_ONE_GROUP = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")  # 1,234: one and a bit, or a thousand
+_ONE_GROUP = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")  # 1,234: ambiguous, 1.234 or 1234
 _GROUPS = re.compile(r"[+-]?\d{1,3}(?:(?:,\d{3}){2,}|(?:,\d{3})+\.\d*)(?:[eE][+-]?\d+)?")
 _POINT_GROUPS = re.compile(r"[+-]?\d{1,3}(?:\.\d{3})+,\d+|[+-]?\d{1,3}(?:\.\d{3}){2,}")
 _WITH_POINT = re.compile(r"[+-]?\d*\.\d+(?:[eE][+-]?\d+)?")
@@ -33,9 +33,9 @@ class Sample:
     """The beginning of a table of text.
 
     Attributes:
-        separator: between columns. skip: lines of comment before the header.
+        separator: column separator. skip: number of comment lines before the header.
         header: its names, as written. rows: the first rows, as written.
-        quoting: of the `csv` module.
+        quoting: a constant of the `csv` module.
     """
 
     separator: str
@@ -47,14 +47,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Marks of numbers: of decimals, and of thousands where there is one."""
+    """Decimal separator of numbers, and their thousands separator if there is one."""
 
     decimal: str = "."
     thousands: str | None = None
 
     @property
-    def told(self) -> str:
-        """In words; empty for plain numbers."""
+    def description(self) -> str:
+        """The separators in words; empty for plain numbers."""
         words = ["decimal commas"] if self.decimal == "," else []
         if self.thousands:
             words.append(f"{self.thousands!r} between thousands")
@@ -62,13 +62,13 @@ class Numbers:
 
 
 def sample_of(path: Path, quoting: int = csv.QUOTE_MINIMAL, separators: Sequence[str] = _SEPARATORS) -> Sample:
-    """Read the beginning of a table of text and find what separates its columns.
+    """Read the beginning of a text table and infer its column separator.
 
-    Lines that begin with "#" before the header are comments. What separates is what gives the rows as many fields as
-    the header (or one more, as R writes it); the name of the file decides only where the content leaves a choice.
+    Lines that begin with "#" before the header are comments. With the right separator, rows have as many fields as the
+    header (or one more, in files of R). The name of the file decides only if the content is ambiguous.
 
     Raises:
-        DataFileError: the file is of another kind, and named. One of `UNREADABLE`: it cannot be read.
+        DataFileError: the file is of another kind, which the message names. One of `UNREADABLE`: it cannot be read.
     """
     refuse_foreign(path)
     lines: list[str] = []
@@ -90,7 +90,7 @@ def sample_of(path: Path, quoting: int = csv.QUOTE_MINIMAL, separators: Sequence
 
 
 def _quality(lines: list[str], separator: str, quoting: int) -> tuple[int, int]:
-    """How well a separator explains the lines: (kind of fit, whether there is anything to separate)."""
+    """Quality of a separator, for comparison: (how well rows match the header, whether lines have several fields)."""
     counts = [
         len(next(csv.reader([line], delimiter=separator)))
         if '"' in line and quoting != csv.QUOTE_NONE
@@ -108,13 +108,12 @@ def _quality(lines: list[str], separator: str, quoting: int) -> tuple[int, int]:
 
 
 def numbers_of(path: Path, cells: Iterable[str], decimal: str = "auto") -> Numbers:
-    """What the numbers among these cells have for decimals and thousands.
+    """Infer the decimal and thousands separators of the numbers in these cells.
 
     Raises:
-        DataFileError: it cannot be told, or some cells speak for the one and some for the other; the message names
-            them, and the option.
+        DataFileError: the numbers are ambiguous, or cells contradict each other; the message names them and the option.
     """
-    seen: dict[str, str] = {}  # what a cell speaks for, and the first that does
+    seen: dict[str, str] = {}  # kind of number to the first cell of this kind
     for cell in cells:
         cell = cell.strip()
         if "," in cell or "." in cell or "'" in cell or "\u2019" in cell or " " in cell or "\u00a0" in cell:
@@ -139,8 +138,8 @@ def numbers_of(path: Path, cells: Iterable[str], decimal: str = "auto") -> Numbe
         return Numbers(".", ",")
     if "one group" in seen:
         raise DataFileError(
-            f"{path}: whether the comma of {seen['one group']!r} is for decimals or between thousands cannot be told; "
-            "set its `decimal` to ',' (one and a bit) or '.' (thousands)"
+            f"{path}: the comma of {seen['one group']!r} may be a decimal comma or a thousands separator; set its "
+            "`decimal` to ',' (decimal comma) or '.' (thousands separator)"
         )
     return Numbers()
 
@@ -164,7 +163,7 @@ def _kind(cell: str) -> str:
 
 
 def plain_number(cell: str, numbers: Numbers) -> str | None:
-    """A number as a decimal point would write it, or None where the marks do not stand as they must."""
+    """A number with a decimal point and without thousands separators; None if its separators are misplaced."""
     text = cell.strip()
     if numbers.thousands:
         mark, point = re.escape(numbers.thousands), re.escape(numbers.decimal)

@@ -1,4 +1,4 @@
-"""Formats that carry molecular profiles under names of their own: MAF, GISTIC gene tables, MuData and AnnData."""
+"""Readers of molecular profiles in special formats: MAF, GISTIC gene tables, MuData and AnnData."""
 
 from __future__ import annotations
 
@@ -29,22 +29,24 @@ from exaonepath.text import few
 _MAF_COLUMNS = ("Hugo_Symbol", "Tumor_Sample_Barcode", "Variant_Classification")
 _GISTIC_ANNOTATION = ("gene symbol", "gene id", "locus id", "cytoband")
 
-# Above this share of zeros a CSR matrix (a value and a column number each) is the smaller of the two.
+# Above this share of zeros, a CSR matrix (a value and a column number per entry) is smaller than a dense one.
 _SPARSE_FROM = 0.6
 
 
 def read_maf(path: str | os.PathLike[str], report: CohortReport) -> ModalityTable:
     """Non-silent mutations of a MAF file: patients x genes, 1 where the gene has one, CSR.
 
-    A sample that has silent mutations only is there, with zeros; one without any row is not in a MAF, and hence absent.
+    A sample with only silent mutations has a row of zeros. A sample without mutations has no row in a MAF, so it is
+    absent.
 
     Raises:
-        DataFileError: not a table, or it lacks a column of the MAF specification.
+        DataFileError: the file is no table, or lacks a column of the MAF specification.
     """
     path = Path(path)
     check_file(path)
     try:
-        # The format has no quoting: a quote that begins a field would swallow what follows. R writes some in pairs.
+        # The format has no quoting: with quoting, a quote at the start of a field would include all following lines.
+        # R writes quotes in pairs; they are removed below.
         sample = sample_of(path, csv.QUOTE_NONE)
         named = [_maf_column(name) for name in sample.header]
         missing = [name for name in _MAF_COLUMNS if name not in named]
@@ -54,7 +56,7 @@ def read_maf(path: str | os.PathLike[str], report: CohortReport) -> ModalityTabl
         frame = pd.read_csv(
             path,
             sep=sample.separator,
-            # "#version 2.4" lines come first; comment="#" will not do, for "#" may stand inside a field.
+            # Skips "#version 2.4" lines. comment="#" cannot be used, because "#" may occur inside a field.
             skiprows=sample.skip + 1,
             header=None,
             dtype=str,
@@ -69,10 +71,10 @@ def read_maf(path: str | os.PathLike[str], report: CohortReport) -> ModalityTabl
     changing, unknown = sort_terms(frame["Variant_Classification"])
     if unknown:
         counted = few([f"{term or 'nothing'} ({count})" for term, count in unknown.items()])
-        told = f"{path}: variant class(es) {counted} are neither of the MAF specification nor terms of VEP"
+        problem = f"{path}: variant class(es) {counted} are neither of the MAF specification nor terms of VEP"
         if sum(unknown.values()) == len(frame):
-            raise DataFileError(f"{told}, and there are no others: nothing says which variants change a protein")
-        report.add("warning", "unknown-variant-class", "snp", f"{told}; counted as silent")
+            raise DataFileError(f"{problem}, and there are no others: it is unknown which variants change a protein")
+        report.add("warning", "unknown-variant-class", "snp", f"{problem}; counted as silent")
     samples = sorted(set(frame["Tumor_Sample_Barcode"]))
     hits = frame[frame["Variant_Classification"].isin(list(changing))]
     genes = sorted(set(hits["Hugo_Symbol"]) - {"", "Unknown"})
@@ -80,7 +82,7 @@ def read_maf(path: str | os.PathLike[str], report: CohortReport) -> ModalityTabl
     rows = pd.Index(samples).get_indexer(hits["Tumor_Sample_Barcode"])
     columns = pd.Index(genes).get_indexer(hits["Hugo_Symbol"])
     values = sparse.csr_matrix((np.ones(len(hits), np.float32), (rows, columns)), (len(samples), len(genes)))
-    values.data[:] = 1  # several mutations of one gene were added up
+    values.data[:] = 1  # the constructor added several mutations of one gene
     report.add(
         "note",
         "read",
@@ -92,13 +94,13 @@ def read_maf(path: str | os.PathLike[str], report: CohortReport) -> ModalityTabl
 
 
 def _maf_column(name: str) -> str:
-    """The name of the specification for a column of a MAF, whatever its capitals; other names as they are."""
+    """The name of a MAF column as in the specification, ignoring case; other names unchanged."""
     name = clean_name(clean_name(name).strip('"'))
     return {known.lower(): known for known in _MAF_COLUMNS}.get(name.lower(), name)
 
 
 def format_of_header(names: Sequence[str]) -> str | None:
-    """ "maf" or "gistic" where the header of a table of text is of such a one, whatever the file is called."""
+    """ "maf" or "gistic" if the header of a text table has the columns of that format, for any file name."""
     lower = {clean_name(clean_name(name).strip('"')).lower() for name in names}
     if len({"tumor_sample_barcode", "variant_classification"} & lower) == 2:
         return "maf"
@@ -108,10 +110,10 @@ def format_of_header(names: Sequence[str]) -> str | None:
 def read_gistic(path: str | os.PathLike[str], *, decimal: str = "auto") -> ModalityTable:
     """A GISTIC gene table (`all_thresholded.by_genes.txt`, `all_data_by_genes.txt`): patients x genes.
 
-    Columns `Gene Symbol`, then `Locus ID` or `Gene ID`, and `Cytoband`, then one a sample.
+    Columns `Gene Symbol`, then `Locus ID` or `Gene ID`, and `Cytoband`, then one per sample.
 
     Raises:
-        DataFileError: not such a table, or a cell is no number.
+        DataFileError: it is not such a table, or a cell is no number.
     """
     table = read_annotated_matrix(path, _GISTIC_ANNOTATION, decimal=decimal)
     return ModalityTable(table.patients, table.features, table.values, "copy-number", table.source)
@@ -123,7 +125,7 @@ def read_mudata(path: str | os.PathLike[str]) -> tuple[dict[str, ModalityTable],
     `X` of every modality is read a block at a time as float32, or kept sparse. Nothing else of the file is read.
 
     Raises:
-        DataFileError: not HDF5, not MuData, or a modality that cannot be read.
+        DataFileError: the file is not HDF5, not MuData, or a modality cannot be read.
     """
     path = Path(path)
     with _open(path) as file:
@@ -137,14 +139,14 @@ def read_anndata(path: str | os.PathLike[str], key: str | None = None) -> Modali
     """One modality: an .h5ad file, or modality `key` of an .h5mu file.
 
     Raises:
-        DataFileError: not such a file, or no such modality in it.
+        DataFileError: it is not such a file, or has no such modality.
     """
     path = Path(path)
     with _open(path) as file:
         if "mod" not in file:
             return _annotated(path, path.stem, file)
         if key is None or key not in file["mod"]:
-            raise DataFileError(f"{path} holds the modalities {sorted(file['mod'])}; say which with `key`, not {key!r}")
+            raise DataFileError(f"{path} has the modalities {sorted(file['mod'])}; name one with `key`, not {key!r}")
         return _annotated(path, key, file["mod"][key])
 
 
@@ -164,7 +166,7 @@ def _annotated(path: Path, name: str, group: h5py.Group) -> ModalityTable:
 
 
 def read_dense(dataset: h5py.Dataset) -> np.ndarray:
-    """float32 [P, F] of an HDF5 dataset of numbers, without holding it in its stored, wider type."""
+    """float32 [P, F] of an HDF5 dataset of numbers, without loading all of it in its stored, wider dtype."""
     if dataset.ndim != 2 or dataset.dtype.kind not in "fiub":
         kind = f"{dataset.dtype} {list(dataset.shape)}"
         raise DataFileError(f"{dataset.file.filename}: {dataset.name} is {kind}, not a matrix of numbers")
@@ -176,7 +178,7 @@ def read_dense(dataset: h5py.Dataset) -> np.ndarray:
 
 
 def sparse_where_smaller(table: ModalityTable) -> ModalityTable:
-    """The table with its values in whichever of dense and CSR takes less memory."""
+    """The table with its values as a dense array or CSR matrix, whichever needs less memory."""
     if table.is_sparse:
         density = table.values.nnz / max(1, len(table.patients) * len(table.features))
         if density <= 1 - _SPARSE_FROM:
@@ -190,7 +192,7 @@ def sparse_where_smaller(table: ModalityTable) -> ModalityTable:
 
 @contextmanager
 def _open(path: Path) -> Iterator[h5py.File]:
-    """`open_h5` for files that come from elsewhere: they cannot be made again by a stage of ours."""
+    """`open_h5_tree` for files of other programs: the advice in the message is to download them again."""
     ours: DataFileError | None = None
     try:
         with open_h5_tree(path) as file:
@@ -213,7 +215,7 @@ def _element(group: Any) -> Any:
         return read_elem(group)
     except MemoryError:
         raise
-    # What anndata makes of a damaged or foreign part is of many types, some private.
+    # anndata raises errors of many types for a damaged or unknown element, and some of them are private.
     except Exception as exc:
         raise DataFileError(
             f"{group.file.filename}: {group.name} cannot be read as a part of AnnData ({short_reason(exc)}); write the "
@@ -226,7 +228,7 @@ def _sparse(group: h5py.Group) -> sparse.csr_matrix:
     if not sparse.issparse(values) or values.format not in ("csr", "csc"):
         raise DataFileError(f"{group.file.filename}: {group.name} is neither a dense nor a CSR or CSC matrix")
     try:
-        # Indices that point outside would be followed by any further step, into memory that is not the matrix's.
+        # Without this check, later steps would use indices outside the matrix to access other memory.
         values.check_format(full_check=True)
     except ValueError as exc:
         raise DataFileError(f"{group.file.filename}: {group.name} is a damaged sparse matrix ({exc})") from exc

@@ -1,4 +1,4 @@
-"""Reading a small table of text (slides, labels), every cell as it is written."""
+"""Reader of a small text table (slides, labels), with every cell as written."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from exaonepath.errors import DataFileError
 
 
 def read_frame(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """A small table of text (slides, labels) from CSV, TSV or Parquet, every column as it is, ids left as text.
+    """A small text table (slides, labels) from CSV, TSV or Parquet, with all columns; ids stay text.
 
-    Lines that begin with "#" before the header, as cBioPortal writes them, are left out.
+    Lines that begin with "#" before the header (in files of cBioPortal) are skipped.
 
     Raises:
         DataFileError: the file is missing, empty or not a table.
@@ -28,7 +28,7 @@ def read_frame(path: str | os.PathLike[str]) -> pd.DataFrame:
         if is_parquet(path):
             return pd.read_parquet(path)
         sample = sample_of(path)
-        # Ids such as "0012" or "NA" stay what they are: nothing is turned into a number or a missing value here.
+        # No cell is converted to a number or a missing value, so ids such as "0012" or "NA" are not changed.
         frame = pd.read_csv(
             path, sep=sample.separator, skiprows=sample.skip, dtype=str, keep_default_na=False, encoding="utf-8-sig"
         )

@@ -1,4 +1,4 @@
-"""Which column of a table holds the ids of patients: the one the user names, or one whose name says so."""
+"""Find the column of patient ids in a table: the one that the user names, or one with a usual name."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ _NAMES = """
 """
 
 
-def patient_column(columns: Sequence[str], source: str, told: str | None = None) -> str:
+def patient_column(columns: Sequence[str], source: str, wanted: str | None = None) -> str:
     """Name of the column of patient ids.
 
     Args:
         columns: all names of the table.
-        source: of the table, for messages.
-        told: the name the user gives; capitals, blanks and marks may differ where only one column is meant.
+        source: name of the table, for messages.
+        wanted: the name that the user gives; case, blanks and punctuation are ignored if only one column matches.
 
     Raises:
-        DataFileError: there is none, or several could be it; the message names the option.
+        DataFileError: no column or several columns match; the message names the option.
     """
-    if told is not None:
-        if told in columns:
-            return told
-        found = [name for name in columns if _plain(name) == _plain(told)]
+    if wanted is not None:
+        if wanted in columns:
+            return wanted
+        found = [name for name in columns if _plain(name) == _plain(wanted)]
         if len(found) == 1:
             return found[0]
-        raise DataFileError(f"{source} has no column {told!r} (`id_column`); it has {_shown(columns)}")
+        raise DataFileError(f"{source} has no column {wanted!r} (`id_column`); it has {_shown(columns)}")
     if "patient" in columns:
         return "patient"
     found = [name for name in columns if _plain(name) in _NAMES.split()]
@@ -38,12 +38,12 @@ def patient_column(columns: Sequence[str], source: str, told: str | None = None)
         return found[0]
     if found:
         raise DataFileError(
-            f"{source}: {' and '.join(map(repr, found))} may both hold the patients' ids; say which with `id_column` "
-            "(--id-column), or call it patient"
+            f"{source}: {' and '.join(map(repr, found))} may both be the column of patient ids; name one with "
+            "`id_column` (--id-column), or rename it to patient"
         )
     raise DataFileError(
-        f"{source} lacks the column patient; it has {_shown(columns)}; say which holds the patients' ids with "
-        "`id_column` (--id-column), or call it patient"
+        f"{source} lacks the column patient; it has {_shown(columns)}; name the column of patient ids with `id_column` "
+        "(--id-column), or rename it to patient"
     )
 
 

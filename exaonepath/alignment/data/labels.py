@@ -1,4 +1,4 @@
-"""Labels of patients: from the `obs` of a MuData file and from a table, one row a patient, held against the cohort."""
+"""Labels of patients, from the `obs` of a MuData file and from a table with one row per patient."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from exaonepath.alignment.data.report import CohortReport
 from exaonepath.errors import ExaonePathError
 from exaonepath.text import few
 
-# What R, spreadsheets and the clinical tables of TCGA write where nothing is known; in a column of ids it is an id.
+# Missing values as written by R, spreadsheets and the clinical tables of TCGA. In a column of ids, these are ids.
 _NOT_AVAILABLE = ("NA", "N/A", "#N/A", "nan", "NaN", "[Not Available]", "[Not Applicable]")
 _SHOWN = _NOT_AVAILABLE[:2]
 
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """Labels, one row a patient.
+    """Labels, one row per patient.
 
     Attributes:
-        frame: index: patient ids, each once.
-        source: the table that the user takes labels from; empty where there is none.
-        named: patients that `source` has a row of.
+        frame: labels; index: patient ids, each once.
+        source: the table of labels; empty if there is none.
+        named: patients that have a row in `source`.
     """
 
     frame: pd.DataFrame
@@ -39,7 +39,7 @@ class Labels:
     named: frozenset[str] = frozenset()
 
     def check(self, patients: Sequence[str], report: CohortReport) -> None:
-        """Report patients of a cohort that `source` does not name: all of them is an error."""
+        """Report patients of a cohort that are not in `source`; if none is, this is an error."""
         if not self.source or not patients:
             return
         lacking = [patient for patient in patients if patient not in self.named]
@@ -49,7 +49,7 @@ class Labels:
                 "no-common-labels",
                 "labels",
                 f"{self.source} names none of the cohort's {len(patients)} patients (such as {few(patients[:3])}); "
-                f"it names {few(sorted(self.named), 3) or 'nobody'}; mend the ids, or leave the labels out",
+                f"it names {few(sorted(self.named), 3) or 'nobody'}; correct the ids, or remove the labels",
             )
         elif lacking:
             report.add(
@@ -63,7 +63,7 @@ class Labels:
 
 
 def read_labels(obs: pd.DataFrame, config: CohortConfig, report: CohortReport) -> Labels:
-    """The table of labels of `config`, with `obs` for what it does not say; problems go into the report."""
+    """The table of labels of `config`, with values of `obs` for its missing cells; problems are added to the report."""
     obs = obs.set_axis(obs.index.map(clean_name))
     obs = _one_row_a_patient(obs, config.patient_ids, f"the obs of {config.mudata}", report)
     held = Labels(obs, f"the obs of {config.mudata}", frozenset(obs.index)) if len(obs.columns) else Labels(obs)
@@ -85,7 +85,8 @@ def read_labels(obs: pd.DataFrame, config: CohortConfig, report: CohortReport) -
 
 
 def _one_row_a_patient(frame: pd.DataFrame, ids: PatientIds, source: str, report: CohortReport) -> pd.DataFrame:
-    """Rows by patient: of barcodes the rows that a molecular table would keep, united where they agree."""
+    """One row per patient. With barcodes: the rows of the same samples as in a molecular table, merged if they
+    agree."""
     if ids == "tcga":
         samples = tuple(frame.index)
         parsed = [tcga_patient(name) for name in samples]
@@ -122,7 +123,7 @@ def _one_row_a_patient(frame: pd.DataFrame, ids: PatientIds, source: str, report
 
 
 def _numbers_where_all(frame: pd.DataFrame, source: str, report: CohortReport) -> pd.DataFrame:
-    """Columns whose every filled cell is a number as numbers; empty cells, "NA" and the like as missing."""
+    """Convert columns of numbers to numbers, and empty cells, "NA" and similar to missing values."""
     out = {}
     absent: dict[str, int] = {}
     for name in frame.columns:
@@ -136,13 +137,15 @@ def _numbers_where_all(frame: pd.DataFrame, source: str, report: CohortReport) -
             numbers = _marked_numbers(str(name), column, source, report)
         out[name] = column if numbers is None else numbers
     if absent:
-        told = few([f"{name} ({count})" for name, count in absent.items()])
-        report.add("note", "na-labels", "labels", f"cells of {' or '.join(_SHOWN)} and the like are missing, in {told}")
+        counted = few([f"{name} ({count})" for name, count in absent.items()])
+        report.add(
+            "note", "na-labels", "labels", f"cells with {' or '.join(_SHOWN)} or similar count as missing, in {counted}"
+        )
     return pd.DataFrame(out, index=frame.index)
 
 
 def _marked_numbers(name: str, column: pd.Series, source: str, report: CohortReport) -> pd.Series | None:
-    """The numbers of a column of text with decimal commas or marks between thousands; None where it is text."""
+    """The numbers of a text column with decimal commas or thousands separators; None if it is text."""
     cells = [cell for cell in column.dropna() if isinstance(cell, str)]
     if not any("," in cell for cell in cells):
         return None
@@ -154,13 +157,13 @@ def _marked_numbers(name: str, column: pd.Series, source: str, report: CohortRep
             "warning",
             "numbers",
             "labels",
-            f"column {name!r} is taken as text: its numbers, such as {marked!r}, can be read in two ways; write them "
-            "with a decimal point and nothing between thousands",
+            f"column {name!r} is taken as text: its numbers, such as {marked!r}, are ambiguous; write them with a "
+            "decimal point and without thousands separators",
         )
         return None
     plain = column.map(lambda cell: plain_number(cell, marks) if isinstance(cell, str) else cell)
     numbers = pd.to_numeric(plain, errors="coerce")
-    if not marks.told or not numbers.notna().equals(column.notna()):
+    if not marks.description or not numbers.notna().equals(column.notna()):
         return None
-    report.add("note", "numbers", "labels", f"column {name!r} is taken as numbers with {marks.told}")
+    report.add("note", "numbers", "labels", f"column {name!r} is taken as numbers with {marks.description}")
     return numbers

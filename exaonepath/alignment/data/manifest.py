@@ -1,4 +1,4 @@
-"""The features a model was trained on, by name: what it carries, and what a cohort is held against."""
+"""The features of a model by name, and their comparison with those of a cohort."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from exaonepath.text import few
 
 @dataclass(frozen=True)
 class FeatureManifest:
-    """Names and order of the features of each modality a model takes.
+    """Names and order of a model's features of each modality.
 
     Attributes:
         features: modality to feature names, in the order of the model's inputs.
@@ -44,7 +44,7 @@ class FeatureManifest:
         """The inverse of `as_dict`.
 
         Raises:
-            ConfigError: not lists of distinct names.
+            ConfigError: the values are not lists of distinct names.
         """
         features = {}
         for name, names in data.items():
@@ -56,10 +56,9 @@ class FeatureManifest:
         return FeatureManifest(features)
 
     def columns(self, modality: str, table: ModalityTable, report: CohortReport) -> np.ndarray:
-        """Column of `table` for each feature of the manifest, -1 where the table lacks it: int64 [F].
+        """Column of `table` for each feature of the manifest, -1 if the table lacks it: int64 [F].
 
-        What is lacking, what is not used, and what is done about it goes into the report; nothing in common is an
-        error there.
+        Missing and unused features are added to the report. If no feature is in common, this is an error.
         """
         names = self.features[modality]
         at = {name: column for column, name in enumerate(table.features)}
@@ -71,7 +70,7 @@ class FeatureManifest:
                 "no-common-features",
                 modality,
                 f"none of the model's {len(names)} features (such as {few(names, 3)}) is among the cohort's "
-                f"{len(table.features)} (such as {few(table.features, 3)}); are these other identifiers?",
+                f"{len(table.features)} (such as {few(table.features, 3)}); these may be other identifiers",
                 features=lacking,
             )
         elif lacking:
@@ -91,27 +90,27 @@ class FeatureManifest:
                 "note",
                 "unused-features",
                 modality,
-                f"{unused} feature(s) of the cohort are not the model's and are left out: {few(others)}",
+                f"{unused} feature(s) of the cohort are not features of the model and are left out: {few(others)}",
                 features=others,
             )
         return columns
 
 
-# Totals over other columns than in training: above this share of names and of counts it is worth a warning.
+# If totals include other columns than in training, a warning is logged above this share of names or counts.
 _OTHER_TOTALS = 0.01
 
 
 def check_totals(
     modality: str, table: ModalityTable, features: Sequence[str], measured: Sequence[str], report: CohortReport
 ) -> None:
-    """Warn where counts per million would be of other columns than those of the training cohort.
+    """Report a warning if counts per million are computed over other columns than in training.
 
     Args:
-        modality: whose table.
+        modality: modality of the table.
         table: counts.
         features: the model's features.
-        measured: all columns of the training table; empty where the model does not tell: then no less than `features`.
-        report: takes the warning.
+        measured: all columns of the training table; empty if the model does not store them: `features` is used then.
+        report: receives the warning.
     """
     trained = measured or features
     known, held = set(trained), set(table.features)
@@ -121,26 +120,27 @@ def check_totals(
         return
     share = _share_of_counts(table, surplus)
     if share <= _OTHER_TOTALS and len(lacking) <= _OTHER_TOTALS * len(trained):
-        return  # a feature that nobody expresses was dropped in training, and counts nothing here
-    told, follows = [], []
+        return  # features that no training patient expresses were dropped in training, and add nothing to a total here
+    differences, effects = [], []
     if surplus:
-        told.append(
-            f"{len(surplus)} are surplus ({few([table.features[at] for at in surplus], 3)}) and hold "
+        differences.append(
+            f"{len(surplus)} are additional ({few([table.features[at] for at in surplus], 3)}) and have "
             f"{100 * share:.2g}% of the counts"
         )
-        follows.append(f"the others are put to {100 * (1 - share):.3g}% of what they would be")
+        effects.append(f"the others are scaled to {100 * (1 - share):.3g}% of their value in training")
     if lacking:
-        told.append(f"{len(lacking)} are lacking ({few(lacking, 3)})")
-        follows.append("the others are put too high by the share of the lacking")
+        differences.append(f"{len(lacking)} are missing ({few(lacking, 3)})")
+        effects.append("the others are too high by the share of the missing ones")
     doubt = (
-        "" if measured or not surplus else "; if training had these too and dropped them (`top_variance`), all is well"
+        "" if measured or not surplus else "; if training dropped these columns (`top_variance`), there is no problem"
     )
     report.add(
         "warning",
         "other-totals",
         modality,
-        f"counts per million are of all {len(held)} columns of the table, and were of {len(trained)} in training: "
-        f"{', '.join(told)}; so {', and '.join(follows)}. Give the table the columns of the training cohort{doubt}",
+        f"counts per million are computed over all {len(held)} columns of the table, but over {len(trained)} in "
+        f"training: {', '.join(differences)}; so {', and '.join(effects)}. Use a table with the columns of "
+        f"the training cohort{doubt}",
         features=[*(table.features[at] for at in surplus), *lacking],
     )
 

@@ -1,4 +1,4 @@
-"""Reading a matrix with ids in its first column and its header, from text or Parquet, a block of rows at a time."""
+"""Reader of a matrix with ids in its first column and its header, from text or Parquet, by blocks of rows."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from exaonepath.errors import DataFileError
 
 @dataclass(frozen=True, eq=False)
 class RawMatrix:
-    """A matrix as it lies in its file: `values` float32 [rows, columns], and ids of either side.
+    """A matrix as in its file: `values` float32 [rows, columns], and ids of rows and columns.
 
     Attributes:
-        left_out: columns of annotation, not among `columns`.
-        told: how the file is written, where that is not the usual way.
+        left_out: columns of annotation, not in `columns`.
+        dialect: the format of the text in words, if it is not the usual one.
     """
 
     rows: tuple[str, ...]
@@ -35,10 +35,10 @@ class RawMatrix:
     values: np.ndarray
     source: str
     left_out: tuple[str, ...] = ()
-    told: str = ""
+    dialect: str = ""
 
     def table(self, transposed: bool) -> ModalityTable:
-        """The table whose patients are the rows, or the columns where `transposed`."""
+        """The table whose patients are the rows, or the columns if `transposed`."""
         if transposed:
             return ModalityTable(self.columns, self.rows, self.values.T, source=self.source)
         return ModalityTable(self.rows, self.columns, self.values, source=self.source)
@@ -48,12 +48,12 @@ def read_matrix(path: str | os.PathLike[str], *, decimal: str = "auto", annotati
     """A matrix with ids in its first column and its header, from CSV, TSV or Parquet (`.gz` too for text).
 
     Args:
-        path: the file. What separates its columns is found out; see `sample_of`.
-        decimal: "." or ","; "auto" looks at the numbers, and refuses what can be read in two ways.
-        annotation: further columns that are no values; those of known names are left out anyway.
+        path: the file. Its column separator is inferred; see `sample_of`.
+        decimal: "." or ","; "auto": inferred from the numbers, with an error if they are ambiguous.
+        annotation: additional columns that are no values; those with known names are always left out.
 
     Raises:
-        DataFileError: not a table, a cell that is no number (the first ones are named), or no column of numbers.
+        DataFileError: the file is no table, a cell is no number (the first one is named), or there are no numbers.
     """
     path = Path(path)
     check_file(path)
@@ -69,7 +69,7 @@ def read_matrix(path: str | os.PathLike[str], *, decimal: str = "auto", annotati
         raise DataFileError(f"{path} cannot be read as a matrix ({short_reason(exc)})") from exc
     if not matrix.rows or not matrix.columns:
         raise DataFileError(
-            f"{path} holds {len(matrix.rows)} rows and {len(matrix.columns)} columns of values: nothing to read"
+            f"{path} has {len(matrix.rows)} rows and {len(matrix.columns)} columns of values: nothing to read"
         )
     return matrix
 
@@ -77,7 +77,7 @@ def read_matrix(path: str | os.PathLike[str], *, decimal: str = "auto", annotati
 def read_annotated_matrix(
     path: str | os.PathLike[str], annotation: Collection[str], *, decimal: str = "auto"
 ) -> ModalityTable:
-    """A features x patients matrix of text whose columns of the names in `annotation` (lower case) are not values.
+    """A features x patients text matrix whose columns with names in `annotation` (lower case) are no values.
 
     Raises:
         DataFileError: as `read_matrix`, or the first column is not one of `annotation`.
@@ -85,7 +85,8 @@ def read_annotated_matrix(
     path = Path(path)
     check_file(path)
     try:
-        # Formats with annotation columns have no quoting: a quote that begins a field would swallow what follows.
+        # Formats with annotation columns have no quoting: with quoting, a quote at the start of a field would include
+        # all following lines.
         sample = sample_of(path, csv.QUOTE_NONE)
         columns = _column_names(path, sample)
         first = _unquoted(sample.header[0], sample.quoting)
@@ -112,7 +113,7 @@ def _text_matrix(path: Path, sample: Sample, columns: list[str], kept: list[int]
         header=None,
         skiprows=sample.skip + 1,
         usecols=[0, *kept],
-        # A converter, since what pandas takes for missing among values ("NA", "nan") may well be a name.
+        # A converter, because pandas would convert names such as "NA" or "nan" to missing values.
         converters={0: lambda name: _unquoted(name, sample.quoting)},
         dtype=dict.fromkeys(kept, str) if marked else None,
         decimal="." if marked else numbers.decimal,
@@ -132,7 +133,7 @@ def _text_matrix(path: Path, sample: Sample, columns: list[str], kept: list[int]
             blocks.append(part.to_numpy(np.float32))
     values = np.empty((len(ids), len(names)), np.float32)
     start = 0
-    while blocks:  # each goes as soon as it is copied, so that the table is not held twice
+    while blocks:  # each block is freed after its copy, so that the table is never twice in memory
         block = blocks.pop(0)
         values[start : start + len(block)] = block
         start += len(block)
@@ -143,14 +144,14 @@ def _text_matrix(path: Path, sample: Sample, columns: list[str], kept: list[int]
         values,
         str(path),
         tuple(columns[at - 1] for at in sorted(dropped)),
-        _told(path, sample, numbers),
+        _dialect(path, sample, numbers),
     )
 
 
-def _told(path: Path, sample: Sample, numbers: Numbers) -> str:
+def _dialect(path: Path, sample: Sample, numbers: Numbers) -> str:
     expected = "," if ".csv" in path.name.lower() else "\t"
     words = [] if sample.separator == expected else [f"separated by {SEPARATOR_NAMES[sample.separator]}"]
-    return ", ".join([*words, *filter(None, [numbers.told])])
+    return ", ".join([*words, *filter(None, [numbers.description])])
 
 
 def _cells(sample: Sample, kept: Sequence[int]) -> Iterable[str]:
@@ -158,7 +159,7 @@ def _cells(sample: Sample, kept: Sequence[int]) -> Iterable[str]:
 
 
 def _plain(cell: Any, numbers: Numbers) -> Any:
-    """A number without marks between thousands, or the cell itself, which then is told to be no number."""
+    """A number without thousands separators, or the cell itself, for which an error is raised later."""
     if not isinstance(cell, str):
         return cell
     text = plain_number(cell, numbers)
@@ -169,23 +170,23 @@ def _plain(cell: Any, numbers: Numbers) -> Any:
 
 
 def _unquoted(name: str, quoting: int) -> str:
-    """The name without blanks around it, and without the quotes that R puts around it where they are no quoting."""
+    """The name without surrounding blanks, and in formats without quoting also without the quotes that R writes."""
     name = clean_name(name)
     return clean_name(name.strip('"')) if quoting == csv.QUOTE_NONE else name
 
 
 def not_swallowed(path: Path, cells: Iterable[str]) -> None:
-    """Raise `DataFileError` where a cell holds a line break: a quote that was not closed."""
+    """Raise `DataFileError` if a cell contains a line break, which is the effect of a quote that is not closed."""
     for cell in cells:
         if "\n" in cell:
             raise DataFileError(
-                f"{path}: a double quote before {cell[:30]!r} is not closed in its line and swallows the lines that "
-                "follow; remove it"
+                f"{path}: a double quote before {cell[:30]!r} is not closed in its line, so it includes the following "
+                "lines; remove it"
             )
 
 
 def _column_names(path: Path, sample: Sample) -> list[str]:
-    """Names of the columns after the first, as written: pandas would rename the second of two equal ones."""
+    """Names of the columns after the first, as written: pandas would rename the second of two equal names."""
     names = [_unquoted(name, sample.quoting) for name in sample.header]
     first = sample.rows[0] if sample.rows else ()
     if len(first) < 2:
@@ -193,15 +194,15 @@ def _column_names(path: Path, sample: Sample) -> list[str]:
         raise DataFileError(
             f"{path}: ids in the first column and values in the others are expected, separated by "
             f"{SEPARATOR_NAMES[sample.separator]}; its first row has {len(first)} column(s)"
-            + ("; blanks do not separate columns: write it with tabs" if blanks else "")
+            + ("; blanks are no column separators: use tabs" if blanks else "")
         )
-    # R writes one name fewer than there are columns where row names are kept: then every name is of a value column.
+    # With row names, R writes one name less than there are columns. Then every name belongs to a column of values.
     columns = names if len(names) == len(first) - 1 else names[1:]
     if len(columns) != len(first) - 1:
         split = len(names) > 1 and len(first) == 2 * len(names) - 1 and sample.separator == ","
         raise DataFileError(
             f"{path}: {len(names)} names in the header for {len(first)} columns"
-            + ("; commas stand for decimals as well as between columns: write it with semicolons" if split else "")
+            + ("; commas are decimal separators and column separators: use semicolons" if split else "")
         )
     return columns
 
@@ -221,7 +222,7 @@ def _parquet_matrix(path: Path, annotation: Collection[str]) -> RawMatrix:
     ids: list[str] = []
     start = 0
     for batch in file.iter_batches(batch_size=max(1, tables.BLOCK_VALUES // max(1, len(names)))):
-        # A frame's index is a column like any other here: without a name of its own it has an odd one.
+        # The index of a data frame is an ordinary column here; if it has no name, pandas has given it a special one.
         frame = pa.Table.from_batches([batch]).to_pandas(ignore_metadata=True)
         ids += ["" if pd.isna(i) else clean_name(i) for i in frame[id_column]]
         part = frame[names]
@@ -246,7 +247,7 @@ def _numbers_only(path: Path, part: pd.DataFrame, columns: Sequence[str]) -> Non
 
 def _advice(cell: str, name: str, all_of_it: bool) -> str:
     if "," in cell and any(character.isdigit() for character in cell):
-        return "where it is a decimal comma, set `decimal` to ','; marks between thousands must be removed otherwise"
+        return "if it is a decimal comma, set `decimal` to ','; otherwise remove the thousands separators"
     if all_of_it:
-        return f"a column of annotation is left out by `annotation: [{name!r}]`; MAF and GISTIC by `format`"
-    return "mend the cell, or leave it empty where nothing was measured"
+        return f"if it is annotation, set `annotation: [{name!r}]`; for MAF and GISTIC, set `format`"
+    return "correct the cell, or leave it empty if nothing was measured"

@@ -1,7 +1,6 @@
-"""Names of patients and features: trimmed by one rule wherever they stand, and warned of where a program made them.
+"""Names of patients and features: one rule for surrounding blanks, and warnings for names that a program has changed.
 
-A name is text: "NA" and "nan" stay what they are in rows as in columns, and are warned of. Only a cell without anything
-in it is no name.
+A name is text: "NA" and "nan" are kept in rows and in columns, with a warning. Only an empty cell is no name.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from collections.abc import Sequence
 from exaonepath.alignment.data.report import CohortReport
 from exaonepath.text import few
 
-# Blanks that str.strip leaves: of no width, and a byte order mark.
+# Blanks that str.strip does not remove: those of zero width, and a byte order mark.
 _INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 _NOT_AVAILABLE = frozenset({"na", "nan", "n/a", "#n/a", "null", "none"})
 
-# Genes that a spreadsheet takes for dates: MARCH1, SEPT2 (SEPTIN2 now), DEC1.
+# Genes that a spreadsheet converts to dates: MARCH1, SEPT2 (now SEPTIN2), DEC1.
 _MONTHS = {"mar": ("MARCH", "MARCHF"), "sep": ("SEPT", "SEPTIN"), "sept": ("SEPT", "SEPTIN"), "dec": ("DEC", "DELEC")}
 _OF_MONTH = {3: "mar", 9: "sep", 12: "dec"}
 _DAY_FIRST = re.compile(r"(\d{1,2})[-./ ](mar|sept?|dec)[a-z]*\.?(?:[-./ ](\d{2}|\d{4}))?", re.IGNORECASE)
@@ -30,20 +29,20 @@ _EPOCH = datetime.date(1899, 12, 30)
 
 
 def clean_name(name: object) -> str:
-    """A name as text without blanks around it, those of no width included; None is no name."""
+    """A name as text without surrounding blanks, including those of zero width; "" for None."""
     text = "" if name is None else str(name).strip()
     return text if text.isascii() else text.strip(_INVISIBLE).strip()
 
 
 def is_no_name(name: str) -> bool:
-    """Whether a name is what programs write where they found none: NA, nan, null."""
+    """Whether a name is a mark for a missing name: NA, nan, null."""
     return name.lower() in _NOT_AVAILABLE
 
 
 def gene_of_date(name: str) -> str | None:
-    """The gene that a spreadsheet made this date from, such as "MARCH1 (MARCHF1)" for "1-Mar", or None."""
+    """The gene that a spreadsheet converted to this date, such as "MARCH1 (MARCHF1)" for "1-Mar", or None."""
     if len(name) > _LONGEST or not (name[:1].isdigit() or name[:3].lower() in _LAST):
-        return None  # nearly every name, and there are hundreds of thousands
+        return None  # a fast exit for nearly all of several hundred thousand names
     if match := _DAY_FIRST.fullmatch(name):
         return _gene(match.group(2), int(match.group(1)))
     if match := _MONTH_FIRST.fullmatch(name):
@@ -65,7 +64,7 @@ def _gene(month: str, number: int) -> str | None:
 
 
 def check_names(where: str, patients: Sequence[str], features: Sequence[str], report: CohortReport) -> None:
-    """Warn of names that stand for no name, and of genes that a spreadsheet turned into dates."""
+    """Report warnings for names that mean a missing name, and for genes that a spreadsheet converted to dates."""
     for what, names in (("patient", patients), ("feature", features)):
         called = [name for name in names if is_no_name(name)]
         if called:
@@ -73,15 +72,15 @@ def check_names(where: str, patients: Sequence[str], features: Sequence[str], re
                 "warning",
                 "na-names",
                 where,
-                f"{len(called)} {what}(s) are called {few(sorted(set(called)))}: kept as they are; where this stands "
-                "for a name that was not found, remove them",
+                f"{len(called)} {what}(s) are named {few(sorted(set(called)))} and were kept; if this means a missing "
+                "name, remove them",
                 patients=called if what == "patient" else (),
                 features=called if what == "feature" else (),
             )
     dates = {name: gene for name in features if (gene := gene_of_date(name))}
-    # Five digits are a day only among names: among Entrez ids they are one more id.
+    # Five digits may be a date only among names. Among Entrez ids they are an id.
     if any(not name.isdigit() for name in dates) or sum(name.isdigit() for name in features) < len(features) / 2:
-        told = few([f"{name} for {gene}" for name, gene in dates.items()])
+        shown = few([f"{name} for {gene}" for name, gene in dates.items()])
     else:
         return
     if dates:
@@ -89,7 +88,7 @@ def check_names(where: str, patients: Sequence[str], features: Sequence[str], re
             "warning",
             "dates-for-genes",
             where,
-            f"{len(dates)} feature(s) are dates, which a spreadsheet makes of genes: {told}; give the genes their "
-            "names back, or they will match no other table",
+            f"{len(dates)} feature(s) are dates, which a spreadsheet made from names of genes: {shown}; restore the "
+            "names, because dates do not match other tables",
             features=list(dates),
         )

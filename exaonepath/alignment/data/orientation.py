@@ -1,4 +1,4 @@
-"""Which side of a matrix holds the patients: as told, or by ids that are known or that several tables share."""
+"""Find out whether the rows or the columns of a matrix are the patients: from settings, known ids, or shared ids."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from exaonepath.text import few
 
 Orientation = Literal["auto", "patients_by_features", "features_by_patients"]
 
-# Two of these may name their features alike: an axis they share says nothing of itself.
+# Two of these modalities may have the same feature names, so shared ids do not imply that they are patients.
 _NAMED_BY_GENES = frozenset({"rna", "snp", "cnv"})
 # Ensembl ids, probes of methylation arrays, variants, positions on a chromosome, "TP53|7157" of TCGA.
 _FEATURE = re.compile(
     r"ENS[A-Z]*[GTP]\d{11}(\.\d+)?|cg\d{8}|ch\.[\dXY]+\.\d+[FR]?|rs\d{3,}|chr[\dXYM]+[:_-]\d+\S*|[\w.-]+\|\d+"
 )
-# A genome-wide table, and nearly every panel of cancer genes, names some of these.
+# Every genome-wide table, and nearly every panel of cancer genes, contains some of these.
 _GENE = re.compile(
     "TP53|KRAS|EGFR|ERBB2|BRAF|PTEN|PIK3CA|MYC|RB1|BRCA1|BRCA2|APC|CDKN2A|NRAS|IDH1|VHL|ATM|ARID1A|SMAD4|STK11|ESR1|"
     "PGR|GATA3|FOXA1|MKI67|CDH1|CTNNB1|NOTCH1|KIT|MET|ALK|TERT|FGFR3|CCND1|MDM2|JAK2|FLT3|NPM1|DNMT3A|TTN|MUC16|"
@@ -31,13 +31,14 @@ _GENE = re.compile(
 
 
 def is_feature_name(name: str) -> bool:
-    """Whether an id is in the form of a gene's, a probe's or a variant's; many such names are in no form."""
+    """Whether an id has the form of a gene, a probe or a variant. Many other feature names have no recognisable
+    form."""
     return (_FEATURE.fullmatch(name) or _GENE.fullmatch(name)) is not None
 
 
 def orient(
     matrices: Mapping[str, RawMatrix],
-    told: Mapping[str, Orientation],
+    declared: Mapping[str, Orientation],
     report: CohortReport,
     *,
     patients: Iterable[str] = (),
@@ -45,15 +46,16 @@ def orient(
 ) -> dict[str, ModalityTable]:
     """Matrices as patients x features.
 
-    What decides is, in this order: what the user says; known ids (patients of slides, labels and other tables, barcodes
-    of TCGA, names of genes and probes) on either side; ids that two tables share on one side each and not on the other.
-    A matrix that stays undecided is left out and is an error of the report: a cohort aligned on gene names would train.
+    The orientation is decided by, in this order: the user's setting; known ids (patients of slides, labels and other
+    tables, TCGA barcodes, names of genes and probes) in rows or columns; ids that two tables share on exactly one side
+    each. If none of these decides, the matrix is left out, and the report gets an error: a cohort that is aligned by
+    the names of genes would train without any error.
 
     Args:
         matrices: modality to matrix.
-        told: modality to what the user says; "auto" where a modality is not named.
-        report: takes a note for each matrix on what decided, or the error.
-        patients, features: what is known to be the one or the other.
+        declared: modality to the user's setting; "auto" if a modality is missing.
+        report: receives for each matrix a note with the reason for its orientation, or the error.
+        patients, features: ids that are known to be patients or features.
     """
     known_patients, known_features = set(patients), set(features)
     tables: dict[str, ModalityTable] = {}
@@ -66,19 +68,19 @@ def orient(
             "read",
             name,
             f"{table.source}: {len(table.patients)} patients x {len(table.features)} features, patients in {side} "
-            f"({', '.join(filter(None, [why, matrices[name].told]))})",
+            f"({', '.join(filter(None, [why, matrices[name].dialect]))})",
         )
         known_patients.update(table.patients)
         known_features.update(table.features)
         tables[name] = table
 
     for name in matrices:
-        if told.get(name, "auto") != "auto":
-            settle(name, told[name] == "features_by_patients", "as told")
+        if declared.get(name, "auto") != "auto":
+            settle(name, declared[name] == "features_by_patients", "from the settings")
     sides = {name: (_Side.of(m.rows), _Side.of(m.columns)) for name, m in matrices.items() if name not in tables}
     while open_ := [name for name in matrices if name not in tables]:
         votes = {name: _vote(sides[name], known_patients, known_features) for name in open_}
-        # The clearest first: what it settles may tell of the others.
+        # The clearest matrix first: its patients and features are then known ids for the others.
         clearest = max(open_, key=lambda name: abs(votes[name][0]))
         if votes[clearest][0]:
             settle(clearest, votes[clearest][0] < 0, votes[clearest][1])
@@ -96,17 +98,17 @@ def orient(
                 "error",
                 "unknown-orientation",
                 name,
-                f"{matrix.source}: whether its {len(matrix.rows)} rows ({few(matrix.rows, 3)}) or its "
-                f"{len(matrix.columns)} columns ({few(matrix.columns, 3)}) are the patients cannot be told: neither "
-                "slides, labels nor another table names only the one; set its `orientation` to patients_by_features "
-                "(patients in rows) or features_by_patients",
+                f"{matrix.source}: it is not clear whether its {len(matrix.rows)} rows ({few(matrix.rows, 3)}) or its "
+                f"{len(matrix.columns)} columns ({few(matrix.columns, 3)}) are the patients: neither slides, labels "
+                "nor another table names only one side; set its `orientation` to patients_by_features (patients in "
+                "rows) or features_by_patients",
             )
     return tables
 
 
 @dataclass(frozen=True)
 class _Side:
-    """Distinct ids of one side of a matrix, and those of them that their form alone tells."""
+    """Distinct ids of one side of a matrix, and those that are recognised as patients or features by their form."""
 
     ids: frozenset[str]
     patients: frozenset[str]
@@ -123,7 +125,7 @@ _Sides = tuple[_Side, _Side]  # rows, columns
 
 
 def _vote(sides: _Sides, patients: Set[str], features: Set[str]) -> tuple[int, str]:
-    """Ids that speak for patients in rows less those that speak for columns, and the reason in words."""
+    """Number of ids that indicate patients in rows minus those that indicate columns, and the reason in words."""
     people = [len(side.patients | (side.ids & patients)) for side in sides]
     named = [side.features | (side.ids & features) for side in sides]
     margin = people[0] + len(named[1]) - people[1] - len(named[0])

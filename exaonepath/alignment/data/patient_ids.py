@@ -1,4 +1,4 @@
-"""Patient ids: as they stand, or taken from TCGA barcodes where the user says so."""
+"""Patient ids: as written, or extracted from TCGA barcodes if the user chooses this."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NO_TYPE = 0
 
 
 def tcga_patient(barcode: str) -> tuple[str, int] | None:
-    """(patient id, sample type code; 0 where the barcode has none), or None for what is no TCGA barcode."""
+    """(patient id, sample type code; 0 if the barcode has none), or None if it is no TCGA barcode."""
     match = _BARCODE.match(barcode.strip())
     if match is None:
         return None
@@ -30,11 +30,11 @@ def tcga_patient(barcode: str) -> tuple[str, int] | None:
 
 
 def to_patients(table: ModalityTable, ids: PatientIds, where: str, report: CohortReport) -> ModalityTable:
-    """The table with one row a patient; what was left out or is in the way goes into the report.
+    """The table with one row per patient; samples that are left out, and errors, are added to the report.
 
-    With "tcga", samples of normal tissue are left out and of a patient's tumour samples those with the lowest sample
-    type code (01, the primary tumour, before 02, recurrent, and 06, metastatic) stay. Rows of mutations of one patient
-    are united; in any other modality two rows of one patient are an error.
+    With "tcga", samples of normal tissue are left out. Of the tumour samples of a patient, those with the lowest sample
+    type code are kept (01, the primary tumour, before 02, recurrent, and 06, metastatic). Rows of mutations of one
+    patient are merged; in any other modality, two rows of one patient are an error.
     """
     rows = list(range(len(table.patients)))
     names = [name.strip() for name in table.patients]
@@ -46,7 +46,7 @@ def to_patients(table: ModalityTable, ids: PatientIds, where: str, report: Cohor
                 "error",
                 "no-tcga-barcode",
                 where,
-                f"{len(strange)} id(s) are no TCGA barcodes: {few(strange)}; drop `patient_ids: tcga`, or mend them",
+                f"{len(strange)} id(s) are no TCGA barcodes: {few(strange)}; drop `patient_ids: tcga` or correct them",
                 patients=strange,
             )
         types = {row: entry[1] for row, entry in enumerate(parsed) if entry is not None}
@@ -63,7 +63,7 @@ def to_patients(table: ModalityTable, ids: PatientIds, where: str, report: Cohor
             "error",
             "duplicate-patients",
             where,
-            f"{len(twice)} patient id(s) occur more than once: {few(twice)}; keep one row a patient",
+            f"{len(twice)} patient id(s) occur more than once: {few(twice)}; keep one row per patient",
             patients=twice,
         )
         first = {name: at for at, name in reversed(list(enumerate(names)))}
@@ -75,10 +75,10 @@ def to_patients(table: ModalityTable, ids: PatientIds, where: str, report: Cohor
 def tumour_rows(
     samples: tuple[str, ...], names: list[str], types: dict[int, int], where: str, report: CohortReport
 ) -> list[int]:
-    """Rows without normal tissue, and of each patient only those of the lowest sample type; the rest is noted.
+    """Rows without normal tissue, and of each patient only those of the lowest sample type; notes name the other rows.
 
     Args:
-        samples: ids as written; names: patient of each row; types: row to sample type code, of rows that have one.
+        samples: ids as written; names: patient of each row; types: row to sample type code, for rows that have one.
     """
     normal = [row for row, code in types.items() if code in _NORMAL]
     if normal:
@@ -109,7 +109,7 @@ def tumour_rows(
 
 
 def _unite(table: ModalityTable, names: list[str]) -> ModalityTable:
-    """Mutations of several samples of a patient: mutated in one is mutated."""
+    """Merge the mutations of several samples of a patient: a gene is mutated if it is in any sample."""
     patients = sorted(set(names))
     at = {name: i for i, name in enumerate(patients)}
     ones = np.ones(len(names), np.float32)

@@ -1,4 +1,4 @@
-"""The files of a cohort's molecular tables, each by its format, all matrices turned the same way round."""
+"""Read the files of a cohort's molecular tables, each by its format, with patients in the rows of all matrices."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from exaonepath.text import few
 
 
 def read_tables(config: CohortConfig, report: CohortReport) -> tuple[dict[str, ModalityTable], pd.DataFrame]:
-    """Tables by modality, in the order of `OMICS`, and the `obs` of the MuData file; what cannot be read is reported.
+    """Tables by modality, in the order of `OMICS`, and the `obs` of the MuData file; errors are added to the report.
 
-    Ids are as in the files: samples are not yet patients.
+    Ids are as in the files: samples are not yet converted to patients.
     """
     tables: dict[str, ModalityTable] = {}
     obs = pd.DataFrame()
@@ -44,7 +44,7 @@ def read_tables(config: CohortConfig, report: CohortReport) -> tuple[dict[str, M
                 "warning" if tables else "error",
                 "unknown-modality",
                 "cohort",
-                f"{config.mudata} holds modalities of other names, left out: {few(others)}; known are "
+                f"{config.mudata} has modalities with other names, which were left out: {few(others)}; known are "
                 f"{', '.join(OMICS)} (name one through `modalities` with its `key`)",
             )
     matrices: dict[str, RawMatrix] = {}
@@ -63,19 +63,19 @@ def read_tables(config: CohortConfig, report: CohortReport) -> tuple[dict[str, M
     patients = people.union(obs.index.map(clean_name), *(table.patients for table in tables.values()))
     features = frozenset().union(*(table.features for table in tables.values()))
     sources = {name: config.modalities[name] for name in matrices}
-    turned = orient(
+    oriented = orient(
         matrices,
         {name: source.orientation for name, source in sources.items()},
         report,
         patients=patients,
         features=features,
     )
-    for name, table in turned.items():
+    for name, table in oriented.items():
         if matrices[name].left_out:
             note_left_out(name, table.source, matrices[name].left_out, report)
-        turned[name] = without_annotation(name, table, sources[name].annotation or (), report)
+        oriented[name] = without_annotation(name, table, sources[name].annotation or (), report)
     ask_about_strangers(
-        turned,
+        oriented,
         {name: source.annotation for name, source in sources.items()},
         report,
         patients=patients,
@@ -83,7 +83,7 @@ def read_tables(config: CohortConfig, report: CohortReport) -> tuple[dict[str, M
         labels=[label for label in labels.union(map(str, obs.columns)) if not is_feature_name(label)],
         same=_patient_of_barcode if config.patient_ids == "tcga" else str,
     )
-    tables |= turned
+    tables |= oriented
     return {name: tables[name] for name in OMICS if name in tables}, obs
 
 
@@ -96,7 +96,7 @@ def _read(name: str, source: ModalitySource, report: CohortReport) -> ModalityTa
     kind = source.format if source.format != "auto" else _format(Path(source.path))
     if kind == "maf":
         if name != "snp":
-            raise DataFileError(f"{source.path} is a MAF, which holds mutations: it is of snp, not of {name}")
+            raise DataFileError(f"{source.path} is a MAF, which contains mutations: it is for snp, not for {name}")
         return read_maf(source.path, report)
     if kind == "gistic":
         return read_gistic(source.path, decimal=source.decimal)
@@ -106,7 +106,7 @@ def _read(name: str, source: ModalitySource, report: CohortReport) -> ModalityTa
 
 
 def _format(path: Path) -> str:
-    """By the name where it says it, else by the header."""
+    """The format, inferred from the file name, or from the header if the name is not specific."""
     name = path.name.lower().removesuffix(".gz")
     if name.endswith(".maf") or name.endswith(".maf.txt"):
         return "maf"
@@ -117,23 +117,23 @@ def _format(path: Path) -> str:
     try:
         header = sample_of(path).header if path.is_file() and not is_parquet(path) else ()
     except UNREADABLE:
-        header = ()  # told by whoever reads the file
+        header = ()  # the reader of the file raises the error
     return format_of_header(header) or "matrix"
 
 
 def _named(config: CohortConfig) -> tuple[set[str], set[str]]:
-    """Patients that the tables of slides and labels name, and columns of the labels.
+    """Patients in the tables of slides and labels, and columns of the labels.
 
-    They tell how a matrix lies and what in it is no patient; the tables themselves are checked later.
+    They are used to find the orientation and the annotation of a matrix. The tables themselves are checked later.
     """
     ids: set[str] = set()
     columns: set[str] = set()
-    for path, told in ((config.slides, None), (config.labels, config.id_column)):
+    for path, id_column in ((config.slides, None), (config.labels, config.id_column)):
         if path is None:
             continue
         try:
             frame = read_frame(path)
-            column = patient_column(list(map(str, frame.columns)), str(path), told)
+            column = patient_column(list(map(str, frame.columns)), str(path), id_column)
         except ExaonePathError:
             continue
         ids.update(frame[column].map(clean_name))

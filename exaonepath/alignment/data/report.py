@@ -1,4 +1,4 @@
-"""What the checks of a cohort found: every problem in one list, so that a user mends a cohort in one go."""
+"""Findings of the checks of a cohort: all problems in one list, so that a user can correct all of them at once."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.I
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing a check found.
+    """One finding of a check.
 
     Attributes:
-        level: "error" (the cohort cannot be used), "warning" (it can, but look), "note" (what was decided).
+        level: "error" (the cohort cannot be used), "warning" (it can be used, but may be wrong), "note" (a decision).
         code: a stable short name of the kind of finding, for scripts: "duplicate-patients", "wrong-scale", ...
-        message: what, where, and what to do.
+        message: the problem and what to do.
         where: the modality, or "slides", "labels", "cohort".
-        patients, features: all ids concerned, not only those the message has room for.
+        patients, features: all affected ids; the message shows only some of them.
     """
 
     level: Level
@@ -37,7 +37,7 @@ class Finding:
 
 @dataclass
 class CohortReport:
-    """Findings in the order they were made; filled by the loaders, frozen in spirit once they return it."""
+    """Findings in the order of the checks. The loaders fill it; it must not be changed after they return it."""
 
     findings: list[Finding] = field(default_factory=list)
 
@@ -61,29 +61,29 @@ class CohortReport:
 
     @property
     def warnings(self) -> list[Finding]:
-        """The findings to look at."""
+        """The findings that the user should read."""
         return [f for f in self.findings if f.level == "warning"]
 
     def __str__(self) -> str:
         return "\n".join(f"{f.level}: {f.where}: {f.message}" for f in self.findings) or "nothing found"
 
     def as_dict(self) -> list[dict[str, Any]]:
-        """Plain JSON types, one dict a finding."""
+        """Plain JSON types, one dict per finding."""
         return [{**vars(f), "patients": list(f.patients), "features": list(f.features)} for f in self.findings]
 
     def log(self) -> None:
-        """Send every finding to the log at its own level."""
+        """Log every finding at its level."""
         for f in self.findings:
             logger.log(_LEVELS[f.level], "%s: %s", f.where, f.message)
 
     def raise_errors(self) -> None:
-        """Raise `CohortError` with all errors where there is one."""
+        """Raise `CohortError` with all errors, if there are any."""
         if self.errors:
             raise CohortError(self)
 
 
 class CohortError(ExaonePathError):
-    """A cohort cannot be used; the message lists every reason, `report` holds them with all ids concerned."""
+    """A cohort cannot be used; the message lists every reason, and `report` contains them with all affected ids."""
 
     def __init__(self, report: CohortReport) -> None:
         self.report = report
@@ -91,10 +91,10 @@ class CohortError(ExaonePathError):
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """A head, and a line for each reason."""
+        """A first line, and a line for each reason."""
         reasons = [f"{f.where}: {f.message}" for f in self.report.errors]
         head = "the cohort cannot be used" + (f", for {len(reasons)} reasons" if len(reasons) > 1 else "")
         return (f"{head}:", *(f"  - {reason}" for reason in reasons))
 
     def __reduce__(self) -> tuple[type[CohortError], tuple[CohortReport]]:
-        return CohortError, (self.report,)  # from a worker process to the main one
+        return CohortError, (self.report,)  # pickle needs it, to send the error from a worker process

@@ -1,4 +1,4 @@
-"""The table of slides: which patient, which slide, which features file; and whether the files can be used."""
+"""The table of slides, with the patient and the features file of each slide, and checks of these files."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ def read_slides(
 
     Args:
         path: CSV, TSV or Parquet with the columns `patient`, `features` (path, relative to the table's folder unless
-            absolute) and, optionally, `slide` (else the file's stem); other columns are left alone.
-        report: where findings go; a slide that cannot be used is named there and left out.
-        patient_ids: "tcga" takes patients from barcodes.
-        expected_dim: the width the slide encoder takes; None: any, but one for all.
-        check: "full" reads every file through, so that no NaN turns up hours later; "header" looks at shapes only.
+            absolute) and, optionally, `slide` (else the file's stem); other columns are ignored.
+        report: receives the findings; a slide that cannot be used is named there and left out.
+        patient_ids: "tcga": patients are extracted from barcodes.
+        expected_dim: input width of the slide encoder; None: any width, but the same for all slides.
+        check: "full": reads every file completely, so that a NaN is found before training; "header": reads shapes only.
     """
     path = Path(path)
     try:
@@ -171,12 +171,12 @@ def _check_files(
         if str(attrs.get("weights", "")).startswith("random:"):
             report.add("warning", "random-weights", "slides", f"{slide}: features of an encoder with random weights")
     if len(makers) > 1:
-        told = "; ".join(f"{len(names)} like {names[0]}" for names in makers.values())
+        shown = "; ".join(f"{len(names)} like {names[0]}" for names in makers.values())
         report.add(
             "warning",
             "mixed-features",
             "slides",
-            f"features come from {len(makers)} encoders or preprocessings: {told}",
+            f"features come from {len(makers)} encoders or preprocessings: {shown}",
         )
     empty = [slide for slide in slides if slide.n_patches == 0]
     if empty:
@@ -197,7 +197,7 @@ def _one_width(slides: list[Slide], report: CohortReport, expected_dim: int | No
     usual = expected_dim or Counter(slide.dim for slide in slides).most_common(1)[0][0]
     others = [slide for slide in slides if slide.dim != usual]
     if others:
-        whose = "the slide encoder takes" if expected_dim else "most slides have"
+        whose = "the slide encoder needs" if expected_dim else "most slides have"
         report.add(
             "error",
             "feature-width",

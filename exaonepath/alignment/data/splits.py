@@ -1,4 +1,4 @@
-"""Training, validation and test patients: by patient, stratified, seeded, the same whatever the order of rows."""
+"""Training, validation and test patients: split by patient, stratified, with a seed, independent of the row order."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ DEFAULT_FRACTIONS: Mapping[str, float] = MappingProxyType({"train": 0.7, "val": 
 
 @dataclass(frozen=True)
 class Split:
-    """Which patients are for what.
+    """A division of patients into parts.
 
     Attributes:
-        parts: name ("train", "val", "test", ...) to sorted patient ids; no patient is in two.
-        seed: what the draw started from; None where the split was given.
+        parts: name ("train", "val", "test", ...) to sorted patient ids; no patient is in two parts.
+        seed: seed of the split; None if the split was given.
         stratified_by: label column, or None.
     """
 
@@ -46,19 +46,19 @@ class Split:
                 owner[patient] = name
 
     def __getitem__(self, name: str) -> tuple[str, ...]:
-        """Patients of a part; a part that does not exist is a `SettingsError`."""
+        """Patients of a part; raises `SettingsError` if it does not exist."""
         if name not in self.parts:
             raise SettingsError(f"the split has no part {name!r}, only {', '.join(self.parts)}")
         return self.parts[name]
 
     def restricted_to(self, patients: Iterable[str]) -> Split:
-        """The split without patients that are not among these."""
+        """The split with these patients only."""
         known = set(patients)
         parts = {name: tuple(p for p in part if p in known) for name, part in self.parts.items()}
         return Split(parts, self.seed, self.stratified_by)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON; `OutputError` where that cannot be done."""
+        """Write it as JSON; raises `OutputError` if that fails."""
         data = {
             "seed": self.seed,
             "stratified_by": self.stratified_by,
@@ -68,10 +68,10 @@ class Split:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Split:
-        """Read what `save` wrote (or a file of the same shape made by hand).
+        """Read a file of `save` (or one of the same form written by hand).
 
         Raises:
-            DataFileError: missing, no JSON, no lists of ids, or a patient in two parts.
+            DataFileError: the file is missing, no JSON, has no lists of ids, or a patient is in two parts.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -90,19 +90,19 @@ def split_patients(
 ) -> Split:
     """Divide patients into parts.
 
-    Within each label patients are ordered by a hash of seed and id, and dealt out one by one to the part that lags most
-    behind its fraction. So sizes are right to one patient, and so are they within every label to one or two. Labels
-    with fewer patients than there are parts cannot be in all of them: they form one stratum together.
+    Within each label, patients are sorted by a hash of seed and id. Then each patient in turn is assigned to the part
+    whose size is furthest below its fraction. So the sizes are exact to one patient, and within every label to one or
+    two. Labels with fewer patients than parts cannot be in all parts: together they form one stratum.
 
     Args:
         patients: ids, in any order.
-        labels: label of each patient (index: ids); patients without one form a stratum of their own. None: no strata.
-            A column most of whose labels have one patient is warned of.
-        fractions: part to share, positive and adding up to 1.
-        seed: another seed, another split.
+        labels: label of each patient (index: ids); patients without a label form a separate stratum. None: no strata.
+            If most labels of the column have only one patient, a warning is logged.
+        fractions: part to fraction, positive, with sum 1.
+        seed: different seeds give different splits.
 
     Raises:
-        SettingsError: fractions that do not add up, duplicate ids, or a part that gets nobody.
+        SettingsError: fractions do not add up to 1, ids occur twice, or a part has no patients.
     """
     patients = sorted(patients)
     twice = sorted({a for a, b in pairwise(patients) if a == b})
@@ -116,15 +116,15 @@ def split_patients(
         strata.setdefault("" if label is None or pd.isna(label) else str(label), []).append(patient)
     if labels is not None:
         _warn_of_singles(str(labels.name), {label: ids for label, ids in strata.items() if label})
-    # Dealt label by label, a patient alone in its label would go to the same part whatever the seed.
+    # As separate strata, a label with one patient would be in the same part for every seed.
     small = [label for label in strata if len(strata[label]) < len(fractions)]
-    together = sorted(patient for label in small for patient in strata.pop(label))
+    merged = sorted(patient for label in small for patient in strata.pop(label))
     parts: dict[str, list[str]] = {name: [] for name in fractions}
-    dealt = 0
-    for stratum in (*(strata[label] for label in sorted(strata)), together):
+    assigned = 0
+    for stratum in (*(strata[label] for label in sorted(strata)), merged):
         for patient in sorted(stratum, key=lambda p: hashlib.sha256(f"{seed}\0{p}".encode()).digest()):
-            dealt += 1
-            lag = {name: share * dealt - len(parts[name]) for name, share in fractions.items()}
+            assigned += 1
+            lag = {name: share * assigned - len(parts[name]) for name, share in fractions.items()}
             parts[max(lag, key=lambda name: lag[name])].append(patient)
     nobody = [name for name, ids in parts.items() if not ids]
     if nobody:

@@ -1,4 +1,7 @@
-"""Measured values to model inputs: transform, then standardise per feature, fitted on training patients only."""
+"""Conversion of measured values to model inputs: a transform, then standardisation per feature.
+
+The statistics are fitted on training patients only.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +26,21 @@ from exaonepath.text import few
 
 _FORMAT = "exaonepath-standardizer-1"
 
-# What is done to the values of a scale before they are standardised. Counts are put to counts per million of the
-# patient's total first, so that sequencing depth does not look like biology.
+# Transform of each scale before the standardisation. Counts are first converted to counts per million of the patient's
+# total, so that differences of sequencing depth do not look like biology.
 _TRANSFORM = {"counts": "cpm_log1p", "tpm": "log1p"}
-# A feature whose spread is below this share of its size is constant: float32 keeps seven digits.
+# A feature is constant if its standard deviation is below this fraction of its mean: float32 has seven digits.
 _CONSTANT = 1e-6
 
 
 @dataclass(frozen=True)
 class StandardizerSettings:
-    """How inputs are made.
+    """Settings of the standardisation.
 
     Attributes:
-        top_variance: modality to the number of features kept: those that vary most, after the transform, among the
-            training patients. Modalities not named keep all.
-        clip: standardised values are held within +-clip; None: not at all.
+        top_variance: modality to the number of features to keep: those with the largest variance, after the transform,
+            among the training patients. Other modalities keep all features.
+        clip: standardised values are clipped to +-clip; None: no clipping.
     """
 
     top_variance: Mapping[str, int] = field(default_factory=dict)
@@ -53,15 +56,15 @@ class StandardizerSettings:
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """What was fitted for one modality.
+    """Fitted statistics of one modality.
 
     Attributes:
         features: F names, in the order of the model's inputs.
-        scale: what the numbers must be ("counts", "beta", ...).
+        scale: required scale of the numbers ("counts", "beta", ...).
         transform: "none", "log1p" or "cpm_log1p".
         mean, std: float32 [F], after the transform.
-        n_patients: how many training patients they come from.
-        measured: for counts, all features that were added up to a patient's total; empty: not known.
+        n_patients: number of training patients.
+        measured: for counts: all features that are part of a patient's total; empty: not known.
     """
 
     features: tuple[str, ...]
@@ -87,7 +90,7 @@ class Standardizer:
 
     @property
     def manifest(self) -> FeatureManifest:
-        """The features a model on these inputs takes."""
+        """The features of a model with these inputs."""
         return FeatureManifest({name: scaling.features for name, scaling in self.scalings.items()})
 
     @staticmethod
@@ -96,11 +99,11 @@ class Standardizer:
     ) -> tuple[Standardizer, CohortReport]:
         """Fit on the given (training) patients.
 
-        Constant features, and those no training patient has a value of, are dropped and named in the report.
+        Constant features, and those without a value for any training patient, are dropped and named in the report.
 
         Raises:
             CohortError: a modality has no training patient, or no feature that varies.
-            SettingsError: a patient is not of the cohort.
+            SettingsError: a patient is not in the cohort.
         """
         settings = settings or StandardizerSettings()
         report = CohortReport()
@@ -123,13 +126,13 @@ class Standardizer:
         return Standardizer(scalings, settings.clip), report
 
     def align(self, cohort: Cohort) -> tuple[dict[str, OmicsRows], CohortReport]:
-        """Bring a cohort's tables into the order of the model's inputs.
+        """Arrange a cohort's tables in the order of the model's inputs.
 
-        Modalities the model does not know are left out, and those the cohort lacks are missing for everybody: the
-        report says so, as it says which features are lacking, and where counts would be put to another total.
+        Modalities that the model does not have are left out, and those that the cohort lacks are missing for all
+        patients. The report contains both, as well as missing features, and counts with another total than in training.
 
         Raises:
-            CohortError: a modality has no feature in common with the model's, or numbers of another scale.
+            CohortError: a modality has no feature in common with the model, or its numbers have another scale.
         """
         report = CohortReport()
         manifest = self.manifest
@@ -137,7 +140,7 @@ class Standardizer:
         for name, table in cohort.modalities.items():
             scaling = self.scalings.get(name)
             if scaling is None:
-                report.add("warning", "unused-modality", name, "the model does not take it; left out")
+                report.add("warning", "unused-modality", name, "the model does not use it; left out")
                 continue
             if table.scale != scaling.scale:
                 report.add(
@@ -181,10 +184,10 @@ class Standardizer:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Standardizer:
-        """Read what `save` wrote.
+        """Read a file of `save`.
 
         Raises:
-            DataFileError: missing, damaged, or no such file.
+            DataFileError: the file is missing, damaged, or no standardizer.
         """
         path = Path(path)
         if not path.is_file():
@@ -201,7 +204,7 @@ class Standardizer:
                     features = tuple(facts["features"])
                     if not mean.shape == std.shape == (len(features),):
                         raise DataFileError(f"{path}: {len(features)} features of {name}, {mean.shape[0]} means")
-                    measured = tuple(facts.get("measured", ()))  # files of earlier versions do not tell
+                    measured = tuple(facts.get("measured", ()))  # files of earlier versions do not contain it
                     scalings[name] = Scaling(
                         features, facts["scale"], facts["transform"], mean, std, facts["n_patients"], measured
                     )
@@ -212,12 +215,12 @@ class Standardizer:
 
 @dataclass(frozen=True, eq=False)
 class OmicsRows:
-    """Model inputs of one modality, made row by row: the table stays as it was read, sparse where it was sparse.
+    """Model inputs of one modality, computed row by row: the table is not changed, and stays sparse if it is sparse.
 
     Attributes:
         table: the cohort's table.
-        scaling: what to do to it.
-        columns: int64 [F], column of the table for each input, -1 where the table lacks the feature.
+        scaling: statistics and transform.
+        columns: int64 [F], column of the table for each input, -1 if the table lacks the feature.
         clip: bound of the standardised values.
     """
 
@@ -227,7 +230,7 @@ class OmicsRows:
     clip: float | None
 
     def rows(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """float32 [len(rows), F] of table rows: standardised, 0 where the value or the feature is missing."""
+        """float32 [len(rows), F] of table rows: standardised, 0 if the value or the feature is missing."""
         values = _transformed(self.table.rows(rows), self.scaling.transform)
         out = (values[:, self.columns] - self.scaling.mean) / self.scaling.std
         out[:, self.columns < 0] = 0
@@ -240,7 +243,7 @@ class OmicsRows:
 def _transformed(values: np.ndarray, transform: str) -> np.ndarray:
     if transform == "none":
         return values
-    # A negative value here was warned of as a wrong scale; log1p of less than -1 would be NaN.
+    # A warning about a wrong scale was already reported for negative values. log1p of values below -1 would be NaN.
     values = np.maximum(values, 0)
     if transform == "cpm_log1p":
         total = np.nansum(values, axis=1, keepdims=True, dtype=np.float64)
@@ -261,7 +264,7 @@ def _fit(name: str, table: ModalityTable, settings: StandardizerSettings, report
         count += (~np.isnan(block)).sum(0)
         total += np.nansum(block, axis=0)
     mean = total / np.maximum(count, 1)
-    # A second pass: the difference of sums of squares loses every digit of a feature that hardly varies.
+    # A second pass: the difference of sums of squares would lose all digits of a feature that varies little.
     squares = np.zeros(width)
     for block in _blocks(table, transform):
         squares += np.nansum((block - mean) ** 2, axis=0)
@@ -287,7 +290,7 @@ def _fit(name: str, table: ModalityTable, settings: StandardizerSettings, report
         return None
     top = settings.top_variance.get(name)
     if top is not None and top < len(kept):
-        # Ties go by name, so that the choice does not depend on the order of columns.
+        # Ties are sorted by name, so that the choice does not depend on the order of columns.
         order = sorted(kept, key=lambda at: (-std[at], table.features[at]))
         kept = np.sort(np.array(order[:top]))
         report.add("note", "top-variance", name, f"{top} of {width} features kept: those that vary most")

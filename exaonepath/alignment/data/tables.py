@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-BLOCK_VALUES = 1 << 22  # values held at once beside the table itself: 16 MiB in float32, 32 in the float64 of a parser
+BLOCK_VALUES = 1 << 22  # values in memory in addition to the table: 16 MiB in float32, 32 in the float64 of a parser
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,11 +17,11 @@ class ModalityTable:
     """Measurements of one modality.
 
     Attributes:
-        patients: P patient ids, one a row.
-        features: F feature names, one a column.
-        values: float32 [P, F]; a scipy CSR matrix where most values are zero. NaN is a value that was not measured.
-        scale: what the numbers are ("counts", "tpm", "log", "indicator", "copy-number", "beta", "m-value", "any").
-        source: where the table came from, for messages.
+        patients: P patient ids, one per row.
+        features: F feature names, one per column.
+        values: float32 [P, F]; a scipy CSR matrix if most values are zero. NaN is a value that was not measured.
+        scale: scale of the numbers ("counts", "tpm", "log", "indicator", "copy-number", "beta", "m-value", "any").
+        source: origin of the table, for messages.
     """
 
     patients: tuple[str, ...]
@@ -48,7 +48,7 @@ class ModalityTable:
         return replace(self, patients=tuple(self.patients[i] for i in rows), values=self.values[rows])
 
     def row_blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """(rows, float32 [rows, F]) over the whole table, dense, some 16 MiB at a time."""
+        """(rows, float32 [rows, F]) over the whole table, dense, about 16 MiB at a time."""
         step = max(1, BLOCK_VALUES // max(1, len(self.features)))
         for start in range(0, len(self.patients), step):
             rows = slice(start, min(start + step, len(self.patients)))

@@ -1,4 +1,4 @@
-"""Which variants change a protein: classes of the MAF specification, and terms of the Sequence Ontology (VEP)."""
+"""Variants that change a protein: classes of the MAF specification, and terms of the Sequence Ontology (VEP)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-# Classes of the MAF specification that change the protein (or its splicing), as maftools takes them.
+# Classes of the MAF specification that change the protein (or its splicing), as in maftools.
 NON_SILENT = frozenset(
     {
         "Frame_Shift_Del",
@@ -38,7 +38,7 @@ SILENT = frozenset(
         "lincRNA",
     }
 )
-# Terms that vcf2maf turns into one of `NON_SILENT`, and the others of VEP and SnpEff.
+# Terms that vcf2maf converts to one of `NON_SILENT`, and all other terms of VEP and SnpEff.
 _CHANGING_TERMS = """
     transcript_ablation exon_loss_variant splice_acceptor_variant splice_donor_variant stop_gained
     frameshift_variant stop_lost start_lost initiator_codon_variant missense_variant coding_sequence_variant
@@ -67,15 +67,15 @@ _CHANGES = {
 def changes_protein(term: str) -> bool | None:
     """Whether a variant of this class or term changes the protein; None for an unknown one.
 
-    Several terms of one variant, as VEP joins them ("missense_variant&splice_region_variant"), change it where one of
-    them does; where none does, one that is unknown leaves it open.
+    A variant may have several terms, joined as in VEP ("missense_variant&splice_region_variant"). It changes the
+    protein if one of them does. Otherwise, the result is None if one of them is unknown.
     """
     found = [_CHANGES.get(part.strip().lower()) for part in re.split(r"[&,;|]", term)]
     return True if True in found else None if None in found else False
 
 
 def sort_terms(terms: Iterable[str]) -> tuple[set[str], dict[str, int]]:
-    """(terms that change the protein, unknown terms and how often each occurs, the most frequent first)."""
+    """(terms that change the protein, unknown terms with their numbers of occurrences, the most frequent first)."""
     counts = Counter(terms)
     known = {term: changes_protein(term) for term in counts}
     unknown = {term: count for term, count in counts.most_common() if known[term] is None}

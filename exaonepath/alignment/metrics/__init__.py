@@ -1,4 +1,5 @@
-"""What a trained model is worth: retrieval, probes, survival, geometry of the embeddings, exports, pictures.
+"""Metrics of a trained model: retrieval, probes, survival, geometry of the embeddings, and exports.
 
-The metric modules (`retrieval`, `probes`, `survival`, `geometry`, `intervals`) know no model: arrays in, numbers out.
+The metric modules (`retrieval`, `probes`, `survival`, `geometry`, `intervals`) do not depend on a model: they compute
+numbers from arrays.
 """

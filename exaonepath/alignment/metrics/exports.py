@@ -1,4 +1,4 @@
-"""Embeddings in the file layouts that TRIDENT and Patho-Bench read, so that their benchmarks run on ours.
+"""Export of embeddings in the file layouts of TRIDENT and Patho-Bench, to run their benchmarks on them.
 
 The layouts are facts about their readers and writers (github.com/mahmoodlab/TRIDENT, `WSI.extract_patch_features` and
 `WSI.extract_slide_features`; github.com/mahmoodlab/Patho-Bench, `PatchEmbeddingsDataset`, `SlideEmbeddingsDataset`):
@@ -8,7 +8,7 @@ The layouts are facts about their readers and writers (github.com/mahmoodlab/TRI
     Patho-Bench, pooled  <folder>/<sample>.h5                  features [1, D]: a slide or a patient
 
 each dataset with its attributes: `name` on features; `patch_size`, `patch_size_level0`, magnifications on coords.
-Patho-Bench takes off the leading 1 of a pooled sample itself, and fails where there is none.
+Patho-Bench removes the leading dimension of 1 of a pooled sample itself, and fails if there is none.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def export_pooled(folder: str | os.PathLike[str], embeddings: Mapping[str, Any],
     """Write one Patho-Bench file per sample.
 
     Args:
-        folder: made where it is missing.
+        folder: created if it does not exist.
         embeddings: sample id (slide or patient) -> [D].
-        attrs: attributes of each `features`, numbers or text (what made them, say).
+        attrs: attributes of each `features`, numbers or text (for example their origin).
 
     Returns:
         The files, in the order of the samples.
 
     Raises:
-        SettingsError: an id that is no file name, a row that is not finite, or widths that differ.
+        SettingsError: an id is no file name, a row is not finite, or widths differ.
     """
     rows = {sample: _row(sample, values) for sample, values in embeddings.items()}
     if len({row.shape for row in rows.values()}) > 1:
@@ -63,8 +63,8 @@ def export_slide(
     """Write one TRIDENT slide-features file: features [D], coords int [N, 2].
 
     Args:
-        folder: `slide_features_<encoder>`, made where it is missing.
-        patch_size_level0, patch_size: side of a patch in level-0 pixels, and as the encoder saw it.
+        folder: `slide_features_<encoder>`, created if it does not exist.
+        patch_size_level0, patch_size: side of a patch in level-0 pixels, and in pixels of the encoder's input.
         coords_attrs: more attributes of `coords` (level0_magnification, target_magnification, overlap, ...).
     """
     row = _row(slide, embedding)

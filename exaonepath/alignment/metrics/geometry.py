@@ -1,4 +1,4 @@
-"""Geometry of embeddings: how many directions they use, how evenly they fill the sphere, how close positives are."""
+"""Geometry of embeddings: number of directions, uniformity on the sphere, and distance of positives."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from exaonepath.errors import SettingsError
 
-_MOST_ROWS = 4096  # uniformity looks at all pairs of rows; more are thinned evenly
+_MOST_ROWS = 4096  # uniformity needs all pairs of rows; if there are more rows, every k-th one is used
 
 
 def effective_rank(embedding: Any) -> float:
     """Exponential of the entropy of the normalised singular values of [n, d] (Roy & Vetterli 2007; RankMe, 2023).
 
-    Rows are scaled to length 1 and not centred: rows that have all become one vector give 1, rows spread evenly over
-    k directions give k. NaN without rows, or where a number is not finite.
+    Rows are scaled to length 1 and not centred: identical rows give 1, rows that are distributed evenly over k
+    directions give k. NaN without rows, or if a number is not finite.
     """
     rows = _unit(embedding)
     if not rows.numel() or not rows.isfinite().all():
@@ -31,8 +31,8 @@ def effective_rank(embedding: Any) -> float:
 def uniformity(embedding: Any, t: float = 2.0) -> float:
     """Log of the mean Gaussian potential exp(-t |x - y|^2) over pairs of distinct rows (Wang & Isola 2020, eq. 2).
 
-    0 where all rows are one vector; about -2t for rows spread over a sphere of high dimension. NaN with fewer than two
-    rows.
+    0 if all rows are equal; about -2t for rows that are distributed over a sphere of high dimension. NaN with fewer
+    than two rows.
     """
     rows = _unit(embedding)
     rows = rows[:: max(1, -(-len(rows) // _MOST_ROWS))]

@@ -1,8 +1,8 @@
 """Confidence intervals by the bootstrap over patients.
 
-Rows of one patient (several slides) are not independent, so patients are drawn, never rows. Intervals are percentiles
-of the resampled statistic (Efron & Tibshirani 1993, chapter 13); where predictions enter, the fitted models are held
-fixed: the interval tells how much the test patients matter, not how much the training patients do.
+Rows of one patient (several slides) are not independent, so patients are resampled, never rows. Intervals are
+percentiles of the resampled statistic (Efron & Tibshirani 1993, chapter 13). For predictions, the fitted models are
+fixed: the interval includes the variation of the test patients, but not that of the training patients.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Estimate:
     """A number with its interval.
 
     Attributes:
-        value: the statistic on all rows; NaN where it does not exist.
-        low, high: limits of the 95 % interval; NaN where it does not exist.
-        n: patients (or runs) it rests on.
+        value: the statistic on all rows; NaN if it is not defined.
+        low, high: limits of the 95 % interval; NaN if it is not defined.
+        n: number of patients (or runs).
     """
 
     value: float
@@ -37,7 +37,7 @@ class Estimate:
     n: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types; what does not exist is null."""
+        """Plain JSON types; NaN becomes null."""
         return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in asdict(self).items()}
 
     def __format__(self, spec: str) -> str:
@@ -56,11 +56,11 @@ def bootstrap(
     """Interval of any statistic of rows.
 
     Args:
-        statistic: of row indices int64 [n]; NaN where it does not exist (a resample with one class, say).
+        statistic: function of row indices int64 [n]; NaN if it is not defined (for example, for a single class).
         patients: patient of each row [N].
-        strata: [N]; patients are drawn within the stratum of their first row, so that no class vanishes.
-        resamples: number of draws.
-        seed: of the draws.
+        strata: [N]; patients are resampled within the stratum of their first row, so that no class is lost.
+        resamples: number of resamples.
+        seed: seed of the resampling.
     """
     groups, members = _members(patients)
     if not len(groups):
@@ -86,7 +86,7 @@ def bootstrap_mean(
     resamples: int = _RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """Interval of the mean of per-row values float [N]; what `bootstrap` gives, as one matrix product."""
+    """Interval of the mean of per-row values float [N]; like `bootstrap`, but with one matrix product."""
     values = np.asarray(values, np.float64)
     group = np.unique(np.asarray(patients), return_inverse=True)[1]
     if not len(values):
@@ -106,7 +106,7 @@ def bootstrap_weighted(
     resamples: int = _RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """`bootstrap` of a statistic that takes weights in place of rows: all resamples at once, a hundred times faster.
+    """`bootstrap` of a statistic of weights instead of rows: all resamples at once, a hundred times faster.
 
     Args:
         statistic: weights float64 [R, N] (how often each row was drawn) to values [R].
@@ -131,10 +131,10 @@ def across_runs(values: Sequence[float], intervals: Sequence[tuple[float, float]
     """Mean over runs (seeds), with an interval over runs and patients.
 
     Args:
-        values: of each run.
-        intervals: each run's own (low, high) over patients. Runs are judged on the same patients, so these do not
-            shrink with the number of runs: their mean widths are joined in quadrature with Student's interval over the
-            runs. Absent: Student's alone, and none for a single run.
+        values: value of each run.
+        intervals: (low, high) of each run over patients. All runs are evaluated on the same patients, so these
+            intervals do not become smaller with more runs: their mean widths are combined in quadrature with Student's
+            interval over the runs. If missing: Student's interval only, and none for a single run.
     """
     numbers = np.asarray(values, np.float64)
     n = len(numbers)
@@ -153,11 +153,11 @@ def across_runs(values: Sequence[float], intervals: Sequence[tuple[float, float]
 
 
 def check_rows(**columns: Any) -> int:
-    """Length that all the named columns share; raises `SettingsError` that tells the lengths where they differ."""
+    """The common length of the columns; raises `SettingsError` with the lengths if they differ."""
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise SettingsError(f"columns must have one row per sample, got lengths {told}")
+        shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise SettingsError(f"columns must have one row per sample, got lengths {shown}")
     return next(iter(lengths.values()))
 
 

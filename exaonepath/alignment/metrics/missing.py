@@ -1,8 +1,8 @@
-"""How well a trained model works with some of the modalities missing at inference.
+"""Quality of a trained model if some modalities are missing at inference.
 
-Patients who have everything are looked at through every subset of their modalities, so that curves over the number of
-modalities compare the same patients. Two questions: is the patient still found (retrieval of one modality from the
-others), and does the fused embedding still hold the label (a probe fitted on training patients who have everything).
+Patients with all modalities are evaluated with every subset of their modalities, so that curves over the number of
+modalities compare the same patients. Two measures are used: retrieval of one modality from the others, and a probe for
+a label on the fused embedding, fitted on training patients with all modalities.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ def subsets(modalities: Sequence[str]) -> list[Subset]:
 def retrieval_from_subsets(
     spaces: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]], patients: Sequence[Any], target: str
 ) -> dict[Subset, RetrievalScores]:
-    """Find a patient's `target` among all patients' from every subset of the other modalities.
+    """Retrieve a patient's `target` among those of all patients, from every subset of the other modalities.
 
-    A subset's similarity is the mean of its modalities' similarities to the target, each in the pair's own space.
+    The similarity of a subset is the mean of the similarities of its modalities to the target, each in the space of its
+    pair.
 
     Args:
         spaces: (i, j) -> (u, v) unit vectors [n, d] of the same n patients.
         patients: [n].
-        target: the modality that is looked for.
+        target: the modality to retrieve.
 
     Raises:
         SettingsError: no pair has the target.
@@ -47,7 +48,8 @@ def retrieval_from_subsets(
             views[b if a == target else a] = (v, u) if a == target else (u, v)
     if not views:
         raise SettingsError(f"no pair was trained with {target}; pairs are {list(spaces)}")
-    # Side by side, the inner product is the sum of the pairs' inner products; all rows have equal length.
+    # The inner product of concatenated vectors is the sum of the pairs' inner products. All rows have the same length,
+    # so normalisation does not change the order.
     return {
         subset: retrieval(
             np.concatenate([views[m][0] for m in subset], axis=1),
@@ -72,11 +74,11 @@ def probe_from_subsets(
 
     Args:
         fused: subset -> (train [n, D], test [m, D]) fused embeddings with those modalities only.
-        modalities: of the model.
+        modalities: modalities of the model.
         train_labels: [n]; test_labels: [m].
-        refit: True: a probe of its own for each subset (what is left to know); False: the probe of the full set is
-            applied to what a subset gives (what a deployed probe does when a modality is missing).
-        seed: of the intervals.
+        refit: True: a separate probe for each subset (the remaining information); False: the probe of the full set is
+            applied to the embedding of a subset (a deployed probe with a missing modality).
+        seed: seed of the intervals.
     """
     whole = tuple(modalities)
     probe = fit_probe(fused(whole)[0], train_labels, seed=seed)
@@ -96,12 +98,12 @@ def gain_over_single(
     *,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """What all modalities together know of a label beyond each one alone.
+    """The gain of all modalities together compared with each one alone.
 
-    Args: as `probe_from_subsets`, with a probe of its own for each subset.
+    Args: as `probe_from_subsets`, with a separate probe for each subset.
 
     Returns:
-        Modality to balanced accuracy with all modalities less that with this one alone; the interval is paired: it
+        Modality to balanced accuracy with all modalities minus that with this one alone. The interval is paired: it
         resamples patients (within their class), each with both predictions.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Rows of a probe: which have a label, whose they are, and the folds they fall into."""
+"""Rows of a probe: their labels, patients and folds."""
 
 from __future__ import annotations
 
@@ -39,47 +39,50 @@ def labelled_rows(
 def _is_missing(value: Any) -> bool:
     """Whether a cell is None, NaN, NaT or pandas' NA."""
     try:
-        return value is None or bool(value != value)  # NaN is not itself
+        return value is None or bool(value != value)  # NaN is not equal to itself
     except TypeError:
-        return True  # NA compares as NA, of which nothing is true
+        return True  # a comparison with NA gives NA, which has no truth value
 
 
 def numbers(values: Columns) -> np.ndarray:
-    """float64 [n], NaN where a value is missing."""
+    """float64 [n], NaN for missing values."""
     return np.array([math.nan if _is_missing(value) else float(value) for value in values], np.float64)
 
 
 def without_rare(names: np.ndarray, groups: np.ndarray, patients: Columns | None) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(bool [n], rows whose class has two patients or more; the other classes): one patient cannot be fit and test."""
+    """(bool [n], rows whose class has two patients or more; the other classes).
+
+    The only patient of a class cannot be in the training part and in the test part.
+    """
     rare = tuple(name for name in np.unique(names).tolist() if len(np.unique(groups[names == name])) < 2)
     keep = ~np.isin(names, rare)
     if rare:
         ids = None if patients is None else np.unique(np.asarray(patients))
-        told = []
+        shown = []
         for name in rare:
             who = groups[names == name][0]
-            told.append(f"{name!r} ({f'row {who}' if ids is None else f'patient {ids[who]}'})")
+            shown.append(f"{name!r} ({f'row {who}' if ids is None else f'patient {ids[who]}'})")
         logger.warning(
             "%d class(es) have a single patient, who cannot be both fitted and tested, and are left out of the probe: "
             "%s",
             len(rare),
-            ", ".join(told[:5]) + (f", ... ({len(told)} in all)" if len(told) > 5 else ""),
+            ", ".join(shown[:5]) + (f", ... ({len(shown)} in all)" if len(shown) > 5 else ""),
         )
     return keep, rare
 
 
 def stratified_folds(y: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> Any:
-    """(train, test) row indices of folds that keep the classes' shares and never split a group."""
+    """(train, test) row indices of folds that preserve the shares of the classes and never split a group."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     return StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(y, y, groups)
 
 
 def usable_folds(y: np.ndarray, groups: np.ndarray, folds: int) -> int:
-    """`folds`, or the patients of the rarest class where those are fewer.
+    """`folds`, or the number of patients of the rarest class if it is smaller.
 
     Raises:
-        SettingsError: fewer than two folds, or than two classes with two patients each.
+        SettingsError: there are fewer than two folds, or fewer than two classes with two patients each.
     """
     if folds < 2:
         raise SettingsError(f"cross-validation needs two folds or more, got {folds}")

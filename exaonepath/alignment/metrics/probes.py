@@ -1,7 +1,7 @@
-"""Probes: how much of a label a frozen embedding holds, by simple models under cross-validation.
+"""Probes: prediction of a label from a frozen embedding, by simple models with cross-validation.
 
-Folds never split a patient; every choice (standardisation, penalty, k) is made inside the training part of a fold.
-Predictions of all folds are pooled; intervals are a bootstrap over patients with the fitted probes held fixed.
+Folds never split a patient. All choices (standardisation, penalty, k) are made inside the training part of a fold. The
+predictions of all folds are pooled. Intervals are a bootstrap over patients with fixed fitted probes.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ class ProbeScores:
 
     Attributes:
         balanced_accuracy: mean recall over classes; chance is 1 / classes.
-        auroc: area under the ROC curve, macro average one against the rest; chance is 0.5. NaN where a fold lacks it.
+        auroc: area under the ROC curve, macro average of one class against the rest; chance is 0.5. NaN if a class has
+            no samples.
         chance: 1 / classes.
         classes: the labels, sorted.
-        n: samples that have a label, of one of these classes.
-        folds: of the cross-validation, as many as the rarest class allowed; None: fitted once, on other patients.
+        n: number of samples with a label of one of these classes.
+        folds: number of cross-validation folds, limited by the rarest class; None: fitted once, on other patients.
     """
 
     balanced_accuracy: Estimate
@@ -73,7 +74,7 @@ class RegressionScores:
     Attributes:
         r2: 1 - residual over total variance (below 0: worse than the mean).
         spearman: rank correlation of prediction and truth.
-        n: samples that have a value.
+        n: number of samples with a value.
     """
 
     r2: Estimate
@@ -87,7 +88,7 @@ class RegressionScores:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Small fits on one BLAS thread: waking a second one takes ten times what it saves, more so on a busy machine."""
+    """Use one BLAS thread for small fits: the start of a second one costs ten times more than it saves."""
     try:
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
     except ImportError as exc:
@@ -100,18 +101,18 @@ def one_thread() -> Iterator[None]:
 def linear_probe(
     embedding: Any, labels: Columns, patients: Columns | None = None, *, folds: int = FOLDS, seed: int = 0
 ) -> ProbeScores:
-    """Logistic regression on the standardised embedding; its penalty chosen by an inner cross-validation.
+    """Logistic regression on the standardised embedding; an inner cross-validation selects its penalty.
 
     Args:
         embedding: [n, d].
-        labels: class of each row; rows without one (None, NaN, pandas' NA) are left out, and so, with a warning, are
-            those of classes with a single patient.
-        patients: patient of each row; None: every row its own.
-        folds: of the stratified, patient-wise cross-validation; fewer where the rarest class has fewer patients.
-        seed: of folds and intervals.
+        labels: class of each row; rows without a label (None, NaN, pandas' NA) are left out. Rows of classes with a
+            single patient are also left out, with a warning.
+        patients: patient of each row; None: every row is a different patient.
+        folds: number of stratified, patient-wise folds; fewer if the rarest class has fewer patients.
+        seed: seed of folds and intervals.
 
     Raises:
-        SettingsError: fewer than two classes with two patients each.
+        SettingsError: there are fewer than two classes with two patients each.
     """
     return _classify(embedding, labels, patients, folds, seed, _INVERSE_PENALTIES, _logistic, standardise=True)
 
@@ -120,18 +121,18 @@ def linear_probe(
 def knn_probe(
     embedding: Any, labels: Columns, patients: Columns | None = None, *, folds: int = FOLDS, seed: int = 0
 ) -> ProbeScores:
-    """k nearest neighbours by cosine similarity, k chosen by an inner cross-validation; arguments of `linear_probe`."""
+    """k nearest neighbours by cosine similarity; an inner cross-validation selects k; arguments of `linear_probe`."""
     return _classify(embedding, labels, patients, folds, seed, _NEIGHBOURS, _nearest, standardise=False)
 
 
 @dataclass(frozen=True)
 class FittedProbe:
-    """A linear probe fitted once, to be scored on other patients; made by `fit_probe`.
+    """A linear probe of `fit_probe`, fitted once, to be scored on other patients.
 
     Attributes:
         classes: [K] labels, sorted.
         predict: rows [m, d] to class probabilities [m, K].
-        left_out: classes that a single patient of the fit had, and that it hence does not know.
+        left_out: classes with a single patient in the fit, which the probe does not predict.
     """
 
     classes: np.ndarray
@@ -140,19 +141,19 @@ class FittedProbe:
 
     @one_thread()
     def score(self, embedding: Any, labels: Columns, *, seed: int = 0) -> ProbeScores:
-        """Scores on patients that the fit did not see, one row each.
+        """Scores on patients that are not part of the fit, one row each.
 
-        Rows without a label, or of a class that the fit left out, are left out.
+        Rows without a label, or of a class that the fit left out, are ignored.
 
         Raises:
-            SettingsError: a class that no patient of the fit had.
+            SettingsError: no patient of the fit has a class of these patients.
         """
         x, y, groups = self._known(embedding, labels)
         return _scores(y, self.predict(x), groups, self.classes, seed)
 
     @one_thread()
     def hits(self, embedding: Any, labels: Columns) -> tuple[np.ndarray, np.ndarray]:
-        """(1.0 where the probe is right, the class as a number), [n] each, of the rows that `score` counts."""
+        """(1.0 if the probe is right, the class as a number), [n] each, for the rows that `score` uses."""
         x, y, _ = self._known(embedding, labels)
         return (self.predict(x).argmax(1) == y).astype(np.float64), np.unique(y, return_inverse=True)[1]
 
@@ -168,10 +169,10 @@ class FittedProbe:
 
 @one_thread()
 def fit_probe(embedding: Any, labels: Columns, *, seed: int = 0) -> FittedProbe:
-    """`linear_probe`'s model fitted on all rows (one a patient), its penalty chosen by cross-validation.
+    """The model of `linear_probe`, fitted on all rows (one per patient); cross-validation selects its penalty.
 
     Raises:
-        SettingsError: fewer than two classes with two patients each.
+        SettingsError: there are fewer than two classes with two patients each.
     """
     x, names, groups = labelled_rows(embedding, labels, None)
     keep, rare = without_rare(names, groups, None)
@@ -189,7 +190,7 @@ def ridge_probe(
     """Ridge regression of a number on the standardised embedding; arguments of `linear_probe`.
 
     Raises:
-        SettingsError: fewer than `folds` patients have a value, or it is constant.
+        SettingsError: fewer than `folds` patients have a value, or all values are equal.
     """
     from scipy.stats import spearmanr
     from sklearn.linear_model import RidgeCV
@@ -315,7 +316,7 @@ def _fit_chosen(
 def _best_choice(
     x: np.ndarray, y: np.ndarray, groups: np.ndarray, choices: Sequence[float], fit: Any, seed: int
 ) -> float:
-    """The choice with the best inner out-of-fold balanced accuracy; the middle one where there are too few patients."""
+    """The choice with the best inner out-of-fold balanced accuracy; the middle one if there are too few patients."""
     fewest = min(len(np.unique(groups[y == c])) for c in np.unique(y))
     if fewest < 2:
         return choices[len(choices) // 2]
@@ -328,22 +329,22 @@ def _best_choice(
 
 
 def _balanced_accuracy(truth: np.ndarray, right: np.ndarray) -> float:
-    """Mean over the classes that occur in `truth` of the share that is right."""
+    """Share of correct predictions of each class in `truth`, mean over classes."""
     count = np.bincount(truth)
     return float((np.bincount(truth, right)[count > 0] / count[count > 0]).mean())
 
 
 def weighted_auc(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Areas under the ROC curve [R] of scores [n] against bool [n], rows counting as weights [R, n] say; ties half.
+    """Areas under the ROC curve [R] of scores [n] and positives bool [n], with weights [R, n] of the rows.
 
-    NaN where one side is empty.
+    Ties count one half. NaN without positives or without negatives.
     """
     order = np.argsort(score, kind="stable")
     ordered, is_positive = score[order], positive[order]
     w = weights[:, order]
     below = np.cumsum(np.where(is_positive, 0, w), axis=1)
     below = np.concatenate([np.zeros((len(w), 1)), below], axis=1)
-    # Negatives below the first of equal scores count fully, those among them half.
+    # Negatives below the first of equal scores count fully, those with an equal score half.
     first, last = np.searchsorted(ordered, ordered, "left"), np.searchsorted(ordered, ordered, "right")
     wins = (below[:, first] + below[:, last]) / 2
     pairs = np.where(is_positive, w, 0).sum(axis=1) * below[:, -1]

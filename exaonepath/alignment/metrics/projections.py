@@ -1,4 +1,5 @@
-"""What the projections W_ij learned: how many directions they use, and whether the two of a pair use the same ones."""
+"""Analysis of the projections W_ij: number of directions in use, and overlap of the directions of both sides of a
+pair."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from exaonepath.errors import SettingsError
 
-_ENERGY = 0.9  # share of the variance that the compared directions hold
+_ENERGY = 0.9  # share of the variance in the directions that are compared
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,13 @@ class PairSpectrum:
         left, right: names of the modalities.
         left_spectrum, right_spectrum: [d], singular values of h_i W_ij and h_j W_ji over patients (rows of unit length,
             centred), as shares of their sum, descending.
-        left_rank, right_rank: exponentials of those shares' entropies: directions in use.
-        overlap: mean squared cosine of the principal angles between the directions that hold 90 % of either side's
-            variance; 1: the same directions, `chance`: unrelated ones.
-        chance: what `overlap` is for random subspaces of these dimensions.
-        correlation: of the patients' coordinates on each side (linear CKA, Kornblith et al. 2019), 0 to 1; patients
-            with both modalities.
-        n: number of those.
+        left_rank, right_rank: exponential of the entropy of those shares: number of directions in use.
+        overlap: mean squared cosine of the principal angles between the directions with 90 % of each side's variance;
+            1: the same directions, `chance`: unrelated directions.
+        chance: value of `overlap` for random subspaces of these dimensions.
+        correlation: similarity of the patients' coordinates on both sides (linear CKA, Kornblith et al. 2019), 0 to 1,
+            over patients with both modalities.
+        n: number of those patients.
     """
 
     left: str
@@ -56,7 +57,7 @@ def pair_spectrum(left: str, right: str, u: np.ndarray, v: np.ndarray) -> PairSp
         u, v: [n, d] unit vectors of the same patients, row by row.
 
     Raises:
-        SettingsError: shapes differ, or fewer than two patients.
+        SettingsError: shapes differ, or there are fewer than two patients.
     """
     x, y = np.asarray(u, np.float64), np.asarray(v, np.float64)
     if x.shape != y.shape or x.ndim != 2 or len(x) < 2:
@@ -83,14 +84,14 @@ def pair_spectrum(left: str, right: str, u: np.ndarray, v: np.ndarray) -> PairSp
 
 
 def direction_reuse(weights: Mapping[str, np.ndarray], embedding: np.ndarray) -> dict[tuple[str, str], float]:
-    """How far a modality shows different partners the same side of itself.
+    """Similarity of the projections of one modality for its different partners.
 
     Args:
         weights: partner j -> W_ij [E, d] of one modality i.
         embedding: [n, E], its embeddings over patients.
 
     Returns:
-        (j, k) -> linear CKA between h W_ij and h W_ik, 0 to 1: 1 where both partners see the same.
+        (j, k) -> linear CKA between h W_ij and h W_ik, 0 to 1; 1: both projections contain the same information.
     """
     h = np.asarray(embedding, np.float64)
     h = h - h.mean(axis=0)

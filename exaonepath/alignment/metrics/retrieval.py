@@ -1,8 +1,7 @@
-"""Cross-modal retrieval: does a slide find its patient's RNA among all patients' RNA, and so on for every pair.
+"""Cross-modal retrieval: for example, find the RNA profile of a slide's patient among those of all patients.
 
-Several rows may belong to one patient (several slides): a query has found its patient when the first of them comes up.
-Equal similarities are ties, not a free win for whichever row comes first: recall is its expectation over a random order
-of the tied rows, so that collapsed embeddings score exactly chance.
+Several rows may belong to one patient (several slides); the best rank of them counts. Rows with equal similarity are
+ties: recall is the expectation over a random order of the tied rows, so collapsed embeddings score exactly chance.
 """
 
 from __future__ import annotations
@@ -18,18 +17,19 @@ from exaonepath.alignment.metrics.intervals import Estimate, bootstrap_mean, che
 from exaonepath.errors import SettingsError
 
 RECALL_AT = (1, 5, 10)
-# Similarities are float64 products of unit vectors: rounding stays below 1e-12, so closer than this is equal.
+# Similarities are float64 products of unit vectors, with rounding errors below 1e-12. Smaller differences than this
+# count as ties.
 _TIE = 1e-9
-_CHUNK_ENTRIES = 1 << 22  # similarities held at once: 32 MiB
+_CHUNK_ENTRIES = 1 << 22  # similarities in memory at once: 32 MiB
 
 
 @dataclass(frozen=True)
 class PairEmbeddings:
-    """Two modalities in the space that their projections share.
+    """Two modalities in the shared space of their projections.
 
     Attributes:
         left, right: names of the modalities.
-        u: [n, d] rows of the left modality, v: [m, d] of the right; only rows whose modality is there.
+        u: [n, d] rows of the left modality, v: [m, d] of the right; only rows that have the modality.
         left_patients, right_patients: patient of each row.
     """
 
@@ -43,7 +43,7 @@ class PairEmbeddings:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Outcome per query, over the Q queries whose patient is in the gallery.
+    """Result of each query, for the Q queries whose patient is in the gallery.
 
     Attributes:
         query: int64 [Q], rows of the queries.
@@ -101,12 +101,12 @@ def rank_queries(
     """Rank the gallery for every query by cosine similarity.
 
     Args:
-        queries: [n, d]; gallery: [m, d], arrays or tensors; they are normalised here.
+        queries: [n, d]; gallery: [m, d], arrays or tensors, not necessarily normalised.
         query_patients, gallery_patients: patient of each row.
         recall_at: levels k, positive.
 
     Raises:
-        SettingsError: shapes do not fit, or an embedding is not finite (row named).
+        SettingsError: shapes do not match, or an embedding is not finite (the row is named).
     """
     levels = tuple(recall_at)
     if any(k < 1 for k in levels):
@@ -189,8 +189,8 @@ class GroupRecall:
 
     Attributes:
         recall: recall@k.
-        excess: recall@k less that of all queries of the same direction, so that groups whose patients take part in
-            other pairs can be compared.
+        excess: recall@k minus that of all queries of the same direction, so that groups with different pairs can be
+            compared.
     """
 
     recall: Estimate
@@ -200,7 +200,7 @@ class GroupRecall:
 def recall_by_group(
     pairs: Iterable[PairEmbeddings], group_of: Mapping[Any, Any], *, recall_at: int = 1, seed: int = 0
 ) -> dict[Any, GroupRecall]:
-    """Recall@k over all pairs and directions, apart for groups of query patients (by number of modalities, say)."""
+    """Recall@k over all pairs and directions, for groups of query patients (for example, by number of modalities)."""
     hits, excess, owners = [], [], []
     for pair in pairs:
         for q, g, q_patients, g_patients in (
@@ -227,7 +227,7 @@ def recall_by_group(
 
 
 def unit_rows(embedding: Any, name: str) -> np.ndarray:
-    """float64 [n, d] with rows of length 1 (zero rows stay zero); raises `SettingsError` where a row is not finite."""
+    """float64 [n, d] with rows of length 1 (zero rows stay zero); raises `SettingsError` if a row is not finite."""
     values = torch.as_tensor(embedding).detach().to("cpu", torch.float64).numpy()
     if values.ndim != 2:
         raise SettingsError(f"{name} must be a matrix [n, d], got shape {list(values.shape)}")
@@ -246,7 +246,7 @@ def _codes(left: Any, right: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _found(drawn: np.ndarray, others: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Probability that `drawn` of others + own rows, without replacement, hold at least one of the own."""
+    """Probability that `drawn` of others + own rows, drawn without replacement, contain at least one own row."""
     missed = np.ones(len(drawn))
     for i in range(int(drawn.max(initial=0))):
         share = np.clip((others - i) / np.maximum(others + own - i, 1), 0, 1)

@@ -1,7 +1,6 @@
 """Survival: Harrell's concordance index, and a Cox probe on a frozen embedding.
 
-Written here rather than taken from a survival package: the two together are a page, and each such package brings a
-dozen dependencies of its own.
+Both are short, so they are implemented here: each package for survival analysis has a dozen further dependencies.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _CHUNK_ENTRIES = 1 << 22
 
 @dataclass(frozen=True)
 class SurvivalScores:
-    """Out-of-fold concordance of a Cox probe: 0.5 is chance, 1 perfect order; `events` of `n` patients were seen."""
+    """Out-of-fold concordance of a Cox probe: 0.5 is chance, 1 perfect order; `events` of `n` patients had an event."""
 
     c_index: Estimate
     n: int
@@ -41,17 +40,18 @@ def concordance_index(
     event: Sequence[bool] | np.ndarray,
     groups: Sequence[Any] | np.ndarray | None = None,
 ) -> float:
-    """Harrell's C (Harrell et al. 1982): share of comparable pairs in which who died first had the higher risk.
+    """Harrell's C (Harrell et al. 1982): share of comparable pairs in which the patient with the earlier event has the
+    higher risk.
 
-    A pair is comparable where the earlier time is an event, or where the times are equal and one of the two is an
-    event. Equal risks count one half.
+    A pair is comparable if the earlier time is an event, or if the times are equal and one of the two is an event.
+    Equal risks count one half.
 
     Args:
-        risk: [n], higher is worse; time: [n]; event: [n], True where the event was seen, False where censored.
-        groups: [n]; only pairs within a group count (risks of different cross-validation folds do not compare).
+        risk: [n], higher is worse; time: [n]; event: [n], True if the event was observed, False if censored.
+        groups: [n]; only pairs within a group count (risks of different cross-validation folds are not comparable).
 
     Returns:
-        0 to 1; NaN where no pair is comparable.
+        0 to 1; NaN if no pair is comparable.
     """
     r, t, e = np.asarray(risk, np.float64), np.asarray(time, np.float64), np.asarray(event, bool)
     n = check_rows(risk=r, time=t, event=e)
@@ -79,14 +79,14 @@ def cox_probe(
     folds: int = FOLDS,
     seed: int = 0,
 ) -> SurvivalScores:
-    """Concordance of a ridge-penalised Cox model under cross-validation, its penalty chosen inside each fold.
+    """Concordance of a ridge-penalised Cox model with cross-validation; its penalty is selected inside each fold.
 
     Args:
-        embedding: [n, d]; time: [n]; event: [n]; rows where one is missing (None, NaN, pandas' NA) are left out.
-        patients: patient of each row; folds never split one.
+        embedding: [n, d]; time: [n]; event: [n]; rows with a missing value (None, NaN, pandas' NA) are left out.
+        patients: patient of each row; folds never split a patient.
 
     Raises:
-        SettingsError: fewer than two events per fold, or a time that is not positive.
+        SettingsError: there are fewer than two events per fold, or a time is not positive.
     """
     from sklearn.preprocessing import StandardScaler
 
@@ -114,12 +114,14 @@ def cox_probe(
 
 
 def fit_cox(x: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: float) -> np.ndarray:
-    """Coefficients [d] of a Cox model with penalty / 2 |b|^2, by the partial likelihood with Breslow's ties."""
+    """Coefficients [d] of a Cox model with penalty / 2 |b|^2, by the partial likelihood with Breslow's method for
+    ties."""
     from scipy.optimize import minimize
 
     order = np.argsort(-time, kind="stable")
     x, time, event = x[order], time[order], event[order]
-    # Everybody with this time or a later one is at risk: in descending order, all up to the last equal time.
+    # All patients with this time or a later one are at risk. In descending order, these are all up to the last equal
+    # time, so a cumulative sum gives the sum over them.
     last = np.searchsorted(-time, -time, side="right") - 1
 
     def objective(b: np.ndarray) -> tuple[float, np.ndarray]:
@@ -145,9 +147,9 @@ def _best_penalty(x: np.ndarray, time: np.ndarray, event: np.ndarray, groups: np
 
 
 def _folds(event: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> Any:
-    """Folds with alike shares of events; of the few censored, where they are fewer than the folds, no shares are kept.
+    """Folds with similar shares of events; not stratified if there are fewer censored patients than folds.
 
-    scikit-learn warns of every such split otherwise, and folds as few as the censored would leave less to fit on.
+    Otherwise scikit-learn would warn for every such split, and fewer folds would leave less data to fit on.
     """
     strata = event.astype(int) if (~event).sum() >= folds else np.zeros(len(event), int)
     return stratified_folds(strata, groups, folds, seed)

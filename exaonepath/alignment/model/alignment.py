@@ -36,8 +36,8 @@ class PatientEmbeddings(ModelOutput):
     """Embeddings of B patients.
 
     Attributes:
-        modality: name to [B, E_m], the encoder's output (the slide: features beside encoder output, averaged over the
-            patient's slides); 0 where the patient lacks the modality.
+        modality: name to [B, E_m], the encoder's output (for the slide: features and encoder output concatenated,
+            averaged over the patient's slides); 0 if the patient lacks the modality.
         available: name to bool [B].
         fused: [B, P d], one unit vector per patient over the P trained pairs (see `fuse`).
     """
@@ -50,7 +50,8 @@ class PatientEmbeddings(ModelOutput):
 class ExaonePathAlignmentModel(ExaonePathPreTrainedModel):
     """Slide encoder, omics encoders, and the projections W_ij, temperatures and biases of their pairs.
 
-    One row is one patient: several slides of a patient are averaged, as there is one molecular profile to meet.
+    One row is one patient: several slides of a patient are averaged, because there is one molecular profile per
+    patient.
     """
 
     config_class = ExaonePathAlignmentConfig
@@ -90,7 +91,7 @@ class ExaonePathAlignmentModel(ExaonePathPreTrainedModel):
         foundation: Mapping[str, nn.Module] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Load as the other models, strictly; `foundation`: frozen foundation models by modality, for their slots."""
+        """Load strictly, like the other models; `foundation`: frozen foundation models by modality, to be attached."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, module in (foundation or {}).items():
@@ -112,17 +113,17 @@ class ExaonePathAlignmentModel(ExaonePathPreTrainedModel):
 
     @property
     def trained_pairs(self) -> tuple[tuple[str, str], ...]:
-        """The pairs whose loss has a weight: those whose projections mean something."""
+        """The pairs whose loss has a weight above 0. Only their projections were trained."""
         return tuple(pair for pair in self.config.modality_pairs if self.pair_weight(pair) > 0)
 
     def pair_weight(self, pair: tuple[str, str]) -> float:
-        """Factor on the loss of a pair, which is given in the order of the modalities; 0: not trained."""
+        """Factor on the loss of a pair (named in the order of the modalities); 0: not trained."""
         if self.config.pairs == WSI and WSI not in pair:
             return 0.0
         return float(self.config.pair_weights.get("-".join(pair), 1.0))
 
     def omics_encoder(self, modality: str) -> OmicsEncoder:
-        """The encoder of a molecular modality; raises `SettingsError` where the model has none of that name."""
+        """The encoder of a molecular modality; raises `SettingsError` if the model has none of that name."""
         if modality not in self.omics:
             raise SettingsError(f"the model has no molecular modality {modality!r}; it has {', '.join(self.omics)}")
         return self.omics[modality]  # type: ignore[return-value]
@@ -147,7 +148,8 @@ class ExaonePathAlignmentModel(ExaonePathPreTrainedModel):
         return match_features(modality, self.omics_encoder(modality).feature_names, names, by_name=by_name)
 
     def encode_slides(self, slides: SlideBatch, size: int) -> Tensor:
-        """Slide embeddings averaged per patient: [size, C + E], 0 for patients without a slide; no padding anywhere."""
+        """Slide embeddings averaged per patient: [size, C + E], 0 for patients without a slide; computed without
+        padding."""
         encoder = self.slide_encoder
         coords, contours = self._alter_positions(slides)
         layout = build_ragged_layout(
@@ -158,7 +160,8 @@ class ExaonePathAlignmentModel(ExaonePathPreTrainedModel):
         encoded = layout.unpack_patches(encoder.slide_encoder(slides.features, layout, coords, backend))[0]
         both = torch.cat([slides.features.to(encoded.dtype), encoded], -1)
         embeddings = torch.stack([part.mean(0) for part in both.split(slides.lengths)])
-        # A product with a small matrix, and not index_add: the same sums in the same order on every device.
+        # A product with a small matrix instead of index_add: on a GPU, index_add adds in an arbitrary order, so its
+        # rounding would differ from run to run.
         owner = torch.tensor(slides.patients, device=embeddings.device)
         share = (owner == torch.arange(size, device=embeddings.device)[:, None]).to(embeddings.dtype)
         share = share / share.sum(1, keepdim=True).clamp(min=1)
@@ -166,18 +169,18 @@ class ExaonePathAlignmentModel(ExaonePathPreTrainedModel):
             return share @ embeddings
 
     def embed(self, batch: PatientBatch) -> dict[str, Tensor]:
-        """Embedding of every modality: name to [B, E_m], 0 where `batch.available` says that there is none.
+        """Embedding of every modality: name to [B, E_m], 0 for rows that are not in `batch.available`.
 
         Raises:
-            SettingsError: the batch holds a modality the model does not know, or shapes do not fit.
+            SettingsError: the batch has a modality that the model does not have, or shapes do not match.
         """
         if unknown := sorted(set(batch.available) - set(self.modalities)):
-            raise SettingsError(f"the model does not know {', '.join(unknown)}; it has {', '.join(self.modalities)}")
+            raise SettingsError(f"the model has no modality {', '.join(unknown)}; it has {', '.join(self.modalities)}")
         out = {}
         device = self.loss_device
         for name in self.modalities:
-            there = batch.available.get(name)
-            rows = torch.zeros(0, dtype=torch.int64) if there is None else there.cpu().nonzero().view(-1)
+            available = batch.available.get(name)
+            rows = torch.zeros(0, dtype=torch.int64) if available is None else available.cpu().nonzero().view(-1)
             if not len(rows):
                 out[name] = torch.zeros(batch.size, self.config.widths[name], device=device)
             elif name == WSI:
@@ -187,7 +190,7 @@ class ExaonePathAlignmentModel(ExaonePathPreTrainedModel):
                 keep[rows] = True
                 out[name] = torch.where(keep.to(device), embedding, 0)
             else:
-                # Only the rows that are there: a missing profile holds anything, and costs nothing.
+                # Only available rows are encoded: a missing profile may have any values, and needs no computation.
                 rows = rows.to(device)
                 embedding = self.omics[name](batch.profiles[name][rows])
                 empty = embedding.new_zeros(batch.size, embedding.shape[1])
@@ -200,13 +203,13 @@ class ExaonePathAlignmentModel(ExaonePathPreTrainedModel):
         return next(self.loss.parameters()).device
 
     def encode_patients(self, batch: PatientBatch) -> PatientEmbeddings:
-        """Embed patients from whatever modalities are there.
+        """Embed patients from all modalities that are available.
 
         Returns:
-            One embedding per modality, and the fused one; the model's training mode is left as it is.
+            One embedding per modality, and the fused one; the model's training mode is not changed.
 
         Raises:
-            SettingsError: a patient has no modality at all (rows are named), or shapes do not fit.
+            SettingsError: a patient has no modality at all (rows are named), or shapes do not match.
         """
         available = {
             name: batch.available.get(name, torch.zeros(batch.size, dtype=torch.bool)).cpu() for name in self.modalities
@@ -229,10 +232,11 @@ class ExaonePathAlignmentModel(ExaonePathPreTrainedModel):
 
         Args:
             wsi: one slide, or several.
-            totals: of modalities that are counts: their sum over all features that were measured, those included that
-                the model does not read; training divides by it. Absent: the sum of the profile, with a warning.
+            totals: for modalities that are counts: the sum over all measured features, also of those that the model
+                does not read; training divides by it. If missing: the sum of the profile is used, and a warning is
+                logged.
             profiles: molecular profiles by modality, each [F] as measured (`OmicsEncoder.standardize` is applied), in
-                the order of the model's feature names; NaN where a value is missing.
+                the order of the model's feature names; NaN for missing values.
         """
         slides = None if wsi is None else [[wsi] if isinstance(wsi, SlidePatches) else list(wsi)]
         values = {name: torch.as_tensor(x)[None].to(self.loss_device) for name, x in profiles.items()}
@@ -242,8 +246,8 @@ class ExaonePathAlignmentModel(ExaonePathPreTrainedModel):
             encoder, total = self.omics_encoder(name), (totals or {}).get(name)
             if total is None and encoder.transform == "cpm_log1p":
                 logger.warning(
-                    "%s: counts are divided by their sum over the %d features the model reads; training divided by the "
-                    "sum over all that were measured: give it as totals={%r: ...}",
+                    "%s: counts are divided by their sum over the %d features that the model reads; training divided "
+                    "by the sum over all measured features: pass it as totals={%r: ...}",
                     name,
                     x.shape[1],
                     name,
@@ -255,7 +259,7 @@ class ExaonePathAlignmentModel(ExaonePathPreTrainedModel):
             return self.encode_patients(batch)
 
     def fuse(self, embeddings: Mapping[str, Tensor], available: Mapping[str, Tensor]) -> Tensor:
-        """One unit vector per patient from the embeddings that are there: see `fusion.fuse`."""
+        """One unit vector per patient from the available embeddings: see `fusion.fuse`."""
         return fuse(
             {
                 (a, b): (self.project(embeddings[a], a, b), self.project(embeddings[b], b, a))
@@ -282,7 +286,7 @@ class ExaonePathAlignmentModel(ExaonePathPreTrainedModel):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block, the former mode after it."""
+    """Switch to evaluation mode inside the `with` block, and restore the previous mode after it."""
     before = model.training
     model.eval()
     try:
@@ -292,7 +296,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _permutation(coords: Tensor, features: Tensor) -> Tensor:
-    """A permutation that belongs to the slide: the same whenever it is seen, another for every other slide."""
+    """A permutation that depends only on the slide: the same at every call, and a different one for every slide.
+
+    The seed is a checksum of the coordinates and of the first four patches.
+    """
     content = [x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data for x in (coords, features[:4])]
     seed = zlib.crc32(content[1], zlib.crc32(content[0]))
     order = torch.randperm(len(coords), generator=torch.Generator().manual_seed(seed))

@@ -1,8 +1,9 @@
-"""A contrastive step whose batch is larger than what the encoders can hold at once.
+"""A contrastive training step with a batch that is too large for the memory of the encoders.
 
-The loss needs all embeddings together, the encoders do not: embed chunk by chunk without a graph, take the loss and its
-gradient at the cached embeddings, then embed each chunk again with a graph and send its rows of that gradient back
-(gradient caching, arXiv 2101.06983). Memory is that of one chunk plus the embeddings; the price is a second forward.
+The loss needs all embeddings together, but the encoders do not. First, all chunks are embedded without a graph. Then
+the loss and its gradient with respect to the embeddings are computed. Finally, each chunk is embedded again with a
+graph, and its rows of that gradient are propagated back through the encoder (gradient caching, arXiv 2101.06983). The
+memory is that of one chunk plus the embeddings; the cost is a second forward pass.
 """
 
 from __future__ import annotations
@@ -29,26 +30,26 @@ def cached_gradient_step(
     backward: Callable[[Tensor], Any] | None = None,
     no_sync: Sequence[nn.Module] = (),
 ) -> Output:
-    """Forward and backward of `loss(encode(all chunks))`, one chunk in memory at a time.
+    """Forward and backward pass of `loss(encode(all chunks))`, with one chunk in memory at a time.
 
-    Afterwards every parameter's `.grad` holds (added to) what a plain step would have given, within rounding: a chunk
-    draws the same random numbers, dropout included, both times it is embedded. Layers that look across the batch
-    (BatchNorm) see a chunk, as in any accumulation, and update their running statistics twice.
+    The gradients that are added to every parameter's `.grad` equal those of a plain step, up to rounding: both passes
+    of a chunk draw the same random numbers, dropout included. Layers that use the whole batch (BatchNorm) get one
+    chunk, as in any gradient accumulation, and update their running statistics twice.
 
     Args:
-        encode: embeddings [b, E_m] by modality name of one chunk of b rows; every chunk gives the same names. A
-            modality that is missing in some rows keeps them, and `loss` knows which.
-        chunks: at least one; their order is that of the rows `loss` sees.
+        encode: returns embeddings [b, E_m] by modality name of one chunk of b rows, with the same names for every
+            chunk. Rows without a modality are kept; `loss` must know which they are.
+        chunks: at least one; `loss` gets the rows in their order.
         loss: from embeddings [B, E_m] of all rows to an output with a scalar `loss` (an attribute, or the output
             itself). Its own parameters get their gradients as usual.
-        backward: in place of `loss.backward()`, e.g. `lambda x: scaler.scale(x).backward()`.
+        backward: called instead of `loss.backward()`, e.g. `lambda x: scaler.scale(x).backward()`.
         no_sync: DistributedDataParallel modules that `encode` runs: they exchange gradients in the last chunk only.
 
     Returns:
-        What `loss` returned, detached from the encoders.
+        The result of `loss`, detached from the encoders.
 
     Raises:
-        SettingsError: no chunk, or chunks with different modalities, or an output without a loss.
+        SettingsError: there is no chunk, chunks have different modalities, or the output has no loss.
     """
     if not chunks:
         raise SettingsError("a cached-gradient step needs at least one chunk")
@@ -58,7 +59,8 @@ def cached_gradient_step(
         states.append(_RandomState())
         with torch.no_grad():
             parts.append(dict(encode(chunk)))
-        # Autocast keeps the half-precision copies made here, without a graph: the second pass would take those.
+        # Autocast caches the half-precision copies of weights. They have no graph here, so the second pass must not use
+        # them.
         torch.clear_autocast_cache()
         if set(parts[-1]) != set(parts[0]):
             raise SettingsError(
@@ -72,7 +74,7 @@ def cached_gradient_step(
     if not isinstance(value, Tensor) or value.ndim != 0:
         raise SettingsError("loss must return a scalar, or an output with a scalar `loss`")
     (backward or torch.Tensor.backward)(value)
-    # What a plain step would have drawn next is drawn next.
+    # Restored at the end, so that later random numbers are the same as after a plain step.
     after = _RandomState()
     starts = dict.fromkeys(cached, 0)
     for index, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
@@ -97,7 +99,7 @@ def cached_gradient_step(
 
 
 class _RandomState:
-    """Of the CPU and every CUDA device in use, as it is now."""
+    """The current state of the random generators of the CPU and of all CUDA devices in use."""
 
     def __init__(self) -> None:
         self._cpu = torch.get_rng_state()

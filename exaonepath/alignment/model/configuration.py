@@ -14,13 +14,13 @@ from exaonepath.encoders.configuration import FFN_ALIGN, complete_wsi_cfg, ffn_p
 from exaonepath.errors import ConfigError
 from exaonepath.files.strict_json import shown
 
-# How F-RoPE is altered for an ablation; the weights fit in every mode.
+# Changes of F-RoPE for ablations; the weights have the same shapes in every mode.
 ROPE_MODES = {
     "full": "rotation by position, attention inside fragments",
     "no_rotation": "fragments kept, positions unknown",
     "no_fragments": "rotation by position, attention across fragments",
     "off": "neither: every block is a NoPE block",
-    "shuffled": "positions dealt out anew among the patches of the slide",
+    "shuffled": "positions permuted among the patches of the slide",
 }
 
 TRANSFORMS = ("none", "log1p", "cpm_log1p")
@@ -50,16 +50,17 @@ _OMICS_DEFAULTS: dict[str, Any] = {
 def complete_omics_cfg(cfg: Mapping[str, Any], where: str = "omics encoder") -> dict[str, Any]:
     """An omics encoder's settings with defaults filled in and checked.
 
-    Keys: `feature_names` (the manifest, in the order of the weights), `scale` (what the measured values are: "tpm",
-    "beta", ...), `transform` ("none", "log1p", "cpm_log1p": before they are standardised), `clip` (bound of the
-    standardised values, or None), `counted_features` (for counts: names beside `feature_names` that were added up to a
-    patient's total in training; None: not known), `n_patients` (how many the statistics come from; 0: not known),
-    `embed_dim` (width of the embedding), `ffn_ratio` and `ffn_layer` (SwiGLU hidden width, as in the slide encoder),
-    `dropout` (on the embedding and after the FFN), `input_dropout` (share of input features set to their training mean
-    in training), `foundation` (None, or {"dim": width of its output, "fingerprint": of its weights, or None}).
+    Keys: `feature_names` (the manifest, in the order of the weights), `scale` (scale of the measured values: "tpm",
+    "beta", ...), `transform` ("none", "log1p", "cpm_log1p": applied before standardisation), `clip` (bound of the
+    standardised values, or None), `counted_features` (for counts: features in addition to `feature_names` that are part
+    of a patient's total in training; None: not known), `n_patients` (number of patients of the statistics; 0: not
+    known), `embed_dim` (width of the embedding), `ffn_ratio` and `ffn_layer` (SwiGLU hidden width, as in the slide
+    encoder), `dropout` (on the embedding and after the FFN), `input_dropout` (share of input features set to their
+    training mean in training), `foundation` (None, or {"dim": width of its output, "fingerprint": of its weights, or
+    None}).
 
     Raises:
-        ConfigError: an unknown key, or a value that no encoder can be built from.
+        ConfigError: a key is unknown, or no encoder can be built from a value.
     """
     if not isinstance(cfg, Mapping):
         raise ConfigError(f"{where}: settings must be a mapping, got {shown(cfg)}")
@@ -72,7 +73,7 @@ def complete_omics_cfg(cfg: Mapping[str, Any], where: str = "omics encoder") -> 
     names = out["feature_names"] = [str(name) for name in out["feature_names"]]
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
-        raise ConfigError(f"{where}: {len(twice)} feature names are there twice: {', '.join(twice[:5])}")
+        raise ConfigError(f"{where}: {len(twice)} feature names occur twice: {', '.join(twice[:5])}")
     counted = out["counted_features"]
     if counted is not None:
         if isinstance(counted, str | Mapping) or not isinstance(counted, Iterable):
@@ -110,7 +111,7 @@ def complete_omics_cfg(cfg: Mapping[str, Any], where: str = "omics encoder") -> 
 
 
 def _omics_parameters(cfg: Mapping[str, Any]) -> int:
-    """About how many parameters the encoder of completed settings has."""
+    """Approximate number of parameters of the encoder with completed settings."""
     inputs = cfg["foundation"]["dim"] if cfg["foundation"] else len(cfg["feature_names"])
     return int(cfg["embed_dim"] * inputs) + ffn_parameters(cfg["embed_dim"], cfg["ffn_ratio"])
 
@@ -143,15 +144,15 @@ class ExaonePathAlignmentConfig(ExaonePathPretrainedConfig):
     """Slide encoder, omics encoders and the pairwise loss over them.
 
     Args:
-        wsi_cfg: of the slide encoder; None: the model has no slides (molecular modalities only).
+        wsi_cfg: settings of the slide encoder; None: the model has no slides (molecular modalities only).
         omics: settings of the encoder of each molecular modality, by name (`complete_omics_cfg`).
         projection_dim: d, the width of each pair's shared space.
         rope_mode: a key of `ROPE_MODES`.
         loss: "sigmoid" (arXiv 2512.14019) or "softmax" (CLIP, for comparison).
         pairs: "all" pairs of modalities, or "wsi": only those with the slide.
         pos_weight: None, a number, or "balanced" (see `PairwiseSigmoidLoss`).
-        pair_weights: factor on a pair's loss, by "a-b"; 1 where absent.
-        provenance: what made the weights (hashes of settings and data); no effect.
+        pair_weights: factor on a pair's loss, by "a-b"; 1 if absent.
+        provenance: origin of the weights (hashes of settings and data); no effect.
     """
 
     model_type = "exaonepath_alignment"
@@ -251,7 +252,7 @@ class ExaonePathAlignmentConfig(ExaonePathPretrainedConfig):
 
 
 def close_to(key: str, known: Mapping[str, Any] | set[str]) -> str:
-    """The end of an error message about an unknown key: the one that was probably meant, or all of them."""
+    """The end of an error message about an unknown key: the most similar known key, or all of them."""
     close = difflib.get_close_matches(key, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 

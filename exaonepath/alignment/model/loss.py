@@ -22,15 +22,15 @@ _RANK_SHIFT = 40  # rows without a patient id: rank in the high bits, row in the
 
 @dataclass
 class PairwiseSigmoidLossOutput(ModelOutput):
-    """What one batch gave; [P] is over the module's `pairs`. Only `loss` is differentiable.
+    """Loss and statistics of one batch; [P] is over the module's `pairs`. Only `loss` is differentiable.
 
     Attributes:
-        loss: [], weighted mean over the pairs that have a positive; 0 where none has.
+        loss: [], weighted mean over the pairs that have a positive; 0 if none has.
         pair_losses: [P], L_ij; 0 without a positive, NaN for a pair of weight 0, which is not computed.
         n_positive, n_valid: int64 [P], pairs of rows of one patient, and pairs of rows that both have their modality.
         missing: [P], share of the B x B pairs of rows that are not valid.
-        positive_logit, negative_logit: [P], mean of exp(t) <u, v> + b over the valid positives and negatives; NaN where
-            there is none.
+        positive_logit, negative_logit: [P], mean of exp(t) <u, v> + b over the valid positives and negatives; NaN if
+            there are none.
     """
 
     loss: Tensor | None = None
@@ -45,21 +45,21 @@ class PairwiseSigmoidLossOutput(ModelOutput):
 class PairwiseSigmoidLoss(nn.Module):
     """Aligns M modalities of the same patients, pair by pair (EXAONE Path 2.5, arXiv 2512.14019).
 
-    Parameters: `projections[f"{a}_to_{b}"]` [E_a, d] for every ordered pair, `log_t` [P] (log 10 at first) and `bias`
-    [P] (-10 at first), one a pair.
+    Parameters: `projections[f"{a}_to_{b}"]` [E_a, d] for every ordered pair, `log_t` [P] (initial value log 10) and
+    `bias` [P] (initial value -10), one per pair.
 
     Args:
         widths: E_m by modality name; their order is that of the pairs.
         projection_dim: d, common to all pairs.
-        pair_weights: by pair of names, either order; 1 where absent. A pair of weight 0 costs nothing.
+        pair_weights: by pair of names, in any order; 1 if absent. A pair of weight 0 is not computed.
         pos_weight: None (1), a number > 0, or "balanced" (valid negatives / valid positives of the pair).
         backend, check_finite: see `exaonepath.ops.sigmoid_loss.loss.sigmoid_loss`.
-        distributed: the batch is spread over the ranks of `process_group` (default: all); see
-            `exaonepath.ops.sigmoid_loss.ring.distributed_sigmoid_loss` for what each rank's gradients are.
+        distributed: the batch is distributed over the ranks of `process_group` (default: all); see
+            `exaonepath.ops.sigmoid_loss.ring.distributed_sigmoid_loss` for the gradients of each rank.
         gradients_for: "mean" (DistributedDataParallel averages) or "sum", with `distributed`.
 
     Raises:
-        SettingsError: fewer than two modalities, a name, width or option that cannot be used.
+        SettingsError: there are fewer than two modalities, or a name, width or option is not valid.
     """
 
     def __init__(
@@ -100,7 +100,8 @@ class PairwiseSigmoidLoss(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """W with entries of variance 1 / E (unit vectors follow whatever its scale), t = log 10, b = -10."""
+        """W with entries of variance 1 / E (its scale has no effect, because projections are normalised), t = log 10,
+        b = -10."""
         for weight in self.projections.values():
             nn.init.normal_(weight, std=weight.shape[0] ** -0.5)
         nn.init.constant_(self.log_t, math.log(10))
@@ -122,11 +123,12 @@ class PairwiseSigmoidLoss(nn.Module):
         """Loss and statistics of one batch of B rows.
 
         Args:
-            embeddings: h_m [B, E_m] by modality name, as the encoders give them (normalised here). A modality that is
-                None or absent is missing in every row.
-            patient: integer ids [B]; several rows may belong to one patient. None: every row is a patient of its own.
+            embeddings: h_m [B, E_m] by modality name, not normalised. A modality that is None or absent is missing in
+                every row.
+            patient: integer ids [B]; several rows may belong to one patient. None: every row is a different patient.
             availability: which rows have which modality: bool [M, B] in the order of `modalities`, or [B] by name
-                (absent: all rows have it). None: all that is given is there. Rows that are not may hold anything.
+                (absent: all rows have it). None: all rows of the given modalities. Rows that are not available may have
+                any values.
 
         Raises:
             SettingsError, BackendError: see `exaonepath.ops.sigmoid_loss.loss.sigmoid_loss`.
@@ -160,7 +162,7 @@ class PairwiseSigmoidLoss(nn.Module):
         return PairwiseSigmoidLossOutput(**result._asdict())
 
     def extra_repr(self) -> str:
-        """What differs between two of these, for print(model)."""
+        """The settings of this module, for print(model)."""
         return f"widths={self.widths}, projection_dim={self.projection_dim}, pos_weight={self.pos_weight}"
 
     def _ordered_weights(self, pair_weights: Mapping[tuple[str, str], float]) -> list[float]:
@@ -181,14 +183,14 @@ class PairwiseSigmoidLoss(nn.Module):
         availability: Mapping[str, Tensor] | Tensor | None,
         device: torch.device,
     ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-        """Embeddings of every modality, patient ids, and availability [M, B] (None where nothing is missing)."""
+        """Embeddings of every modality, patient ids, and availability [M, B] (None if nothing is missing)."""
         unknown = sorted(set(embeddings) - set(self.modalities))
         if unknown:
             raise SettingsError(f"unknown modality {', '.join(unknown)}; modalities are {', '.join(self.modalities)}")
         given = {name: h for name in self.modalities if (h := embeddings.get(name)) is not None}
         if not given and not self.distributed:
             raise SettingsError("every modality is missing from the batch: there is nothing to align")
-        # A rank without a single row still takes part in the exchange.
+        # A rank without rows must still take part in the communication.
         first = next(iter(given.values()), self.log_t.detach().new_zeros((0, 1)))
         n_rows = first.shape[0]
         tensors = [

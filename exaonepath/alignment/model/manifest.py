@@ -1,4 +1,4 @@
-"""Matching the features of a table to those a model was trained on: by name, and never silently."""
+"""Matching of the features of a table to those of a model, by name; differences are logged or raise an error."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ logger = logging.getLogger(__name__)
 
 
 def match_features(modality: str, wanted: Sequence[str], found: Sequence[str], *, by_name: bool = False) -> Tensor:
-    """Where each feature of the model stands in a table.
+    """The column of each feature of the model in a table.
 
     Args:
         modality: for messages.
         wanted: the model's feature names. found: the table's column names, in any order.
-        by_name: take what is there; features that the table lacks count as average, which is logged.
+        by_name: use the features that the table has; missing ones count as the training mean, and a warning is logged.
 
     Returns:
-        int64 [len(wanted)]: column of each feature, -1 where the table lacks it.
+        int64 [len(wanted)]: column of each feature, -1 if the table lacks it.
 
     Raises:
-        WeightsError: the table lacks features of the model and `by_name` was not asked for, or nothing is in common.
-            (Further columns are no obstacle: a table as measured has always more than a model was trained on.)
+        WeightsError: the table lacks features of the model and `by_name` is False, or no feature is in common.
+            (Additional columns are allowed: a measured table always has more features than a model.)
     """
     column = {name: i for i, name in enumerate(found)}
     places = torch.tensor([column.get(name, -1) for name in wanted], dtype=torch.int64)
@@ -56,6 +56,6 @@ def match_features(modality: str, wanted: Sequence[str], found: Sequence[str], *
 
 
 def take_features(values: Tensor, places: Tensor) -> Tensor:
-    """Columns of `values` [B, F] in the model's order [B, len(places)]; NaN, the mark of a missing value, where -1."""
+    """Columns of `values` [B, F] in the model's order [B, len(places)]; NaN (a missing value) if the place is -1."""
     taken = values[:, places.clamp(min=0)]
     return torch.where(places >= 0, taken, torch.nan)

@@ -1,4 +1,4 @@
-"""What training minimises: the pairwise sigmoid loss, or for comparison a softmax over the same projections."""
+"""The training objective: the pairwise sigmoid loss or, for comparison, a softmax over the same projections."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ObjectiveOutput:
 
     Attributes:
         loss: [], to differentiate.
-        pair_losses: pair to its loss, pairs with a positive only.
+        pair_losses: pair to its loss, only of pairs with a positive.
         statistics: numbers for the log.
     """
 
@@ -29,12 +29,13 @@ class ObjectiveOutput:
 
 
 class AlignmentObjective:
-    """The loss that the model's configuration names, over its projections, temperatures and biases."""
+    """The loss of the model's configuration, over its projections, temperatures and biases."""
 
     def __init__(self, model: ExaonePathAlignmentModel, *, distributed: bool = False) -> None:
-        """Raises `SettingsError` for a softmax over several processes, which is not there.
+        """Raises `SettingsError` for a softmax over several processes, which is not implemented.
 
-        With `distributed` the rows of all processes meet, and a process's gradients are its share of a sum.
+        With `distributed`, the loss is over the rows of all processes, and the gradients of the processes must be
+        summed.
         """
         if distributed and model.config.loss == "softmax":
             raise SettingsError("loss.kind = softmax runs in one process; the sigmoid loss on any number of them")
@@ -44,7 +45,7 @@ class AlignmentObjective:
     def __call__(
         self, embeddings: Mapping[str, Tensor], available: Mapping[str, Tensor], patients: Tensor
     ) -> ObjectiveOutput:
-        """The loss over all rows, those of other processes included.
+        """The loss over all rows, including those of other processes.
 
         Args:
             embeddings: modality to [B, E_m]. available: modality to bool [B].

@@ -1,6 +1,6 @@
-"""Encoders of molecular profiles: named features, standardised, then a linear layer and a SwiGLU FFN.
+"""Encoders of molecular profiles: standardisation of named features, then a linear layer and a SwiGLU FFN.
 
-The names of the features and the statistics they are standardised with are part of the model: a profile of another
+The names of the features and the statistics of the standardisation are part of the model. So a profile of another
 cohort is matched by name, never by column.
 """
 
@@ -26,7 +26,7 @@ class OmicsEncoder(nn.Module):
     """h = z + dropout(FFN(norm(z))), z = dropout(W x + b), then a norm (arXiv 2512.14019: "Linear, then SwiGLU FFN").
 
     x is the standardised profile; a missing value (NaN) counts as the training mean, which is 0. With a foundation
-    model x is the norm of its output instead, and the profile goes to it as it was measured.
+    model, x is its normalised output instead, and its input is the profile as measured.
     """
 
     mean: Tensor
@@ -38,11 +38,12 @@ class OmicsEncoder(nn.Module):
         self.transform, self.scale, self.clip = cfg["transform"], cfg["scale"], cfg["clip"]
         self.feature_names: tuple[str, ...] = tuple(cfg["feature_names"])
         counted: list[str] | None = cfg["counted_features"]
-        #: all that training added up to a patient's total; empty: not known
+        #: all features that training added to a patient's total; empty: not known
         self.measured = () if counted is None else (*self.feature_names, *counted)
         self.n_patients: int = cfg["n_patients"]
         self.foundation_cfg: dict[str, Any] | None = cfg["foundation"]
-        # Frozen and not ours to ship: kept out of the parameters, so out of the checkpoint and of the optimiser.
+        # The foundation model is frozen, and not part of our checkpoints. A plain list hides it from `parameters()`, so
+        # neither the checkpoint nor the optimiser contains it.
         self._foundation: list[nn.Module] = []
         width, n = cfg["embed_dim"], len(self.feature_names)
         if not n and self.foundation_cfg is None:
@@ -62,13 +63,13 @@ class OmicsEncoder(nn.Module):
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Store what profiles are standardised with, float [F] each: of the training patients, after the transform.
+        """Store mean and standard deviation of the training patients after the transform, float [F] each.
 
         Raises:
-            SettingsError: another number of features, or a deviation that is not positive.
+            SettingsError: the number of features is wrong, or a deviation is not positive.
         """
         if self.foundation_cfg is not None:
-            raise SettingsError(f"{self.name}: the foundation model takes profiles as they are; nothing to standardise")
+            raise SettingsError(f"{self.name}: the foundation model takes profiles as measured; nothing to standardise")
         if mean.shape != self.mean.shape or std.shape != self.std.shape:
             raise SettingsError(
                 f"{self.name}: statistics of {mean.numel()} and {std.numel()} features for {self.mean.numel()}"
@@ -79,15 +80,15 @@ class OmicsEncoder(nn.Module):
         self.std.copy_(std)
 
     def standardize(self, values: Tensor, totals: Tensor | None = None) -> Tensor:
-        """Measured values to what the encoder reads.
+        """Convert measured values to inputs of the encoder.
 
         Args:
-            values: [B, F] as measured (`scale` says what they are), in the order of `feature_names`; NaN is missing.
-            totals: [B], for counts: the sum over all features that were measured, those the model does not read
-                included; default: the sum of `values`.
+            values: [B, F] as measured (in `scale`), in the order of `feature_names`; NaN is missing.
+            totals: [B], for counts: the sum over all measured features, also of those that the model does not read;
+                default: the sum of `values`.
 
         Returns:
-            [B, F]: transformed, standardised, clipped; 0 where missing. As they came where a foundation model reads.
+            [B, F]: transformed, standardised, clipped; 0 for missing values. Unchanged with a foundation model.
         """
         if self.foundation_cfg is not None:
             return values
@@ -102,10 +103,10 @@ class OmicsEncoder(nn.Module):
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
     def attach_foundation(self, module: nn.Module) -> None:
-        """Put the frozen foundation model in its slot; `module` maps profiles [B, F] to [B, dim].
+        """Attach the frozen foundation model; `module` maps profiles [B, F] to [B, dim].
 
         Raises:
-            SettingsError: this encoder has no slot. WeightsError: it is not the one this encoder was trained on.
+            SettingsError: this encoder uses no foundation model. WeightsError: this encoder was trained on another one.
         """
         if self.foundation_cfg is None:
             raise SettingsError(f"{self.name}: this encoder reads its features itself and has no foundation model")
@@ -121,7 +122,7 @@ class OmicsEncoder(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> OmicsEncoder:
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        # Expression and copy numbers do not survive half precision: a cast of the model leaves the statistics wide.
+        # Half precision is too inexact for the statistics, so a cast of the model does not change their dtype.
         for name, tensor in self.named_buffers(recurse=False):
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 setattr(self, name, before[name].to(tensor.device))
@@ -133,7 +134,7 @@ class OmicsEncoder(nn.Module):
         """profiles: [B, F] standardised (`standardize`; as measured for a foundation model); returns [B, embed_dim].
 
         Raises:
-            SettingsError: another number of features, or the foundation model was not attached.
+            SettingsError: the number of features is wrong, or the foundation model was not attached.
         """
         if profiles.ndim != 2 or (self.feature_names and profiles.shape[1] != len(self.feature_names)):
             raise SettingsError(
@@ -154,11 +155,11 @@ class OmicsEncoder(nn.Module):
     def _through_foundation(self, profiles: Tensor) -> Tensor:
         if not self._foundation:
             raise SettingsError(
-                f"{self.name}: this encoder sits on a frozen foundation model that is not part of the checkpoint; hand "
-                f"it over with attach_foundation() or from_pretrained(..., foundation=...)"
+                f"{self.name}: this encoder needs a frozen foundation model, which is not in the checkpoint; pass it "
+                f"to attach_foundation() or from_pretrained(..., foundation=...)"
             )
         assert self.foundation_cfg is not None
-        # Frozen means frozen: a training loop's .train() must not switch its dropout on.
+        # .eval() at every call, because .train() of a training loop must not switch on the dropout of a frozen model.
         out: Tensor = self._foundation[0].eval()(profiles)
         if out.shape != (profiles.shape[0], self.foundation_cfg["dim"]):
             raise SettingsError(
@@ -169,12 +170,12 @@ class OmicsEncoder(nn.Module):
 
 
 def _missing_as_mean(x: Tensor) -> Tensor:
-    """NaN to 0, the mean of standardised values; infinity stays what it is, for all to see."""
+    """Replace NaN by 0, the mean of standardised values. Infinity is kept, so that it stays visible in the loss."""
     return torch.where(torch.isnan(x), 0, x)
 
 
 class ExaonePathOmicsEncoderModel(ExaonePathPreTrainedModel):
-    """One omics encoder on its own, with save and load."""
+    """A single omics encoder, with save and load."""
 
     config_class = ExaonePathOmicsEncoderConfig
     base_model_prefix = "omics_encoder"
@@ -194,7 +195,7 @@ class ExaonePathOmicsEncoderModel(ExaonePathPreTrainedModel):
         foundation: nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Load as the other models, strictly; `foundation` is attached where the encoder has a slot for one."""
+        """Load strictly, like the other models; `foundation` is attached to the encoder."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if foundation is not None:
             (loaded[0] if isinstance(loaded, tuple) else loaded).omics_encoder.attach_foundation(foundation)

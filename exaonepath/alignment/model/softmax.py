@@ -1,4 +1,4 @@
-"""The softmax contrastive loss of CLIP (arXiv 2103.00020), which the sigmoid loss is compared to."""
+"""The softmax contrastive loss of CLIP (arXiv 2103.00020), for comparison with the sigmoid loss."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch.nn import functional as F
 
 
 def softmax_pair_loss(u: Tensor, v: Tensor, log_t: Tensor, patients: Tensor) -> Tensor:
-    """Mean over both directions of the cross-entropy of finding one's own patient among all rows.
+    """Cross-entropy of finding a row's own patient among all rows, mean over both directions.
 
     Args:
-        u, v: [n, d] unit vectors of the rows where both modalities are there.
+        u, v: [n, d] unit vectors of the rows that have both modalities.
         log_t: [], log of the factor on the cosine.
-        patients: int64 [n]; several rows of one patient are each other's positives, their log-probabilities averaged.
+        patients: int64 [n]; rows of one patient are positives of each other, and their log-probabilities are averaged.
 
     Returns:
-        [], float32 or wider; 0 where n is 0.
+        [], float32 or wider; 0 if n is 0.
     """
     if not len(u):
         return log_t * 0

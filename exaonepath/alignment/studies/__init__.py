@@ -1,1 +1,1 @@
-"""Whole evaluations of trained models, and the ablations that train them: settings in, JSON, tables and figures out."""
+"""Ablation studies: training of variants, their evaluation, and JSON, tables and figures of the results."""

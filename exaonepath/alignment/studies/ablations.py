@@ -1,8 +1,8 @@
-"""Studies run: variants trained beside each other, measured, and kept.
+"""Run studies: train variants, evaluate them, and store the results.
 
-A study varies a base configuration; every variant is trained with several seeds into `<out>/runs/<hash of settings and
-cohort>`, measured on the same held-out patients, and compared over seeds. Runs are shared between studies (the base
-variant above all) and resumed where they were stopped: the same command goes on until everything is there.
+A study varies a base configuration. Every variant is trained with several seeds into `<out>/runs/<hash of settings and
+cohort>`, evaluated on the same held-out patients, and compared over seeds. Studies share runs (above all, those of the
+base variant). Stopped runs are resumed: the same command continues until all runs are complete.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ from exaonepath.files.atomic import ensure_folder, write_text
 
 logger = logging.getLogger(__name__)
 
-_MEASURES = 3  # version of what `measure` stores; another number, another file
+_MEASURES = 3  # version of the results of `measure`; stored results with another version are computed again
 
 
 @dataclass(frozen=True)
 class StudyBase:
-    """What all variants of a study share.
+    """Common properties of all variants of a study.
 
     Attributes:
-        settings: of the base variant, with the split of the whole cohort: who is held out is the same for all.
-        modalities: that the base trains with.
-        cohort_hash: part of every run's name, so that runs of other data are not taken for these.
+        settings: settings of the base variant, with the split of the whole cohort: all variants have the same held-out
+            patients.
+        modalities: modalities of the base variant.
+        cohort_hash: part of every run's name, so that runs on other data are not used.
     """
 
     settings: TrainSettings
@@ -51,7 +52,7 @@ class StudyBase:
 
     @staticmethod
     def open(settings: TrainSettings, out: Path, labels: Sequence[str]) -> StudyBase:
-        """Read the cohort and fix the split, which is kept in `<out>/splits`.
+        """Read the cohort and fix the split, which is stored in `<out>/splits`.
 
         Raises:
             ExaonePathError: the cohort cannot be used, or lacks a label.
@@ -68,13 +69,13 @@ class StudyBase:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a study found.
+    """The results of a study.
 
     Attributes:
-        study: the study. seeds: of its runs.
-        values: variant -> measure -> one value a seed (None where the variant cannot have it).
-        chance: measure -> what a guess would reach.
-        intervals: as `values`: each run's own interval over patients.
+        study: the study. seeds: seeds of its runs.
+        values: variant -> measure -> one value per seed (None if the variant does not have it).
+        chance: measure -> value of random guesses.
+        intervals: as `values`: the interval of each run over patients.
     """
 
     study: Study
@@ -87,9 +88,9 @@ class Outcome:
         """Mean over seeds, with an interval over seeds and patients (`across_runs`)."""
         values = self.values[variant].get(measure, [])
         intervals = self.intervals.get(variant, {}).get(measure, [None] * len(values))
-        there = [(value, interval) for value, interval in zip(values, intervals, strict=True) if value is not None]
-        known = [interval for _, interval in there if interval is not None]
-        return across_runs([value for value, _ in there], known if len(known) == len(there) else ())
+        defined = [(value, interval) for value, interval in zip(values, intervals, strict=True) if value is not None]
+        known = [interval for _, interval in defined if interval is not None]
+        return across_runs([value for value, _ in defined], known if len(known) == len(defined) else ())
 
     def measures(self) -> list[str]:
         """Names of all measures, in order."""
@@ -120,18 +121,18 @@ def run_study(
     labels: Sequence[str],
     report: Callable[[str], None] | None = None,
 ) -> Outcome:
-    """Train what is not there yet, measure it, and gather the outcome.
+    """Train the missing runs, evaluate them, and collect the results.
 
     Args:
         study: one of `STUDIES`, for the base's modalities.
-        base: of all variants.
-        out: folder; runs go to `<out>/runs`, shared by all studies with this folder.
-        seeds: of initial weights and batches; the split stays the base's.
-        labels: columns that probes look for.
-        report: told a line for each run.
+        base: base of all variants.
+        out: folder; runs are in `<out>/runs`, shared by all studies with this folder.
+        seeds: seeds of initial weights and batches; the split is that of the base.
+        labels: columns for the probes.
+        report: called with a line for each run.
 
     Raises:
-        ExaonePathError: settings that cannot be used; before training.
+        ExaonePathError: settings are not valid; raised before any training.
     """
     if not seeds:
         raise SettingsError("a study needs at least one seed")
@@ -146,8 +147,8 @@ def run_study(
         for seed in seeds:
             runs.append(run_variant(base, variant.overrides, seed, out / "runs", labels))
             if report is not None:
-                report(f"{study.name}: {variant.name}, seed {seed}: " + _told(runs[-1]["values"]))
-            # Without a modality other patients remain: chance is told for the base.
+                report(f"{study.name}: {variant.name}, seed {seed}: " + _in_words(runs[-1]["values"]))
+            # Without a modality, the set of patients differs. The reported chance is that of the base.
             chance = {**runs[-1]["chance"], **chance}
         names = list(dict.fromkeys(name for run in runs for name in run["values"]))
         values[variant.name] = {name: [run["values"].get(name) for run in runs] for name in names}
@@ -164,7 +165,7 @@ def run_variant(
     if not (folder / "model").is_dir():
         train(settings, folder)
         if not (folder / "model").is_dir():
-            raise KeyboardInterrupt  # stopped by a signal, with a checkpoint to go on from
+            raise KeyboardInterrupt  # stopped by a signal, with a checkpoint to resume from
     stored = folder / "measured.json"
     key = settings_hash({"labels": list(labels), "measures": _MEASURES})
     if stored.is_file():
@@ -177,7 +178,7 @@ def run_variant(
 
 
 def run_folder(base: StudyBase, settings: TrainSettings, runs: Path) -> Path:
-    """Where a run of the base's cohort with these settings belongs."""
+    """The folder of a run with these settings on the cohort of the base."""
     return runs / settings_hash({"settings": settings.as_dict(), "cohort": base.cohort_hash})[:16]
 
 
@@ -196,8 +197,9 @@ def measure(subject: Subject, labels: Iterable[str]) -> dict[str, Any]:
     Returns:
         "values", "intervals" (over patients) and "chance" by measure: recall@1 of every pair (mean of both directions)
         and of all; balanced accuracy of each label by a linear probe fitted on the training patients, from the slide
-        encoder's output ("slide tokens", the features' own mean left out) and from the fused embedding ("all
-        modalities"). The interval of a mean is the mean of the intervals: patients are the same, so it is no narrower.
+        encoder's output ("slide tokens", without the mean of the features) and from the fused embedding ("all
+        modalities"). The interval of a mean is the mean of the intervals: it is not smaller, because the patients are
+        the same.
     """
     held_out, known = subject.embed(subject.held_out), subject.embed(subject.parts["train"])
     found: dict[str, tuple[Estimate, float]] = {}
@@ -238,7 +240,7 @@ def _mean(found: Sequence[tuple[Estimate, float]]) -> tuple[Estimate, float]:
     return Estimate(value, low, high, found[0][0].n), float(np.mean([chance for _, chance in found]))
 
 
-def _told(values: Mapping[str, float]) -> str:
+def _in_words(values: Mapping[str, float]) -> str:
     shown = [name for name in values if not name.startswith("recall@1 ")]
     return ", ".join(f"{name} {values[name]:.3f}" for name in shown if not math.isnan(values[name]))
 

@@ -1,4 +1,4 @@
-"""What `exaonepath ablate` trains when given no settings: a small model, a synthetic cohort, a minute a run."""
+"""Default settings of `exaonepath ablate`: a small model and a synthetic cohort, with one minute per run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
             "ffn_layer": "swiglu64",
             "attn_drop": 0.0,
             "ffn_drop": 0.0,
-            # Lengths that a hundred patches can tell apart; with base 10,000 half the pairs would hardly turn.
+            # Periods that suit slides of a hundred patches; with base 10,000, half of the pairs would hardly rotate.
             "pos_embed_rope_min_period": 2,
             "pos_embed_rope_max_period": 20,
         },
@@ -43,7 +43,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def synthetic_base(folder: Path) -> TrainSettings:
-    """Base settings on the synthetic cohort in `folder`, which is written where it is not there yet."""
+    """Base settings with the synthetic cohort in `folder`, which is written if it does not exist."""
     write_synthetic_cohort(folder, COHORT)
     files = {"mudata": "cohort.h5mu", "slides": "slides.csv", "labels": "labels.csv"}
     data = {**_SETTINGS["data"], **{key: str(folder / name) for key, name in files.items()}}

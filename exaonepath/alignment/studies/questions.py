@@ -1,4 +1,4 @@
-"""The open questions as studies: which settings are trained beside each other."""
+"""Open questions as studies: the variants of settings to compare."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Variant:
     """One set of settings of a study.
 
     Attributes:
-        name: as the figure writes it.
-        overrides: "section.key" -> value, over the base settings.
+        name: label in the figure.
+        overrides: "section.key" -> value; they override the base settings.
     """
 
     name: str
@@ -25,10 +25,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Study:
-    """A question that training answers.
+    """A question that is answered by training.
 
     Attributes:
-        name: of the command and of its files.
+        name: name for the command and for files.
         question: one line.
         variants: the first is the base.
     """
@@ -71,7 +71,7 @@ def _frozen(modalities: Sequence[str]) -> Study:
     omics = [name for name in modalities if name != WSI]
     return Study(
         "frozen",
-        "Which encoders have to be trained, and which may stay as they were drawn?",
+        "Which encoders have to be trained, and which may keep their random initial weights?",
         (
             Variant("all trained"),
             Variant("slide encoder frozen", {"model.frozen": [WSI]}),
@@ -97,7 +97,7 @@ def _modalities(modalities: Sequence[str]) -> Study:
     )
 
 
-# Name of a study -> the study of a cohort that holds these modalities; raises `SettingsError` where it makes no sense.
+# Name of a study -> the study for a cohort with these modalities; raises `SettingsError` if it is not possible.
 STUDIES: dict[str, Callable[[Sequence[str]], Study]] = {
     "frope": _frope,
     "loss": _loss,

@@ -1,4 +1,4 @@
-"""Studies as files: the runs they need, `<study>.json`, and a figure each."""
+"""Run studies and write their files: runs, `<study>.json`, and a figure for each study."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from exaonepath.files.atomic import ensure_folder, write_text
 
 Report = Callable[[str], None]
 
-# What a study's figure shows, of what was measured; labels follow.
+# Measures in the figure of a study, in addition to those of labels.
 _SHOWN = {
     "frope": ("recall@1 wsi x rna",),
     "loss": ("recall@1, all pairs", "recall@1 wsi x rna", "recall@1 rna x methylation"),
@@ -50,19 +50,19 @@ def run_and_draw(
 
 
 def shown(outcome: Outcome) -> list[str]:
-    """Measures that a study's figure shows: those of its question, then the probes; all that were measured, else."""
-    there = outcome.measures()
-    chosen = [m for m in _SHOWN.get(outcome.study.name, ()) if m in there]
-    probes = [m for m in there if " from " in m]
+    """Measures in the figure of a study: those of its question, then the probes; if there are none, all measures."""
+    measured = outcome.measures()
+    chosen = [m for m in _SHOWN.get(outcome.study.name, ()) if m in measured]
+    probes = [m for m in measured if " from " in m]
     if outcome.study.name in ("loss", "modalities"):
         probes = [m for m in probes if m.endswith("from all modalities")]
-    return [*chosen, *probes] or there
+    return [*chosen, *probes] or measured
 
 
 def run_analysis(
     name: str, base: StudyBase, out: Path, *, seeds: Sequence[int], labels: Sequence[str], report: Report
 ) -> Path:
-    """Look at the base model of the first seed: "missing", "projections" or "attention"; writes as `run_and_draw`.
+    """Analyse the base model of the first seed: "missing", "projections" or "attention"; writes as `run_and_draw`.
 
     Raises:
         SettingsError: the cohort has nothing to draw (no patient with every modality, no slide of two fragments).

@@ -1,4 +1,4 @@
-"""Training of the alignment model: `run.train(settings, out)`, from the shell `exaonepath train`.
+"""Training of the alignment model: `run.train(settings, out)`, or `exaonepath train` in a shell.
 
-Nothing is imported here: the settings alone are needed to show a command's help, and cohorts need the extra `train`.
+This file imports nothing: the help of a command needs only the settings, and cohorts need the extra `train`.
 """

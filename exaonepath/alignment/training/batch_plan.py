@@ -1,4 +1,4 @@
-"""Which patients make up which step, in which chunks, on which process: a function of the seed and nothing else."""
+"""The patients of each step, chunk and process. The plan depends only on the seed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class BatchPlan:
     """Batches of a run, each in chunks of patients that are encoded together.
 
     Attributes:
-        patients: of the training part.
-        batch_size: patients of one step. chunk_size: of one chunk; the last of a batch may be smaller.
+        patients: patients of the training part.
+        batch_size: patients of one step. chunk_size: patients of one chunk; the last of a batch may be smaller.
         total: steps of the run.
-        seed: of the order of patients and of dropout.
+        seed: seed of the order of patients and of dropout.
     """
 
     patients: tuple[str, ...]
@@ -35,7 +35,7 @@ class BatchPlan:
     def of(
         patients: Sequence[str], *, batch_size: int, chunk_size: int, epochs: int, steps: int, seed: int, processes: int
     ) -> BatchPlan:
-        """The plan of `steps` steps, or where that is 0 of `epochs` passes; `chunk_size` 0: one chunk a process.
+        """The plan of `steps` steps or, if that is 0, of `epochs` passes; `chunk_size` 0: one chunk per process.
 
         Raises:
             SettingsError: a process would have no chunk.
@@ -57,11 +57,14 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches; who is left over at the end of an epoch is somebody else in every epoch."""
+        """Number of whole batches. The remaining patients of an epoch are different ones in every epoch."""
         return max(1, len(self.patients) // self.batch_size)
 
     def steps(self, first: int, rank: int, processes: int) -> Iterator[tuple[int, list[PlannedChunk]]]:
-        """From step `first` on: (step, chunks of process `rank`), contiguous, so that rows keep one process's order."""
+        """From step `first` on: (step, chunks of process `rank`).
+
+        A process gets contiguous chunks, so that the rows of all processes have the same order as in one process.
+        """
         low, high = (self.chunks_per_step * r // processes for r in (rank, rank + 1))
         order: list[str] = []
         known_epoch = -1

@@ -1,4 +1,4 @@
-"""The model that the settings ask for, fitted to the cohort's features."""
+"""Build the model of the settings for the features of a cohort."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from exaonepath.errors import ConfigError, SettingsError
 
 
 def build_model(settings: TrainSettings, data: TrainingData) -> ExaonePathAlignmentModel:
-    """A new model for the cohort at hand, its initial weights from torch's generator; statistics are stored in it.
+    """A new model for the cohort, with initial weights from torch's generator and the statistics of the cohort.
 
     Raises:
-        ConfigError: settings that no model can be built from. SettingsError: unknown modalities, or widths that do not
-            fit. WeightsError: `model.slide_weights` cannot be used.
+        ConfigError: no model can be built from the settings. SettingsError: modalities are unknown, or widths do not
+            match. WeightsError: `model.slide_weights` cannot be used.
     """
     model_settings = settings.model
     names = data.modalities
@@ -38,7 +38,7 @@ def build_model(settings: TrainSettings, data: TrainingData) -> ExaonePathAlignm
             "scale": scaling.scale,
             "transform": scaling.transform,
             "clip": data.standardizer.clip,
-            "counted_features": _counted_besides(scaling),
+            "counted_features": _counted_only(scaling),
             "n_patients": scaling.n_patients,
         }
         for name, scaling in data.standardizer.scalings.items()
@@ -49,13 +49,13 @@ def build_model(settings: TrainSettings, data: TrainingData) -> ExaonePathAlignm
         wsi_cfg = {**model_settings.wsi, "input_dim": data.cohort.slides.dim}
         if model_settings.slide_weights is not None:
             if model_settings.wsi:
-                raise ConfigError("model.slide_weights brings its own architecture: leave out model.wsi")
+                raise ConfigError("model.slide_weights defines the architecture: remove model.wsi")
             slide_encoder = load_slide_encoder(model_settings.slide_weights).model
             wsi_cfg = dict(slide_encoder.config.wsi_cfg)
             if slide_encoder.config.wsi["input_dim"] != data.cohort.slides.dim:
                 raise SettingsError(
                     f"slide features are {data.cohort.slides.dim} wide, the encoder of {model_settings.slide_weights} "
-                    f"takes {slide_encoder.config.wsi['input_dim']}"
+                    f"needs {slide_encoder.config.wsi['input_dim']}"
                 )
     config = ExaonePathAlignmentConfig(
         wsi_cfg=wsi_cfg, omics=omics, projection_dim=model_settings.projection_dim, **_objective(settings)
@@ -72,8 +72,9 @@ def build_model(settings: TrainSettings, data: TrainingData) -> ExaonePathAlignm
     return model
 
 
-def _counted_besides(scaling: Scaling) -> list[str] | None:
-    """Names that were added up to a patient's total and are no inputs: without them the run's cohort looks foreign."""
+def _counted_only(scaling: Scaling) -> list[str] | None:
+    """Features that are part of a patient's total but are no inputs. They are stored to check the totals of a
+    cohort."""
     if scaling.transform != "cpm_log1p" or not scaling.measured:
         return None
     read = set(scaling.features)
@@ -83,7 +84,7 @@ def _counted_besides(scaling: Scaling) -> list[str] | None:
 def load_initial_model(
     settings: TrainSettings, foundation: Mapping[str, nn.Module] | None = None
 ) -> ExaonePathAlignmentModel:
-    """The model of `model.init`, with the objective that the settings ask for."""
+    """The model of `model.init`, with the objective of the settings."""
     attention = {} if settings.model.attention is None else {"attn_implementation": settings.model.attention}
     model: ExaonePathAlignmentModel = ExaonePathAlignmentModel.from_pretrained(
         settings.model.init, foundation=foundation, **_objective(settings), **attention
@@ -93,7 +94,11 @@ def load_initial_model(
 
 
 def prepare_model(model: ExaonePathAlignmentModel, settings: ModelSettings) -> None:
-    """Freeze what is to be frozen, and switch checkpointing of activations; raises `SettingsError` by name."""
+    """Freeze the encoders of `settings.frozen`, and switch on gradient checkpointing if it is set.
+
+    Raises:
+        SettingsError: the model has no such modality, or no slide encoder.
+    """
     for name in settings.frozen:
         if name not in model.modalities:
             raise SettingsError(f"model.frozen: no modality {name!r}; the model has {', '.join(model.modalities)}")
@@ -125,7 +130,7 @@ def _omics_settings(
     single = {name: dict(value) for name, value in tables.items() if isinstance(value, Mapping)}
     shared = {key: value for key, value in tables.items() if not isinstance(value, Mapping)}
     if strange := sorted(set(single) - set(names)):
-        raise ConfigError(f"model.omics.{strange[0]}: no such modality here; there are {', '.join(names)}")
+        raise ConfigError(f"model.omics.{strange[0]}: no such modality; the cohort has {', '.join(names)}")
     for table in (shared, *single.values()):
         if taken := sorted(set(table) & set(own)):
             raise ConfigError(f"model.omics: {', '.join(taken)} follow from the cohort and cannot be set")

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder a step, complete or not there at all; tensors as safetensors, the rest as JSON, no pickle."""
+"""Checkpoints: one folder per step, either complete or absent; tensors as safetensors, the rest as JSON, no pickle."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Checkpoint:
 
     Attributes:
         path: its folder. step: optimiser steps done.
-        state: what was given to `save_checkpoint`.
+        state: the `state` of `save_checkpoint`.
         tensors: group ("model", "optimizer", "ema") to name to tensor, on the CPU.
     """
 
@@ -45,17 +45,17 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int
 ) -> Path:
-    """Write `folder`/step-<step>, whole or not at all, then delete all but the newest `keep`.
+    """Write `folder`/step-<step>, completely or not at all, then delete all but the newest `keep`.
 
     Args:
-        folder: of the run's checkpoints.
+        folder: folder of the run's checkpoints.
         step: optimiser steps done.
         tensors: group to name to tensor; each group is one file.
         state: plain JSON types.
         keep: at least 1.
 
     Raises:
-        OutputError: the disk is full, or nothing may be written there.
+        OutputError: the disk is full, or the folder is not writable.
     """
     ensure_folder(folder)
     target = folder / f"step-{step:08d}"
@@ -80,10 +80,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest readable checkpoint of `folder`, or None where there is none; a damaged one is passed over, logged.
+    """The newest readable checkpoint of `folder`, or None if there is none; damaged ones are skipped with a warning.
 
     Raises:
-        WeightsError: there are checkpoints, and none can be read.
+        WeightsError: there are checkpoints, but none can be read.
     """
     problems = []
     for aside in folder.glob(".step-*.replaced"):
@@ -117,10 +117,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put `optimizer_tensors` back.
+    """Restore the state from `optimizer_tensors`.
 
     Raises:
-        WeightsError: the state is of another set of parameters.
+        WeightsError: the state belongs to another set of parameters.
     """
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -131,7 +131,7 @@ def restore_optimizer(
         raise WeightsError(f"the optimiser state holds parameters that are not trained here: {', '.join(stray[:5])}")
     for name, entries in by_name.items():
         parameter = trained[name]
-        # AdamW keeps its step count on the host.
+        # AdamW needs its step count on the host.
         optimizer.state[parameter] = {
             entry: value.clone() if entry == "step" else value.to(parameter.device, copy=True)
             for entry, value in entries.items()
@@ -145,10 +145,11 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _state(path: Path) -> dict[str, Any]:
-    """The content of a state file; `ValueError` where it is not what was written."""
+    """The content of a state file; raises `ValueError` if its checksum does not match."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     check = content.pop("crc32", None)
-    # Text to values to text is the identity for what this module writes. Version 0.1 wrote neither of the two keys.
+    # The checksum is that of the text, but parsing and writing the JSON of this module gives the same text again.
+    # Version 0.1 wrote neither of the two keys.
     if (check is None) != ("checksums" not in content) or (
         check is not None and check != zlib.crc32(json.dumps(content).encode())
     ):

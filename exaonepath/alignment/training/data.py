@@ -1,4 +1,4 @@
-"""From the cohort and its split to batches of the alignment model."""
+"""Batches of the alignment model from the cohort and its split."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ PARTS = ("train", "val", "test")
 
 
 def load_training_cohort(settings: DataSettings) -> Cohort:
-    """The cohort that the settings name, with the modalities they ask for.
+    """The cohort of the settings, with their modalities.
 
     Raises:
-        CohortError: it cannot be used; every reason is listed. ConfigError, SettingsError: the settings do not fit it.
+        CohortError: it cannot be used; every reason is listed. ConfigError, SettingsError: the settings do not match
+            it.
     """
     sources = {}
     for name, table in settings.tables.items():
@@ -66,10 +67,10 @@ def load_training_cohort(settings: DataSettings) -> Cohort:
 
 
 def restrict_modalities(cohort: Cohort, modalities: Sequence[str], min_modalities: int = 2) -> Cohort:
-    """The cohort with these modalities only, and the patients that have enough of them; empty: as it is.
+    """The cohort with only these modalities, and the patients that have enough of them; empty: all modalities.
 
     Raises:
-        SettingsError: a modality that the cohort lacks, or nobody is left.
+        SettingsError: the cohort lacks a modality, or no patients are left.
     """
     if unknown := [name for name in modalities if name not in cohort.held]:
         raise SettingsError(f"data.modalities: the cohort has no {', '.join(unknown)}; it has {', '.join(cohort.held)}")
@@ -90,10 +91,11 @@ def restrict_modalities(cohort: Cohort, modalities: Sequence[str], min_modalitie
 
 
 def make_split(cohort: Cohort, settings: DataSettings) -> Split:
-    """The split that the settings name or ask for; parts "train", "val" and "test", the last two perhaps empty.
+    """The split of the settings, with the parts "train", "val" and "test"; the last two may be empty.
 
     Raises:
-        SettingsError: no such label, or too few patients. DataFileError: the split file cannot be read.
+        SettingsError: the label does not exist, or there are too few patients. DataFileError: the split file cannot be
+            read.
     """
     if settings.split is not None:
         split = load_split(Path(settings.split), cohort)
@@ -114,15 +116,15 @@ def make_split(cohort: Cohort, settings: DataSettings) -> Split:
 
 
 def load_split(path: Path, cohort: Cohort) -> Split:
-    """The split in a file, with the cohort's patients only; those in none of its parts are warned of.
+    """The split in a file, with the cohort's patients only; a warning names patients that are in no part.
 
     Raises:
-        DataFileError: it cannot be read. SettingsError: a part of another name than "train", "val", "test", or nobody
-            of the cohort is in it.
+        DataFileError: it cannot be read. SettingsError: a part has another name than "train", "val", "test", or no
+            patient of the cohort is in it.
     """
     split = Split.load(path)
     if strange := sorted(set(split.parts) - set(PARTS)):
-        raise SettingsError(f"{path} has parts called {', '.join(strange)}; they must be {', '.join(PARTS)}")
+        raise SettingsError(f"{path} has parts named {', '.join(strange)}; they must be {', '.join(PARTS)}")
     known = {p for part in split.parts.values() for p in part}
     if not known & set(cohort.patients):
         raise SettingsError(
@@ -135,13 +137,13 @@ def load_split(path: Path, cohort: Cohort) -> Split:
 
 
 def fit_standardizer(cohort: Cohort, split: Split, settings: DataSettings) -> Standardizer:
-    """Means and deviations of the training patients."""
+    """A standardizer with means and deviations of the training patients."""
     options = StandardizerSettings(settings.top_variance, settings.clip or None)
     return Standardizer.fit(cohort, split["train"], options)[0]
 
 
 def standardizer_of(model: ExaonePathAlignmentModel) -> Standardizer:
-    """The standardizer a model carries; raises `SettingsError` where a foundation model reads profiles as measured."""
+    """The standardizer in a model; raises `SettingsError` if a foundation model reads profiles as measured."""
     scalings, clips = {}, set()
     for name in model.modalities:
         if name == WSI:
@@ -160,10 +162,10 @@ def standardizer_of(model: ExaonePathAlignmentModel) -> Standardizer:
 
 
 def check_features(model: ExaonePathAlignmentModel, cohort: Cohort, *, by_name: bool = False) -> None:
-    """Hold a cohort against the features a model was trained on.
+    """Compare the features of a cohort with those of a model.
 
     Raises:
-        WeightsError: the cohort lacks features of the model (named), and `by_name` was not asked for.
+        WeightsError: the cohort lacks features of the model (named), and `by_name` is False.
         SettingsError: the cohort has no modality of the model, or slides of another feature width.
     """
     common = [name for name in cohort.modalities if name in model.modalities]
@@ -175,7 +177,7 @@ def check_features(model: ExaonePathAlignmentModel, cohort: Cohort, *, by_name: 
     if has_slides:
         width = model.config.widths[WSI] - model.slide_encoder.config.wsi["embed_dim"]
         if cohort.slides.dim != width:
-            raise SettingsError(f"slide features are {cohort.slides.dim} wide, the model takes {width}")
+            raise SettingsError(f"slide features are {cohort.slides.dim} wide, the model needs {width}")
 
 
 class Probe(NamedTuple):
@@ -188,11 +190,11 @@ class Probe(NamedTuple):
 
 @dataclass
 class TrainingData:
-    """A cohort, its split, and how its values become inputs.
+    """A cohort, its split, and the standardisation of its values.
 
     Attributes:
         cohort, split, standardizer: see `exaonepath.alignment.data`.
-        settings: of the data. seed: of the draws.
+        settings: settings of the data. seed: seed of the random choices.
     """
 
     cohort: Cohort
@@ -224,18 +226,19 @@ class TrainingData:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Modalities of the cohort that a model can take."""
+        """Modalities of the cohort that a model can use."""
         return (*((WSI,) if len(self.cohort.slides) else ()), *self.standardizer.scalings)
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a model trained on this should say of it."""
+        """Facts about the data that a trained model stores in its configuration."""
         counts = {name: len(part) for name, part in self.split.parts.items()}
         return {"cohort_hash": self.cohort.fingerprint, "patients": counts}
 
     @cached_property
     def probe_slide(self) -> Probe | None:
-        """A small validation slide of two fragments or more, to look for leaks between them; None without one."""
+        """A small validation slide with at least two fragments, to test for leakage between them; None if there is
+        none."""
         held_out = set(self.validation)
         slides = [s for s in self.cohort.slides.slides if s.patient in held_out and s.n_patches <= _PROBE_PATCHES]
         for slide in sorted(slides, key=lambda s: s.n_patches)[:_PROBE_TRIES]:
@@ -247,7 +250,7 @@ class TrainingData:
     def chunks(
         self, plan: Iterable[tuple[int, list[PlannedChunk]]], *, workers: int = 0
     ) -> Iterator[tuple[int, list[Chunk]]]:
-        """Read what a plan of (step, its chunks) asks for; steps of one epoch must be in a row."""
+        """Read the chunks of a plan of (step, its chunks); steps of one epoch must be consecutive."""
         epoch_steps: list[tuple[int, list[PlannedChunk]]] = []
         for step, planned in plan:
             if epoch_steps and planned[0][1] != epoch_steps[0][1][0][1]:
@@ -261,7 +264,7 @@ class TrainingData:
             return
         self._training.set_epoch(steps[0][1][0][1])
         wanted = [[self._number[p] for p in patients] for _, planned in steps for patients, _, _ in planned]
-        # Its own generator: a loader draws a number from torch's at every start.
+        # A separate generator: a loader draws a number at every start, which would change torch's global generator.
         loader = iter(
             DataLoader(
                 self._training,
@@ -282,7 +285,7 @@ class TrainingData:
     def evaluation_batches(
         self, patients: Sequence[str], rows: Sequence[int], size: int
     ) -> Iterator[tuple[list[int], PatientBatch]]:
-        """(rows, batch) of `patients` at `rows`, `size` at a time: all slides, all patches."""
+        """(rows, batch) of `patients` at `rows`, `size` at a time, with all slides and all patches."""
         dataset = self._evaluation_dataset(tuple(patients))
         place = {patient: i for i, patient in enumerate(dataset.cohort.patients)}
         for start in range(0, len(rows), max(size, 1)):
@@ -290,7 +293,7 @@ class TrainingData:
             yield part, collate_patients([dataset[place[patients[i]]] for i in part])
 
     def _evaluation_dataset(self, patients: tuple[str, ...]) -> PatientDataset:
-        """All slides, all patches; the one asked for last is kept, with what it has read."""
+        """A data set with all slides and all patches. The last one is kept, with its cache of features."""
         if self._evaluation is None or self._evaluation[0] != patients:
             cache = self.settings.cache_mb << 20
             dataset = PatientDataset(self.cohort, self.standardizer, patients, slides="all", cache_bytes=cache)
@@ -298,11 +301,11 @@ class TrainingData:
         return self._evaluation[1]
 
 
-# Looking for leaks runs every RoPE block twice: a slide as small as this costs nothing.
+# The test for leakage runs every RoPE block twice. For a slide of this size, the cost is negligible.
 _PROBE_PATCHES, _PROBE_TRIES = 4096, 20
 
 
 def available_counts(cohort: Cohort, patients: Sequence[str]) -> dict[str, int]:
     """Modality to the number of these patients who have it."""
-    there = cohort.subset(patients).availability()
-    return {name: int(count) for name, count in zip(MODALITIES, np.asarray(there.sum(0)), strict=True)}
+    available = cohort.subset(patients).availability()
+    return {name: int(count) for name, count in zip(MODALITIES, np.asarray(available.sum(0)), strict=True)}

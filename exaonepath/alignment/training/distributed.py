@@ -12,7 +12,7 @@ from torch import Tensor
 
 from exaonepath.device import resolve_device
 
-# Gradients are summed some megabytes at a time: one message for each parameter would be all latency.
+# Gradients are summed in buckets of this size: with one message for each parameter, latency would dominate.
 _BUCKET_BYTES = 32 << 20
 
 
@@ -21,8 +21,8 @@ class Processes:
     """This process among those that train together.
 
     Attributes:
-        rank, count: which one of how many.
-        device: this process's own.
+        rank, count: index of this process, and number of processes.
+        device: device of this process.
     """
 
     rank: int
@@ -31,15 +31,16 @@ class Processes:
 
     @staticmethod
     def start(device: str) -> Processes:
-        """Join the group that a launcher's environment describes, a device each; or stand alone on `device`.
+        """Join the group that the environment of a launcher describes, with one device per process; without a launcher,
+        use one process on `device`.
 
         Raises:
-            DeviceError: no such device.
+            DeviceError: the device does not exist.
         """
         chosen = resolve_device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return Processes(0, 1, chosen)
-        # accelerate knows the launchers, picks a backend of communication, and pins one device a process.
+        # accelerate supports the launchers, selects a communication backend, and assigns one device to each process.
         from accelerate import PartialState
 
         state = PartialState(cpu=chosen.type == "cpu")
@@ -51,7 +52,7 @@ class Processes:
         return self.rank == 0
 
     def any_true(self, value: bool) -> bool:
-        """Whether `value` holds on any process; all of them have to ask."""
+        """Whether `value` is true on any process; all processes must call it."""
         if self.count == 1:
             return value
         flag = torch.tensor([int(value)], device=self.device)
@@ -65,19 +66,19 @@ class Processes:
         return tensor
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have called it."""
         if self.count > 1:
             dist.barrier()
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sum `.grad` over the processes; a parameter that no process has a gradient for keeps None."""
+        """Sum `.grad` over the processes; it stays None for a parameter without a gradient on any process."""
         if self.count == 1:
             return
         parameters = [p for p in parameters if p.requires_grad]
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
         dist.all_reduce(has, op=dist.ReduceOp.MAX)
-        there = [p for p, flag in zip(parameters, has.tolist(), strict=True) if flag]
-        for bucket in _buckets(there):
+        with_gradient = [p for p, flag in zip(parameters, has.tolist(), strict=True) if flag]
+        for bucket in _buckets(with_gradient):
             for parameter in bucket:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)

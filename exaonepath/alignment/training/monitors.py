@@ -1,10 +1,10 @@
-"""Is the training healthy? Signs of the failures that a falling loss can hide.
+"""Monitors of the training that detect failures which a decreasing loss can hide.
 
-`HealthMonitors` is fed by the training loop with what it has at hand (embeddings, the loss's gradient with respect to
-them, losses per pair; at validation the retrieval pairs; now and then a slide), keeps running means, and returns a
-`HealthWarning` when a limit is crossed: collapse of an embedding, a modality or a pair that takes over, patients with
-few modalities or a rare modality left behind, attention that crosses between tissue fragments. It never changes the
-training, and its state is plain JSON, so that a resumed run warns as an uninterrupted one would.
+The training loop passes embeddings, their gradients and the losses of pairs to `HealthMonitors`; at validation also the
+retrieval pairs and a slide. The monitors keep running means, and return a `HealthWarning` if a limit is exceeded: an
+embedding collapses, one modality or pair dominates, retrieval is worse for patients with few modalities or with a rare
+modality, or attention crosses tissue fragments. They never change the training. Their state is plain JSON, so that a
+resumed run logs the same warnings as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MonitorSettings:
-    """Limits beyond which a warning is given.
+    """Limits of the warnings.
 
     Attributes:
-        smoothing: weight of the past in the running means of shares (one batch must not raise an alarm).
-        warmup: observations before shares are judged.
-        min_effective_rank: of an embedding; fewer directions than this is a collapse.
-        max_uniformity: of an embedding; 0 is one point, -4 the whole sphere.
-        max_modality_share: of the gradient that one modality may receive, where at least three have one.
-        max_pair_ratio: a pair's share of the loss over its fair share 1 / pairs (never above `max_pair_share`).
-        max_pair_share: of the loss that one pair may make up, where at least three pairs have one.
-        min_group: patients that a number of modalities must have for it to be compared.
-        rare_presence: a modality that fewer patients than this have counts as rare.
-        min_rare_ratio: retrieval with a rare modality over that of the others, both in units of chance.
-        repeat_after: observations after which a warning that still holds is given again.
+        smoothing: weight of the past in the running means of shares (so that one batch alone causes no warning).
+        warmup: number of observations before shares are checked.
+        min_effective_rank: smallest number of directions of an embedding; below it, the embedding has collapsed.
+        max_uniformity: largest uniformity of an embedding; 0 is one point, -4 the whole sphere.
+        max_modality_share: largest share of the gradient for one modality, if at least three have a gradient.
+        max_pair_ratio: largest ratio of a pair's share of the loss to 1 / pairs (never above `max_pair_share`).
+        max_pair_share: largest share of the loss for one pair, if at least three pairs have a loss.
+        min_group: smallest number of patients with the same number of modalities, for a comparison.
+        rare_presence: a modality is rare if a smaller share of patients has it.
+        min_rare_ratio: smallest ratio of retrieval with a rare modality to that of the others, both relative to chance.
+        repeat_after: number of observations after which a warning that is still true is repeated.
     """
 
     smoothing: float = 0.9
@@ -70,11 +70,11 @@ class HealthWarning:
     """One finding.
 
     Attributes:
-        step: of the training.
+        step: training step.
         check: "collapse", "dominant_modality", "dominant_pair", "few_modalities", "rare_modality" or "leakage".
-        subject: the modality, pair, group or block concerned.
-        value, limit: what was measured, and the limit it crossed.
-        message: one line for a reader, with what to look at.
+        subject: the affected modality, pair, group or block.
+        value, limit: the measured value, and the limit that it exceeds.
+        message: one line for the user, with advice.
     """
 
     step: int
@@ -90,17 +90,18 @@ class HealthWarning:
 
 
 class HealthMonitors:
-    """Watches one training run; see the module's description.
+    """Monitors of one training run; see the module's description.
 
-    The loop calls `observe` every few steps, `observe_retrieval` at validation, `observe_leakage` now and then; each
-    returns the new warnings (also logged). `metrics()` are the latest numbers by name, for the run's log.
+    The training loop calls `observe` for training steps, and `observe_retrieval` and `observe_leakage` at validation.
+    Each returns the new warnings, which are also logged. `metrics()` returns the latest numbers by name, for the run's
+    log.
     """
 
     def __init__(self, settings: MonitorSettings | None = None) -> None:
         self.settings = settings or MonitorSettings()
         self._shares: dict[str, dict[str, float]] = {"gradient": {}, "loss": {}}
         self._observed = 0
-        self._last_told: dict[str, int] = {}
+        self._last_logged: dict[str, int] = {}
         self._metrics: dict[str, float] = {}
 
     def observe(
@@ -112,13 +113,13 @@ class HealthMonitors:
         pair_losses: Mapping[tuple[str, str], float | Tensor] | None = None,
         gradients: Mapping[str, Tensor] | None = None,
     ) -> list[HealthWarning]:
-        """Look at one batch.
+        """Check one batch.
 
         Args:
-            step: of the training.
-            embeddings: modality -> [B, E], as they enter the loss.
-            availability: modality -> bool [B], rows that count; None, or a modality left out: all of them.
-            pair_losses: (modality, modality) -> loss of the pair; pairs without a positive are to be left out or NaN.
+            step: training step.
+            embeddings: modality -> [B, E], the inputs of the loss.
+            availability: modality -> bool [B], rows to check; None, or a missing modality: all rows.
+            pair_losses: (modality, modality) -> loss of the pair; a pair without a positive must be missing or NaN.
             gradients: modality -> [B, E], gradient of the loss with respect to `embeddings`.
 
         Returns:
@@ -128,42 +129,42 @@ class HealthMonitors:
         found: list[HealthWarning] = []
         pull: dict[str, float] = {}
         for name, embedding in embeddings.items():
-            there = None if availability is None else availability.get(name)
-            rows = _rows(embedding, there)
+            available = None if availability is None else availability.get(name)
+            rows = _rows(embedding, available)
             found += self._check_collapse(step, name, rows)
             if gradients is not None and gradients.get(name) is not None and len(rows):
-                pull[name] = _pull(rows, _rows(gradients[name], there))
+                pull[name] = _pull(rows, _rows(gradients[name], available))
         if pull:
             found += self._check_shares(step, "gradient", pull)
         losses = {" x ".join(pair): float(value) for pair, value in (pair_losses or {}).items()}
         losses = {pair: value for pair, value in losses.items() if math.isfinite(value)}
         if losses:
             found += self._check_shares(step, "loss", losses)
-        return self._tell(found)
+        return self._log_new(found)
 
     def observe_retrieval(
         self, step: int, pairs: Sequence[PairEmbeddings], modalities: Mapping[Any, Iterable[str]]
     ) -> list[HealthWarning]:
-        """Look at retrieval on held-out patients: are those with few modalities, or a rare modality, left behind?
+        """Check whether retrieval on held-out patients is worse for few modalities, or for a rare modality.
 
         Args:
-            step: of the training.
-            pairs: of modalities, as `cross_modal_retrieval` takes them.
-            modalities: patient -> the modalities that are there.
+            step: training step.
+            pairs: pairs of modalities, as for `cross_modal_retrieval`.
+            modalities: patient -> available modalities.
         """
         present = {patient: frozenset(names) for patient, names in modalities.items()}
         if not present or not pairs:
             return []
         found = self._check_few(step, pairs, {patient: len(names) for patient, names in present.items()})
         found += self._check_rare(step, pairs, list(present.values()))
-        return self._tell(found)
+        return self._log_new(found)
 
     def observe_leakage(
         self, step: int, encoder: Any, features: Tensor, coords: Tensor, contour_index: Tensor
     ) -> list[HealthWarning]:
-        """Look whether a RoPE block lets anything through between fragments of one slide [N, C], [N, 2], [N].
+        """Check whether information passes between fragments of one slide [N, C], [N, 2], [N] in a RoPE block.
 
-        A slide of one fragment tells nothing and is passed over.
+        A slide with one fragment is skipped.
         """
         if len(contour_index.unique()) < 2:
             return []
@@ -182,42 +183,42 @@ class HealthMonitors:
             for leak in leaks
             if leak.change > 0 or math.isnan(leak.change)
         ]
-        return self._tell(found)
+        return self._log_new(found)
 
     def metrics(self) -> dict[str, float]:
         """The latest numbers: effective_rank/<modality>, uniformity/<modality>, gradient_share/<modality>, ..."""
         return dict(self._metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, in plain JSON types."""
+        """The state for a resumed run, in plain JSON types."""
         return {
             "settings": asdict(self.settings),
             "shares": {kind: dict(shares) for kind, shares in self._shares.items()},
             "observed": self._observed,
-            "last_told": dict(self._last_told),
+            "last_told": dict(self._last_logged),  # the key of existing checkpoints
             "metrics": dict(self._metrics),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`; the settings stay those of this object."""
+        """Restore the state of `state_dict()`; the settings of this object are kept."""
         self._shares = {kind: dict(state["shares"].get(kind, {})) for kind in self._shares}
         self._observed = int(state["observed"])
-        self._last_told = {key: int(value) for key, value in state["last_told"].items()}
+        self._last_logged = {key: int(value) for key, value in state["last_told"].items()}
         self._metrics = {key: float(value) for key, value in state["metrics"].items()}
 
     def _check_collapse(self, step: int, name: str, rows: Tensor) -> list[HealthWarning]:
-        # Two rows or three span as many directions at most, however healthy.
+        # n rows have at most n directions, also without a collapse.
         if len(rows) < 2 * self.settings.min_effective_rank:
             return []
         rank, spread = effective_rank(rows), uniformity(rows)
         self._metrics[f"effective_rank/{name}"] = rank
         self._metrics[f"uniformity/{name}"] = spread
         found = []
-        # NaN compares as false, and an embedding of NaN is no healthy one.
+        # A comparison with NaN is false, and `not` makes it a warning.
         if not rank >= self.settings.min_effective_rank:
             text = (
                 f"embedding of {name} uses {rank:.2f} directions for {len(rows)} rows: it collapsed; a smaller "
-                "learning rate, a larger batch, or the loss's pos_weight are the first things to look at"
+                "learning rate, a larger batch, or the loss's pos_weight are the first things to try"
             )
             found.append(HealthWarning(step, "collapse", name, rank, self.settings.min_effective_rank, text))
         elif not spread <= self.settings.max_uniformity:
@@ -240,7 +241,7 @@ class HealthMonitors:
         share = running[name] / sum(running.values())
         if kind == "gradient":
             check, limit = "dominant_modality", self.settings.max_modality_share
-            text = f"{name} receives {share:.0%} of the gradient: it dominates, the other modalities hardly train"
+            text = f"{name} receives {share:.0%} of the gradient: it dominates, and the other modalities hardly train"
         else:
             fair = self.settings.max_pair_ratio / len(running)
             check, limit = "dominant_pair", min(fair, self.settings.max_pair_share)
@@ -251,19 +252,19 @@ class HealthMonitors:
         recalls = recall_by_group(pairs, count, recall_at=1)
         for group, value in recalls.items():
             self._metrics[f"recall@1/{group}_modalities"] = value.recall.value
-        # A handful of patients has an interval that a bootstrap makes too narrow.
+        # For very few patients, the interval of a bootstrap is too narrow.
         enough = [group for group, value in recalls.items() if value.recall.n >= self.settings.min_group]
         if len(enough) < 2:
             return []
         fewest, most = min(enough), max(enough)
         low, high = recalls[fewest].excess, recalls[most].excess
-        # Apart beyond both intervals: groups differ by chance alone.
+        # Only groups whose intervals do not overlap: other differences may be chance.
         if not low.high < high.low:
             return []
         text = (
             f"patients with {fewest} modalities are found less often (recall@1 {recalls[fewest].recall}) than "
-            f"those with {most} ({recalls[most].recall}), the pairs they take part in allowed for: "
-            "the training favours complete patients"
+            f"those with {most} ({recalls[most].recall}), also after correction for their different pairs: training "
+            "favours complete patients"
         )
         return [HealthWarning(step, "few_modalities", f"{fewest} modalities", low.value, high.low, text)]
 
@@ -292,20 +293,20 @@ class HealthMonitors:
                 found.append(HealthWarning(step, "rare_modality", name, gain, limit, text))
         return found
 
-    def _tell(self, found: Iterable[HealthWarning]) -> list[HealthWarning]:
-        told = []
+    def _log_new(self, found: Iterable[HealthWarning]) -> list[HealthWarning]:
+        new = []
         for warning in found:
             key = f"{warning.check}/{warning.subject}"
-            last = self._last_told.get(key)
+            last = self._last_logged.get(key)
             if last is None or self._observed - last >= self.settings.repeat_after:
-                self._last_told[key] = self._observed
+                self._last_logged[key] = self._observed
                 logger.warning("step %d: %s", warning.step, warning.message)
-                told.append(warning)
-        return told
+                new.append(warning)
+        return new
 
 
 def monitor_settings(values: Mapping[str, Any]) -> MonitorSettings:
-    """Settings from a config's table; raises `SettingsError` naming an unknown key."""
+    """Settings from a table of a config; raises `SettingsError` for an unknown key."""
     known = {field.name for field in fields(MonitorSettings)}
     unknown = sorted(set(values) - known)
     if unknown:
@@ -313,14 +314,15 @@ def monitor_settings(values: Mapping[str, Any]) -> MonitorSettings:
     return MonitorSettings(**values)
 
 
-def _rows(values: Tensor, there: Tensor | None) -> Tensor:
+def _rows(values: Tensor, available: Tensor | None) -> Tensor:
     rows = values.detach().to(torch.promote_types(values.dtype, torch.float32))
-    return rows if there is None else rows[there.to(rows.device, torch.bool)]
+    return rows if available is None else rows[available.to(rows.device, torch.bool)]
 
 
 def _pull(rows: Tensor, gradient: Tensor) -> float:
-    """Root mean square over rows of |h| |dL/dh|: what a relative change of the embedding does to the loss.
+    """Root mean square over rows of |h| |dL/dh|: the effect of a relative change of the embedding on the loss.
 
-    The loss normalises projections, so gradients shrink as embeddings grow; the product does not depend on that scale.
+    The loss normalises projections, so gradients become smaller if embeddings become larger. The product does not
+    depend on this scale.
     """
     return float((rows.norm(dim=1) * gradient.norm(dim=1)).square().mean().sqrt())

@@ -1,4 +1,4 @@
-"""The optimiser: AdamW with decay where it belongs, warmup and cosine, averaged weights."""
+"""The optimiser: AdamW with weight decay for matrices only, a warmup and cosine schedule, and averaged weights."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from exaonepath.alignment.training.settings import OptimizerSettings
 
-# The temperature and bias of a pair, by the last part of their parameter's name in `PairwiseSigmoidLoss`.
+# The last parts of the parameter names of temperature and bias in `PairwiseSigmoidLoss`.
 _LOGIT_PARAMETERS = ("log_t", "bias")
 _LOSS_PREFIX = "loss."
 
 
 def is_logit_parameter(name: str) -> bool:
-    """Whether a parameter of the alignment model is the t or b of the pairs."""
+    """Whether a parameter of the alignment model is t or b of the pairs."""
     return name.startswith(_LOSS_PREFIX) and name.rsplit(".", 1)[-1] in _LOGIT_PARAMETERS
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW over what requires a gradient: decay for matrices, none for norms, biases, tokens, t and b."""
+    """AdamW for all parameters that require a gradient: decay for matrices, none for norms, biases, tokens, t and b."""
     decayed, plain, logit = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -51,19 +51,19 @@ def learning_rate(step: int, total: int, settings: OptimizerSettings) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Put `lr` into every group, times the group's share."""
+    """Set the learning rate of every group to `lr` times the group's share."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_share"]
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """2-norm over all gradients, float32; 0 where there is none."""
+    """2-norm over all gradients, float32; 0 if there are none."""
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
 class AveragedWeights:
-    """Exponential moving average of the trained parameters, in float32; its decay warms up with the steps done."""
+    """Exponential moving average of the trained parameters, in float32; its decay increases during the first steps."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -71,7 +71,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after `step` steps."""
+        """Add the weights after `step` steps to the average."""
         keep = min(self.decay, (1 + step) / (10 + step))
         for name, parameter in model.named_parameters():
             if name in self.tensors:
@@ -79,7 +79,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
-        """Exchange the model's weights for the averaged ones; a second call exchanges them back."""
+        """Exchange the model's weights with the averaged ones; a second call restores them."""
         for name, parameter in model.named_parameters():
             if name in self.tensors:
                 kept = parameter.detach().clone().float()
@@ -87,6 +87,6 @@ class AveragedWeights:
                 self.tensors[name] = kept
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint's tensors."""
+        """Restore the average from the tensors of a checkpoint."""
         for name, tensor in tensors.items():
             self.tensors[name] = tensor.to(self.tensors[name].device, copy=True)

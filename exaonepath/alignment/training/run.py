@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """Everything a run needs, checked; nothing has been written yet."""
+    """All checked inputs of a run; nothing has been written yet."""
 
     settings: TrainSettings
     data: TrainingData
@@ -49,34 +49,34 @@ class PreparedRun:
     processes: Processes
 
     def summary(self) -> str:
-        """Lines that say what will be trained on what."""
+        """Lines with the numbers of patients and parameters."""
         lines = []
         for part, patients in self.data.split.parts.items():
             counts = available_counts(self.data.cohort, patients) if patients else {}
-            told = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
-            lines.append(f"{part}: {len(patients)} patients{f' ({told})' if told else ''}")
+            shown = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+            lines.append(f"{part}: {len(patients)} patients{f' ({shown})' if shown else ''}")
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         lines.append(f"model: {', '.join(self.model.modalities)}; {trained:,} parameters to train")
         return "\n".join(lines)
 
 
 def prepare(settings: TrainSettings) -> PreparedRun:
-    """Read and check everything, so that a run that starts is a run that can finish.
+    """Read and check everything, so that errors are raised before the run starts.
 
     Raises:
-        ExaonePathError: settings, cohort, split, weights or device cannot be used; the message says which and why.
+        ExaonePathError: settings, cohort, split, weights or device cannot be used; the message gives the reason.
     """
     if settings.run.tensorboard:
         summary_writer()
     processes = Processes.start(settings.run.device)
     if not processes.is_main:
-        # One process reads every features file through; the others need not do it again.
+        # The main process reads every features file completely; the others do not need to repeat this.
         settings = replace(settings, data=replace(settings.data, check_features="header"))
     cohort = load_training_cohort(settings.data)
     split = make_split(cohort, settings.data)
     if settings.model.init is not None:
         model = load_initial_model(settings)
-        cohort, split = _as_the_model_takes_it(model, cohort, split, settings)
+        cohort, split = _restrict_to_model(model, cohort, split, settings)
         check_features(model, cohort, by_name=settings.model.match_by_name)
         data = TrainingData(cohort, split, standardizer_of(model), settings.data, settings.run.seed)
     else:
@@ -89,7 +89,7 @@ def prepare(settings: TrainSettings) -> PreparedRun:
 
 
 def check(settings: TrainSettings, out: str | Path) -> PreparedRun:
-    """`prepare`, and everything else that `train` would refuse before its first step; nothing is written."""
+    """`prepare`, and all other checks of `train` before its first step; nothing is written."""
     with torch.random.fork_rng(devices=[]):
         prepared = prepare(settings)
     folder = RunFolder(Path(out))
@@ -98,10 +98,11 @@ def check(settings: TrainSettings, out: str | Path) -> PreparedRun:
     return prepared
 
 
-def _as_the_model_takes_it(
+def _restrict_to_model(
     model: ExaonePathAlignmentModel, cohort: Cohort, split: Split, settings: TrainSettings
 ) -> tuple[Cohort, Split]:
-    """Without modalities that the model to start from has no encoder for, and patients who then have too few."""
+    """Cohort and split without modalities that the initial model has no encoder for, and without patients that then
+    have too few modalities."""
     if strange := [name for name in cohort.held if name not in model.modalities]:
         logger.warning("%s has no encoder for %s: left out", settings.model.init, ", ".join(strange))
         kept = [name for name in cohort.held if name in model.modalities]
@@ -117,17 +118,17 @@ def train(
     progress: Progress | None = None,
     report: Callable[[str], None] | None = None,
 ) -> TrainResult:
-    """Train, or go on with the run in `out` where it was stopped.
+    """Train, or resume the run in `out`.
 
     Args:
         settings: from `read_settings`; or the path of a settings file (TOML), or its tables as a mapping.
-        out: folder of the run (see `RunFolder`); made where it is not there.
-        overwrite: start over where `out` holds a run.
-        progress: told after every step.
-        report: told, in lines of text, what is trained on what, before the first step.
+        out: folder of the run (see `RunFolder`); created if it does not exist.
+        overwrite: delete a run in `out`, and start a new one.
+        progress: called after every step.
+        report: called before the first step with a summary in lines of text.
 
     Raises:
-        ExaonePathError: bad input, before anything is written.
+        ExaonePathError: the input is not valid; raised before anything is written.
         TrainingError: a loss, an embedding or a gradient is not finite; the last checkpoint is kept.
     """
     if isinstance(settings, Mapping):
@@ -135,7 +136,7 @@ def train(
     elif not isinstance(settings, TrainSettings):
         settings = read_settings(Path(settings))
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):  # the caller's random numbers stay the caller's
+    with torch.random.fork_rng(devices=devices):  # the caller's random state is not changed
         prepared = prepare(settings)
         folder = RunFolder(Path(out))
         trainer = Trainer(prepared.model, prepared.data, prepared.settings, folder, prepared.processes)
@@ -144,7 +145,7 @@ def train(
                 stack.enter_context(folder.locked())
                 resumed = folder.claim(settings.as_dict(), prepared.data.cohort.fingerprint, overwrite=overwrite)
                 folder.clean()
-                # Each by itself: a run may have been stopped between any two of its files.
+                # Each file is checked separately: a run may have been stopped between the two.
                 if not (resumed and folder.split_file.exists()):
                     prepared.data.split.save(folder.split_file)
                 if not (resumed and folder.report_file.exists()):

@@ -1,7 +1,7 @@
 """The folder of a training run: settings, checkpoints, metrics, the best and the final model.
 
-settings.json       what was asked for, with the hashes of settings and cohort    split.json   patients of each split
-metrics.jsonl       one JSON object a line: training steps, validations, warnings
+settings.json       the settings, with the hashes of settings and cohort           split.json   patients of each split
+metrics.jsonl       one JSON object per line: training steps, validations, warnings
 tensorboard/        the same as event files
 checkpoints/        step-<n>/, to resume from                                      best/ model/  `from_pretrained`
 """
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 _FOLDERS = ("checkpoints", "best", "model", "tensorboard")
-# The settings last: while they are there, the folder is known for what it is.
+# The settings are deleted last: while they exist, the folder is recognised as a run.
 _FILES = ("metrics.jsonl", "split.json", "cohort_report.json", "settings.json")
 
 
@@ -59,7 +59,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this run; raises `FileBusyError` where another process trains into it."""
+        """Lock the folder for this run; raises `FileBusyError` if another process trains into it."""
         ensure_folder(self.path)
         with FileIO(open_private(self.path / ".lock"), "a+") as lock:
             if not try_lock(lock.fileno()):
@@ -67,14 +67,14 @@ class RunFolder:
             yield
 
     def claim(self, settings: Mapping[str, Any], cohort_hash: str, *, overwrite: bool) -> bool:
-        """Make the folder this run's.
+        """Use the folder for this run.
 
         Returns:
-            True where it already is: there may be something to resume.
+            True if the folder already has this run, which may be resumed.
 
         Raises:
-            SettingsError: it holds a run of other settings or of another cohort (the differing settings are named).
-            OutputCollisionError: it holds something else.
+            SettingsError: the folder has a run with other settings (they are named) or another cohort.
+            OutputCollisionError: the folder has other content.
         """
         if overwrite and self.settings_file.exists():
             for name in _FOLDERS:
@@ -93,10 +93,10 @@ class RunFolder:
         return False
 
     def check(self, settings: Mapping[str, Any], cohort_hash: str) -> bool:
-        """Whether the folder holds this run already, so that there may be something to resume; nothing is written.
+        """Whether the folder already has this run, which may be resumed; nothing is written.
 
         Raises:
-            SettingsError, OutputCollisionError: see `claim`. OutputError: it could not be written to.
+            SettingsError, OutputCollisionError: see `claim`. OutputError: the folder is not writable.
         """
         if self.settings_file.exists():
             stored = self._stored()
@@ -111,11 +111,11 @@ class RunFolder:
                     "other data; train into another folder, or ask to overwrite"
                 )
             return True
-        there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            raise output_error(self.path, PermissionError(f"{there} cannot be written to"))
+        existing = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+            raise output_error(self.path, PermissionError(f"{existing} cannot be written to"))
         own = {*_FOLDERS, *_FILES}
-        content = self.path.iterdir() if there == self.path.absolute() else ()
+        content = self.path.iterdir() if existing == self.path.absolute() else ()
         foreign = [p.name for p in content if p.name not in own and not p.name.startswith(".")]
         if foreign:
             raise OutputCollisionError(
@@ -132,7 +132,7 @@ class RunFolder:
             raise output_error(self.metrics_file, exc) from exc
 
     def rewind(self, step: int) -> None:
-        """Forget the metrics after `step`, and a last line that a kill cut short."""
+        """Delete the metrics after `step`, and an incomplete last line of a killed process."""
         rows = [line for line in self.metrics() if line["step"] <= step]
         write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -145,11 +145,11 @@ class RunFolder:
             try:
                 rows.append(json.loads(line))
             except ValueError:
-                break  # cut short by a kill: nothing after it is whole
+                break  # an incomplete line of a killed process; it is the last one
         return rows
 
     def save_model(self, model: PreTrainedModel, target: Path) -> None:
-        """`save_pretrained` into `target`, whole or not at all; an earlier model there is replaced."""
+        """`save_pretrained` into `target`, completely or not at all; an earlier model in it is replaced."""
         with atomic_folder(target) as work:
             try:
                 model.save_pretrained(work)
@@ -157,7 +157,7 @@ class RunFolder:
                 raise output_error(target, OSError(str(exc))) from exc
 
     def clean(self) -> None:
-        """Finish or delete what a killed process was writing."""
+        """Complete or delete files that a killed process was writing."""
         for target in (self.best, self.model):
             recover_folder(target)
         for folder in (self.path, self.checkpoints):

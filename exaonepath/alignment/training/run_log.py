@@ -1,4 +1,4 @@
-"""What a run says while it runs: lines of metrics.jsonl, and the same as TensorBoard events."""
+"""The log of a run: lines of metrics.jsonl, and the same numbers as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from exaonepath.errors import MissingDependencyError
 
 
 class RunLog:
-    """Rows of one run; silent on every process but the first."""
+    """Rows of one run; only the main process writes them."""
 
     def __init__(self, folder: RunFolder, *, is_main: bool, tensorboard: bool) -> None:
         self._folder, self._is_main, self._tensorboard = folder, is_main, tensorboard
@@ -20,7 +20,7 @@ class RunLog:
 
     @contextmanager
     def opened(self, step: int) -> Iterator[RunLog]:
-        """With event files that go on after `step`, where they are asked for."""
+        """The log, with event files that continue after `step` if the settings request them."""
         if not (self._tensorboard and self._is_main):
             yield self
             return
@@ -32,7 +32,7 @@ class RunLog:
             self._board = None
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """A training step or a validation; it has "kind" and "step"."""
+        """Write the row of a training step or a validation; it has "kind" and "step"."""
         if not self._is_main:
             return
         self._folder.append(row)
@@ -42,14 +42,14 @@ class RunLog:
                     self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
 
     def warnings(self, warnings: Iterable[HealthWarning]) -> None:
-        """What the health monitors found."""
+        """Write the warnings of the health monitors."""
         if self._is_main:
             for warning in warnings:
                 self._folder.append({"kind": "warning", **warning.as_dict()})
 
 
 def summary_writer() -> Callable[..., Any]:
-    """TensorBoard's writer class; raises `MissingDependencyError` where tensorboard is not installed."""
+    """TensorBoard's writer class; raises `MissingDependencyError` if tensorboard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as exc:

@@ -1,4 +1,4 @@
-"""Settings of a training run, every value checked before anything else happens; files are `settings_file`'s."""
+"""Settings of a training run, with checks of every value; `settings_file` reads them from files."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is trained on; paths in a settings file count from its folder.
+    """Training data; paths in a settings file are relative to its folder.
 
     Attributes:
         mudata, slides, labels, id_column, patient_ids, scales, missing, min_modalities, check_features: see
             `CohortConfig`.
-        tables: modality to the keys of `ModalitySource`, for modalities that are files of their own.
-        modalities: those to train with; empty: all that the cohort holds.
-        stratify: label column by which the split is stratified; None: not stratified.
-        split: a file of the split to use (parts "train", "val", "test"); None: drawn from `split_seed`.
-        validation_share, test_share: shares of patients held out.
-        split_seed: seed of the drawn split.
-        top_variance: modality to the number of features kept: those that vary most among training patients.
-        clip: standardised values are held within +-clip; 0: not at all.
-        slides_per_step: "one" (of each patient, drawn anew each epoch) or "all" (averaged).
-        max_patches: patches of a slide in a training step, whole fragments; 0: all.
-        cache_mb: memory for patch features kept between epochs, per process.
+        tables: modality to the keys of `ModalitySource`, for modalities in separate files.
+        modalities: modalities to train with; empty: all of the cohort.
+        stratify: label column for a stratified split; None: not stratified.
+        split: file of a split (parts "train", "val", "test"); None: a random split from `split_seed`.
+        validation_share, test_share: shares of the held-out patients.
+        split_seed: seed of the random split.
+        top_variance: modality to the number of features to keep: those with the largest variance in training patients.
+        clip: standardised values are clipped to +-clip; 0: no clipping.
+        slides_per_step: "one" (a random slide of each patient in each epoch) or "all" (averaged).
+        max_patches: largest number of patches of a slide in a training step, whole fragments; 0: all.
+        cache_mb: memory for the cache of patch features, per process.
     """
 
     mudata: str | None = None
@@ -61,19 +61,19 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What is trained.
+    """The model to train.
 
     Attributes:
         init: a trained alignment model to start from (a folder); its architecture is used.
-        match_by_name: with `init`: take a cohort whose features are not the model's; absent ones count as average.
-        slide_weights: start the slide encoder from these weights (folder or Hub id).
+        match_by_name: with `init`: allow a cohort that lacks features of the model; they count as the training mean.
+        slide_weights: initial weights of the slide encoder (folder or Hub id).
         wsi: keys of the slide encoder's `wsi_cfg`; `input_dim` follows from the features.
-        omics: settings of every molecular encoder; a table named like a modality in it is for that one alone.
+        omics: settings of all molecular encoders; a table in it with the name of a modality is for that one only.
         projection_dim: width d of each pair's shared space.
         rope_mode: "full", or an ablation of F-RoPE.
         frozen: encoders that are not trained, by modality.
         gradient_checkpointing: recompute the slide encoder's activations in the backward pass.
-        attention: backend of the slide encoder; None picks one.
+        attention: attention backend of the slide encoder; None: automatic.
     """
 
     init: str | None = None
@@ -90,7 +90,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What is minimised: see `ExaonePathAlignmentConfig`."""
+    """The loss: see `ExaonePathAlignmentConfig`."""
 
     kind: str = "sigmoid"
     pairs: str = "all"
@@ -105,12 +105,12 @@ class OptimizerSettings:
     """AdamW with warmup and cosine decay.
 
     Attributes:
-        lr: peak learning rate. min_lr_share: what the cosine ends at, as a share of it.
+        lr: peak learning rate. min_lr_share: final learning rate of the cosine, as a share of it.
         warmup: steps of linear warmup; a value below 1 is a share of all steps.
-        weight_decay: of weight matrices; norms, biases, tokens, t and b have none.
-        logit_lr_share: learning rate of t and b in multiples of `lr`; they start far from where a run needs them.
-        clip: largest norm of the gradient; 0: not clipped.
-        ema: decay of the averaged weights that are validated and saved; 0: none.
+        weight_decay: weight decay of matrices; norms, biases, tokens, t and b have none.
+        logit_lr_share: learning rate of t and b in multiples of `lr`; their initial values are far from the final ones.
+        clip: largest norm of the gradient; 0: no clipping.
+        ema: decay of the averaged weights, which are validated and saved; 0: no averaging.
     """
 
     lr: float = 1e-3
@@ -125,23 +125,23 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How it is run.
+    """Schedule, device and output of the run.
 
     Attributes:
-        epochs: passes over the training patients. steps: instead, optimiser steps; 0: by epochs.
+        epochs: passes over the training patients. steps: number of optimiser steps, instead of epochs; 0: use epochs.
         batch_size: patients of one step, over all processes.
-        chunk_size: patients encoded at once; gradients of the rest of the batch are cached; 0: the whole batch.
-        seed: of the initial weights, the order of patients, sub-sampling and dropout.
-        precision: "float32", "bfloat16", "float16" (autocast), or "auto": bfloat16 where the device computes in it.
+        chunk_size: patients that are encoded together, with gradient caching; 0: the whole batch.
+        seed: seed of the initial weights, the order of patients, sub-sampling and dropout.
+        precision: "float32", "bfloat16", "float16" (autocast), or "auto": bfloat16 if the device supports it.
         device: "auto", "cpu", "cuda".
         log_every: steps between two rows of metrics.
         validate_every: epochs between validations; 0: only at the end.
-        checkpoint_every: steps between checkpoints; 0: one an epoch.
-        keep_checkpoints: how many are kept.
-        select: what the best checkpoint has most of: "mean_recall@1", or "a->b@k" of one pair and direction.
-        num_workers: processes that read slides ahead; 0: read in the training process.
+        checkpoint_every: steps between checkpoints; 0: one per epoch.
+        keep_checkpoints: number of checkpoints to keep.
+        select: metric that selects the best model: "mean_recall@1", or "a->b@k" of one pair and direction.
+        num_workers: processes that read slides in advance; 0: read in the training process.
         tensorboard: write event files.
-        monitor: look for collapse, dominance and imbalance at every validation.
+        monitor: check for collapse, dominance and imbalance (see `HealthMonitors`).
     """
 
     epochs: int = 30
@@ -177,7 +177,7 @@ class TrainSettings:
         return out
 
 
-# What may change between a checkpoint and the run that resumes it: nothing of it touches the weights' path.
+# Settings that may change when a run is resumed: none of them has an effect on the weights.
 RESUMABLE = ("run.device", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints", "run.num_workers",
              "run.tensorboard", "data.cache_mb")  # fmt: skip
 
@@ -186,7 +186,7 @@ def build_settings(tables: Mapping[str, Any]) -> TrainSettings:
     """Settings from nested mappings, checked.
 
     Raises:
-        ConfigError: an unknown key, or values of the wrong type or range (each is named).
+        ConfigError: a key is unknown, or values have a wrong type or range (all are named).
     """
     settings: TrainSettings = build_typed(TrainSettings, tables)
     _check(settings)
@@ -194,7 +194,7 @@ def build_settings(tables: Mapping[str, Any]) -> TrainSettings:
 
 
 def _check(settings: TrainSettings) -> None:
-    """Collect every value out of range into one error."""
+    """Raise one error for all values that are out of range."""
     problems = [
         message
         for section in (_check_data(settings.data), _check_objective(settings), _check_run(settings.run))
@@ -225,7 +225,7 @@ def _check_objective(settings: TrainSettings) -> Iterator[tuple[bool, str]]:
     yield model.rope_mode in ROPE_MODES, f"model.rope_mode must be one of {modes}, got {model.rope_mode!r}"
     yield model.projection_dim >= 1, f"model.projection_dim must be positive, got {model.projection_dim}"
     own = not (model.init and (model.wsi or model.omics or model.slide_weights))
-    yield own, "model.init brings its own architecture: leave out model.wsi, model.omics and model.slide_weights"
+    yield own, "model.init defines the architecture: remove model.wsi, model.omics and model.slide_weights"
     yield loss.kind in ("sigmoid", "softmax"), f"loss.kind must be sigmoid or softmax, got {loss.kind!r}"
     yield loss.pairs in ("all", WSI), f"loss.pairs must be all or wsi, got {loss.pairs!r}"
     weight = loss.pos_weight
@@ -251,7 +251,7 @@ def _check_run(run: RunSettings) -> Iterator[tuple[bool, str]]:
 
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the settings in which two nested mappings differ, those of `RESUMABLE` left out."""
+    """Dotted names of the settings in which two nested mappings differ, without those of `RESUMABLE`."""
     out: list[str] = []
     for key in sorted(set(a) | set(b)):
         name = prefix + key

@@ -1,4 +1,4 @@
-"""Settings of a training run from a TOML file, with flags over it."""
+"""Settings of a training run from a TOML file; flags override it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 if sys.version_info >= (3, 11):
     import tomllib
-else:  # the same parser, under the name it had before Python took it in
+else:  # the same parser, under the name of the package before it became part of Python
     try:
         import tomli as tomllib
     except ModuleNotFoundError:
@@ -24,16 +24,16 @@ else:  # the same parser, under the name it had before Python took it in
 def read_settings(
     path: Path | None, overrides: Iterable[str] = (), *, values: Mapping[str, Any] | None = None
 ) -> TrainSettings:
-    """Read a settings file and put flags over it.
+    """Read a settings file, and override it with flags.
 
     Args:
-        path: TOML with the tables of `TrainSettings`; relative paths in it count from its folder. None: defaults.
-        overrides: "section.key=value", the value in TOML (a bare word counts as text); relative paths count from the
+        path: TOML with the tables of `TrainSettings`; relative paths in it are relative to its folder. None: defaults.
+        overrides: "section.key=value", the value in TOML (a bare word is text); relative paths are relative to the
             working directory.
-        values: "section.key" to value, over both.
+        values: "section.key" to value; they override both.
 
     Raises:
-        ConfigError: not TOML, an unknown key (named), or a value of the wrong type or range.
+        ConfigError: the file is no TOML, a key is unknown (named), or a value has a wrong type or range.
     """
     from exaonepath.alignment.training.settings import build_settings
 
@@ -43,10 +43,10 @@ def read_settings(
 def read_tables(
     path: Path | None, overrides: Iterable[str] = (), *, values: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The tables of a settings file with flags over it, as `read_settings` takes them, not yet checked.
+    """The tables of a settings file, overridden by flags as in `read_settings`, but not yet checked.
 
     Raises:
-        ConfigError: not TOML, or a flag that is none.
+        ConfigError: the file is no TOML, or a flag is not valid.
     """
     tables: dict[str, Any] = {}
     if path is not None:
@@ -91,11 +91,11 @@ def _value(text: str, where: str) -> Any:
     except ConfigError:
         if any(mark in text for mark in "\"'[]{}=,"):
             raise
-        return text  # a bare word or path, which a shell user will not put in two kinds of quotes
+        return text  # a bare word or path; in a shell, TOML quotes would need a second pair of quotes
 
 
 def _anchor(tables: dict[str, Any], folder: Path) -> None:
-    """Relative paths of a settings file, in place, to paths that count from its folder."""
+    """Convert relative paths of a settings file to paths that start with its folder, in place."""
     data, model = tables.get("data"), tables.get("model")
     places = [(data, key) for key in ("mudata", "slides", "labels", "split")]
     places += [(model, key) for key in ("init", "slide_weights")]
@@ -104,7 +104,7 @@ def _anchor(tables: dict[str, Any], folder: Path) -> None:
     for table, key in places:
         value = table.get(key) if isinstance(table, dict) else None
         if isinstance(table, dict) and isinstance(value, str) and value:
-            beside = folder / Path(value).expanduser()
-            # slide_weights may be a Hub id, which no folder beside the file stands for.
-            if key != "slide_weights" or beside.exists():
-                table[key] = str(beside)
+            anchored = folder / Path(value).expanduser()
+            # slide_weights may be a Hub id, for which no such folder exists.
+            if key != "slide_weights" or anchored.exists():
+                table[key] = str(anchored)

@@ -1,8 +1,8 @@
-"""One optimiser step's gradients over a large batch of patients, with the activations of one chunk at a time.
+"""The gradients of one optimiser step over a large batch of patients, with the activations of one chunk at a time.
 
-A contrastive loss couples all patients of a batch, but only through their embeddings, so chunks take turns (see
-`cached_gradient_step`). Every chunk's dropout comes from a seed of its own: both its passes agree, and so do runs on
-different numbers of processes.
+A contrastive loss couples all patients of a batch, but only through their embeddings. So chunks are processed one after
+another (see `cached_gradient_step`). The dropout of every chunk has its own seed: so both passes of a chunk are equal,
+and results do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from exaonepath.text import few
 
 
 class TrainingError(ExaonePathError):
-    """Training cannot go on: a loss, an embedding or a gradient that is not finite; the last checkpoint is good."""
+    """Training cannot continue: a loss, an embedding or a gradient is not finite; the last checkpoint is valid."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Patients embedded together.
+    """Patients that are embedded together.
 
     Attributes:
-        batch: on the host, with ids and numbers of its patients (the same over all processes).
-        seed: of the chunk's dropout.
+        batch: batch on the host, with ids and numbers of its patients (the same on all processes).
+        seed: seed of the chunk's dropout.
     """
 
     batch: PatientBatch
@@ -43,17 +43,18 @@ class Chunk:
     def numbers(self) -> Tensor:
         """int64 [B], one number for all rows of a patient."""
         if self.batch.patient_index is None:
-            raise SettingsError("a batch to train on needs patient_index: rows of one patient are positives")
+            raise SettingsError("a training batch needs patient_index: rows of one patient are positives")
         return self.batch.patient_index
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step found, before the optimiser moves.
+    """The result of a step before the optimiser changes the weights.
 
     Attributes:
         objective: the loss and its parts.
-        embeddings: modality to [B, E], this process's rows, detached. gradients: of the loss with respect to them.
+        embeddings: modality to [B, E], rows of this process, detached. gradients: those of the loss with respect to
+            them.
         available: modality to bool [B].
     """
 
@@ -75,15 +76,15 @@ def accumulate_gradients(
     """Add the gradient of the loss over all chunks (of all processes) to the parameters' `.grad`.
 
     Args:
-        model: in training mode.
-        objective: (embeddings, availability, patient numbers) to the loss, over the rows of this process.
-        chunks: of this process, at least one.
-        autocast: what the encoders run under.
-        processes: who else holds rows of the batch.
+        model: the model in training mode.
+        objective: (embeddings, availability, patient numbers) to the loss, with the rows of this process.
+        chunks: chunks of this process, at least one.
+        autocast: context of the encoders.
+        processes: the processes that share the batch.
         loss_scale: factor on the gradients (float16).
 
     Raises:
-        TrainingError: an embedding or the loss is not finite; names the modality, the pair and the patients.
+        TrainingError: an embedding or the loss is not finite; it names the modality, the pair and the patients.
     """
     names, device = model.modalities, model.loss_device
     patients = [patient for chunk in chunks for patient in chunk.batch.patients]
@@ -92,13 +93,13 @@ def accumulate_gradients(
         name: torch.cat([c.batch.available.get(name, torch.zeros(c.batch.size, dtype=torch.bool)) for c in chunks])
         for name in names
     }
-    here = {name: there.to(device) for name, there in available.items()}
+    on_device = {name: flags.to(device) for name, flags in available.items()}
     seen: dict[str, Tensor] = {}
 
     def loss(embeddings: dict[str, Tensor]) -> ObjectiveOutput:
         seen.update(embeddings)
         _refuse_non_finite(embeddings, patients, processes)
-        output = objective(embeddings, here, rows)
+        output = objective(embeddings, on_device, rows)
         if not torch.isfinite(output.loss):
             pairs = [f"{a}-{b}" for (a, b), value in output.pair_losses.items() if not torch.isfinite(value)]
             raise TrainingError(
@@ -112,7 +113,7 @@ def accumulate_gradients(
     def encode(chunk: Chunk) -> dict[str, Tensor]:
         return _embed(model, chunk, autocast)
 
-    if len(chunks) == 1:  # nothing to save: one forward is enough
+    if len(chunks) == 1:  # no memory to save: one forward pass is enough
         embedded = encode(chunks[0])
         output = loss({name: h.detach().requires_grad_() for name, h in embedded.items()})
         backward(output.loss)
@@ -127,13 +128,13 @@ def accumulate_gradients(
 def _embed(
     model: ExaonePathAlignmentModel, chunk: Chunk, autocast: Callable[[], AbstractContextManager[None]]
 ) -> dict[str, Tensor]:
-    to_keep = torch.is_grad_enabled()
+    keep_graph = torch.is_grad_enabled()
     torch.manual_seed(chunk.seed)
-    # With a graph also where it is dropped at once: without one the encoder works by other chunks of rows, and would
-    # deal its dropout out in another order.
+    # A graph is built even if it is dropped immediately: without a graph, the encoder uses other chunks of rows, and
+    # would draw the random numbers of dropout in another order.
     with torch.enable_grad(), autocast():
         found = model.embed(chunk.batch.to(model.loss_device))
-    return found if to_keep else {name: h.detach() for name, h in found.items()}
+    return found if keep_graph else {name: h.detach() for name, h in found.items()}
 
 
 def _refuse_non_finite(embeddings: Mapping[str, Tensor], patients: Sequence[str], processes: Processes) -> None:

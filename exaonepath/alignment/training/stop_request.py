@@ -1,4 +1,4 @@
-"""A run that is asked to stop by a signal."""
+"""Stop a run by a signal."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ logger = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once."""
+    """SIGINT and SIGTERM end the run after the current step, with a checkpoint; a second one ends it immediately."""
 
     def __init__(self) -> None:
         self.asked = False
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Handlers inside the block, the former ones after it; only the main thread can have any."""
+        """Install the handlers inside the `with` block, and restore the previous ones after it.
+
+        Python allows handlers in the main thread only; in other threads nothing is installed.
+        """
 
         def stop(number: int, frame: Any) -> None:
             if self.asked:

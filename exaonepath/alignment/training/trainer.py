@@ -1,8 +1,8 @@
-"""The training loop: steps, metrics, validation, checkpoints, and an exact continuation after a kill.
+"""The training loop: steps, metrics, validation, checkpoints, and exact continuation of a killed run.
 
-Nothing of a run depends on what happened before a step except the tensors of its checkpoint: the order of patients
-follows from (seed, epoch), sub-sampling from (seed, epoch, patient), dropout from (seed, step, chunk). So there is no
-generator state to keep, and a resumed run takes the very steps that the killed one would have taken.
+A step depends on earlier steps only through the tensors of a checkpoint: the order of patients depends on (seed,
+epoch), sub-sampling on (seed, epoch, patient), dropout on (seed, step, chunk). So no generator state has to be stored,
+and a resumed run computes exactly the same steps as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ logger = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
-    """Told after every step."""
+    """A function that is called after every step."""
 
     def __call__(self, step: int, total: int, row: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
         step: optimiser steps done, of `total`.
-        finished: False where it was stopped by a signal; the same call goes on from there.
-        resumed_from: the step it started from.
-        best: the selected validation metric of the best model; None where nothing was validated.
-        best_step: when that was.
+        finished: False if it was stopped by a signal; the same call resumes it.
+        resumed_from: the step at which this call started.
+        best: the selected validation metric of the best model; None if nothing was validated.
+        best_step: step of the best model.
     """
 
     step: int
@@ -87,10 +87,10 @@ class Trainer:
         folder: RunFolder,
         processes: Processes,
     ) -> None:
-        """Check everything that can be checked without a step.
+        """Prepare the run, with all checks that are possible before the first step.
 
         Raises:
-            SettingsError: batch, chunks and processes do not fit together, or no pair is trained that is to select.
+            SettingsError: batch, chunks and processes do not match, or the pair of `run.select` is not trained.
             DeviceError: the precision is not available on the device.
         """
         self.settings, self.data, self.folder, self.processes = settings, data, folder, processes
@@ -115,7 +115,7 @@ class Trainer:
         self.names = {p: n for n, p in model.named_parameters()}
         self.optimizer = build_optimizer(model, settings.optimizer)
         self.averaged = AveragedWeights(model, settings.optimizer.ema) if settings.optimizer.ema else None
-        # Only float16 has too few exponents for gradients.
+        # Only the exponent range of float16 is too small for gradients.
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype == torch.float16)
         self.monitors = HealthMonitors()
         self.step = 0
@@ -124,19 +124,20 @@ class Trainer:
         self.log = RunLog(folder, is_main=processes.is_main, tensorboard=run.tensorboard)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """What the encoders run under."""
+        """The autocast context of the encoders."""
         enabled = self.dtype != torch.float32
         return torch.autocast(self.processes.device.type, self.dtype, enabled=enabled)
 
     def run(self, progress: Progress | None = None) -> TrainResult:
-        """Train, from the newest checkpoint of the folder where there is one, to the end or to a signal.
+        """Train from the newest checkpoint of the folder, if there is one, until the end or a signal.
 
         Raises:
             TrainingError: a loss, an embedding or a gradient is not finite; the last checkpoint is kept.
         """
         resumed_from = self._resume()
         if self.scaler.is_enabled():
-            # It makes its factor when it first scales something, and our losses are scaled by hand.
+            # The scaler initialises its factor at its first call of `scale`. Our losses are scaled by hand, so this
+            # call is needed.
             self.scaler.scale(torch.zeros((), device=self.processes.device))
         rank, count = self.processes.rank, self.processes.count
         planned = self.plan.steps(self.step, rank, count)
@@ -184,7 +185,7 @@ class Trainer:
 
     def _resume(self) -> int:
         checkpoint = load_checkpoint(self.folder.checkpoints)
-        self.processes.wait()  # before the main process writes, all have to have looked
+        self.processes.wait()  # all processes must have read the folder before the main process writes
         if checkpoint is not None:
             self._restore(checkpoint)
             logger.info("resuming from %s", checkpoint.path)
@@ -196,7 +197,7 @@ class Trainer:
         try:
             self.model.load_state_dict(checkpoint.tensors["model"], strict=True)
         except RuntimeError as exc:
-            raise WeightsError(f"{checkpoint.path} does not fit the model: {exc}") from exc
+            raise WeightsError(f"{checkpoint.path} does not match the model: {exc}") from exc
         restore_optimizer(self.optimizer, self.names, checkpoint.tensors["optimizer"])
         if self.averaged is not None:
             self.averaged.load(checkpoint.tensors["ema"])
@@ -222,25 +223,25 @@ class Trainer:
                 loss_scale=self.scaler.get_scale() if self.scaler.is_enabled() else 1.0,
             )
             self.processes.sum_gradients(self.parameters)
-            norm = self._move()
+            norm = self._optimizer_step()
         except TrainingError as exc:
             patients = [p for chunk in chunks for p in chunk.batch.patients]
             raise TrainingError(
-                f"step {step + 1}: {exc}. Patients of the step on this process: {few(patients, 20)}. The weights "
-                f"before it are in {self.folder.checkpoints}; a lower optimizer.lr, a longer optimizer.warmup or "
+                f"step {step + 1}: {exc}. Patients of the step on this process: {few(patients, 20)}. Earlier weights "
+                f"are in {self.folder.checkpoints}; a lower optimizer.lr, a longer optimizer.warmup or "
                 "run.precision = bfloat16 are the first things to try"
             ) from exc
         if self.averaged is not None:
             self.averaged.update(self.model, step + 1)
         return self._row(step, lr, norm, found)
 
-    def _move(self) -> float:
-        """Clip, and let the optimiser step; the norm before clipping."""
+    def _optimizer_step(self) -> float:
+        """Clip the gradients and run the optimiser; returns the norm before clipping."""
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.parameters)
         finite = bool(torch.isfinite(norm))
-        # The scaler lives by overflows: it skips such a step and lowers its factor.
+        # With a scaler, overflows are normal: it skips such a step and lowers its factor.
         if not finite and not self.scaler.is_enabled():
             bad = [n for p, n in self.names.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
             raise TrainingError(f"the gradient is not finite (norm {float(norm)}; first in {', '.join(bad[:3])})")
@@ -299,10 +300,10 @@ class Trainer:
 
     def _validate_with_current_weights(self) -> None:
         patients = self.data.validation
-        mine = range(self.processes.rank, len(patients), self.processes.count)
+        own_rows = range(self.processes.rank, len(patients), self.processes.count)
         embedded = embed_patients(
             self.model,
-            self.data.evaluation_batches(patients, list(mine), self.plan.chunk_size),
+            self.data.evaluation_batches(patients, list(own_rows), self.plan.chunk_size),
             patients,
             autocast=self.autocast,
             processes=self.processes,
@@ -310,14 +311,15 @@ class Trainer:
         flat, _ = retrieval_metrics(embedded.pairs)
         row: dict[str, Any] = {"kind": "validation", "step": self.step, "epoch": self.step // self.plan.steps_per_epoch}
         row.update({"patients": len(patients), **flat})
-        # Without a patient on both sides of a pair there is no such number; a NaN would never be beaten.
+        # The number is missing if no patient has both modalities of a pair. NaN must not become the best score, because
+        # no comparison with NaN is true.
         score = flat.get(self.settings.run.select, math.nan)
         if self.settings.run.monitor:
-            there = {
+            available = {
                 p: [n for n, flags in embedded.available.items() if flags[i]] for i, p in enumerate(embedded.patients)
             }
-            self.log.warnings(self.monitors.observe_retrieval(self.step, embedded.pairs, there))
-            self._look_for_leaks()
+            self.log.warnings(self.monitors.observe_retrieval(self.step, embedded.pairs, available))
+            self._check_leakage()
         if not math.isnan(score) and (self.best is None or score > self.best):
             self.best, self.best_step = score, self.step
             if self.processes.is_main:
@@ -325,7 +327,7 @@ class Trainer:
                 self.folder.save_model(self.model, self.folder.best)
         self.log.row(row)
 
-    def _look_for_leaks(self) -> None:
+    def _check_leakage(self) -> None:
         slide = self.data.probe_slide
         if slide is None or self.model.config.rope_mode in ("no_fragments", "off"):
             return

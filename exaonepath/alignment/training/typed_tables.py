@@ -1,4 +1,4 @@
-"""Dataclasses from the tables of a settings file: every key known, every value of its declared type."""
+"""Build dataclasses from the tables of a settings file, with checks of keys and types."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def build_typed(cls: type[Any], table: Any, where: str = "") -> Any:
     """An instance of the dataclass `cls` from nested mappings; `where` is the dotted name of the table, for messages.
 
     Raises:
-        ConfigError: an unknown key (named, with the one probably meant), or a value of another type.
+        ConfigError: a key is unknown (the most similar one is named), or a value has another type.
     """
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where.rstrip('.')} must be a table, got {table!r}")
@@ -38,7 +38,7 @@ def build_typed(cls: type[Any], table: Any, where: str = "") -> Any:
 def _typed(hint: Any, value: Any, name: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        # TOML has no null: the word stands for it.
+        # TOML has no null, so "none" means None.
         if type(None) in arguments and (value is None or value == "none"):
             return None
         for choice in arguments:
@@ -48,7 +48,7 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
                 return _typed(choice, value, name)
             except ConfigError:
                 continue
-        raise ConfigError(f"{name} must be {' or '.join(map(_say, arguments))}, got {value!r}")
+        raise ConfigError(f"{name} must be {' or '.join(map(_type_name, arguments))}, got {value!r}")
     if origin is Literal:
         if value not in arguments:
             raise ConfigError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
@@ -67,12 +67,12 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{name} must be {_say(hint)}, got {value!r}")
+        raise ConfigError(f"{name} must be {_type_name(hint)}, got {value!r}")
     if hint is float and not math.isfinite(value):
         raise ConfigError(f"{name} must be finite, got {value!r}")
     return value
 
 
-def _say(hint: Any) -> str:
+def _type_name(hint: Any) -> str:
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): '"none"'}
     return words.get(hint, "a table")

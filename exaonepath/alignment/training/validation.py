@@ -1,4 +1,4 @@
-"""How well patients who were held out find themselves across modalities."""
+"""Validation: embeddings of held-out patients, and retrieval between their modalities."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class EmbeddedPatients:
         patients: their ids.
         modality: name to float32 [n, E_m]. available: name to bool [n].
         fused: float32 [n, P d].
-        pairs: trained pairs in their shared spaces, rows that have the modality only.
+        pairs: trained pairs in their shared spaces, only rows that have the modality.
     """
 
     patients: tuple[str, ...]
@@ -45,14 +45,14 @@ def embed_patients(
     """Embed patients in evaluation mode.
 
     Args:
-        model: in any mode; it is left in that mode.
-        batches: (rows, batch) pairs; over all processes together, every row of `patients` once.
-        patients: ids of all.
-        autocast: what the encoders run under.
-        processes: who shares the work; each of them gets all embeddings.
+        model: the model; its training mode is not changed.
+        batches: (rows, batch) pairs; those of all processes together contain every row of `patients` once.
+        patients: ids of all patients.
+        autocast: context of the encoders.
+        processes: the processes that share the work; each of them gets all embeddings.
     """
     widths, device = model.config.widths, model.loss_device
-    # A row is filled by one process and zero on the others, so that the sum over processes is a copy.
+    # Each row is computed by one process and is zero on the others. So the sum over processes contains all rows.
     embeddings = {name: torch.zeros(len(patients), width, device=device) for name, width in widths.items()}
     available = {name: torch.zeros(len(patients), device=device) for name in widths}
     with evaluating(model), torch.no_grad():
@@ -62,19 +62,19 @@ def embed_patients(
                 found = model.embed(batch.to(device))
             for name in widths:
                 embeddings[name][at] = found[name].float()
-                there = batch.available.get(name)
-                if there is not None:
-                    available[name][at] = there.to(device).float()
+                flags = batch.available.get(name)
+                if flags is not None:
+                    available[name][at] = flags.to(device).float()
         for name in widths:
             processes.sum(embeddings[name])
             processes.sum(available[name])
-        there_all = {name: flags > 0 for name, flags in available.items()}
-        fused = model.fuse(embeddings, there_all)
-        pairs = shared_spaces(model, embeddings, there_all, patients)
+        available_all = {name: total > 0 for name, total in available.items()}
+        fused = model.fuse(embeddings, available_all)
+        pairs = shared_spaces(model, embeddings, available_all, patients)
     return EmbeddedPatients(
         tuple(patients),
         {name: h.cpu().numpy() for name, h in embeddings.items()},
-        {name: flags.cpu().numpy() for name, flags in there_all.items()},
+        {name: flags.cpu().numpy() for name, flags in available_all.items()},
         fused.float().cpu().numpy(),
         pairs,
     )
@@ -86,21 +86,21 @@ def shared_spaces(
     available: dict[str, Tensor],
     patients: Sequence[str],
 ) -> tuple[PairEmbeddings, ...]:
-    """The trained pairs of `model` as retrieval takes them; pairs without a row on one side are left out."""
+    """The trained pairs of `model` as inputs of the retrieval; pairs with a side without rows are left out."""
     out = []
     ids = np.asarray(patients)
     for a, b in model.trained_pairs:
         rows_a, rows_b = available[a], available[b]
         if rows_a.any() and rows_b.any():
             u, v = model.project(embeddings[a][rows_a], a, b), model.project(embeddings[b][rows_b], b, a)
-            # As numpy's flags: it takes a tensor of one flag for an index.
+            # Converted to numpy: it would treat a tensor with one flag as an index.
             ids_a, ids_b = (ids[rows.cpu().numpy()] for rows in (rows_a, rows_b))
             out.append(PairEmbeddings(a, b, u.float().cpu().numpy(), v.float().cpu().numpy(), ids_a, ids_b))
     return tuple(out)
 
 
 def retrieval_metrics(pairs: Sequence[PairEmbeddings]) -> tuple[dict[str, float], dict[str, RetrievalScores]]:
-    """Retrieval in every direction, as flat numbers for the log ("wsi->rna@1", "mean_recall@1", ...) and in full."""
+    """Retrieval in every direction, as flat numbers for the log ("wsi->rna@1", "mean_recall@1", ...) and as scores."""
     scores = cross_modal_retrieval(pairs)
     flat = {}
     for direction, score in scores.items():

@@ -1,8 +1,8 @@
-"""Attention over packed tokens, restricted to contiguous segments, with the 2D rotation applied on the way.
+"""Attention over packed tokens, restricted to contiguous segments, including the 2D rotation of queries and keys.
 
-One operation, several backends, one result: `eager` is plain products, segment by segment (tests), `sdpa` calls torch's
-attention segment by segment (any device), `triton` is one fused kernel (CUDA). Only `eager` holds all scores of a
-segment.
+The operation has several backends with the same result. `eager` uses plain products, segment by segment (for tests).
+`sdpa` calls torch's attention, segment by segment (any device). `triton` is one fused kernel (CUDA). Only `eager`
+stores all scores of a segment.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from exaonepath.ops.attention import cpu as cpu_attention
 from exaonepath.ops.attention.layout import Segments
 from exaonepath.ops.attention.rotary import Rotation, apply_rotation, rotate_inplace
 from exaonepath.ops.attention.segments import eager_attention, sdpa_attention
-from exaonepath.ops.attention.triton import triton_attention, unable, unsuited
+from exaonepath.ops.attention.triton import triton_attention, unsupported_device, unsupported_input
 
 logger = logging.getLogger(__name__)
 
@@ -28,30 +28,31 @@ _Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 ATTENTION_BACKENDS = ("auto", "sdpa", "eager", "triton")
 
-_told: set[str] = set()
+_logged: set[str] = set()
 
 
 def resolve_backend(
     backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, segments: Segments | None = None
 ) -> str:
-    """The backend that will run: the one that was asked for, or for "auto" the best that can.
+    """The backend that will run: the requested one, or for "auto" the fastest one that is available.
 
-    "auto" is triton on a CUDA device the kernels can run on and sdpa elsewhere; a CUDA device they cannot serve is told
-    once, at WARNING. Where torch's own kernel measured faster on one long segment, that segment goes there.
+    "auto" is triton on a CUDA device that supports the kernels, and sdpa elsewhere. If the kernels cannot run on a CUDA
+    device, one warning is logged. If torch's own kernel was measured to be faster on one long segment, "auto" is sdpa
+    for that segment.
 
     Args:
         backend: one of ATTENTION_BACKENDS.
-        device, dtype, head_dim: of the queries.
-        segments: what will be attended in; None where that is not known yet.
+        device, dtype, head_dim: device, dtype and head dimension of the queries.
+        segments: the segments of the attention; None if they are not known yet.
 
     Raises:
-        SettingsError: unknown backend.
+        SettingsError: the backend is unknown.
     """
     if backend not in ATTENTION_BACKENDS:
         raise SettingsError(f"unknown attention backend {backend!r}; choose one of {', '.join(ATTENTION_BACKENDS)}")
     if backend != "auto":
         return backend
-    if device.type != "cuda" or not _kernels_serve(device, dtype, head_dim):
+    if device.type != "cuda" or not _kernels_support(device, dtype, head_dim):
         return "sdpa"
     dense_from = _dense_from(device, dtype, head_dim)
     if dense_from is not None and segments is not None and len(segments.lengths) == 1:
@@ -59,11 +60,12 @@ def resolve_backend(
     return "triton"
 
 
+# A compiled graph contains the answer, not this code with its logger.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _kernels_serve(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    reason = unsuited(dtype, head_dim, 0) or unable(device)
-    if reason is not None and reason not in _told:
-        _told.add(reason)
+def _kernels_support(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    reason = unsupported_input(dtype, head_dim, 0) or unsupported_device(device)
+    if reason is not None and reason not in _logged:
+        _logged.add(reason)
         logger.warning("%s; attention runs through torch's scaled_dot_product_attention", reason)
     return reason is None
 
@@ -87,19 +89,19 @@ def fragment_attention(
     Args:
         qkv: [T, 3, H, D] packed queries, keys and values, floating point, last dimension contiguous.
         segments: which tokens attend to each other; covers all T tokens.
-        rotation: 2D rotation of queries and keys (RoPE blocks); None leaves them as they are (NoPE blocks).
-        backend: "triton" (CUDA; float32, float16 or bfloat16; head dimension 32, 64 or 128), "sdpa", "eager" (holds
+        rotation: 2D rotation of queries and keys (RoPE blocks); None: no rotation (NoPE blocks).
+        backend: "triton" (CUDA; float32, float16 or bfloat16; head dimension 32, 64 or 128), "sdpa", "eager" (stores
             all scores of a segment, for tests), or "auto", see `resolve_backend`.
         scale: positive factor on the scores; default D ** -0.5.
-        overwrite_qkv: without autograd, rotate inside `qkv` instead of in a copy, and maybe put the result where the
-            queries were; its contents are lost to the caller.
+        overwrite_qkv: without autograd, rotate inside `qkv` instead of in a copy, and possibly store the result in
+            place of the queries. The caller must not use `qkv` afterwards.
 
     Returns:
         [T, H, D] in qkv's dtype. Differentiable in qkv.
 
     Raises:
-        SettingsError: shapes, dtype, devices, segments or scale do not fit, or the backend is unknown.
-        BackendError: the backend cannot run here.
+        SettingsError: shapes, dtype, devices, segments or scale do not match, or the backend is unknown.
+        BackendError: the backend cannot run on this device.
     """
     if qkv.ndim != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
         raise SettingsError(f"qkv must be floating point [T, 3, H, D], got {qkv.dtype} {list(qkv.shape)}")
@@ -124,7 +126,8 @@ def fragment_attention(
         else:
             q, k = apply_rotation(q, cos, sin), apply_rotation(k, cos, sin)
     attend = eager_attention if backend == "eager" else sdpa_attention
-    # Written in place without autograd; with it, every slice assignment would copy the whole gradient once.
+    # Without autograd, results are written into slices of one tensor. With autograd, the backward pass of every such
+    # assignment would copy the whole gradient, so another function is used.
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _with_grad(q, k, v, segments, scale, attend)
     return _without_grad(q, k, v, segments, scale, attend)
@@ -142,8 +145,9 @@ def _without_grad(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: fl
 
 def _with_grad(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, attend: _Attend) -> Tensor:
     if not segments.lengths:
-        return q * 0  # no token at all: keeps the graph connected
-    # Split once: backward, that is one concatenation, while each slice would write a gradient of all tokens.
+        return q * 0  # no tokens: the product keeps the result connected to the graph
+    # One split: its backward pass is one concatenation. The backward pass of a slice would write a gradient of all
+    # tokens, once for each slice.
     parts = list(zip(*(x.split(segments.lengths) for x in (q, k, v)), strict=True))
     out: list[Tensor] = [q] * len(parts)
     for members in segments.equal_length_members:
@@ -153,8 +157,8 @@ def _with_grad(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float
             out[members[0]] = _batched(one[0], one[1], one[2], 1, length, scale, attend)
             continue
         queries, keys, values = (torch.cat([parts[i][axis] for i in members]) for axis in range(3))
-        together = _batched(queries, keys, values, len(members), length, scale, attend)
-        for i, attended in zip(members, together.split(length), strict=True):
+        combined = _batched(queries, keys, values, len(members), length, scale, attend)
+        for i, attended in zip(members, combined.split(length), strict=True):
             out[i] = attended
     return torch.cat(out)
 

@@ -1,8 +1,8 @@
-"""Packs the tokens of a batch of slides so that every fragment is one contiguous run.
+"""Packs the tokens of a batch of slides so that every fragment is one contiguous segment.
 
-Padding is dropped and the rest is stably sorted by (slide, contour), prefix tokens (contour -1) included. Attention
-restricted to fragments is then block diagonal over segments, no mask tensor exists, and every layer of the encoder runs
-on the same order: the sort is paid once a forward pass, in `build_fragment_layout`.
+Padding is dropped, and the other tokens, prefix tokens (contour -1) included, are stably sorted by (slide, contour).
+Attention restricted to fragments is then block diagonal over segments, so no mask tensor is needed. Every layer of the
+encoder uses the same order, so each forward pass sorts only once, in `build_fragment_layout`.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from exaonepath.errors import SettingsError
 
 PREFIX_CONTOUR = -1
 
-# Segments this short are gathered by equal length and run as one batch: a call each would cost more than the work.
+# Segments up to this length are gathered by equal length and computed as one batch: with one call for each segment, the
+# calls would take longer than the computation.
 _SHORT = 128
-# Caps of such a batch: CUDA attention kernels put batch x heads into a grid dimension limited to 65,535.
+# Limits of such a batch: CUDA attention kernels use batch x heads as a grid dimension, which is at most 65,535.
 _MAX_BATCH, _MAX_BATCH_TOKENS = 4096, 1 << 16
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Contiguous runs of packed tokens; a token attends to the tokens of its own run only.
+    """Contiguous ranges of packed tokens; a token attends only to the tokens of its own segment.
 
     Attributes:
         offsets: int64 [S + 1] on the tokens' device, ascending from 0 to T; segment s is offsets[s]:offsets[s + 1].
-        lengths: the S lengths on the host, all positive; kept so that no layer has to synchronise with the device.
+        lengths: the S lengths on the host, all positive; stored so that no layer has to synchronise with the device.
         n_tokens: T, the number of packed tokens.
 
     Raises:
-        SettingsError: offsets and lengths do not fit together.
+        SettingsError: offsets and lengths do not match.
     """
 
     offsets: Tensor
@@ -52,14 +53,14 @@ class Segments:
             )
         if any(length <= 0 for length in self.lengths):
             raise SettingsError("segment lengths must be positive; use Segments.from_lengths, which drops empty ones")
-        # Read where that costs no synchronisation. What runs on a GPU goes by the lengths, never by these numbers.
+        # Offsets are read only on the CPU, where this needs no synchronisation. Code for the GPU uses the lengths.
         if self.offsets.device.type == "cpu" and self.offsets.tolist() != [0, *accumulate(self.lengths)]:
             raise SettingsError("segment offsets must ascend from 0 by the segment lengths; use Segments.from_lengths")
         object.__setattr__(self, "n_tokens", sum(self.lengths))
 
     @staticmethod
     def from_lengths(lengths: Tensor) -> Segments:
-        """Segments from int64 [S] lengths; empty segments are dropped (they hold no token)."""
+        """Segments from int64 [S] lengths; empty segments are dropped."""
         numbers: list[int] = lengths.tolist()
         if min(numbers, default=0) < 0:
             raise SettingsError(f"a segment cannot hold {min(numbers)} tokens")
@@ -76,7 +77,7 @@ class Segments:
     @cached_property
     def equal_length_groups(self) -> list[tuple[slice | Tensor, int, int]]:
         """Every segment once, as (rows, count, length): a slice for a long segment, an index [count * length] for a
-        batch of short segments of one length. Made once, used by every layer."""
+        batch of short segments of one length. Computed once, used by every layer."""
         groups: list[tuple[slice | Tensor, int, int]] = []
         short: dict[int, list[int]] = {}
         start = 0
@@ -96,9 +97,11 @@ class Segments:
 
     @cached_property
     def equal_length_members(self) -> list[list[int]]:
-        """Every segment's number once: short ones in batches of one length, as `equal_length_groups`; others alone."""
+        """Every segment's number once: short segments in batches of one length, as in `equal_length_groups`; long ones
+        alone."""
         members: dict[int, list[int]] = {}
         for i, length in enumerate(self.lengths):
+            # A long segment gets a key of its own; negative keys cannot be equal to a length.
             members.setdefault(length if length <= _SHORT else -1 - i, []).append(i)
         found = []
         for batch in members.values():
@@ -109,7 +112,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class FragmentLayout:
-    """Where every packed token came from, and which tokens attend to each other.
+    """The origin of every packed token, and which tokens attend to each other.
 
     The caller's tokens are [B, P + N, ...]: P prefix tokens, then N patches, per slide.
 
@@ -147,7 +150,7 @@ class FragmentLayout:
         return self.n_prefix + self.n_patches
 
     def unpack_patches(self, packed: Tensor) -> Tensor:
-        """Put packed tokens [T, E] back into the caller's order: [B, N, E], prefix tokens dropped, 0 where masked."""
+        """Packed tokens [T, E] in the caller's order: [B, N, E], without prefix tokens, 0 for masked patches."""
         out = packed.new_zeros((self.batch * self._row, packed.shape[-1]))
         out = out.index_copy(0, self.source, packed)
         return out.view(self.batch, self._row, packed.shape[-1])[:, self.n_prefix :]
@@ -162,7 +165,7 @@ def build_fragment_layout(
 
     Args:
         n_prefix: number of prefix tokens (CLS and storage tokens) in front of each slide's patches; never masked.
-        mask: bool [B, N], True where a patch is valid.
+        mask: bool [B, N], True for valid patches.
         contour_index: integer [B, N], the tissue fragment of each patch; -1 joins the prefix tokens. None: no
             fragment restriction, the prefix tokens included.
 
@@ -170,7 +173,7 @@ def build_fragment_layout(
         The layout; tokens of one segment keep the caller's order.
 
     Raises:
-        SettingsError: shapes or dtypes do not fit.
+        SettingsError: shapes or dtypes do not match.
     """
     if mask.ndim != 2 or mask.dtype != torch.bool:
         raise SettingsError(f"mask must be bool [B, N], got {mask.dtype} {list(mask.shape)}")
@@ -191,12 +194,13 @@ def build_fragment_layout(
         raise SettingsError(f"contour_index is {list(contour_index.shape)}, but mask is {list(mask.shape)}")
     prefix_contour = torch.full((batch, n_prefix), PREFIX_CONTOUR, dtype=torch.int64, device=device)
     contour = torch.cat([prefix_contour, _as_integer(contour_index, mask)], 1)
-    # Sorting row by row keeps slides contiguous; `stable` keeps the caller's order inside a fragment.
+    # Each row is sorted by itself, so slides stay contiguous. `stable` keeps the caller's order inside a fragment.
     contour, order = torch.sort(contour, dim=1, stable=True)
     valid = valid.gather(1, order)
     source = (order + rows[:, :1])[valid] if row else rows.view(-1)
     packed_contour = contour[valid]
     packed_slide = source // row if row else source
+    # A fragment starts at each token whose contour or slide differs from that of the previous token.
     starts = torch.ones_like(source, dtype=torch.bool)
     starts[1:] = (packed_contour.diff() != 0) | (packed_slide.diff() != 0)
     bounds = torch.cat([starts.nonzero().view(-1), torch.tensor([source.numel()], device=device)])
@@ -210,7 +214,7 @@ def _as_integer(contour_index: Tensor, mask: Tensor) -> Tensor:
         raise SettingsError(f"contour_index must be an integer tensor, got {contour_index.dtype}")
     if not contour_index.is_floating_point():
         return contour_index.to(torch.int64)
-    # Stored as float by some tools. Padding may hold anything, NaN included, and must not decide.
+    # Some tools store it as float. Padding may have any value, NaN included, and must not cause an error.
     clean = torch.where(mask, contour_index, torch.zeros_like(contour_index))
     as_integer = clean.to(torch.int64)
     if not torch.equal(as_integer.to(clean.dtype), clean):

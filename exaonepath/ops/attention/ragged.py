@@ -1,7 +1,7 @@
-"""The fragment layout of slides that come one after the other, [sum N, ...], with no padding to drop.
+"""The fragment layout of concatenated slides, [sum N, ...], without padding.
 
-A batch of slides padded to the longest holds up to as many rows of zeros as of patches. Training reads slides of all
-lengths, so its batches are concatenated instead, and the packed order is built from the lengths.
+In a batch padded to the longest slide, up to half of the rows can be padding. Training reads slides of different
+lengths, so its batches are concatenated instead, and the packed order is computed from the lengths.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from exaonepath.ops.attention.layout import PREFIX_CONTOUR, FragmentLayout, Segm
 
 @dataclass(frozen=True)
 class RaggedLayout(FragmentLayout):
-    """A `FragmentLayout` whose caller's patches are [1, sum N, ...], slide after slide.
+    """A `FragmentLayout` for patches [1, sum N, ...], slide after slide.
 
-    `source` refers to the slides as if padded to the longest, `n_patches`; nothing of that size exists.
+    `source` numbers the tokens as if all slides were padded to the longest, `n_patches`, but no tensor of that size
+    exists.
 
     Attributes:
         rows: int64 [T], row in [sum N] of every packed patch; 0 at prefix tokens.
@@ -36,7 +37,7 @@ class RaggedLayout(FragmentLayout):
         return self.rows
 
     def unpack_patches(self, packed: Tensor) -> Tensor:
-        """Put packed tokens [T, E] back into the caller's order: [1, sum N, E], prefix tokens dropped."""
+        """Packed tokens [T, E] in the caller's order: [1, sum N, E], without prefix tokens."""
         is_patch = ~self.is_prefix
         out = packed.new_zeros((sum(self.patches_per_slide), packed.shape[-1]))
         return out.index_copy(0, self.rows[is_patch], packed[is_patch])[None]
@@ -52,13 +53,13 @@ def build_ragged_layout(
         lengths: patches of each slide, in order; 0 is a slide without tissue.
         contour_index: integer [sum N], the tissue fragment of each patch (-1 joins the prefix tokens); None: no
             fragment restriction, the prefix tokens included.
-        device: where the layout lives; default: `contour_index`'s, else the CPU.
+        device: device of the layout; default: that of `contour_index`, else the CPU.
 
     Returns:
         The layout; tokens of one segment keep the caller's order, as in `build_fragment_layout`.
 
     Raises:
-        SettingsError: lengths and contour_index do not fit together.
+        SettingsError: lengths and contour_index do not match.
     """
     if any(length < 0 for length in lengths):
         raise SettingsError(f"lengths of slides must not be negative, got {list(lengths)}")
@@ -87,7 +88,8 @@ def build_ragged_layout(
     if contour_index is not None:
         contour = torch.cat([prefix_contour, contour_index.to(device, torch.int64)])
         order = torch.sort(contour, stable=True).indices
-    # Stable twice: by slide, inside a slide by contour, inside a contour as the caller had them.
+    # Two stable sorts, the less important key first: the result is sorted by slide, inside a slide by contour, and
+    # inside a contour in the caller's order.
     order = order[torch.sort(slide[order], stable=True).indices]
 
     slide = slide[order]

@@ -1,7 +1,7 @@
 """2D rotary position embedding (RoPE, arXiv 2104.09864) from level-0 pixel coordinates.
 
-Angles are formed in turns, in float64, with the whole turns taken off before the multiplication by 2 pi: at x = 200,000
-pixels the same product in float32 is wrong from the fourth digit on.
+Angles are computed in revolutions, in float64, and whole revolutions are subtracted before the multiplication by 2 pi:
+at x = 200,000 pixels, the same product in float32 is wrong from the fourth digit on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from exaonepath.errors import SettingsError
 
-# Rows of the tables made at once: the float64 angles on the way are several times the size of the tables.
+# Rows of the tables that are computed at once: the temporary float64 angles are several times the size of the tables.
 _TABLE_ROWS = 1 << 16
 
 
@@ -24,7 +24,7 @@ def rotary_periods(
     min_period: float | None = None,
     max_period: float | None = None,
 ) -> Tensor:
-    """Periods of the rotation, in patches per turn.
+    """Periods of the rotation, in patches per revolution.
 
     Args:
         head_dim: D, a multiple of 4 (two axes, pairs).
@@ -32,8 +32,8 @@ def rotary_periods(
         min_period, max_period: instead of `base`, periods spaced geometrically from one to the other.
 
     Returns:
-        float32 [D/4] on the CPU, formed in float32 as published checkpoints hold them: angles taken from these very
-        numbers in higher precision are the exact ones.
+        float32 [D/4] on the CPU. They are computed in float32, because published checkpoints contain these rounded
+        numbers: they are the model's exact periods, and angles are computed from them in higher precision.
 
     Raises:
         SettingsError: neither or both forms are given, or a value is not positive.
@@ -58,11 +58,11 @@ def rotary_periods(
 
 @dataclass(frozen=True)
 class Rotation:
-    """Positions of packed tokens and the periods they are rotated with.
+    """Positions of packed tokens and the periods of their rotation.
 
     Attributes:
-        positions: float64 [T, 2], (x, y) in patches; (0, 0) leaves a token as it is (prefix tokens).
-        periods: float64 [D/4], patches per turn.
+        positions: float64 [T, 2], (x, y) in patches; (0, 0) does not change a token (prefix tokens).
+        periods: float64 [D/4], patches per revolution.
     """
 
     positions: Tensor
@@ -95,10 +95,10 @@ class Rotation:
             raise SettingsError(f"rotation is on {self.positions.device}, but the tokens are on {device}")
 
     def cos_sin(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [T, D/2]: the D/4 angles of x, then those of y. Made once, used by every layer."""
+        """cos and sin, each [T, D/2]: the D/4 angles of x, then those of y. Computed once, used by every layer."""
         if dtype not in self._tables:
             if torch.compiler.is_compiling():
-                self._tables[dtype] = self._angles(self.positions, dtype)  # a graph would unroll the loop
+                self._tables[dtype] = self._angles(self.positions, dtype)  # a compiled graph would unroll the loop
                 return self._tables[dtype]
             cos, sin = self.positions.new_empty((2, self.positions.shape[0], 2 * self.periods.numel()), dtype=dtype)
             for start in range(0, cos.shape[0], _TABLE_ROWS):
@@ -108,16 +108,17 @@ class Rotation:
         return self._tables[dtype]
 
     def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        turns = (positions[:, :, None] / self.periods).flatten(1)
-        angles = (turns - turns.round()).mul_(2 * math.pi)
+        # Whole revolutions do not change an angle. Without them the argument of cos is small, and keeps its precision.
+        revolutions = (positions[:, :, None] / self.periods).flatten(1)
+        angles = (revolutions - revolutions.round()).mul_(2 * math.pi)
         return angles.cos().to(dtype), angles.sin_().to(dtype)
 
 
 def apply_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads: the pair turned together is (d, d + D/2).
+    """Rotate heads: dimensions (d, d + D/2) form a pair that is rotated by one angle.
 
     Args:
-        x: [T, H, D] in any floating dtype; the arithmetic is float32 (float64 for float64 input).
+        x: [T, H, D] in any floating dtype; computed in float32 (float64 for float64 input).
         cos, sin: [T, D/2].
 
     Returns:

@@ -1,7 +1,8 @@
-"""Attention of a chunk of query rows, in place: what inference is made of, so that queries never exist all at once.
+"""Attention of a chunk of query rows, in place. Inference uses it, so that the queries of all tokens never exist
+together.
 
-Keys and values of all packed tokens are there already, keys rotated; a chunk of queries is rotated, attends to the
-keys of its own segments, and is overwritten with the result. Nothing here is differentiable.
+The keys (already rotated) and values of all packed tokens exist. A chunk of queries is rotated, attends to the keys of
+its own segments, and is overwritten with the result. None of these functions is differentiable.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from exaonepath.ops.attention.rotary import Rotation, apply_rotation
 from exaonepath.ops.attention.segments import eager_attention, sdpa_attention
 from exaonepath.ops.attention.triton import triton_attend_rows, triton_rotate_rows
 
-# Segments this short are gathered by equal length and run as one batch: a call each would cost more than the work.
+# Segments up to this length are gathered by equal length and computed as one batch: with one call for each segment, the
+# calls would take longer than the computation.
 _SHORT = 128
-# Caps of such a batch: CUDA attention kernels put batch x heads into a grid dimension limited to 65,535.
+# Limits of such a batch: CUDA attention kernels use batch x heads as a grid dimension, which is at most 65,535.
 _MAX_BATCH, _MAX_BATCH_TOKENS = 4096, 1 << 14
-# Rows rotated together: what a rotation in torch holds beside them is five times their size, in float32.
+# Rows that are rotated together: a rotation in torch needs temporary float32 tensors of five times their size.
 _ROTATED_ROWS = 2048
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Queries that attend together: `rows` of the chunk to `keys` of the packed tokens, as `count` equal segments."""
+    """Queries that attend together: `rows` of the chunk to `keys` of the packed tokens, in `count` equal segments."""
 
     rows: slice | Tensor
     keys: slice | Tensor
@@ -40,7 +42,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class RowChunk:
-    """Query rows that are worked on together: `first` .. `first + count` of the packed tokens."""
+    """Query rows that are processed together: `first` .. `first + count` of the packed tokens."""
 
     first: int
     count: int
@@ -48,16 +50,17 @@ class RowChunk:
 
 
 def cut_rows(segments: Segments, rows: int) -> list[RowChunk]:
-    """Cut the packed tokens into chunks of at most `rows`, at segment boundaries where one is in reach.
+    """Divide the packed tokens into chunks of at most `rows`, at segment boundaries if possible.
 
-    Made once a forward pass, for every layer: a chunk knows which of its queries attend to which keys. It ends inside a
-    segment only if no segment ends within it.
+    Called once per forward pass, for all layers: a chunk stores which of its queries attend to which keys. A chunk ends
+    inside a segment only if no segment ends inside the chunk.
     """
     lengths = np.asarray(segments.lengths, np.int64)
     ends = np.cumsum(lengths)
     chunks, first = [], 0
     while first < segments.n_tokens:
-        within = int(np.searchsorted(ends, first + rows, side="right"))  # segments that end by then
+        # Number of segments that end inside the chunk or before it.
+        within = int(np.searchsorted(ends, first + rows, side="right"))
         stop = int(ends[within - 1]) if within and ends[within - 1] > first else first + rows
         since = int(np.searchsorted(ends, first, side="right"))
         until = int(np.searchsorted(ends, stop, side="left")) + 1
@@ -68,16 +71,16 @@ def cut_rows(segments: Segments, rows: int) -> list[RowChunk]:
 
 
 def _pieces(first: int, stop: int, lengths: np.ndarray, ends: np.ndarray, device: torch.device) -> Iterator[_Piece]:
-    """Every query from `first` to `stop` once, given the segments that reach into that range."""
+    """Pieces with every query from `first` to `stop` once; `lengths`, `ends`: segments that overlap the range."""
     starts = ends - lengths
     batched = (lengths <= _SHORT) & (starts >= first) & (ends <= stop)
     for start, end in zip(starts[~batched].tolist(), ends[~batched].tolist(), strict=True):
         yield _Piece(slice(max(start, first) - first, min(end, stop) - first), slice(start, end), 1, end - start)
     for length in np.unique(lengths[batched]).tolist():
         of_length = torch.from_numpy(starts[batched & (lengths == length)]).to(device)
-        for some in of_length.split(max(1, min(_MAX_BATCH, _MAX_BATCH_TOKENS // length))):
-            keys = (some[:, None] + torch.arange(length, device=device)).view(-1)
-            yield _Piece(keys - first, keys, some.numel(), length)
+        for batch in of_length.split(max(1, min(_MAX_BATCH, _MAX_BATCH_TOKENS // length))):
+            keys = (batch[:, None] + torch.arange(length, device=device)).view(-1)
+            yield _Piece(keys - first, keys, batch.numel(), length)
 
 
 def rotate_rows(x: Tensor, rotation: Rotation, first_row: int, *, backend: str) -> None:
@@ -85,9 +88,9 @@ def rotate_rows(x: Tensor, rotation: Rotation, first_row: int, *, backend: str) 
 
     Args:
         x: [R, H, D], rows first_row .. first_row + R of the packed tokens, last dimension contiguous.
-        rotation: of all packed tokens.
-        first_row: where the rows lie.
-        backend: "triton" is one kernel; every other one is torch.
+        rotation: rotation of all packed tokens.
+        first_row: packed position of the first row.
+        backend: "triton" uses one kernel; any other value uses torch.
     """
     if backend == "triton":
         triton_rotate_rows(x, rotation, first_row)
@@ -110,20 +113,20 @@ def attend_rows(
     backend: str,
     scale: float | None = None,
 ) -> None:
-    """Attention of a chunk of query rows, written over the queries.
+    """Attention of a chunk of query rows; the result overwrites the queries.
 
     Args:
         q: [R, H, D], the chunk's rows, not rotated; overwritten with the result. Last dimension contiguous.
-        k, v: [T, H, D], keys (rotated already) and values of all packed tokens; token and head strides are free.
+        k, v: [T, H, D], keys (already rotated) and values of all packed tokens, with any token and head strides.
         segments: which tokens attend to each other; covers all T tokens.
         chunk: one of `cut_rows(segments, ...)`.
-        rotation: of all packed tokens, for the queries (RoPE blocks), or None (NoPE blocks).
-        backend: "sdpa", "eager" (holds all scores, for tests) or "triton".
+        rotation: rotation of all packed tokens, for the queries (RoPE blocks), or None (NoPE blocks).
+        backend: "sdpa", "eager" (stores all scores, for tests) or "triton".
         scale: factor on the scores; default D ** -0.5.
 
     Raises:
-        SettingsError: shapes that do not fit, or an unknown backend.
-        BackendError: the backend cannot run here.
+        SettingsError: shapes do not match, or the backend is unknown.
+        BackendError: the backend cannot run on this device.
     """
     if q.ndim != 3 or k.shape[1:] != q.shape[1:] or v.shape != k.shape:
         raise SettingsError(
@@ -131,8 +134,8 @@ def attend_rows(
         )
     if segments.n_tokens != k.shape[0] or q.shape[0] != chunk.count or chunk.first + chunk.count > k.shape[0]:
         raise SettingsError(
-            f"{q.shape[0]} queries and {k.shape[0]} keys do not fit a chunk of {chunk.count} rows from {chunk.first} "
-            f"on and segments of {segments.n_tokens} tokens"
+            f"{q.shape[0]} queries and {k.shape[0]} keys do not match a chunk of {chunk.count} rows that starts at "
+            f"{chunk.first} and segments of {segments.n_tokens} tokens"
         )
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if backend == "triton":

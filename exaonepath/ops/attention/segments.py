@@ -1,5 +1,5 @@
-"""Attention of equally long segments: in plain products ("eager", for tests and for derivatives that fused kernels do
-not have, as those of forward mode), and through torch's own kernels ("sdpa").
+"""Attention of segments of equal length: with plain products ("eager", for tests and for derivatives that fused kernels
+do not support, such as forward mode), and with torch's own kernels ("sdpa").
 """
 
 from __future__ import annotations
@@ -7,13 +7,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_VECTOR = 32  # at least as many float32 as a vector register of any CPU holds
+_VECTOR = 32  # no CPU has more float32 values in a vector register
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(q kᵀ scale) v for a batch of equally long segments.
+    """softmax(q kᵀ scale) v for a batch of segments of equal length.
 
-    One segment's tokens are never in a product with another's, not even with probability 0: 0 * NaN is NaN.
+    Tokens of one segment are never multiplied with those of another, not even with probability 0: 0 * NaN is NaN.
 
     Args:
         q: [B, H, R, D] queries.
@@ -31,7 +31,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The same through torch's `scaled_dot_product_attention`."""
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
     if q.device.type == "cpu" and k.shape[2] < _VECTOR:
-        # torch's CPU kernel looks for a row's largest score one by one where they do not fill a vector, misses NaN in
-        # doing so, and takes a row of nothing but NaN for one without keys, whose result is 0.
+        # If the scores of a row do not fill a vector, torch's CPU kernel searches the largest one by one and ignores
+        # NaN. A row that is all NaN then counts as a row without keys, with result 0. The product below is 0 for finite
+        # queries and NaN otherwise, so the sum restores the NaN.
         out = out + (q.detach() * 0).sum(-1, keepdim=True)
     return out

@@ -1,9 +1,9 @@
 """The work lists of the fragment-attention kernels: tiles of packed tokens, longest first.
 
-Made once per batch and kept beside the segments' offsets tensor, weakly: every layer and every row chunk of a batch
-shares them, they go when the batch goes, and an operator that is handed nothing but that tensor (a compiled graph, the
-backward pass) finds them again. A tensor of offsets that was written to since, as a buffer that is used for one slide
-after another, counts as a new one.
+The lists are computed once per batch, and stored in a dictionary whose weak key is the offsets tensor of the segments.
+So every layer and every row chunk of a batch shares them, and they are deleted together with the batch. An operator
+that gets only the offsets tensor (in a compiled graph, or in the backward pass) can look them up. If the tensor was
+written to since then, for example as a buffer that is used for one slide after another, the lists are computed again.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from exaonepath.ops.attention.layout import Segments
 
 
 class TileSchedules:
-    """What the kernels need to know of one set of segments, made when first asked for.
+    """Tile lists of one set of segments, computed at the first request.
 
     Attributes:
         lengths: int64 [S] on the host.
-        bounds: int32 [T, 2] on the tokens' device, first and one past the last token that each packed token may meet.
+        bounds: int32 [T, 2] on the tokens' device: the first token, and one past the last token, that each packed token
+            attends to.
     """
 
     def __init__(self, lengths: NDArray[np.int64], device: torch.device) -> None:
@@ -54,13 +55,13 @@ _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def schedules(offsets: Tensor, segments: Segments | None = None) -> TileSchedules:
     """The schedules of the segments with these int64 [S + 1] offsets.
 
-    Without `segments`, offsets that were never seen before are read from their device once. With them, the lengths that
-    the host holds count, not what the tensor holds.
+    Without `segments`, new offsets are read from their device once. With `segments`, the lengths on the host are used,
+    and the tensor is not read.
 
     Raises:
         SettingsError: offsets that were read do not ascend from 0.
     """
-    version = 0 if offsets.is_inference() else offsets._version  # counts every write to the tensor
+    version = 0 if offsets.is_inference() else offsets._version  # torch increases it at every write to the tensor
     seen: tuple[int, TileSchedules] | None = _KNOWN.get(offsets)
     known = seen[1] if seen is not None and seen[0] == version else None
     if known is None:
@@ -79,23 +80,24 @@ def schedules(offsets: Tensor, segments: Segments | None = None) -> TileSchedule
 def tile_schedule(lengths: NDArray[np.int64], block: int, first_row: int, rows: int) -> NDArray[np.int32]:
     """Tiles of up to `block` tokens that cover tokens first_row .. first_row + rows.
 
-    A segment of at least `block` tokens is cut into tiles of its own; neighbouring shorter ones share tiles, so that
-    thousands of tiny fragments do not make thousands of nearly empty programs. Longest first: what takes longest must
-    not start last.
+    A segment of at least `block` tokens is divided into separate tiles. Neighbouring shorter segments share tiles, so
+    that thousands of tiny fragments do not need thousands of nearly empty programs. Tiles with the most work are first:
+    a long one that starts last would run alone at the end, while the other processors have no work.
 
     Returns:
-        int32 [W, 4]: (first, last, begin, end), tokens [first, last) meet tokens within [begin, end).
+        int32 [W, 4]: (first, last, begin, end): tokens [first, last) attend to tokens within [begin, end).
     """
     stop = first_row + rows
     starts = np.concatenate([[0], lengths.cumsum()])
-    here = slice(np.searchsorted(starts, first_row, side="right") - 1, np.searchsorted(starts, stop, side="left"))
+    inside = slice(np.searchsorted(starts, first_row, side="right") - 1, np.searchsorted(starts, stop, side="left"))
     if rows == 0:
         return np.zeros((0, 4), np.int32)
-    is_long = lengths[here] >= block
-    # A group is a long segment, or a run of short ones: it begins where either neighbour is long.
+    is_long = lengths[inside] >= block
+    # A group is one long segment, or consecutive short ones. So a group starts at each segment that is long, or whose
+    # previous segment is long.
     opens = np.ones(len(is_long), bool)
     opens[1:] = is_long[1:] | is_long[:-1]
-    group_starts = starts[:-1][here][opens].clip(min=first_row)
+    group_starts = starts[:-1][inside][opens].clip(min=first_row)
     group_ends = np.append(group_starts[1:], stop)
     counts = -(-(group_ends - group_starts) // block)
     group = np.repeat(np.arange(len(counts)), counts)

@@ -1,9 +1,9 @@
 """The fused Triton kernels as torch operations: checks, allocation, launches, autograd, and fakes for torch.compile.
 
-The operators take tensors only; what the kernels need beyond them (tile lists, launch settings, whether the machine can
-run them at all) is looked up inside, at run time, so that a compiled graph neither breaks nor specialises on a slide.
-A CUDA graph would replay the launches of the slide it was captured with: the operators are tagged, so that a compiler
-leaves them out of its graphs, and capturing them by hand logs a warning.
+The operators take only tensors and numbers. Everything else that the kernels need (tile lists, launch settings, whether
+the machine supports them) is looked up inside the operators, at run time. So a compiled graph neither breaks nor
+specialises on one slide. A CUDA graph would replay the launches of the slide that it was captured with. Therefore the
+operators have a tag, so that torch.compile excludes them from its CUDA graphs, and a capture by hand logs a warning.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _LOOKS_UP_TILES = (torch.Tag.cudagraph_unsafe,)
 _MAX_TOKENS = 2**31 - 256  # token numbers are 32-bit inside the kernels
 
 
-def unsuited(dtype: torch.dtype, head_dim: int, tokens: int) -> str | None:
-    """Why the kernels cannot take such input on any machine, or None where they can."""
+def unsupported_input(dtype: torch.dtype, head_dim: int, tokens: int) -> str | None:
+    """The reason why the kernels do not support such input on any machine, or None if they do."""
     if dtype not in DTYPES:
         return f"the triton kernels take float32, float16 and bfloat16, not {dtype}"
     if head_dim not in HEAD_DIMS:
@@ -42,8 +42,8 @@ def unsuited(dtype: torch.dtype, head_dim: int, tokens: int) -> str | None:
     return None
 
 
-def unable(device: torch.device) -> str | None:
-    """Why the kernels cannot run on this device of this machine, or None where they can."""
+def unsupported_device(device: torch.device) -> str | None:
+    """The reason why the kernels cannot run on this device of this machine, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; install the triton that belongs to your torch"
     if device.type == "cpu":
@@ -57,14 +57,14 @@ def unable(device: torch.device) -> str | None:
 def triton_attention(
     qkv: Tensor, segments: Segments, rotation: Rotation | None, scale: float, overwrite_qkv: bool = False
 ) -> Tensor:
-    """`fragment_attention` through the kernels; arguments as there, checked by the caller.
+    """`fragment_attention` through the kernels; the same arguments, checked by the caller.
 
     Raises:
-        BackendError: the kernels cannot run here, or not on this input.
+        BackendError: the kernels do not support this device or this input.
     """
-    _refuse(unsuited(qkv.dtype, qkv.shape[3], qkv.shape[0]))
+    _refuse(unsupported_input(qkv.dtype, qkv.shape[3], qkv.shape[0]))
     if qkv.shape[0] == 0:
-        return qkv[:, 0] * 1
+        return qkv[:, 0] * 1  # a new tensor, connected to the graph
     offsets = _known_offsets(segments)
     cos, sin = _tables(qkv, rotation)
     training = torch.is_grad_enabled() and qkv.requires_grad
@@ -83,24 +83,24 @@ def triton_attention(
 def triton_attend_rows(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, first_row: int, rotation: Rotation | None, scale: float
 ) -> None:
-    """Attention of some query rows against all keys of their segments, written over the queries. No autograd.
+    """Attention of some query rows over all keys of their segments; the result overwrites the queries. No autograd.
 
     Args:
-        q: [R, H, D] queries of packed tokens first_row .. first_row + R, last dimension contiguous; rotated on the way
-            where `rotation` is given, and overwritten with the result.
-        k, v: [T, H, D], last dimension contiguous, not shared with q; keys rotated already (`triton_rotate_rows`).
-        segments: cover all T tokens.
-        rotation: of all T tokens, or None.
+        q: [R, H, D] queries of packed tokens first_row .. first_row + R, last dimension contiguous. They are rotated if
+            `rotation` is given, and overwritten with the result.
+        k, v: [T, H, D], last dimension contiguous, not shared with q; keys already rotated (`triton_rotate_rows`).
+        segments: segments that cover all T tokens.
+        rotation: rotation of all T tokens, or None.
         scale: positive factor on the scores.
 
     Raises:
-        SettingsError: shapes, dtypes, devices or strides do not fit.
-        BackendError: the kernels cannot run here, or not on this input.
+        SettingsError: shapes, dtypes, devices or strides do not match.
+        BackendError: the kernels do not support this device or this input.
     """
     _check_rows(q, k.shape[0], first_row, rotation)
     if k.shape != v.shape or k.shape[1:] != q.shape[1:] or not q.dtype == k.dtype == v.dtype:
         raise SettingsError(
-            f"queries, keys and values do not fit: {list(q.shape)} {q.dtype}, {list(k.shape)} {k.dtype}, "
+            f"queries, keys and values do not match: {list(q.shape)} {q.dtype}, {list(k.shape)} {k.dtype}, "
             f"{list(v.shape)} {v.dtype}"
         )
     if segments.n_tokens != k.shape[0]:
@@ -117,8 +117,8 @@ def triton_rotate_rows(k: Tensor, rotation: Rotation, first_row: int) -> None:
     """Rotate heads [R, H, D] of packed tokens first_row .. first_row + R in place, by one kernel. No autograd.
 
     Raises:
-        SettingsError: shapes, devices or strides do not fit.
-        BackendError: the kernels cannot run here, or not on this input.
+        SettingsError: shapes, devices or strides do not match.
+        BackendError: the kernels do not support this device or this input.
     """
     _check_rows(k, rotation.positions.shape[0], first_row, rotation)
     if k.shape[0]:
@@ -128,7 +128,7 @@ def triton_rotate_rows(k: Tensor, rotation: Rotation, first_row: int) -> None:
 def _check_rows(x: Tensor, tokens: int, first_row: int, rotation: Rotation | None) -> None:
     if x.ndim != 3 or x.stride(2) != 1:
         raise SettingsError(f"rows must be [R, H, D] with a contiguous last dimension, got {list(x.shape)}")
-    _refuse(unsuited(x.dtype, x.shape[2], tokens))
+    _refuse(unsupported_input(x.dtype, x.shape[2], tokens))
     if first_row < 0 or first_row + x.shape[0] > tokens:
         raise SettingsError(f"rows {first_row} to {first_row + x.shape[0]} are not all among {tokens} tokens")
     if rotation is not None:
@@ -142,27 +142,28 @@ def _refuse(reason: str | None) -> None:
 
 def _known_offsets(segments: Segments) -> Tensor:
     if not torch.compiler.is_compiling():
-        schedules(segments.offsets, segments)  # from the host's lengths, so that no operator has to read the device
+        # Computed from the lengths on the host and stored, so that no operator has to read the offsets from the device.
+        schedules(segments.offsets, segments)
     return segments.offsets
 
 
 def _tables(x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
     if rotation is None:
-        nothing = x.new_empty(0, dtype=torch.float32)
-        return nothing, nothing
+        empty = x.new_empty(0, dtype=torch.float32)  # operators take no None in place of these tensors
+        return empty, empty
     return rotation.cos_sin(torch.float32)
 
 
 def _config(x: Tensor) -> AttentionConfig:
-    """Launch settings for [..., D] on its device; refuses a device the kernels cannot run on."""
-    _refuse(unable(x.device))
+    """Launch settings for [..., D] on its device; raises `BackendError` if the device does not support the kernels."""
+    _refuse(unsupported_device(x.device))
     capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
     return attention_config(capability, x.element_size(), x.shape[-1])
 
 
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, cos: Tensor, sin: Tensor, known: TileSchedules,
-    first_row: int, turn_queries: bool, scale: float,
+    first_row: int, rotate_queries: bool, scale: float,
 ) -> None:  # fmt: skip
     from exaonepath.kernels.fragment_attention import forward_kernel
 
@@ -171,24 +172,24 @@ def _launch_forward(
     tiles = known.tiles(launch.block_m, first_row, q.shape[0])
     with _on(q):
         forward_kernel[(tiles.shape[0], q.shape[1])](
-            q, k, v, out, lse, cos if turn_queries else None, sin if turn_queries else None, known.bounds, tiles,
+            q, k, v, out, lse, cos if rotate_queries else None, sin if rotate_queries else None, known.bounds, tiles,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], first_row, known.n_tokens,
             scale / math.log(2),
-            D=q.shape[2], BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, TURN_Q=turn_queries,
+            D=q.shape[2], BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, ROTATE_Q=rotate_queries,
             STORE_LSE=lse is not None, PRECISION=config.precision, STAGES=launch.num_stages,
             num_warps=launch.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 
-def _launch_rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, first_row: int, turned: int) -> None:
-    """out [R, H, D] = x with its first `turned` heads rotated."""
+def _launch_rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, first_row: int, n_rotated: int) -> None:
+    """out [R, H, D] = x with its first `n_rotated` heads rotated."""
     from exaonepath.kernels.rotate import rotate_kernel
 
     rows, heads, dim = x.shape
     block = ROTATE.tokens(dim)
     with _on(x):
         rotate_kernel[(-(-rows // block), -(-heads // ROTATE.heads))](
-            x, out, cos, sin, *x.stride()[:2], *out.stride()[:2], first_row, rows, heads, turned,
+            x, out, cos, sin, *x.stride()[:2], *out.stride()[:2], first_row, rows, heads, n_rotated,
             D=dim, BLOCK=block, HEADS=ROTATE.heads, num_warps=ROTATE.num_warps,
             enable_fp_fusion=True,
         )  # fmt: skip
@@ -209,7 +210,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor
 
 @torch.library.custom_op("exaonepath::rotate_rows", mutates_args=("x",))
 def _rotate_rows(x: Tensor, cos: Tensor, sin: Tensor, first_row: int) -> None:
-    _refuse(unable(x.device))
+    _refuse(unsupported_device(x.device))
     _launch_rotate(x, x, cos, sin, first_row, x.shape[1])
 
 
@@ -222,26 +223,32 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, first_row: int) -> None:
 def _forward(
     qkv: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, scale: float, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out [T, H, D]; for training lse [H, T] and, where there is a rotation, the rotated qkv. Else those are empty."""
+    """out [T, H, D], lse [H, T] and the rotated qkv. The last two are empty without training; qkv also without
+    rotation.
+
+    lse is the logarithm of the sum of exponentials of each row's scores: with it, the backward pass computes each
+    probability again from its score, without another pass over the row.
+    """
     tokens, _, heads, dim = qkv.shape
-    _refuse(unable(qkv.device))
+    _refuse(unsupported_device(qkv.device))
     known = _schedules(offsets)
     rope = cos.numel() > 0
     if training:
-        qkv = qkv.contiguous()  # a compiler may hand over other strides than those it traced
+        qkv = qkv.contiguous()  # a compiled graph may pass other strides than those that were traced
     out = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((heads, tokens) if training else 0, dtype=torch.float32, device=qkv.device)
-    turned = torch.empty_like(qkv) if training and rope else qkv.new_empty(0)
+    rotated = torch.empty_like(qkv) if training and rope else qkv.new_empty(0)
     q, k, v = qkv.unbind(1)
-    turn_queries = rope and not training
+    rotate_queries = rope and not training
     if training and rope:
-        _launch_rotate(qkv.flatten(1, 2), turned.flatten(1, 2), cos, sin, 0, 2 * heads)
-        q, k, v = turned.unbind(1)
+        # Queries and keys are the first 2 * heads of 3 * heads; the values are copied.
+        _launch_rotate(qkv.flatten(1, 2), rotated.flatten(1, 2), cos, sin, 0, 2 * heads)
+        q, k, v = rotated.unbind(1)
     elif rope:
         k = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=qkv.device)
         _launch_rotate(qkv[:, 1], k, cos, sin, 0, heads)
-    _launch_forward(q, k, v, out, lse if training else None, cos, sin, known, 0, turn_queries, scale)
-    return out, lse, turned
+    _launch_forward(q, k, v, out, lse if training else None, cos, sin, known, 0, rotate_queries, scale)
+    return out, lse, rotated
 
 
 @_forward.register_fake
@@ -250,38 +257,38 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, _, heads, dim = qkv.shape
     lse = qkv.new_empty((heads, tokens) if training else 0, dtype=torch.float32)
-    turned = qkv.new_empty(qkv.shape if training and cos.numel() else 0)
-    return qkv.new_empty((tokens, heads, dim)), lse, turned
+    rotated = qkv.new_empty(qkv.shape if training and cos.numel() else 0)
+    return qkv.new_empty((tokens, heads, dim)), lse, rotated
 
 
 @torch.library.custom_op("exaonepath::fragment_attention_backward", mutates_args=(), tags=_LOOKS_UP_TILES)
 def _backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, scale: float
 ) -> Tensor:
-    """Gradient of qkv [T, 3, H, D]; `qkv` is the rotated one where there is a rotation."""
+    """Gradient of qkv [T, 3, H, D]; `qkv` is the rotated one if there is a rotation."""
     from exaonepath.kernels.fragment_attention_backward import key_gradient_kernel, query_gradient_kernel
 
     tokens, _, heads, dim = qkv.shape
     known, config = _schedules(offsets), _config(qkv)
-    turn_back = cos.numel() > 0
+    rotate_back = cos.numel() > 0
     qkv, dout = qkv.contiguous(), dout.contiguous()
     dqkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
-    tables = (cos, sin) if turn_back else (None, None)
+    tables = (cos, sin) if rotate_back else (None, None)
     shape = (*qkv.stride()[:3], *dout.stride()[:2], tokens, scale, scale / math.log(2))
     with _on(qkv):
         launch = config.query_gradient
         tiles = known.tiles(launch.block_m)
-        query_gradient_kernel[(tiles.shape[0], heads)](  # first: it leaves delta for the other
+        query_gradient_kernel[(tiles.shape[0], heads)](  # first: it also computes delta, which the other kernel reads
             qkv, dqkv, out, dout, lse, delta, *tables, known.bounds, tiles, *shape,
-            D=dim, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, TURN_BACK=turn_back, PRECISION=config.precision,
+            D=dim, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, ROTATE_BACK=rotate_back, PRECISION=config.precision,
             STAGES=launch.num_stages, num_warps=launch.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
         launch = config.key_gradient
         tiles = known.tiles(launch.block_n)
         key_gradient_kernel[(tiles.shape[0], heads)](
             qkv, dqkv, dout, lse, delta, *tables, known.bounds, tiles, *shape,
-            D=dim, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, TURN_BACK=turn_back, PRECISION=config.precision,
+            D=dim, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, ROTATE_BACK=rotate_back, PRECISION=config.precision,
             STAGES=launch.num_stages, num_warps=launch.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return dqkv
@@ -296,9 +303,9 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     qkv, cos, sin, offsets, scale, _ = inputs
-    out, lse, turned = output
-    # The rotated copy takes qkv's place: whoever made qkv is then free to let go of it.
-    ctx.save_for_backward(turned if turned.numel() else qkv, out, lse, cos, sin, offsets)
+    out, lse, rotated = output
+    # The rotated copy is saved instead of qkv, so the memory of qkv can be freed after the forward pass.
+    ctx.save_for_backward(rotated if rotated.numel() else qkv, out, lse, cos, sin, offsets)
     ctx.scale = scale
     ctx.set_materialize_grads(False)
 
@@ -314,14 +321,14 @@ _forward.register_autograd(_gradient, setup_context=_save)
 def _schedules(offsets: Tensor) -> TileSchedules:
     if offsets.is_cuda and torch.cuda.is_current_stream_capturing():
         logger.warning(
-            "fragment attention is captured in a CUDA graph: every replay uses the segments of this call, whatever the "
-            "offsets hold by then; capture one graph for each set of segments"
+            "fragment attention is captured in a CUDA graph: every replay uses the segments of this call, even if the "
+            "offsets change; capture one graph for each set of segments"
         )
     return schedules(offsets)
 
 
 def _on(tensor: Tensor) -> Any:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the tensor's device current: Triton launches on the current device. -1 changes nothing."""
     return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)
 
 

@@ -1,1 +1,1 @@
-"""The sigmoid loss over all pairs of modalities: the public operation, its passes and engines."""
+"""The sigmoid loss over all pairs of modalities: the public operation, its tile passes and its backends."""

@@ -1,4 +1,4 @@
-"""What a call of the sigmoid loss must look like, and what is said where it does not."""
+"""Checks of the arguments of the sigmoid loss, with their error messages and one warning."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def check_inputs(
     pos_weight: float | str | None,
     names: Sequence[str] | None,
 ) -> PairwiseInputs:
-    """The arguments of `sigmoid_loss` in one checked bundle.
+    """The arguments of `sigmoid_loss` in one checked object.
 
     Raises:
-        SettingsError: something does not fit; the message names it.
+        SettingsError: an argument is wrong; the message names it.
     """
     if len(embeddings) < 2:
         raise SettingsError(f"the pairwise loss needs at least two modalities, got {len(embeddings)}")
@@ -92,7 +92,7 @@ def _check_embeddings(embeddings: Sequence[Tensor], names: Sequence[str]) -> Non
         if h.shape[0] != first.shape[0]:
             raise SettingsError(
                 f"embeddings of {name} have {h.shape[0]} rows, those of {names[0]} {first.shape[0]}: a missing "
-                f"modality keeps its row, and availability says that it is missing"
+                f"modality keeps its row, and availability marks it as missing"
             )
         if h.device != first.device:
             raise SettingsError(f"embeddings of {name} are on {h.device}, those of {names[0]} on {first.device}")
@@ -141,10 +141,11 @@ def _check_availability(availability: Tensor, shape: tuple[int, int], device: to
 
 
 def check_finite_values(inputs: PairwiseInputs) -> None:
-    """Name the rows and pairs that NaN or infinity would reach.
+    """Check that all available rows and all projections are finite.
 
     Raises:
-        SettingsError: a row that counts, or a projection, holds a value that is not finite.
+        SettingsError: an available row or a projection has a value that is not finite; the message names the rows and
+            the affected pairs.
     """
     for m, (name, h) in enumerate(zip(inputs.names, inputs.embeddings, strict=True)):
         bad = ~h.isfinite().all(1)
@@ -155,7 +156,7 @@ def check_finite_values(inputs: PairwiseInputs) -> None:
             pairs = ", ".join(f"({inputs.names[i]}, {inputs.names[j]})" for i, j in inputs.pairs if m in (i, j))
             raise SettingsError(
                 f"embeddings of {name} hold NaN or infinity in {len(rows)} of {len(h)} rows "
-                f"({few(rows, _SHOWN_ROWS)}); they would reach the pairs {pairs}"
+                f"({few(rows, _SHOWN_ROWS)}); they affect the pairs {pairs}"
             )
     for index, weight in enumerate(inputs.projections):
         if not weight.isfinite().all():
@@ -166,15 +167,15 @@ def check_finite_values(inputs: PairwiseInputs) -> None:
             )
 
 
-def say_no_valid_pair(any_positive: bool) -> None:
-    """Once in a process: a batch without a single positive teaches nothing."""
+def warn_no_valid_pair(any_positive: bool) -> None:
+    """Log a warning, once per process, if a batch has no positive at all: the model learns nothing from it."""
     if not any_positive:
-        _say_once()
+        _warn_once()
 
 
 @cache
-def _say_once() -> None:
+def _warn_once() -> None:
     logger.warning(
         "a batch has no valid positive in any pair of modalities: its loss is 0 and its gradients are zero; "
-        "check availability and patient ids (said once)"
+        "check availability and patient ids (logged once)"
     )

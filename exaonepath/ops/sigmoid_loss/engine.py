@@ -1,4 +1,4 @@
-"""Which backend serves a device and dtype, and why not another."""
+"""Selects the backend for a device and dtype, and gives the reason why another one cannot be used."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ logger = logging.getLogger(__name__)
 
 SIGMOID_BACKENDS = ("auto", "cuda", "cpu", "torch")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# The torch pass keeps about six copies of a tile: 96 MB.
+# The torch pass needs about six copies of a tile: 96 MB.
 _CUDA_TORCH_TILE = Tile(2048, 2048)
 
 
 def choose_engine(backend: str, device: torch.device, dtype: torch.dtype) -> Engine:
     """The engine for embeddings of `dtype` on `device`.
 
-    Half precision is computed in float32 on the CPU. On CUDA its products take it as it is and give float32; the
-    gradients' products take bfloat16 also for float16, which ends at 6e-8 and 65504: a negative's gradient at bias -17
-    is below the one, a balanced pair's above the other.
+    On the CPU, half precision is computed in float32. On CUDA, products take half-precision operands and return
+    float32. The products of the gradients take bfloat16 operands, also for float16 embeddings: float16 has the range
+    6e-8 to 65504, but the gradient of a negative at bias -17 is smaller, and that of a balanced pair is larger.
 
     Raises:
-        BackendError: the backend asked for by name cannot serve this device and dtype; the message says why.
+        BackendError: the requested backend does not support this device and dtype; the message gives the reason.
     """
     if backend not in SIGMOID_BACKENDS:
         raise SettingsError(f"unknown sigmoid loss backend {backend!r}; choose one of {', '.join(SIGMOID_BACKENDS)}")
     if backend == "auto":
-        backend = _first_that_can(device, dtype)
+        backend = _best_available(device, dtype)
     elif backend != "torch":
         reason = why_not(backend, device, dtype)
         if reason:
@@ -51,7 +51,7 @@ def choose_engine(backend: str, device: torch.device, dtype: torch.dtype) -> Eng
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why "cuda" or "cpu" cannot serve embeddings of `dtype` on `device`, or "" where it can."""
+    """The reason why "cuda" or "cpu" does not support embeddings of `dtype` on `device`, or "" if it does."""
     if device.type != backend:
         return f"the {backend} backend cannot take tensors on {device}"
     if dtype == torch.float64:
@@ -59,16 +59,16 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return why_no_cuda_half() if backend == "cuda" else load_extension()[1]
 
 
-def _first_that_can(device: torch.device, dtype: torch.dtype) -> str:
+def _best_available(device: torch.device, dtype: torch.dtype) -> str:
     if device.type not in ("cpu", "cuda") or dtype == torch.float64:
         return "torch"
     reason = why_not(device.type, device, dtype)
     if reason:
-        _say_once(reason)
+        _warn_once(reason)
         return "torch"
     return device.type
 
 
 @cache
-def _say_once(reason: str) -> None:
+def _warn_once(reason: str) -> None:
     logger.warning("the sigmoid loss runs in plain torch: %s", reason)

@@ -1,11 +1,11 @@
-"""The all-pairwise sigmoid loss of up to any number of modalities, with its gradients, in O(B * d) memory.
+"""The all-pairwise sigmoid loss of any number of modalities, with its gradients, in O(B * d) memory.
 
     u = l2norm(h_i W_ij)    v = l2norm(h_j W_ji)    s_kl = exp(t_ij) <u_k, v_l> + b_ij    y_kl = [p(k) = p(l)]
     L_ij = sum over valid kl of BCEWithLogits(s_kl, y_kl; pos_weight) / n_ij       n_ij = number of valid positives
-    L    = weighted mean of L_ij over the pairs with n_ij > 0; 0 where there is none
+    L    = weighted mean of L_ij over the pairs with n_ij > 0; 0 if there is none
 
-(EXAONE Path 2.5, arXiv 2512.14019; the sigmoid loss is SigLIP's, arXiv 2303.15343.) The gradients are formed in the
-forward sweep and scaled in the backward, so the loss is differentiable once.
+(EXAONE Path 2.5, arXiv 2512.14019; the sigmoid loss is SigLIP's, arXiv 2303.15343.) The forward pass already computes
+the gradients; the backward pass only multiplies them by the gradient of the loss. So the loss is differentiable once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from exaonepath.errors import BackendError
-from exaonepath.ops.sigmoid_loss.checks import check_finite_values, check_inputs, say_no_valid_pair
+from exaonepath.ops.sigmoid_loss.checks import check_finite_values, check_inputs, warn_no_valid_pair
 from exaonepath.ops.sigmoid_loss.engine import choose_engine
 from exaonepath.ops.sigmoid_loss.pairs import (
     STATISTICS,
@@ -33,12 +33,12 @@ class SigmoidLossResult(NamedTuple):
     """Only `loss` is differentiable. [P] is over the pairs in the order of `combinations(range(M), 2)`."""
 
     loss: Tensor  # []
-    pair_losses: Tensor  # [P] L_ij, 0 where n_ij = 0; a pair of weight 0 is not computed: NaN
+    pair_losses: Tensor  # [P] L_ij, 0 if n_ij = 0; NaN for a pair of weight 0, which is not computed
     n_positive: Tensor  # [P] int64, n_ij
     n_valid: Tensor  # [P] int64, rows with modality i times rows with modality j
     missing: Tensor  # [P] share of the B x B cells that are not valid
-    positive_logit: Tensor  # [P] mean of s over the valid positives; NaN where not computed
-    negative_logit: Tensor  # [P] mean of s over the valid negatives; NaN where not computed, or there is none
+    positive_logit: Tensor  # [P] mean of s over the valid positives; NaN if not computed
+    negative_logit: Tensor  # [P] mean of s over the valid negatives; NaN if not computed, or if there is none
 
 
 def sigmoid_loss(
@@ -55,29 +55,30 @@ def sigmoid_loss(
     check_finite: bool = False,
     names: Sequence[str] | None = None,
 ) -> SigmoidLossResult:
-    """All pairs of M modalities in one call; nothing of size B x B is ever held.
+    """All pairs of M modalities in one call; no tensor of size B x B is ever stored.
 
     Args:
-        embeddings: M >= 2 tensors [B, E_m] of one device and dtype: float32, bfloat16, float16 (logits and sums are
-            float32 and float64 all the same) or float64 (backend "torch"). Under autocast dtypes may differ.
-            A row that is not available may hold anything. A row whose projection has no length counts as u = 0.
-        projections: W_ij [E_i, d_ij] for every ordered pair (i, j) of modality numbers; W_ij and W_ji share d.
+        embeddings: M >= 2 tensors [B, E_m] of one device and dtype: float32, bfloat16, float16 (for all three, logits
+            are float32 and sums float64) or float64 (backend "torch"). Under autocast, dtypes may differ. A row that is
+            not available may have any values. A row whose projection has length 0 counts as u = 0.
+        projections: W_ij [E_i, d_ij] for every ordered pair (i, j) of modality numbers; W_ij and W_ji have the same d.
         log_t, bias: [P = M (M - 1) / 2], t_ij and b_ij in the order of `itertools.combinations(range(M), 2)`.
         patient: [B] integer ids; rows of one patient are positives of each other.
-        availability: [M, B] bool; None: every modality is there in every row.
+        availability: [M, B] bool; None: every modality is available in every row.
         pair_weights: P numbers >= 0 for the weighted mean; None: equal.
         pos_weight: None (1), a number > 0, or "balanced": valid negatives / valid positives of the pair.
-        backend: "cuda", "cpu" (both compiled), "torch" (any device), or "auto", the compiled one where it can serve.
-        check_finite: look for NaN and infinity in rows that count, and name them (costs one pass over the inputs).
-        names: of the modalities, for messages.
+        backend: "cuda", "cpu" (both compiled), "torch" (any device), or "auto": the compiled one if it can be used.
+        check_finite: raise an error if an available row has NaN or infinity (needs one pass over the inputs).
+        names: names of the modalities, for messages.
 
     Returns:
-        SigmoidLossResult; its loss is float32 (float64 for float64). Without a valid positive anywhere it is 0, with
-        zero gradients, and a log line says so once.
+        SigmoidLossResult; its loss is float32 (float64 for float64). If there is no valid positive in any pair, the
+        loss and its gradients are 0, and a warning is logged once.
 
     Raises:
-        SettingsError: shapes, devices, dtypes or options do not fit; exp(t) overflows; check_finite found something.
-        BackendError: the backend asked for cannot serve here; or the loss is differentiated a second time.
+        SettingsError: shapes, devices, dtypes or options are wrong; exp(t) overflows; check_finite found NaN or
+            infinity.
+        BackendError: the requested backend cannot be used here; or the loss is differentiated a second time.
     """
     inputs = check_inputs(embeddings, projections, log_t, bias, patient, availability, pair_weights, pos_weight, names)
     training = torch.is_grad_enabled() and any(
@@ -93,7 +94,7 @@ def sigmoid_loss(
         list(inputs.pair_weights),
         inputs.pos_weight,
         inputs.balanced,
-        "\n".join(inputs.names),  # operators take no list of texts
+        "\n".join(inputs.names),  # operators do not support lists of strings
         backend,
         computing_dtype(inputs),
         [h.requires_grad for h in inputs.embeddings] if training else [],
@@ -103,7 +104,7 @@ def sigmoid_loss(
 
 
 def as_result(loss: Tensor, statistics: Tensor) -> SigmoidLossResult:
-    """From the columns of STATISTICS to named tensors."""
+    """The columns of STATISTICS as named tensors."""
     columns = dict(zip(STATISTICS, statistics.detach().unbind(1), strict=True))
     return SigmoidLossResult(
         loss,
@@ -117,7 +118,7 @@ def as_result(loss: Tensor, statistics: Tensor) -> SigmoidLossResult:
 
 
 def computing_dtype(inputs: PairwiseInputs) -> torch.dtype:
-    """What products take: autocast's choice where it is on (it leaves float64 alone), else the embeddings' own."""
+    """Dtype of the products: that of the embeddings, or that of autocast if it is on (float64 stays)."""
     kind, dtype = inputs.embeddings[0].device.type, inputs.embeddings[0].dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -126,13 +127,13 @@ def computing_dtype(inputs: PairwiseInputs) -> torch.dtype:
 
 @contextmanager
 def plain_arithmetic(device: torch.device) -> Iterator[None]:
-    """No graph, and no autocast: dtypes have been decided."""
+    """A context without autograd and without autocast: all dtypes are already chosen."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 
 class _Arguments(NamedTuple):
-    """Arguments of the operator below, by name, for what torch hands over as a tuple. The first four have gradients."""
+    """The arguments of the operator below, by name: torch passes them as a tuple. The first four have gradients."""
 
     embeddings: Sequence[Tensor]
     projections: Sequence[Tensor]
@@ -184,7 +185,7 @@ def _sigmoid_loss(
         if check_finite:
             check_finite_values(inputs)
         result = pairwise_sigmoid(inputs, engine, LocalBatch(), wants or None)
-        say_no_valid_pair(result.any_positive)
+        warn_no_valid_pair(result.any_positive)
     return result.loss, result.statistics, result.gradients
 
 
@@ -210,7 +211,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(statistics, *gradients)
     ctx.wants = arguments.wants
     ctx.n_gradients = len(gradients)
-    # The inputs themselves are there for the refusal of a second derivative only.
+    # The inputs are saved only to raise an error for a second derivative.
     ctx.save_for_backward(*gradients, *arguments.embeddings, *arguments.projections, arguments.log_t, arguments.bias)
 
 
@@ -234,9 +235,9 @@ _sigmoid_loss.register_autograd(_backward, setup_context=_setup_context)
 def scale_gradients(
     grad_loss: Tensor | None, gradients: Sequence[Tensor], inputs: Sequence[Tensor], wants: Sequence[bool]
 ) -> list[Tensor | None]:
-    """grad_loss times each stored gradient, in its input's dtype; None for embeddings that wanted none.
+    """grad_loss times each stored gradient, in its input's dtype; None for embeddings that require no gradient.
 
-    `gradients` skips those embeddings, `inputs` has them: embeddings, projections, log_t, bias.
+    `gradients` omits those embeddings, `inputs` contains them: embeddings, projections, log_t, bias.
     """
     if grad_loss is None:
         return [None] * len(inputs)
@@ -251,7 +252,11 @@ def scale_gradients(
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
-    """Scales like everybody else, but is connected to the inputs, so that differentiating it again is noticed."""
+    """Scales the gradients, and connects them to the inputs, so that a second derivative calls `backward`.
+
+    Without this connection, autograd would treat the stored gradients as constants, and a second derivative would be
+    silently wrong.
+    """
 
     @staticmethod
     def forward(ctx: Any, grad_loss: Tensor, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -260,6 +265,6 @@ class _RefuseSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise BackendError(
-            "the sigmoid loss is differentiable once: its gradients are formed in the forward pass and have no "
-            "derivative of their own; for second derivatives use exaonepath.reference.sigmoid_loss.dense_sigmoid_loss"
+            "the sigmoid loss is differentiable once: its gradients are computed in the forward pass and have no "
+            "derivative; for second derivatives use exaonepath.reference.sigmoid_loss.dense_sigmoid_loss"
         )

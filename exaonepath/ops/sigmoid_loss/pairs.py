@@ -1,7 +1,7 @@
-"""The pairs of the sigmoid loss, one after the other: project, sweep, and carry the gradients home.
+"""The pairs of the sigmoid loss, one after another: project, sweep, and propagate the gradients to the inputs.
 
-Projections and normalisation are inside, with their gradients, so that one pair's projected embeddings are all that is
-alive at a time: four [B, d] matrices, whatever the number of pairs.
+Projection and normalisation are part of the operation, with their gradients. So only one pair's projected embeddings
+exist at a time: four [B, d] matrices, for any number of pairs.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from exaonepath.ops.sigmoid_loss.sweep import (
     sweep,
 )
 
-# Columns of the statistics a forward returns for each pair.
+# Columns of the statistics that a forward pass returns for each pair.
 STATISTICS = ("loss", "n_positive", "n_valid", "n_cells", "positive_logit", "negative_logit")
-# An embedding whose projection is shorter has no direction: its unit vector and its gradient are 0.
+# A projection that is shorter than this has no direction: its unit vector and its gradient are 0.
 _SHORTEST = 1e-12
 
 
@@ -60,26 +60,26 @@ class PairwiseInputs:
 class PairwiseResult:
     loss: Tensor  # []
     statistics: Tensor  # [P, 6] float64, see STATISTICS
-    # In the inputs' shapes and the accumulator's dtype: embeddings that want one, projections, log_t, bias.
+    # In the inputs' shapes and the accumulator's dtype: embeddings that require one, projections, log_t, bias.
     gradients: list[Tensor]
     any_positive: bool
 
 
 class Batch(Protocol):
-    """Who the rows of this process meet: each other, or those of every process."""
+    """The rows that the rows of this process are paired with: its own, or those of all processes."""
 
     def count(self, patient: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
-        """Positives of each pair [P]; rows of each modality and in all [M + 1], int64, from availability [M, B]."""
+        """Positives of each pair [P]; rows of each modality, then all rows [M + 1]; int64, from availability [M, B]."""
 
     def sweep(self, modality: int, task: PairTask) -> None:
-        """As `sweep.sweep`; `modality` is that of `task.v`."""
+        """Like `sweep.sweep`; `modality` is that of `task.v`."""
 
     def total(self, sums: Tensor) -> Tensor:
-        """`sums` of all processes together."""
+        """The total of `sums` over all processes."""
 
 
 class LocalBatch:
-    """One process holds the whole batch."""
+    """A batch that is completely in one process."""
 
     def count(self, patient: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
         return count_positives(patient, available, patient, available), count_rows(available)
@@ -97,10 +97,13 @@ def count_rows(available: Tensor) -> Tensor:
 
 
 def count_positives(row_ids: Tensor, row_available: Tensor, column_ids: Tensor, column_available: Tensor) -> Tensor:
-    """Pairs (k, l) of one patient with modality i there in row k and j in column l: [P] int64, without a B x B mask."""
+    """Number of (k, l) of one patient with modality i available in row k and j in column l: [P] int64.
+
+    No B x B mask is needed: a patient with a rows of modality i and b rows of modality j has a * b positives.
+    """
     n_modalities = len(row_available)
     _, codes = torch.unique(torch.cat([row_ids, column_ids]), return_inverse=True)
-    n_patients = codes.numel()  # an upper bound that costs no synchronisation
+    n_patients = codes.numel()  # an upper bound; the exact number would need a synchronisation
     tables = [
         torch.zeros((n_modalities, n_patients), dtype=torch.int64, device=row_ids.device).index_add_(
             1, of_ids, available.long()
@@ -116,10 +119,10 @@ def count_positives(row_ids: Tensor, row_available: Tensor, column_ids: Tensor, 
 
 @dataclass
 class _Side:
-    """One modality of one pair: its rows that are there, projected to unit vectors."""
+    """One modality of one pair: its available rows, projected to unit vectors."""
 
     h: Tensor  # [B, E]
-    rows: Tensor | None  # [n] where some are missing
+    rows: Tensor | None  # [n] available rows; None: all
     weight: Tensor  # [E, d]
     engine: Engine
 
@@ -127,17 +130,20 @@ class _Side:
         return (self.h if self.rows is None else self.h.index_select(0, self.rows)).to(dtype)
 
     def project(self) -> Tensor:
-        """[n, d] in the accumulator's dtype; keeps 1 / length for the way back."""
+        """[n, d] in the accumulator's dtype; stores 1 / length for the gradient."""
         operand = self.engine.operand
         u = product_nn(self._present(operand), self.weight.to(operand))
         length = torch.linalg.vector_norm(u, dim=1, keepdim=True)
         self.inverse_length = torch.where(length > _SHORTEST, 1 / length, 0)
-        # NaN compares false: keep it visible instead of turning the row into zeros.
+        # A comparison with NaN is false, so such a row would become 0. NaN is restored to stay visible.
         self.inverse_length = torch.where(length.isnan(), length, self.inverse_length)
         return u.mul_(self.inverse_length)
 
     def back(self, u: Tensor, du: Tensor, factor: float, into: Tensor | None) -> Tensor:
-        """dL/dW [E, d]; adds dL/dh of the rows that are there to `into` [n, E]. `du` is used up."""
+        """dL/dW [E, d]; adds dL/dh of the available rows to `into` [n, E]. `du` is overwritten.
+
+        The gradient of u = z / |z| is (du - u <u, du>) / |z|: normalisation removes the component along u.
+        """
         dtype = self.engine.gradient_operand
         radial = torch.linalg.vecdot(u, du)[:, None]
         dz = du.addcmul_(u, radial, value=-1).mul_(self.inverse_length.mul(factor)).to(dtype)
@@ -149,7 +155,7 @@ class _Side:
 def pairwise_sigmoid(
     inputs: PairwiseInputs, engine: Engine, batch: Batch, wants: Sequence[bool] | None
 ) -> PairwiseResult:
-    """Loss, statistics, and (where `wants` says which embeddings need one) every gradient.
+    """Loss and statistics, and all gradients unless `wants` is None; `wants`: which embeddings need a gradient.
 
     Raises:
         SettingsError: exp(t) or the bias of a pair is not finite.
@@ -159,7 +165,7 @@ def pairwise_sigmoid(
     ids = [inputs.patient if r is None else inputs.patient[r] for r in rows]
     plan = _plan(inputs, engine, batch)
     sums = plan.table.new_zeros((len(pairs), N_SUMS))
-    # Embeddings' gradients are gathered for the rows that are there, and spread out at the end.
+    # Gradients of embeddings are summed for the available rows only, and copied to their rows of [B, E] at the end.
     h_gradients = [
         sums.new_zeros((ids_m.numel(), h.shape[1]), dtype=dtype) if wanted else None
         for h, ids_m, wanted in zip(inputs.embeddings, ids, wants or [False] * len(ids), strict=True)
@@ -202,7 +208,7 @@ def pairwise_sigmoid(
 
 
 def _spread(gradient: Tensor, rows: Tensor | None, n_rows: int) -> Tensor:
-    """[n, E] of the rows that are there to [B, E], zero elsewhere."""
+    """[n, E] of the available rows to [B, E], 0 in the other rows."""
     if rows is None:
         return gradient
     out = gradient.new_zeros((n_rows, gradient.shape[1]))
@@ -219,7 +225,7 @@ def _present_rows(inputs: PairwiseInputs) -> list[Tensor | None]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that a call knows before its first sweep, on the host and, sent there once, on the device."""
+    """All numbers that are known before the first sweep, on the host and, copied in one transfer, on the device."""
 
     constants: list[PairConstants]
     factors: list[float]  # weight / (sum of weights * positives); 0: the pair is not swept
@@ -227,7 +233,7 @@ class _Plan:
     any_positive: bool
 
     COLUMNS: ClassVar[tuple[str, ...]] = (
-        *("scale", "bias", "pos_weight"),  # first: their row is what the CUDA pass reads
+        *("scale", "bias", "pos_weight"),  # must be first: the CUDA pass reads these three
         *("factor", "weight", "share", "positives", "valid", "cells"),
     )
 
@@ -236,7 +242,7 @@ class _Plan:
 
 
 def _plan(inputs: PairwiseInputs, engine: Engine, batch: Batch) -> _Plan:
-    """exp(t), b, positives and rows brought to the host, weights and factors worked out, and sent back in one go."""
+    """Copy exp(t), b and the counts to the host, compute weights and factors, and copy all to the device at once."""
     available = inputs.availability
     if available is None:
         shape = (len(inputs.embeddings), len(inputs.patient))
@@ -274,7 +280,8 @@ def _summary(plan: _Plan, sums: Tensor) -> tuple[Tensor, Tensor]:
     """The loss, and the columns of STATISTICS."""
     positives, valid, weight = (plan.column(name) for name in ("positives", "valid", "weight"))
     losses = sums[:, LOSS] / positives.clamp(min=1)
-    # What was not swept is not known. Without a positive the loss of a pair is 0 by definition, with weight 0 unknown.
+    # A pair without a sweep has no logits. Its loss is 0 by definition if it has no positive, and unknown (NaN) if it
+    # has weight 0.
     unknown = (positives == 0) | (weight == 0)
     logits = (sums[:, POSITIVE_LOGITS] / positives, sums[:, NEGATIVE_LOGITS] / (valid - positives))
     columns = [

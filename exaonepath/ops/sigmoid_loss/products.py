@@ -1,10 +1,10 @@
-"""Matrix products of the sigmoid loss, float32 (or float64) out, by the fastest library that torch carries.
+"""Matrix products of the sigmoid loss, with float32 (or float64) results, by the fastest library in torch.
 
-A tile takes three products: dots = U V^T, dU = G V and dV = G^T U. Each is asked for in the orientation its library is
-fastest in. oneDNN wants both operands with their long dimension last, so the CPU keeps transposed copies of U and V and
-gathers dV transposed: 390 to 440 GFLOP/s for all three on two Zen 5 cores, where G^T U asked for plainly gets 110
-to 260, and MKL (torch.mm) 160 to 200. On CUDA, half-precision operands give float32 products (`out_dtype`), so that
-logits near 100 are not rounded by 0.25.
+A tile needs three products: dots = U V^T, dU = G V and dV = G^T U. Each is computed in the orientation that is fastest
+in its library. oneDNN is fastest if the long dimension of both operands is last. So the CPU uses transposed copies of U
+and V, and sums the transpose of dV: 390 to 440 GFLOP/s for all three products on two Zen 5 cores. A direct G^T U
+reaches 110 to 260, and MKL (torch.mm) 160 to 200. On CUDA, half-precision operands give float32 products (`out_dtype`);
+in half precision, logits near 100 would have a rounding error of 0.25.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The sigmoid loss of a batch spread over processes: the loss and gradients of one process that held it all.
+"""The sigmoid loss of a batch that is distributed over processes. The result equals that of one process with all rows.
 
-Each rank keeps its rows of modality i; the rows of modality j go round the ring, and what every rank adds to their
-gradient goes round behind them and comes home after the last step. A block travels to the next rank while the present
-one is being worked on, and so does its gradient during the step after. At any time a rank holds two blocks and two
-gradients of one modality, whatever the number of ranks.
+Each rank keeps its rows of modality i. The blocks of rows of modality j travel around the ring of ranks, one step at a
+time. The gradient of each block follows it one step later; every rank adds its part, and after the last step the
+gradient arrives at the rank that owns the block. Transfers overlap with computation: while a rank computes on one
+block, the next block arrives. At any time, a rank holds two blocks and two gradients of one modality, for any number of
+ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from exaonepath.errors import BackendError, ExaonePathError, SettingsError
-from exaonepath.ops.sigmoid_loss.checks import check_finite_values, check_inputs, say_no_valid_pair
+from exaonepath.ops.sigmoid_loss.checks import check_finite_values, check_inputs, warn_no_valid_pair
 from exaonepath.ops.sigmoid_loss.engine import choose_engine
 from exaonepath.ops.sigmoid_loss.loss import (
     SigmoidLossResult,
@@ -30,9 +31,9 @@ from exaonepath.ops.sigmoid_loss.loss import (
 from exaonepath.ops.sigmoid_loss.pairs import PairwiseInputs, count_positives, count_rows, pairwise_sigmoid
 from exaonepath.ops.sigmoid_loss.sweep import Engine, PairTask, sweep
 
-# Several tensors are under way between the same two ranks: the tag tells them apart where order alone does not.
+# Tags of the transfers: several tensors are in transit between the same two ranks, and their order is not fixed.
 _BLOCK, _IDS, _GRADIENT = 1, 2, 3
-# Entries of a signature: a rank that refuses sends as many zeros.
+# Number of entries of a signature: a rank with an input error sends as many zeros.
 _N_SIGNED = 8
 
 
@@ -52,23 +53,23 @@ def distributed_sigmoid_loss(
     check_finite: bool = False,
     names: Sequence[str] | None = None,
 ) -> SigmoidLossResult:
-    """`sigmoid_loss` of the batch that all ranks of `group` hold together; every rank has to call it.
+    """`sigmoid_loss` of the combined batch of all ranks of `group`; every rank must call it.
 
     Args:
         embeddings, patient, availability: this rank's rows; their number may differ between ranks and may be 0.
             Patient ids are global: the same id on two ranks is one patient.
         projections, log_t, bias and the options: the same on every rank.
-        group: default, all ranks. Its backend must take the tensors' device (gloo: CPU, NCCL: CUDA).
-        gradients_for: a rank's gradients are its own share, whose sum over the ranks is the gradient that one process
-            would have. "mean" multiplies them by the number of ranks, for DistributedDataParallel, which averages;
-            "sum" leaves them, for code that adds.
+        group: default: all ranks. Its backend must support the tensors' device (gloo: CPU, NCCL: CUDA).
+        gradients_for: each rank has a part of the gradient; the sum over the ranks is the gradient that one process
+            would compute. "mean" multiplies the parts by the number of ranks, for DistributedDataParallel, which
+            averages them; "sum" does not, for code that adds them.
 
     Returns:
         As `sigmoid_loss`: loss and statistics of the whole batch, the same on every rank.
 
     Raises:
-        SettingsError, BackendError: as `sigmoid_loss`, on the rank at fault; the others raise BackendError and name it.
-            No rank is left waiting.
+        SettingsError, BackendError: as `sigmoid_loss`, on the rank with the error; the other ranks raise a BackendError
+            that names this rank. So no rank waits forever.
     """
     ring = Ring(group)
     device = log_t.device
@@ -94,7 +95,8 @@ def distributed_sigmoid_loss(
 
 
 def refuse_together(group: dist.ProcessGroup | None, device: torch.device) -> None:
-    """Tell the ranks that wait in `distributed_sigmoid_loss` that this one found its input unusable before the call."""
+    """Report to ranks that wait in `distributed_sigmoid_loss` that this rank has an input error and does not call
+    it."""
     Ring(group).agree(device, None)
 
 
@@ -108,14 +110,14 @@ class _Call:
 
 
 class _RingLoss(torch.autograd.Function):
-    """Outside torch.library: what happens depends on other processes, which no fake can know."""
+    """The distributed loss for autograd. It is no custom operator, because it communicates with other processes."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *flat: Tensor) -> tuple[Tensor, Tensor]:
         wants = [h.requires_grad for h in call.inputs.embeddings] if call.training else None
         with plain_arithmetic(call.inputs.patient.device):
             result = pairwise_sigmoid(call.inputs, call.engine, call.ring, wants)
-            say_no_valid_pair(result.any_positive)
+            warn_no_valid_pair(result.any_positive)
         ctx.mark_non_differentiable(result.statistics)
         ctx.set_materialize_grads(False)
         ctx.wants, ctx.scale, ctx.n_gradients = wants, call.gradient_scale, len(result.gradients)
@@ -132,7 +134,7 @@ class _RingLoss(torch.autograd.Function):
 
 
 def _signature(inputs: PairwiseInputs, dtype: torch.dtype, training: bool) -> dict[str, int]:
-    """What must be alike on all ranks, as numbers that fit an int64."""
+    """Checksums of everything that must be equal on all ranks, as numbers that fit an int64."""
     described = {
         "modalities": inputs.names,
         "widths": [h.shape[1] for h in inputs.embeddings] + [list(w.shape) for w in inputs.projections],
@@ -147,7 +149,7 @@ def _signature(inputs: PairwiseInputs, dtype: torch.dtype, training: bool) -> di
 
 
 class Ring:
-    """The `Batch` of several processes."""
+    """The `Batch` that is distributed over several processes."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         if not dist.is_available() or not dist.is_initialized():
@@ -161,20 +163,24 @@ class Ring:
         self._sizes: list[list[int]] = []
 
     def agree(self, device: torch.device, signature: dict[str, int] | None) -> None:
-        """Everybody or nobody goes on. `signature` None: this rank has refused its input.
+        """Exchange signatures, so that either all ranks continue or all raise an error.
+
+        Args:
+            device: device of the exchange.
+            signature: None if this rank has an input error.
 
         Raises:
-            BackendError: another rank has refused, or holds other settings.
+            BackendError: another rank has an input error or other settings.
         """
-        mine = [0] * (1 + _N_SIGNED) if signature is None else [1, *signature.values()]
-        heard = [row.tolist() for row in self._gather(torch.tensor(mine, device=device))]
-        refused = [rank for rank, row in enumerate(heard) if not row[0]]
+        own = [0] * (1 + _N_SIGNED) if signature is None else [1, *signature.values()]
+        received = [row.tolist() for row in self._gather(torch.tensor(own, device=device))]
+        refused = [rank for rank, row in enumerate(received) if not row[0]]
         if signature is None:
             return
         if refused:
             raise BackendError(f"rank {', '.join(map(str, refused))} refused its input to the loss: see its message")
         for position, name in enumerate(signature):
-            others = [rank for rank, row in enumerate(heard) if row[1 + position] != signature[name]]
+            others = [rank for rank, row in enumerate(received) if row[1 + position] != signature[name]]
             if others:
                 raise BackendError(
                     f"{name} of the loss differ between rank {self.rank} and rank {', '.join(map(str, others))}: "
@@ -182,7 +188,7 @@ class Ring:
                 )
 
     def count(self, patient: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Batch`. Ids and availability make one round of their own: a few bytes a row."""
+        """See `Batch`. Ids and availability travel around the ring in advance: a few bytes per row."""
         rows = count_rows(available)
         sizes = torch.stack(self._gather(rows))
         self._sizes = sizes.tolist()
@@ -192,7 +198,7 @@ class Ring:
             positives += count_positives(patient, available, block[0], block[1:].bool())
             if step < self.world - 1:
                 arriving = self._sizes[self._owner(step + 1)][-1]
-                block = self._pass_on([(block, block.new_empty((block.shape[0], arriving)), _IDS)]).wait()[0]
+                block = self._exchange([(block, block.new_empty((block.shape[0], arriving)), _IDS)]).wait()[0]
         if positives.numel():
             dist.all_reduce(positives, group=self.group)
         return positives, sizes.sum(0)
@@ -205,7 +211,7 @@ class Ring:
             transfer = None
             if step < self.world - 1:
                 arriving = self._sizes[self._owner(step + 1)][modality]
-                transfer = self._pass_on(
+                transfer = self._exchange(
                     [
                         (block, block.new_empty((arriving, block.shape[1])), _BLOCK),
                         (ids, ids.new_empty(arriving), _IDS),
@@ -216,10 +222,10 @@ class Ring:
             if part is not None:
                 if gradient_transfer is not None:
                     part[1].add_(gradient_transfer.wait()[0])
-                # The gradient of the block that comes next here, or, after the last step, of this rank's own.
+                # Receives the gradient of the block of the next step or, after the last step, of this rank's own block.
                 arriving = self._sizes[self._owner(step + 1)][modality]
-                coming = part[1].new_empty((arriving, block.shape[1]))
-                gradient_transfer = self._pass_on([(part[1], coming, _GRADIENT)])
+                incoming = part[1].new_empty((arriving, block.shape[1]))
+                gradient_transfer = self._exchange([(part[1], incoming, _GRADIENT)])
             if transfer is not None:
                 block, ids = transfer.wait()
         if gradients is not None and gradient_transfer is not None:
@@ -233,38 +239,42 @@ class Ring:
         return sums
 
     def _owner(self, step: int) -> int:
-        """Whose block is here at `step`."""
+        """The rank that owns the block which is on this rank at `step`."""
         return (self.rank - step) % self.world
 
-    def _gather(self, mine: Tensor) -> list[Tensor]:
-        heard = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(heard, mine, group=self.group)
-        return heard
+    def _gather(self, own: Tensor) -> list[Tensor]:
+        received = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(received, own, group=self.group)
+        return received
 
-    def _pass_on(self, parcels: Sequence[tuple[Tensor, Tensor, int]]) -> _Transfer:
-        """Start sending the first of each parcel to the next rank and receiving the second from the one before."""
+    def _exchange(self, tensors: Sequence[tuple[Tensor, Tensor, int]]) -> _Transfer:
+        """Start to send the outgoing tensors to the next rank, and to receive into the incoming from the previous one.
+
+        Args:
+            tensors: (outgoing, incoming, tag) of each exchange.
+        """
         if self.world == 1:
-            return _Transfer([], [outgoing for outgoing, _, _ in parcels], [])
+            return _Transfer([], [outgoing for outgoing, _, _ in tensors], [])
         operations = []
-        for outgoing, coming, tag in parcels:
+        for outgoing, incoming, tag in tensors:
             # An empty tensor is not sent; both ends know the sizes.
             if outgoing.numel():
                 operations.append(dist.P2POp(dist.isend, outgoing, self.next, self.group, tag))
-            if coming.numel():
-                operations.append(dist.P2POp(dist.irecv, coming, self.previous, self.group, tag))
+            if incoming.numel():
+                operations.append(dist.P2POp(dist.irecv, incoming, self.previous, self.group, tag))
         works = dist.batch_isend_irecv(operations) if operations else []
-        return _Transfer(works, [coming for _, coming, _ in parcels], [outgoing for outgoing, _, _ in parcels])
+        return _Transfer(works, [incoming for _, incoming, _ in tensors], [outgoing for outgoing, _, _ in tensors])
 
 
 @dataclass
 class _Transfer:
     works: list[Any]
-    coming: list[Tensor]
-    outgoing: list[Tensor]  # kept alive until they have left
+    incoming: list[Tensor]
+    outgoing: list[Tensor]  # referenced here, so that their memory is not freed before they are sent
 
     def wait(self) -> list[Tensor]:
-        """What has come in; what was sent may be overwritten afterwards."""
+        """The received tensors. The sent ones may be overwritten afterwards."""
         for work in self.works:
             work.wait()
         self.outgoing = []
-        return self.coming
+        return self.incoming

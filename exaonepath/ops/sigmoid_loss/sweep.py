@@ -1,11 +1,12 @@
-"""One sweep over tiles of one modality pair: loss and gradients together, and nothing of size B x B.
+"""One sweep over the tiles of one pair of modalities: loss and gradients together, without a tensor of size B x B.
 
-A sigmoid has no row normaliser, so dL/ds of an element depends on that element alone: a tile of products turns into its
-share of the loss and, in place, into its share of both gradients, and is forgotten.
+A softmax normalises over a row, but a sigmoid does not. So dL/ds of an element depends on that element only, and each
+tile can be finished immediately: it adds its part of the loss, is overwritten with dL/ds, adds its part of both
+gradients, and is freed.
 
     dots = U[r] V[c]^T      G = dL/ds(dots)      dU[r] += G V[c]      dV[c] += G^T U[r]
 
-6 * m * n * d operations for loss and gradients, where recomputing them in a backward pass takes 8.
+Loss and gradients need 6 * m * n * d operations; with a recomputation in the backward pass it would be 8.
 """
 
 from __future__ import annotations
@@ -32,16 +33,17 @@ class Tile:
     columns: int
 
 
-# 4 MB of float32: in the second-level cache, or near it, from the product that writes it to the two that read it; the
-# three products are within 5% of their best, and larger tiles (16 MB and up) lose half in fresh pages.
+# 4 MB of float32: it stays in or near the second-level cache between the product that writes it and the two products
+# that read it. The three products are within 5% of their best speed. Larger tiles (16 MB and more) are half as fast,
+# because the operating system must provide new memory pages.
 CPU_TILE = Tile(512, 2048)
-# 32 MB of float32 and 16 MB of half precision: inside the 50 MB cache of an H100, 25 GFLOP a step at d = 512.
+# 32 MB of float32 and 16 MB of half precision: both fit the 50 MB cache of an H100; 25 GFLOP per step at d = 512.
 CUDA_TILE = Tile(4096, 2048)
 
 
 @dataclass(frozen=True)
 class PairConstants:
-    """What one pair's pass needs: numbers for the CPU, the same three on the device for CUDA."""
+    """Constants of one pair: three numbers for the CPU, and the same three on the device for CUDA."""
 
     scale: float
     bias: float
@@ -50,7 +52,7 @@ class PairConstants:
 
 
 class Pass(Protocol):
-    """Turns a tile of products into dL/ds, in place where it can, and adds its sums to `sums` [8] float64."""
+    """Computes dL/ds from a tile of products, in place if possible, and adds its sums to `sums` [8] float64."""
 
     def __call__(
         self, dots: Tensor, row_ids: Tensor, column_ids: Tensor, constants: PairConstants, sums: Tensor
@@ -60,19 +62,20 @@ class Pass(Protocol):
 def torch_pass(dots: Tensor, row_ids: Tensor, column_ids: Tensor, constants: PairConstants, sums: Tensor) -> Tensor:
     """The pass in plain torch: any device, float32 or float64.
 
-    Everything counts as negative first, then the few positives are put right at their places: ten times faster than
-    masks over the tile (3.3 and 39 ms for 512 x 2048 on one core).
+    First all elements are computed as negatives; then the few positives are overwritten. This is ten times faster than
+    masks over the tile (3.3 ms instead of 39 ms for 512 x 2048 on one core).
     """
     at = _same(row_ids, column_ids)
     logits = torch.add(dots.new_tensor(constants.bias), dots, alpha=constants.scale)
     positive_logits = logits[at]
-    # Overwritten, not corrected by a difference: softplus(s) of a good positive is 10^4 times its true term.
+    # Overwritten, not corrected by a difference: softplus(s) of a good positive is 10^4 times its true term, so a
+    # difference would lose four digits.
     terms = F.softplus(logits, threshold=50.0)
     terms[at] = constants.pos_weight * F.softplus(-positive_logits, threshold=50.0)
     negative_logits = logits.index_put(at, logits.new_zeros(()))
     grad = logits.sigmoid_()
     grad[at] = -constants.pos_weight * (-positive_logits).sigmoid()
-    # Row by row in the tile's own precision (torch adds pairwise), then in float64.
+    # Rows are summed in the precision of the tile (torch adds pairwise), then the row sums are added in float64.
     found = [terms.sum(1), grad.sum(1), torch.linalg.vecdot(grad, dots), None, positive_logits, negative_logits.sum(1)]
     sums[: len(found)] += torch.stack(
         [sums.new_tensor(at[0].numel()) if part is None else part.sum(dtype=torch.float64) for part in found]
@@ -81,7 +84,10 @@ def torch_pass(dots: Tensor, row_ids: Tensor, column_ids: Tensor, constants: Pai
 
 
 def _same(row_ids: Tensor, column_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Where row_ids[k] == column_ids[l], as (k, l), without comparing all with all."""
+    """Indices (k, l) with row_ids[k] == column_ids[l].
+
+    Columns are sorted, and a binary search finds the range of equal ids for each row. So not all pairs are compared.
+    """
     ordered, order = column_ids.sort()
     first = torch.searchsorted(ordered, row_ids)
     count = torch.searchsorted(ordered, row_ids, right=True) - first
@@ -121,7 +127,8 @@ class CudaPass:
         _require(dots, row_ids, column_ids, sums, device="cuda")
         rows, columns = dots.shape
         extension = require_extension()
-        # Freed to the caching allocator on return, which hands it out again in stream order only.
+        # Python frees it on return, before the kernel has run. This is safe: torch's allocator gives the memory only to
+        # later work in the same stream.
         workspace = dots.new_empty(extension.sigmoid_workspace_cuda(rows, columns), dtype=torch.float64)
         grad = dots if self.grad_dtype == torch.float32 else torch.empty_like(dots, dtype=self.grad_dtype)
         extension.sigmoid_pass_cuda(
@@ -144,7 +151,7 @@ class CudaPass:
 
 
 def _require(dots: Tensor, row_ids: Tensor, column_ids: Tensor, sums: Tensor, *, device: str) -> None:
-    """Raw pointers follow: what they point at must be what the contract says. Ours to get right, so no message."""
+    """Check tensors before their raw pointers go to the extension. A failure is a bug of this package."""
     tensors = (dots, row_ids, column_ids, sums)
     fits = (
         all(tensor.device.type == device for tensor in tensors)
@@ -158,24 +165,24 @@ def _require(dots: Tensor, row_ids: Tensor, column_ids: Tensor, sums: Tensor, *,
         and sums.numel() == N_SUMS
     )
     if not fits:
-        raise TypeError("tile does not fit the contract of csrc/sigmoid_loss.h")
+        raise TypeError("tile does not match the interface in csrc/sigmoid_loss.h")
 
 
 @dataclass(frozen=True)
 class Engine:
-    """How one device and dtype are served: operands of the products, operands of the gradient's, the pass, the tile."""
+    """Settings for one device and dtype: the pass, the tile, and dtypes of the operands of both kinds of products."""
 
     run_pass: Pass
     tile: Tile
     operand: torch.dtype
     gradient_operand: torch.dtype
-    # What products come out as, and sums of them are kept in.
+    # Dtype of the results of products, and of their sums.
     accumulator: torch.dtype
 
 
 @dataclass(frozen=True)
 class PairTask:
-    """One pair's rows, and where what they give is added."""
+    """The rows of one pair, and the tensors to which sums and gradients are added."""
 
     u: Tensor  # [m, d] unit rows in `engine.operand`
     v: Tensor  # [n, d]
@@ -184,7 +191,7 @@ class PairTask:
     constants: PairConstants
     engine: Engine
     sums: Tensor  # [8] float64
-    # (du [m, d], dv [n, d]) in `engine.accumulator`, without the factor exp(t) / n_positive; None: the loss alone.
+    # (du [m, d], dv [n, d]) in `engine.accumulator`, without the factor exp(t) / n_positive; None: only the loss.
     gradients: tuple[Tensor, Tensor] | None
 
 
@@ -202,7 +209,7 @@ def sweep(task: PairTask) -> None:
         dv_transposed = None
         for first_row in range(0, u.shape[0], engine.tile.rows):
             rows = slice(first_row, first_row + engine.tile.rows)
-            dots = product_nt(u[rows], v_c)
+            dots = product_nt(u[rows], v_c)  # `run_pass` overwrites it if possible
             grad = engine.run_pass(dots, task.row_ids[rows], task.column_ids[columns], task.constants, task.sums)
             del dots
             if gradients is None:

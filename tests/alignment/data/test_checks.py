@@ -62,17 +62,17 @@ def test_good_numbers_pass_without_a_word_of_warning(modality, values, scale, ta
     [
         ("methylation", COUNTS, None, "1000 of 1000 values.*look like counts"),
         ("methylation", M_VALUES, None, "look like M-values"),
-        ("methylation", BETA * 1.2, None, r"of 1000 values \(.*%\) lie outside 0..1.*run from .* to 1\."),
+        ("methylation", BETA * 1.2, None, r"of 1000 values \(.*%\) lie outside 0..1.*range from .* to 1\."),
         ("methylation", BETA, "m-value", "look like beta values"),
-        ("methylation", TPM, "m-value", r"beyond \+-30"),
+        ("methylation", TPM, "m-value", r"exceed \+-30"),
         ("rna", LOG, "tpm", "look like log values"),
         ("rna", LOG, "counts", "look like log values"),
         ("rna", LOG - 5, "tpm", "are negative"),
-        ("rna", TPM, "counts", "no integers: TPM"),
+        ("rna", TPM, "counts", "no integers: possibly TPM"),
         ("rna", TPM, "log", "look like TPM or counts"),
         ("snp", COUNTS, None, "0 and 1"),
         ("snp", BETA, None, "0 and 1"),
-        ("cnv", COUNTS, None, r"beyond \+-50"),
+        ("cnv", COUNTS, None, r"exceed \+-50"),
     ],
 )
 def test_a_wrong_scale_is_warned_of_with_its_figures(modality, values, scale, said):

@@ -144,7 +144,7 @@ def test_slides_without_patches_and_odd_encoders_are_warned_of(write_csv, write_
     }
     assert cohort.patients == ("a", "b")
     assert [slide.slide for slide in cohort.slides.slides] == ["a", "b"]
-    with pytest.raises(CohortError, match="slide encoder takes"):
+    with pytest.raises(CohortError, match="slide encoder needs"):
         load_cohort(CohortConfig(modalities={"rna": rna}, slides=slides, feature_dim=768))
 
 
@@ -308,7 +308,7 @@ def test_a_table_of_other_patients_is_an_error_where_the_user_named_it(write_csv
     assert "3 patients (x, y, z)" in report.warnings[0].message
     assert "such as a, b, c; left out" in report.warnings[0].message
     own = {"methylation": ModalitySource(path, key="methylation")}
-    with pytest.raises(CohortError, match=r"none of its 3 patients \(x, y, z\) .*such as a, b, c; mend the ids"):
+    with pytest.raises(CohortError, match=r"none of its 3 patients \(x, y, z\) .*such as a, b, c; correct the ids"):
         load_cohort(CohortConfig(mudata=path, modalities=own))
 
 

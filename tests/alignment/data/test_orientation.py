@@ -25,7 +25,7 @@ def matrix(patients, features, turned=False):
 
 def oriented(matrices, **known):
     report = CohortReport()
-    return orient(matrices, known.pop("told", {}), report, **known), report
+    return orient(matrices, known.pop("declared", {}), report, **known), report
 
 
 @pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)])
@@ -80,7 +80,7 @@ def test_names_of_genes_and_probes_tell_without_any_known_patient():
 
 
 def test_what_the_user_says_and_known_ids_come_first():
-    tables, _ = oriented({"rna": matrix(GENES, PEOPLE)}, told={"rna": "patients_by_features"}, patients=PEOPLE)
+    tables, _ = oriented({"rna": matrix(GENES, PEOPLE)}, declared={"rna": "patients_by_features"}, patients=PEOPLE)
     assert tables["rna"].patients == GENES
     tables, report = oriented({"rna": matrix(GENES, PEOPLE), "cnv": matrix(PEOPLE, GENES)}, patients=PEOPLE[:1])
     assert tables["rna"].patients == tables["cnv"].patients == PEOPLE
@@ -102,5 +102,5 @@ def test_a_cohort_never_meets_on_gene_names(tmp_path):
     for name, people in (("rna", PEOPLE), ("cnv", OTHERS)):
         pd.DataFrame(rng.normal(size=(30, 8)), list(people), list(GENES)).to_csv(tmp_path / f"{name}.csv")
     sources = {name: ModalitySource(tmp_path / f"{name}.csv") for name in ("rna", "cnv")}
-    with pytest.raises(CohortError, match=r"rna\.csv: whether its 30 rows .*`orientation`"):
+    with pytest.raises(CohortError, match=r"rna\.csv: .* whether its 30 rows .*`orientation`"):
         load_cohort(CohortConfig(modalities=sources))

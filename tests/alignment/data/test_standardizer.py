@@ -221,7 +221,7 @@ def test_counts_of_other_columns_than_in_training_are_told(tmp_path):
     share = f"{100 * values[:, 20:].sum() / values.sum():.2g}%"
     assert (finding.level, finding.where) == ("warning", "rna")
     assert finding.features == ("ERCC-1", "ERCC-2")
-    assert f"2 are surplus (ERCC-1, ERCC-2) and hold {share} of the counts" in finding.message
+    assert f"2 are additional (ERCC-1, ERCC-2) and have {share} of the counts" in finding.message
     assert "top_variance" not in finding.message
     kept = standardizer.manifest.features["rna"]
     (finding,) = totals_told(standardizer, counts(kept))

@@ -92,7 +92,7 @@ def test_several_rows_of_one_patient_are_positives():
 
 
 def test_nothing_in_common_is_zero_with_zero_gradients_and_said_once(caplog):
-    sigmoid_loss_checks._say_once.cache_clear()
+    sigmoid_loss_checks._warn_once.cache_clear()
     loss, h = make(), batch(4)
     halves = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]).bool()
     with caplog.at_level(logging.WARNING):

@@ -157,7 +157,7 @@ def test_counts_of_one_patient_are_divided_by_what_training_divides_by(caplog):
     assert torch.equal(given, expected)
     assert not caplog.records
     assert not torch.allclose(model.encode_patient(rna=counts).modality["rna"], expected, atol=1e-2)
-    assert "the 10 features the model reads" in caplog.text
+    assert "the 10 features that the model reads" in caplog.text
 
 
 def test_statistics_stay_wide_in_a_half_precision_model():

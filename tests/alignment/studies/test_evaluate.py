@@ -54,7 +54,9 @@ def test_every_measure_is_there(report):
     assert report["probes"]["subtype"]["fused"]["linear"]["chance"] == 0.5
     assert set(report["missing"]["probes"]["subtype"]) == {"refitted", "deployed", "gain_over_single"}
     assert set(report["missing"]["probes"]["subtype"]["gain_over_single"]) == set(NAMES)
-    assert "## subtype: all modalities beside each alone" in table(report | {"provenance": {"split_known": True}})
+    assert "## subtype: all modalities compared with each alone" in table(
+        report | {"provenance": {"split_known": True}}
+    )
     assert len(report["missing"]["probes"]["subtype"]["refitted"]["subsets"]) == 31
     assert len(report["missing"]["retrieval"]["rna"]["subsets"]) == 15
     assert len(report["projections"]["pairs"]) == 10
@@ -142,11 +144,11 @@ def test_who_trained_the_model_is_not_held_out(run, cohort_folder, tmp_path, cap
     subject = open_subject(run, cohort_folder, device="cpu")
     assert set(subject.parts["train"]) == trained
     assert not trained & set(subject.held_out)
-    assert f"{len(trained)} of the cohort's patients trained the model" in caplog.text
+    assert f"{len(trained)} of the cohort's patients were used for training" in caplog.text
     # A model alone does not know who trained it, but knows its cohort.
     caplog.clear()
     assert not open_subject(run / "model", cohort_folder, device="cpu").seen
-    assert "trained on this very cohort" in caplog.text
+    assert "trained on this cohort" in caplog.text
     (tmp_path / "split.json").write_text(json.dumps({"parts": {"test": ["nobody"]}}))
     with pytest.raises(SettingsError, match="nobody; none of them is in the cohort"):
         open_subject(run, cohort_folder, split=tmp_path / "split.json", device="cpu")
@@ -184,7 +186,7 @@ def test_words_of_survival_are_read_and_others_refused(subject):
     held = [i for i, p in enumerate(patients) if p in set(subject.held_out)]
     found = evaluate(some_unknown, settings)["survival"]["fused"]
     assert found["n"] == sum(i % 3 > 0 for i in held) < len(held)
-    with pytest.raises(SettingsError, match=r"must say whether the event was seen.*got maybe"):
+    with pytest.raises(SettingsError, match=r"must state whether the event was observed.*got maybe"):
         evaluate(with_labels(subject, event=["maybe"] * len(patients)), settings)
     with pytest.raises(SettingsError, match="must hold times, got long"):
         evaluate(with_labels(subject, time=["long"] * len(patients)), settings)
@@ -200,7 +202,7 @@ def test_labels_that_may_be_missing_as_pandas_writes_it(subject):
 
 
 def test_somewhere_to_evaluate_on_is_needed(run, tmp_path):
-    with pytest.raises(SettingsError, match=r"holds none of cohort\.h5mu"):
+    with pytest.raises(SettingsError, match=r"has none of cohort\.h5mu"):
         open_subject(run, tmp_path, device="cpu")
     with pytest.raises(SettingsError, match="name the cohort"):
         open_subject(run / "model", device="cpu")

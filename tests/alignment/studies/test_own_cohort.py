@@ -62,5 +62,5 @@ def test_counts_of_the_runs_own_cohort_give_no_warning(tmp_path, caplog):
         other.embed(other.held_out)
     told = [r.getMessage() for r in caplog.records if "counts per million" in r.getMessage()]
     assert told
-    assert "all 120 columns of the table, and were of 60 in training" in told[0]
+    assert "all 120 columns of the table, but over 60 in training" in told[0]
     assert "top_variance" not in told[0]

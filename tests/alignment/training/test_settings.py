@@ -96,7 +96,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError, match="not valid TOML"):
         read_settings(tmp_path / "bad.toml")
     (tmp_path / "both.toml").write_text('[model]\ninit = "x"\nwsi = {depth = 2}\n')
-    with pytest.raises(ConfigError, match="brings its own architecture"):
+    with pytest.raises(ConfigError, match="defines the architecture"):
         read_settings(tmp_path / "both.toml")
 
 

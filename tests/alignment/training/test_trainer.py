@@ -349,7 +349,7 @@ def test_a_damaged_slide_and_a_split_that_leaves_nobody(make_settings, tmp_path,
 def test_a_split_of_other_parts_or_other_patients_is_refused(make_settings, tmp_path):
     paths = {**_paths(make_settings()), "split": str(tmp_path / "split.json")}
     Split({"train": ("P00001", "P00002"), "validation": ("P00003",)}).save(tmp_path / "split.json")
-    with pytest.raises(SettingsError, match="parts called validation; they must be train, val, test"):
+    with pytest.raises(SettingsError, match="parts named validation; they must be train, val, test"):
         prepare(make_settings(data=paths))
     Split({"train": ("X1", "X2"), "val": ("X3",)}).save(tmp_path / "split.json")
     with pytest.raises(SettingsError, match="X1, X2, X3; none of them is in the cohort"):

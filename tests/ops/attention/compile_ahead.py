@@ -27,18 +27,18 @@ HEAD_DIMS = (32, 64, 128)
 DTYPES = ("bf16", "fp16", "fp32")
 # Every way a kernel is launched: module, kernel, its settings' name, and the flags that differ between launches.
 LAUNCHES = {
-    "forward": ("fragment_attention", "forward_kernel", "forward", {"TURN_Q": False, "STORE_LSE": False}),
-    "forward turning": ("fragment_attention", "forward_kernel", "forward", {"TURN_Q": True, "STORE_LSE": False}),
-    "forward training": ("fragment_attention", "forward_kernel", "forward", {"TURN_Q": False, "STORE_LSE": True}),
+    "forward": ("fragment_attention", "forward_kernel", "forward", {"ROTATE_Q": False, "STORE_LSE": False}),
+    "forward turning": ("fragment_attention", "forward_kernel", "forward", {"ROTATE_Q": True, "STORE_LSE": False}),
+    "forward training": ("fragment_attention", "forward_kernel", "forward", {"ROTATE_Q": False, "STORE_LSE": True}),
     "queries' gradient": (
-        "fragment_attention_backward", "query_gradient_kernel", "query_gradient", {"TURN_BACK": False}
+        "fragment_attention_backward", "query_gradient_kernel", "query_gradient", {"ROTATE_BACK": False}
     ),
     "queries' gradient turning": (
-        "fragment_attention_backward", "query_gradient_kernel", "query_gradient", {"TURN_BACK": True}
+        "fragment_attention_backward", "query_gradient_kernel", "query_gradient", {"ROTATE_BACK": True}
     ),
-    "keys' gradient": ("fragment_attention_backward", "key_gradient_kernel", "key_gradient", {"TURN_BACK": False}),
+    "keys' gradient": ("fragment_attention_backward", "key_gradient_kernel", "key_gradient", {"ROTATE_BACK": False}),
     "keys' gradient turning": (
-        "fragment_attention_backward", "key_gradient_kernel", "key_gradient", {"TURN_BACK": True}
+        "fragment_attention_backward", "key_gradient_kernel", "key_gradient", {"ROTATE_BACK": True}
     ),
     "rotate": ("rotate", "rotate_kernel", None, {}),
 }  # fmt: skip
@@ -91,7 +91,7 @@ def measure(key: str) -> list[int]:
         constants |= {"BLOCK_M": row.block_m, "BLOCK_N": row.block_n, "STAGES": row.num_stages}
         constants["PRECISION"] = config.precision
         options = {"num_warps": row.num_warps}
-        turning = flags.get("TURN_Q", False) or flags.get("TURN_BACK", False)
+        turning = flags.get("ROTATE_Q", False) or flags.get("ROTATE_BACK", False)
         absent = ["p_cos", "p_sin"] * (not turning) + ["p_lse"] * (flags.get("STORE_LSE") is False)
         constants |= dict.fromkeys(absent)
 

@@ -186,7 +186,7 @@ class Card:
 
     def __init__(self, monkeypatch, capability):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(module, "_told", set())
+        monkeypatch.setattr(module, "_logged", set())
 
 
 def test_auto_takes_the_kernels_on_a_card_that_can_run_them(monkeypatch):

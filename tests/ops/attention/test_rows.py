@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_refused():
     chunks = cut_rows(segments, 15)
     with pytest.raises(SettingsError, match="must be \\[R, H, D\\]"):
         attend_rows(q[:, 0], k, v, segments, chunks[0], None, backend="sdpa")
-    with pytest.raises(SettingsError, match="do not fit a chunk"):
+    with pytest.raises(SettingsError, match="do not match a chunk"):
         attend_rows(q, k, v, segments, chunks[0], None, backend="sdpa")
     with pytest.raises(SettingsError, match="segments of 30 tokens"):
         attend_rows(q[:10], k[:20], v[:20], segments, chunks[0], None, backend="sdpa")

@@ -214,8 +214,8 @@ def test_rows_refuse_what_does_not_fit(device):
     elsewhere = Segments(segments.offsets.to("meta"), segments.lengths)
     for arguments, message in (
         ((q, k, v, segments, 1, rotation), "rows 1 to 13 are not all among 12 tokens"),
-        ((q, k, v[1:], segments, 0, rotation), "do not fit"),
-        ((q, k.half(), v, segments, 0, rotation), "do not fit"),
+        ((q, k, v[1:], segments, 0, rotation), "do not match"),
+        ((q, k.half(), v, segments, 0, rotation), "do not match"),
         ((q, k[:11], v[:11], segments, 0, None), "not all among 11"),
         ((q[:5], k[:11], v[:11], segments, 0, None), "segments cover 12 tokens, but there are 11 keys"),
         ((q, k, v, elsewhere, 0, rotation), "must be on one device"),
@@ -252,7 +252,7 @@ def test_what_a_machine_cannot_run_is_said(monkeypatch):
     with pytest.raises(BackendError, match=r"need a CUDA device"):
         kernels.triton_rotate_rows(qkv[:, 1], rotation, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "compute capability 8.0, this GPU has 7.5" in kernels.unable(torch.device("cuda:0"))
+    assert "compute capability 8.0, this GPU has 7.5" in kernels.unsupported_device(torch.device("cuda:0"))
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(BackendError, match=r'triton is not installed.*use the "sdpa" backend'):
         fused(segments, rotation)(qkv)

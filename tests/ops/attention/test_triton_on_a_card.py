@@ -33,7 +33,7 @@ NORMS = {"max": lambda e: e.abs().max().item(), "rms": lambda e: e.square().mean
 def card():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    reason = kernels.unable(torch.device("cuda", torch.cuda.current_device()))
+    reason = kernels.unsupported_device(torch.device("cuda", torch.cuda.current_device()))
     if reason is not None:
         pytest.skip(reason)
 
