@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,8 +40,10 @@ class AlignmentObjective:
         """
         if distributed and model.config.loss == "softmax":
             raise SettingsError("loss.kind = softmax runs in one process; the sigmoid loss on any number of them")
-        model.loss.distributed, model.loss.gradients_for = distributed, "sum"
         self.model = model
+        # A shallow copy has the parameters of the model's loss, and options of its own: the model stays as it is.
+        self.loss = copy.copy(model.loss)
+        self.loss.distributed, self.loss.gradients_for = distributed, "sum"
 
     def __call__(
         self, embeddings: Mapping[str, Tensor], available: Mapping[str, Tensor], patients: Tensor
@@ -53,10 +56,10 @@ class AlignmentObjective:
         """
         if self.model.config.loss == "softmax":
             return self._softmax(embeddings, available, patients)
-        output = self.model.loss(embeddings, patients, available)
+        output = self.loss(embeddings, patients, available)
         losses, statistics = {}, {}
-        log_t, bias = self.model.loss.log_t.detach(), self.model.loss.bias.detach()
-        for i, (a, b) in enumerate(self.model.loss.pairs):
+        log_t, bias = self.loss.log_t.detach(), self.loss.bias.detach()
+        for i, (a, b) in enumerate(self.loss.pairs):
             if output.n_positive[i] > 0 and self.model.pair_weight((a, b)) > 0:
                 losses[a, b] = output.pair_losses[i]
                 statistics[f"positive_logit/{a}-{b}"] = float(output.positive_logit[i])
@@ -73,12 +76,10 @@ class AlignmentObjective:
             both = available[a] & available[b]
             if both.any():
                 u, v = self.model.project(embeddings[a][both], a, b), self.model.project(embeddings[b][both], b, a)
-                losses[a, b] = softmax_pair_loss(
-                    u, v, self.model.loss.log_t[self.model.loss.pairs.index((a, b))], patients[both]
-                )
+                losses[a, b] = softmax_pair_loss(u, v, self.loss.log_t[self.loss.pairs.index((a, b))], patients[both])
                 weights.append(self.model.pair_weight((a, b)))
         if not losses:
-            return ObjectiveOutput(self.model.loss.log_t.sum() * 0, {}, {})
+            return ObjectiveOutput(self.loss.log_t.sum() * 0, {}, {})
         share = torch.tensor(weights, device=patients.device) / sum(weights)
         total = (torch.stack(list(losses.values())) * share).sum()
         return ObjectiveOutput(total, {pair: loss.detach() for pair, loss in losses.items()}, {})

@@ -7,6 +7,7 @@ encoder uses the same order, so each forward pass sorts only once, in `build_fra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -22,7 +23,28 @@ PREFIX_CONTOUR = -1
 # calls would take longer than the computation.
 _SHORT = 128
 # Limits of such a batch: CUDA attention kernels use batch x heads as a grid dimension, which is at most 65,535.
-_MAX_BATCH, _MAX_BATCH_TOKENS = 4096, 1 << 16
+# Copies of a batch's queries, keys and values exist while it is computed: its tokens are bounded, too.
+_MAX_BATCH, _MAX_BATCH_TOKENS = 4096, 1 << 14
+
+
+def equal_length_batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of segments that are computed together: short ones in batches of one length, long ones alone."""
+    members: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        # A long segment gets a key of its own; negative keys cannot be equal to a length.
+        members.setdefault(length if length <= _SHORT else -1 - i, []).append(i)
+    batches = []
+    for batch in members.values():
+        step = min(_MAX_BATCH, max(1, _MAX_BATCH_TOKENS // lengths[batch[0]]))
+        batches += [batch[start : start + step] for start in range(0, len(batch), step)]
+    return batches
+
+
+def batch_rows(starts: Sequence[int], length: int, device: torch.device) -> slice | Tensor:
+    """The packed tokens of segments of one length: a slice for one segment, int64 [count * length] for several."""
+    if len(starts) == 1:
+        return slice(starts[0], starts[0] + length)
+    return (torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)).view(-1)
 
 
 @dataclass(frozen=True)
@@ -75,39 +97,22 @@ class Segments:
         return torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
 
     @cached_property
-    def equal_length_groups(self) -> list[tuple[slice | Tensor, int, int]]:
-        """Every segment once, as (rows, count, length): a slice for a long segment, an index [count * length] for a
-        batch of short segments of one length. Computed once, used by every layer."""
-        groups: list[tuple[slice | Tensor, int, int]] = []
-        short: dict[int, list[int]] = {}
-        start = 0
-        for length in self.lengths:
-            if length <= _SHORT:
-                short.setdefault(length, []).append(start)
-            else:
-                groups.append((slice(start, start + length), 1, length))
-            start += length
-        device = self.offsets.device
-        for length, starts in short.items():
-            step = min(_MAX_BATCH, _MAX_BATCH_TOKENS // length)
-            for first in torch.tensor(starts, device=device).split(step):
-                rows = (first[:, None] + torch.arange(length, device=device)).view(-1)
-                groups.append((rows, first.numel(), length))
-        return groups
+    def equal_length_members(self) -> list[list[int]]:
+        """Every segment's number once, see `equal_length_batches`. Computed once, used by every layer."""
+        return equal_length_batches(self.lengths)
 
     @cached_property
-    def equal_length_members(self) -> list[list[int]]:
-        """Every segment's number once: short segments in batches of one length, as in `equal_length_groups`; long ones
-        alone."""
-        members: dict[int, list[int]] = {}
-        for i, length in enumerate(self.lengths):
-            # A long segment gets a key of its own; negative keys cannot be equal to a length.
-            members.setdefault(length if length <= _SHORT else -1 - i, []).append(i)
-        found = []
-        for batch in members.values():
-            step = min(_MAX_BATCH, max(1, _MAX_BATCH_TOKENS // self.lengths[batch[0]]))
-            found += [batch[start : start + step] for start in range(0, len(batch), step)]
-        return found
+    def equal_length_groups(self) -> list[tuple[slice | Tensor, int, int]]:
+        """The same batches as (rows, count, length): a slice for one segment, an index [count * length] for several."""
+        starts = [0, *accumulate(self.lengths)]
+        return [
+            (
+                batch_rows([starts[i] for i in members], self.lengths[members[0]], self.offsets.device),
+                len(members),
+                self.lengths[members[0]],
+            )
+            for members in self.equal_length_members
+        ]
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,11 @@ from torch import Tensor
 
 from exaonepath.errors import SettingsError
 from exaonepath.ops.attention import cpu as cpu_attention
-from exaonepath.ops.attention.layout import Segments
+from exaonepath.ops.attention.layout import Segments, batch_rows, equal_length_batches
 from exaonepath.ops.attention.rotary import Rotation, apply_rotation
 from exaonepath.ops.attention.segments import eager_attention, sdpa_attention
 from exaonepath.ops.attention.triton import triton_attend_rows, triton_rotate_rows
 
-# Segments up to this length are gathered by equal length and computed as one batch: with one call for each segment, the
-# calls would take longer than the computation.
-_SHORT = 128
-# Limits of such a batch: CUDA attention kernels use batch x heads as a grid dimension, which is at most 65,535.
-_MAX_BATCH, _MAX_BATCH_TOKENS = 4096, 1 << 14
 # Rows that are rotated together: a rotation in torch needs temporary float32 tensors of five times their size.
 _ROTATED_ROWS = 2048
 
@@ -73,14 +68,14 @@ def cut_rows(segments: Segments, rows: int) -> list[RowChunk]:
 def _pieces(first: int, stop: int, lengths: np.ndarray, ends: np.ndarray, device: torch.device) -> Iterator[_Piece]:
     """Pieces with every query from `first` to `stop` once; `lengths`, `ends`: segments that overlap the range."""
     starts = ends - lengths
-    batched = (lengths <= _SHORT) & (starts >= first) & (ends <= stop)
-    for start, end in zip(starts[~batched].tolist(), ends[~batched].tolist(), strict=True):
+    whole = (starts >= first) & (ends <= stop)
+    for start, end in zip(starts[~whole].tolist(), ends[~whole].tolist(), strict=True):  # cut by the chunk
         yield _Piece(slice(max(start, first) - first, min(end, stop) - first), slice(start, end), 1, end - start)
-    for length in np.unique(lengths[batched]).tolist():
-        of_length = torch.from_numpy(starts[batched & (lengths == length)]).to(device)
-        for batch in of_length.split(max(1, min(_MAX_BATCH, _MAX_BATCH_TOKENS // length))):
-            keys = (batch[:, None] + torch.arange(length, device=device)).view(-1)
-            yield _Piece(keys - first, keys, batch.numel(), length)
+    kept, begin = lengths[whole].tolist(), starts[whole].tolist()
+    for members in equal_length_batches(kept):
+        keys = batch_rows([begin[i] for i in members], kept[members[0]], device)
+        rows = slice(keys.start - first, keys.stop - first) if isinstance(keys, slice) else keys - first
+        yield _Piece(rows, keys, len(members), kept[members[0]])
 
 
 def rotate_rows(x: Tensor, rotation: Rotation, first_row: int, *, backend: str) -> None:
