@@ -43,7 +43,7 @@ void sigmoid_pass_cpu_with(const std::string& isa, float* dots, std::int64_t row
 
 #ifdef EXAONEPATH_WITH_CUDA
 
-// How the gradient is stored. float16 holds 6e-8 to 65504 only: sigmoid(-17) is already zero there and a pos_weight
+// How the gradient is stored. float16 has the range 6e-8 to 65504: sigmoid(-17) is already zero in it and a pos_weight
 // above 65504 infinite; bfloat16 has float32's range.
 enum class GradKind : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 

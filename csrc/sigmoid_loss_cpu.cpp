@@ -10,7 +10,7 @@
 namespace exaonepath {
 namespace {
 
-// 16,384 elements, 64 KB: some ten microseconds of work, and small enough for the second-level cache beside its ids.
+// 16,384 elements, 64 KB: some ten microseconds of work, and small enough for the second-level cache, with its ids.
 constexpr std::int64_t kBlockRows = 8;
 constexpr std::int64_t kBlockCols = 2048;
 // A thread takes about 20 us to start; it should find more work than that.
