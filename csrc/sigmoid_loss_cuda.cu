@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kThreads) sigmoid_sums_kernel(const double* bl
   if (thread == 0) sums[blockIdx.x] += partial[0];
 }
 
-// The caller's current device, put back whatever happens.
+// Restores the caller's current device, also after an error.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {

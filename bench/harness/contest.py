@@ -44,7 +44,7 @@ class Candidate:
 
 
 class Inputs:
-    """A few sets of inputs, packed and apart: ours takes the one, the peers the other, and nobody pays for a copy."""
+    """A few sets of inputs, packed for ours and separate for the peers, so that no candidate needs a copy."""
 
     def __init__(self, problem: Problem, sets: int, backward: bool) -> None:
         made = [problem.inputs(i) for i in range(sets)]
@@ -56,7 +56,7 @@ class Inputs:
 def candidates(problem: Problem, backward: bool, session: Session, only: Sequence[str] = ()) -> list[Candidate]:
     """Ours without and with rotation, then the peers, each without and with a separate rotation.
 
-    `only` names who takes part where a problem is too large for everybody.
+    `only` names the candidates if a problem is too large for all of them.
     """
     found = [
         Candidate(OURS, "none", True, lambda: _ours(problem, rotated=False)),
@@ -79,7 +79,7 @@ def candidates(problem: Problem, backward: bool, session: Session, only: Sequenc
 def hold(
     problem: Problem, backward: bool, session: Session, benchmark: Any, *, only: Sequence[str] = (), budget: float
 ) -> None:
-    """Measure everybody, record a row each, and fail where ours could not or was wrong.
+    """Measure all candidates, record one row each, and fail if ours could not run or was wrong.
 
     Args:
         benchmark: pytest-benchmark's fixture; what it times is ours with rotation, the peers run between its rounds.

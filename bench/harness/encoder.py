@@ -168,7 +168,7 @@ def hold(
         # Without the limit the dense mask repeats nothing that ran within it.
         before = field_[i - 1]
         if i and one.impl == before.impl == "dense_mask" and before.row["status"] == "ok":
-            one.why_not = "fits the limit: measured there"
+            one.why_not = "fits the limit: measured with it"
         _prepare(one, results, i)
     _check(field_, results, problem)
     alive = [one for one in field_ if one.timed is not None]
