@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-# The helpers beside this file are no package of the project: they are imported from here, and only here.
+# The helpers in this folder are no package of the project: only this file makes them importable.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import machine, table

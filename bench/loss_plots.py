@@ -31,7 +31,7 @@ def device_of(row: Row) -> str:
 def loss_against_rows(rows: list[Row]) -> Figure | None:
     """Seconds and megabytes of forward and backward, every pair and gradient, at the width most sizes were run with.
 
-    Of a case that was measured more than once the newest row counts; ours was measured beside each peer: the median.
+    Of a case that was measured more than once the newest row counts; ours was measured with each peer: the median.
     """
     newest = {row["benchmark"]: row for row in rows if row["group"] == GROUP}  # the table holds other benchmarks too
     widths = [row["dim"] for row in newest.values()]

@@ -34,9 +34,9 @@ Row = dict[str, Any]
 OURS = "exaonepath"
 CARD_GB = 12
 _CLOCKS = {"events": "times by CUDA events", "wall": "wall time", "cpu": "processor time"}
-_BUSY = 1.5  # load a core from which others clearly worked beside the benchmark
+_BUSY = 1.5  # load per core above which other processes clearly ran at the same time
 
-# Okabe and Ito's colours, told apart by most eyes; markers differ too. (colour, marker, name in the legend)
+# Okabe and Ito's colours, which most readers can distinguish; markers differ too. (colour, marker, name in the legend)
 # A colour is a kernel; where it serves twice, the second way is dashed.
 _DASHED = ("sdpa_loop", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "flex_static")
 _STYLES = {
@@ -95,7 +95,7 @@ def speed_against_fragments(rows: list[Row]) -> Figure | None:
 
 
 def memory_against_patches(rows: list[Row]) -> Figure | None:
-    """What the whole encoder needs as slides grow, ours and the dense mask, beside what a 12 GB card has."""
+    """Memory of the whole encoder for growing slides, ours and the dense mask, compared with a 12 GB GPU."""
     on_gpu = rows[0]["device"] == "cuda"
     column = "reserved_mb" if on_gpu else "peak_mb"
     keys = ("impl", "direction", "n", "dtype", "checkpointing", "memory_limit_gb")
@@ -231,7 +231,7 @@ def _speed(rows: list[Row], column: str, label: str, title: str) -> Figure | Non
                     x, y, color=colour, marker=marker, lw=2.6 if ours else 1.3, ms=7 if ours else 5.5,
                     zorder=3 if ours else 2, label=name, ls="--" if impl in _DASHED else "-",
                 )  # fmt: skip
-                # The same work takes less time the faster it is: the quantiles of time, turned over.
+                # The same work takes less time the faster it is: the quantiles of time, reversed.
                 low, high = ([y_ * r["ms"] / r[q] for y_, r in zip(y, mine, strict=True)] for q in ("ms_p80", "ms_p20"))
                 axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
             _log(axis, label if direction == directions[-1] else "")
@@ -248,7 +248,7 @@ def _speed(rows: list[Row], column: str, label: str, title: str) -> Figure | Non
 
 
 def _log(axis: Axes, label: str) -> None:
-    """Both axes logarithmic with plain numbers, where there is a line to see."""
+    """Both axes logarithmic with plain numbers, if there is a line."""
     axis.set_xlabel(label)
     axis.grid(color="#e4e4e4", lw=0.8)
     axis.set_axisbelow(True)

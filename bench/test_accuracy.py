@@ -1,4 +1,5 @@
-"""How far the slide encoder is from float64, on the golden files, beside the published arithmetic in the same dtype.
+"""How far the slide encoder is from float64, on the golden files, compared with the published arithmetic in the same
+dtype.
 
 The time is that of one forward pass of ours; what counts here are the errors in the extra info and in the table.
 """

@@ -1,4 +1,5 @@
-"""The whole slide encoder over the number of patches: forward and training step, beside the dense mask, in 12 GB.
+"""The whole slide encoder over the number of patches: forward and training step, compared with the dense mask, in 12
+GB.
 
 Default: a slide of seconds. EXAONEPATH_BENCH=full: to 1,000,000 patches on a GPU (most valuable first), to 8,000 on a
 CPU.

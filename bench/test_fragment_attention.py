@@ -1,7 +1,7 @@
-"""Attention inside fragments: our kernels beside every peer in torch, forward and with gradients.
+"""Attention inside fragments: our kernels compared with every peer in torch, forward and with gradients.
 
 Default: sizes of seconds. EXAONEPATH_BENCH=full: 1,000 to 1,000,000 tokens in 1 to 5,000 fragments on a GPU, most
-valuable first; up to 16,000 on a CPU. What is measured, and how, is told in docs/benchmarks.md.
+valuable first; up to 16,000 on a CPU. docs/benchmarks.md describes what is measured, and how.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The all-pairwise sigmoid loss, forward and backward of ten pairs, beside what people write in torch.
+"""The all-pairwise sigmoid loss, forward and backward of ten pairs, compared with common torch code.
 
 Each peer is timed in turns with ours; before that both must agree. Sizes: seconds by default, the README's with
 EXAONEPATH_BENCH=full. `limit_share` is the time that the 6 B^2 d operations of a pair would take at the rate of the

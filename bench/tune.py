@@ -2,7 +2,7 @@
 
     python bench/tune.py [--dtype bfloat16] [--tokens 16384] [--fragments 1 100] [--seconds 480] [--kernel NAME ...]
 
-For whoever writes `kernels/launch_config.py`: nothing here runs when the library does. One kernel is varied at a time,
+For the authors of `kernels/launch_config.py`: the library never runs this code. One kernel is varied at a time,
 the others keep their settings; every setting is checked against exact rows before it is timed, and the settings now in
 the file run in the same rounds. Rows go to ${OUT:-bench/results}/tune.jsonl as they come.
 """
@@ -93,7 +93,7 @@ class Bench:
 
 
 def sweep(bench: Bench, launches: list[LaunchConfig], until: float, rounds: int = 5) -> list[dict[str, Any]]:
-    """A row per setting: milliseconds of the varied part, or why there are none."""
+    """A row per setting: milliseconds of the varied part, or the reason why there are none."""
     rows: list[dict[str, Any]] = []
     alive: list[tuple[dict[str, Any], Timed]] = []
     for launch in launches:

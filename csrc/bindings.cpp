@@ -13,7 +13,7 @@ namespace py = pybind11;
 
 namespace {
 
-// Raised with every change of a function below, so that a module left by an older build is told from this one.
+// Raised with every change of a function below, so that a module of an older build is recognised.
 constexpr int kInterface = 1;
 
 py::dict build_info() {
@@ -103,6 +103,6 @@ PYBIND11_MODULE(_C, m) {
         arg("ld_dots"), arg("ld_grad"), arg("row_ids"), arg("col_ids"), arg("params"), arg("workspace"), arg("sums"),
         arg("device"), arg("stream"), py::call_guard<py::gil_scoped_release>(),
         "Queues the fused pass on a stream; see csrc/sigmoid_loss.h. ValueError on bad arguments, RuntimeError with "
-        "CUDA's message where a call fails. Not there in a build without CUDA.");
+        "CUDA's message if a call fails. Not available in a build without CUDA.");
 #endif
 }

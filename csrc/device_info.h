@@ -1,4 +1,4 @@
-// CUDA devices as the extension sees them, for `exaonepath doctor`: a driver too old, or hidden devices, show here.
+// CUDA devices that the extension finds, for `exaonepath doctor`: it shows an old driver, or hidden devices.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@ struct DeviceInfo {
   std::size_t shared_memory_per_block;  // bytes, opt-in maximum
 };
 
-// Empty where there is no device. Throws std::runtime_error with the driver's message on any other failure.
+// Empty if there is no device. Throws std::runtime_error with the driver's message on any other failure.
 std::vector<DeviceInfo> cuda_devices();
 
 }  // namespace exaonepath

@@ -43,14 +43,14 @@ void sigmoid_pass_cpu_with(const std::string& isa, float* dots, std::int64_t row
 
 #ifdef EXAONEPATH_WITH_CUDA
 
-// How the gradient is stored. float16 holds 6e-8 to 65504 only: sigmoid(-17) is already zero there and a pos_weight
+// How the gradient is stored. float16 has the range 6e-8 to 65504: sigmoid(-17) is already zero in it and a pos_weight
 // above 65504 infinite; bfloat16 has float32's range.
 enum class GradKind : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
 // Doubles that sigmoid_pass_cuda needs as its workspace for a tile of this size.
 std::int64_t sigmoid_workspace_cuda(std::int64_t rows, std::int64_t cols);
 
-// Queues the pass on `stream` of device number `device` and returns; all pointers are device memory there.
+// Queues the pass on `stream` of device number `device` and returns; all pointers are memory of that device.
 //   dots       [rows, cols] float32, row stride ld_dots >= cols
 //   grad       [rows, cols] of grad_kind, row stride ld_grad >= cols; no part of `dots`, except that float32 may be
 //              `dots` itself with the same stride

@@ -10,7 +10,7 @@
 namespace exaonepath {
 namespace {
 
-// 16,384 elements, 64 KB: some ten microseconds of work, and small enough for the second-level cache beside its ids.
+// 16,384 elements, 64 KB: some ten microseconds of work, and small enough for the second-level cache, with its ids.
 constexpr std::int64_t kBlockRows = 8;
 constexpr std::int64_t kBlockCols = 2048;
 // A thread takes about 20 us to start; it should find more work than that.
@@ -51,8 +51,8 @@ void check(const float* dots, std::int64_t rows, std::int64_t cols, std::int64_t
   if (!dots || !row_ids || !col_ids || !sums) throw std::invalid_argument("sigmoid pass: null pointer");
 }
 
-// Threads of our own, started for the call: torch carries its own OpenMP runtime under a private name, and a second one
-// beside it would keep a second set of spinning workers on the same cores. It also leaves nothing behind across fork().
+// Threads are started for each call, without OpenMP: torch contains its own OpenMP runtime under a private name, and a
+// second runtime would keep a second set of spinning workers on the same cores. No state is left for fork() either.
 template <typename Work>
 void run_blocks(std::int64_t count, int threads, const Work& work) {
   std::atomic<std::int64_t> next{0};

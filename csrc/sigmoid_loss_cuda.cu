@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 4) sigmoid_pass_kernel(Tile tile, Gr
   }
 }
 
-// One block for each of the sums; adds the tile's to what is there.
+// One block for each of the sums; adds that of the tile to the stored sum.
 __global__ void __launch_bounds__(kThreads) sigmoid_sums_kernel(const double* block_sums, std::int64_t blocks,
                                                                 double* sums) {
   __shared__ double partial[kThreads];
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kThreads) sigmoid_sums_kernel(const double* bl
   if (thread == 0) sums[blockIdx.x] += partial[0];
 }
 
-// The caller's current device, put back whatever happens.
+// Restores the caller's current device, also after an error.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {

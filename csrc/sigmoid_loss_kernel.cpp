@@ -1,5 +1,5 @@
 // Compiled several times, with -DEXAONEPATH_KERNEL=sigmoid_block_avx2 and so on, the vector width, and the flags of
-// that instruction set. So nothing from the standard library's templates may be used here: the linker keeps one copy of
+// that instruction set. So this file must not use templates of the standard library: the linker keeps one copy of
 // an inline function for the whole program, and must not find one that only a newer CPU can run.
 #include "sigmoid_loss_kernel.h"
 
@@ -118,7 +118,7 @@ inline void store_some(float* p, Floats v, int lanes) {
   for (int lane = 0; lane < lanes; ++lane) p[lane] = buffer[lane];
 }
 
-// Up to kSegment elements, told apart by `kinds`: for each 1, or -1 for a positive, then 0 up to a whole vector.
+// Up to kSegment elements, classified by `kinds`: for each 1, or -1 for a positive, then 0 up to a whole vector.
 void mixed(float* dots, int count, const std::int32_t* kinds, const SigmoidBlock& block, Sums& sums) {
   Partial part;
   for (int i = 0; i < count; i += kWidth) {
@@ -165,7 +165,7 @@ void EXAONEPATH_KERNEL(const SigmoidBlock& block, double* out) {
     for (std::int64_t l = 0; l < block.cols; l += kSegment) {
       const std::int64_t left = block.cols - l;
       const std::int64_t* ids = block.col_ids + l;
-      // Few pairs are positives: most segments hold none, and are told by their ids alone.
+      // Few pairs are positives: most segments have none, which their ids alone show.
       if (left >= kSegment && !any_equal(ids, id)) {
         negatives(row + l, block, sums);
         continue;

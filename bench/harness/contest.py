@@ -44,7 +44,7 @@ class Candidate:
 
 
 class Inputs:
-    """A few sets of inputs, packed and apart: ours takes the one, the peers the other, and nobody pays for a copy."""
+    """A few sets of inputs, packed for ours and separate for the peers, so that no candidate needs a copy."""
 
     def __init__(self, problem: Problem, sets: int, backward: bool) -> None:
         made = [problem.inputs(i) for i in range(sets)]
@@ -54,9 +54,9 @@ class Inputs:
 
 
 def candidates(problem: Problem, backward: bool, session: Session, only: Sequence[str] = ()) -> list[Candidate]:
-    """Ours without and with rotation, then the peers, each without and with a rotation of its own beside it.
+    """Ours without and with rotation, then the peers, each without and with a separate rotation.
 
-    `only` names who takes part where a problem is too large for everybody.
+    `only` names the candidates if a problem is too large for all of them.
     """
     found = [
         Candidate(OURS, "none", True, lambda: _ours(problem, rotated=False)),
@@ -79,7 +79,7 @@ def candidates(problem: Problem, backward: bool, session: Session, only: Sequenc
 def hold(
     problem: Problem, backward: bool, session: Session, benchmark: Any, *, only: Sequence[str] = (), budget: float
 ) -> None:
-    """Measure everybody, record a row each, and fail where ours could not or was wrong.
+    """Measure all candidates, record one row each, and fail if ours could not run or was wrong.
 
     Args:
         benchmark: pytest-benchmark's fixture; what it times is ours with rotation, the peers run between its rounds.
@@ -164,7 +164,7 @@ def _prepare(one: Candidate, problem: Problem, inputs: Inputs, exact: dict[bool,
         one.timed.seconds.clear()
         if one.row["estimate"] < _SLOW_SECONDS:
             peak = peak_mb(lambda: _run(steps, 0), device)
-            with suppress(torch.OutOfMemoryError):  # a second mask beside the first may be too much: then no figure
+            with suppress(torch.OutOfMemoryError):  # a second mask may not fit into memory: then there is no figure
                 one.row["build_ms"] = _build_ms(one, inputs, backward, device)
         one.row["peak_mb"] = peak
     except FAILURES as exc:
@@ -212,23 +212,23 @@ def _build_ms(one: Candidate, inputs: Inputs, backward: bool, device: str) -> fl
 def _time_in_turns(alive: list[Candidate], device: str, rounds: int, sets: int, benchmark: Any) -> None:
     main = next((one for one in alive if one.impl == OURS and one.rotation == "own"), None)
     others = [one for one in alive if one is not main]
-    turn = 0
+    repetition = 0
 
     def time_one(one: Candidate) -> None:
         if one.row["status"] != "ok":
             return
         try:
-            time_once(one.timed, turn % sets, device)
+            time_once(one.timed, repetition % sets, device)
         except FAILURES as exc:
             one.row.update(status="failed", reason=reason(exc))
             exc.__traceback__ = None
             check_device(one.impl)
 
     def time_others() -> None:
-        nonlocal turn
-        turn += 1
+        nonlocal repetition
+        repetition += 1
         for offset in range(len(others)):
-            time_one(others[(turn + offset) % len(others)])
+            time_one(others[(repetition + offset) % len(others)])
 
     benchmark.pedantic(lambda: None if main is None else time_one(main), setup=time_others, rounds=rounds)
 

@@ -138,7 +138,7 @@ def hold(
     checkpointing: bool = False,
     budget: float,
 ) -> None:
-    """Measure ours beside the dense mask, one row each, and fail where ours could not or was wrong.
+    """Measure ours and the dense mask, one row each, and fail if ours could not run or was wrong.
 
     On a GPU ours runs inside 12 GB, also with features streamed from the host; the dense mask does too, and where that
     is too little for it, once more without a limit.
@@ -168,7 +168,7 @@ def hold(
         # Without the limit the dense mask repeats nothing that ran within it.
         before = field_[i - 1]
         if i and one.impl == before.impl == "dense_mask" and before.row["status"] == "ok":
-            one.why_not = "fits the limit: measured there"
+            one.why_not = "fits the limit: measured with it"
         _prepare(one, results, i)
     _check(field_, results, problem)
     alive = [one for one in field_ if one.timed is not None]
@@ -179,10 +179,10 @@ def hold(
     for one in field_:
         session.record("encoder", {"run": run, "direction": direction, **kept, **_row(one, rounds)})
     ours = [one for one in field_ if one.impl != "dense_mask" and not one.slide.compiled]
-    told = "; ".join(f"{one.impl}: {one.row['reason']}" for one in ours)
+    reasons = "; ".join(f"{one.impl}: {one.row['reason']}" for one in ours)
     # What the caller holds on the card may leave too little of 12 GB: then streaming has to do.
-    assert any(one.row["status"] == "ok" for one in ours), told
-    assert all(one.row["status"] != "wrong" for one in ours), told
+    assert any(one.row["status"] == "ok" for one in ours), reasons
+    assert all(one.row["status"] != "wrong" for one in ours), reasons
 
 
 def _too_large(problem: Problem) -> str | None:

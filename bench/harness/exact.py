@@ -37,8 +37,8 @@ class Sample:
     def errors(self, tensors: dict[str, Tensor]) -> tuple[float, float]:
         """Worst over tensors [T, H, D] and fragments: norm of the error over norm, largest error over largest value.
 
-        Fragment by fragment, since outputs shrink with its length: a long one would vanish beside a short one. A
-        fragment of one token has gradients of exactly 0: those are measured by what normal inputs give, L^-1/2.
+        Fragment by fragment, since outputs shrink with its length: a long one would be negligible compared with a short
+        one. A fragment of one token has gradients of exactly 0: those are measured by what normal inputs give, L^-1/2.
         """
         worst_norm = worst_max = 0.0
         for length, rows, values in self.fragments:
@@ -67,11 +67,11 @@ def exact_sample(problem: Problem, qkv: Tensor, dout: Tensor | None, *, rotated:
         begin, end = int(starts[segment]), int(starts[segment + 1])
         local = _rows(end - begin, rng).to(qkv.device)
         part = slice(begin, end)
-        here = None if dout is None else dout[part, head].double()
-        values = _segment(q[part], k[part], v[part], here, local, scale)
+        gradient = None if dout is None else dout[part, head].double()
+        values = _segment(q[part], k[part], v[part], gradient, local, scale)
         rows = local + begin
         if cos is not None and sin is not None:
-            # The gradient of what came before the rotation: turned back.
+            # The gradient with respect to the input of the rotation: rotated back.
             for name in {"dq", "dk"} & values.keys():
                 values[name] = apply_rotation(values[name][:, None], cos[rows], -sin[rows])[:, 0]
         fragments.append((end - begin, rows, values))

@@ -48,8 +48,8 @@ def _fixed() -> dict[str, Any]:
 def commit() -> str | None:
     """Short hash of the checkout, with "+" after it where tracked files differ; EXAONEPATH_BENCH_COMMIT where a copy of
     the tree came without its history."""
-    if told := os.environ.get("EXAONEPATH_BENCH_COMMIT"):
-        return told
+    if commit := os.environ.get("EXAONEPATH_BENCH_COMMIT"):
+        return commit
     head = _git("rev-parse", "--short", "HEAD")
     if not head:
         return None
@@ -60,7 +60,7 @@ def commit() -> str | None:
 
 @cache
 def source_hash() -> str:
-    """Hash of the Python code under measurement: tells two states of one commit apart, and needs no git."""
+    """Hash of the Python code under measurement: it distinguishes two states of one commit, and needs no git."""
     package = Path(exaonepath.__file__).parent
     kernels = package / "kernels" if (package / "kernels").is_dir() else ROOT / "kernels"
     digest = hashlib.sha256()

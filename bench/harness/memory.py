@@ -34,7 +34,7 @@ def peak_mb(work: Callable[[], object], device: str, *, tidy: bool = True) -> fl
         # The size from which blocks are given back at once grows with use: set it, until this is measured.
         libc.mallopt(_M_MMAP_THRESHOLD, 128 << 10)
     try:
-        reset.write_text("5")  # the kernel's own high-water mark starts again from here
+        reset.write_text("5")  # resets the kernel's own high-water mark
     except OSError:
         return None
     before = _kilobytes("VmRSS", status)

@@ -25,8 +25,9 @@ _NORMS = ("layer_norm", "layernorm", "rowwisemoments", "rms_norm", "rmsnorm")
 def time_shares(work: Callable[[], object], device: str) -> dict[str, float]:
     """Shares of the device's busy time during `work`, adding up to 1.
 
-    On a GPU every kernel counts once, told by its name. On the CPU every operator's own time does, and what runs inside
-    our attention is attention; work in autograd's own thread is not seen there, so only forward passes make sense.
+    On a GPU every kernel counts once, classified by its name. On the CPU every operator's own time does, and what runs
+    inside our attention is attention; work in autograd's own thread is not recorded, so only forward passes make
+    sense.
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     with _attention_marked() if device == "cpu" else _nothing(), profile(activities=activities) as recorded:

@@ -1,7 +1,7 @@
 """Compiled `flex_attention` with a BlockMask made by hand from the segments, which is cheaper than `create_block_mask`.
 
 Compiled with dynamic shapes: every slide has its own number of patches, and a compilation takes longer than a slide.
-`flex_static` is compiled for the one shape at hand, at a few shapes, for comparison.
+`flex_static` is compiled for the current shape only, at a few shapes, for comparison.
 """
 
 from __future__ import annotations

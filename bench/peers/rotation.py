@@ -1,4 +1,4 @@
-"""The cheapest rotation beside an attention without one: one compiled pass over queries and keys."""
+"""The cheapest rotation for an attention without one: one compiled pass over queries and keys."""
 
 from __future__ import annotations
 

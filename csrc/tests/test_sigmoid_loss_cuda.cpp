@@ -18,7 +18,7 @@ struct Result {
   std::vector<double> sums;
 };
 
-// The pass with gradients beside the products (or in their place), in rows of ld_grad elements; `skew` moves the
+// The pass with gradients next to the products (or in their place), in rows of ld_grad elements; `skew` moves the
 // products off their alignment.
 template <typename Grad>
 Result pass(const Tile& tile, GradKind kind, std::int64_t ld_grad, bool in_place = false, int skew = 0) {
@@ -83,10 +83,10 @@ void tiles() {
       const std::string what = std::to_string(rows) + " x " + std::to_string(cols) + ", " + std::to_string(patients) +
                                " patients, ";
       check<float>(tile, GradKind::kFloat32, what + "float32", 0, 0);
-      const Result beside = pass<float>(tile, GradKind::kFloat32, tile.ld);
+      const Result separate = pass<float>(tile, GradKind::kFloat32, tile.ld);
       const Result in_place = pass<float>(tile, GradKind::kFloat32, tile.ld, true);
-      expect(elements<float>(tile, beside, tile.ld) == elements<float>(tile, in_place, tile.ld), what + "in place");
-      expect(beside.sums == in_place.sums, what + "sums in place");
+      expect(elements<float>(tile, separate, tile.ld) == elements<float>(tile, in_place, tile.ld), what + "in place");
+      expect(separate.sums == in_place.sums, what + "sums in place");
       if (patients != 2) continue;  // what differs with the storage has been seen
       check<__half>(tile, GradKind::kFloat16, what + "float16", 0x1p-11, 0x1p-25);
       check<__nv_bfloat16>(tile, GradKind::kBfloat16, what + "bfloat16", 0x1p-8, 0);
@@ -145,9 +145,9 @@ void adds_and_refuses() {
   });
   try {
     call(x, grad.data(), f32, 3, 5, 5, t.sums, 7);
-    expect(false, "a device that is not there");
+    expect(false, "a device that does not exist");
   } catch (const std::runtime_error& error) {
-    expect(std::string(error.what()) == "cudaSetDevice: invalid device ordinal", "a device that is not there");
+    expect(std::string(error.what()) == "cudaSetDevice: invalid device ordinal", "a device that does not exist");
   }
 }
 

@@ -55,8 +55,8 @@ class Alignment:
         wanted = known.patients if patients is None else tuple(patients)
         if unknown := sorted(set(wanted) - set(known.patients)):
             raise SettingsError(f"the cohort has no patient {few(unknown)}")
-        everybody = Split({"train": (), "val": (), "test": known.patients})  # no patient is used for training
-        data = TrainingData(known, everybody, standardizer_of(self.model), settings, 0)
+        all_test = Split({"train": (), "val": (), "test": known.patients})  # no patient is used for training
+        data = TrainingData(known, all_test, standardizer_of(self.model), settings, 0)
         return Subject(self.model, data, False, self.processes).embed(wanted)
 
 

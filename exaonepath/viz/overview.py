@@ -52,7 +52,7 @@ def draw_overview(
         coords: int [N, 2], corners of the patches at level 0; for N = 0, the picture states that there are none.
         patch_size_level0: side of a patch in level-0 pixels.
         embedding: float [N, E], shown as colours. A patch is not shown if a quarter or more of it is outside the slide,
-            because its embedding depends on the black pixels there.
+            because its embedding depends on the black pixels outside.
         out_png: the file to write, in an existing folder, completely or not at all.
         title, subtitle, caption: text above and below; None: the slide's name, its numbers, nothing.
         colors: uint8 [N, 3] to use instead of `embedding_colors(embedding)`.

@@ -210,8 +210,8 @@ def measure(subject: Subject, labels: Iterable[str]) -> dict[str, Any]:
     found["recall@1, all pairs"] = _mean(list(found.values()))
     for label in labels:
         train_labels, test_labels = column(subject, known.patients, label), column(subject, held_out.patients, label)
-        everybody = np.ones(len(known.patients), bool), np.ones(len(held_out.patients), bool)
-        views = {"all modalities": (known.fused, held_out.fused, *everybody)}
+        all_rows = np.ones(len(known.patients), bool), np.ones(len(held_out.patients), bool)
+        views = {"all modalities": (known.fused, held_out.fused, *all_rows)}
         if "wsi" in held_out.modality:
             width = subject.cohort.slides.dim
             assert width is not None
