@@ -93,3 +93,7 @@ class FileBusyError(ExaonePathError, OSError):
 class WeightsError(ExaonePathError):
     """A model's files cannot be found or read, are damaged, or do not fit the model (missing, unexpected or misshapen
     tensors, others than floating point, NaN)."""
+
+
+class StoredConfigError(WeightsError, ConfigError):
+    """The config.json of a model's files holds an unknown key or an impossible value."""

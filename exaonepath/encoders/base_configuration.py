@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from exaonepath.encoders.repository import Repository
-from exaonepath.errors import ConfigError, WeightsError
+from exaonepath.errors import ConfigError, StoredConfigError, WeightsError
 from exaonepath.files.strict_json import parse_json, shown
 from exaonepath.ops.attention.fragment_attention import ATTENTION_BACKENDS
 
@@ -79,7 +79,7 @@ class ExaonePathPretrainedConfig(PretrainedConfig):
         try:
             return cls.from_dict(config, **arguments)
         except ConfigError as exc:
-            raise ConfigError(f"{repository.location(CONFIG_NAME)}: {exc}") from exc
+            raise StoredConfigError(f"{repository.location(CONFIG_NAME)}: {exc}") from exc
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
