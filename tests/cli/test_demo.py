@@ -193,3 +193,22 @@ def test_real_slide_gives_the_grid_of_the_readme_picture(data_dir):
         tissue, patching, count = plan(opened, 280)
     assert hashlib.sha256((data_dir / "slides" / demo.SLIDE_NAME).read_bytes()).hexdigest() == demo.SLIDE_SHA256
     assert (len(tissue.contours), patching["step_size"], count) == (1, 112, 262)
+
+
+def test_a_slow_machine_encodes_fewer_patches_and_goes_on_with_them(tmp_path, monkeypatch, small_encoders, slide):
+    arguments = {"slide": slide, "device": "cpu", "dpi": 50}
+    fast = run_demo(tmp_path / "fast", **arguments)
+    monkeypatch.setattr(demo, "_rate", lambda encoder: 0.1)
+    slow = run_demo(tmp_path / "slow", **arguments)
+    assert 0 < slow.n_patches <= demo._LEAST_PATCHES < fast.n_patches
+    monkeypatch.setattr(demo, "_rate", lambda encoder: pytest.fail("measured again, with another grid as a result"))
+    assert run_demo(tmp_path / "slow", **arguments).n_patches == slow.n_patches
+    assert demo._earlier_step(tmp_path / "slow" / "patches" / "small.h5") in demo._STEPS
+    (tmp_path / "notes.h5").write_text("notes")
+    assert demo._earlier_step(tmp_path / "notes.h5") is None
+    assert demo._earlier_step(tmp_path / "nothing.h5") is None
+
+
+def test_the_rate_is_measured_on_the_encoder():
+    encoder = LoadedEncoder(PatchEncoderStub().eval(), "random:0", "patch", True)
+    assert demo._rate(encoder) > 0
