@@ -33,7 +33,7 @@ def test_another_cohort_and_a_model_without_a_run(alignment, run, cohort_folder)
     ours, theirs = alignment.embed(cohort_folder), model.embed(str(cohort_folder))
     assert ours.patients == theirs.patients
     np.testing.assert_array_equal(ours.fused, theirs.fused)
-    with pytest.raises(SettingsError, match="no cohort of its own"):
+    with pytest.raises(SettingsError, match="a model without a run has no cohort"):
         model.embed()
     with pytest.raises(SettingsError, match="no patient nobody"):
         alignment.embed(patients=["nobody"])
