@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from exaonepath.alignment.data.report import CohortReport
 from exaonepath.alignment.data.tables import ModalityTable
+from exaonepath.alignment.feature_match import FeatureMatch
 from exaonepath.errors import ConfigError
 from exaonepath.files.artifact import settings_hash
 from exaonepath.text import few
@@ -61,9 +62,8 @@ class FeatureManifest:
         Missing and unused features are added to the report. If no feature is in common, this is an error.
         """
         names = self.features[modality]
-        at = {name: column for column, name in enumerate(table.features)}
-        columns = np.array([at.get(name, -1) for name in names], np.int64)
-        lacking = [name for name, column in zip(names, columns, strict=True) if column < 0]
+        match = FeatureMatch.of(names, table.features)
+        lacking = match.lacking
         if len(lacking) == len(names):
             report.add(
                 "error",
@@ -82,72 +82,13 @@ class FeatureManifest:
                 f"training mean: {few(lacking)}",
                 features=lacking,
             )
-        unused = len(table.features) - (len(names) - len(lacking))
-        if unused:
-            known = set(names)
-            others = [name for name in table.features if name not in known]
+        if match.surplus:
             report.add(
                 "note",
                 "unused-features",
                 modality,
-                f"{unused} feature(s) of the cohort are not features of the model and are left out: {few(others)}",
-                features=others,
+                f"{len(match.surplus)} feature(s) of the cohort are not features of the model and are left out: "
+                f"{few(match.surplus)}",
+                features=match.surplus,
             )
-        return columns
-
-
-# If totals include other columns than in training, a warning is logged above this share of names or counts.
-_OTHER_TOTALS = 0.01
-
-
-def check_totals(
-    modality: str, table: ModalityTable, features: Sequence[str], measured: Sequence[str], report: CohortReport
-) -> None:
-    """Report a warning if counts per million are computed over other columns than in training.
-
-    Args:
-        modality: modality of the table.
-        table: counts.
-        features: the model's features.
-        measured: all columns of the training table; empty if the model does not store them: `features` is used then.
-        report: receives the warning.
-    """
-    trained = measured or features
-    known, held = set(trained), set(table.features)
-    lacking = [name for name in trained if name not in held]
-    surplus = [at for at, name in enumerate(table.features) if name not in known]
-    if len(lacking) + len(surplus) <= _OTHER_TOTALS * len(trained):
-        return
-    share = _share_of_counts(table, surplus)
-    if share <= _OTHER_TOTALS and len(lacking) <= _OTHER_TOTALS * len(trained):
-        return  # features that no training patient expresses were dropped in training, and add nothing to a total here
-    differences, effects = [], []
-    if surplus:
-        differences.append(
-            f"{len(surplus)} are additional ({few([table.features[at] for at in surplus], 3)}) and have "
-            f"{100 * share:.2g}% of the counts"
-        )
-        effects.append(f"the others are scaled to {100 * (1 - share):.3g}% of their value in training")
-    if lacking:
-        differences.append(f"{len(lacking)} are missing ({few(lacking, 3)})")
-        effects.append("the others are too high by the share of the missing ones")
-    doubt = (
-        "" if measured or not surplus else "; if training dropped these columns (`top_variance`), there is no problem"
-    )
-    report.add(
-        "warning",
-        "other-totals",
-        modality,
-        f"counts per million are computed over all {len(held)} columns of the table, but over {len(trained)} in "
-        f"training: {', '.join(differences)}; so {', and '.join(effects)}. Use a table with the columns of "
-        f"the training cohort{doubt}",
-        features=[*(table.features[at] for at in surplus), *lacking],
-    )
-
-
-def _share_of_counts(table: ModalityTable, columns: Sequence[int]) -> float:
-    of_columns = of_all = 0.0
-    for _, block in table.row_blocks():
-        of_all += float(np.nansum(block, dtype=np.float64))
-        of_columns += float(np.nansum(block[:, columns], dtype=np.float64))
-    return of_columns / of_all if of_all > 0 else 0.0
+        return match.columns

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from exaonepath.alignment.data.cohort import Cohort
-from exaonepath.alignment.data.manifest import FeatureManifest, check_totals
+from exaonepath.alignment.data.count_totals import check_totals
+from exaonepath.alignment.data.manifest import FeatureManifest
 from exaonepath.alignment.data.report import CohortReport
 from exaonepath.alignment.data.tables import ModalityTable
 from exaonepath.alignment.modalities import OMICS

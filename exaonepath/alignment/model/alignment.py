@@ -18,9 +18,9 @@ from transformers.utils import ModelOutput
 from exaonepath.alignment.batch import PatientBatch, SlideBatch, SlidePatches
 from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.model.configuration import ExaonePathAlignmentConfig, complete_omics_cfg
+from exaonepath.alignment.model.features import match_features
 from exaonepath.alignment.model.fusion import fuse
 from exaonepath.alignment.model.loss import PairwiseSigmoidLoss
-from exaonepath.alignment.model.manifest import match_features
 from exaonepath.alignment.model.omics import OmicsEncoder
 from exaonepath.encoders.base import ExaonePathPreTrainedModel
 from exaonepath.encoders.configuration import ExaonePathSlideEncoderConfig

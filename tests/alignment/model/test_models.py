@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModel
 from exaonepath.alignment.batch import PatientBatch, SlidePatches
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel, evaluating
 from exaonepath.alignment.model.configuration import ExaonePathAlignmentConfig, ExaonePathOmicsEncoderConfig
+from exaonepath.alignment.model.features import match_features, take_features
 from exaonepath.alignment.model.fusion import fuse
-from exaonepath.alignment.model.manifest import match_features, take_features
 from exaonepath.alignment.model.objective import AlignmentObjective
 from exaonepath.alignment.model.omics import ExaonePathOmicsEncoderModel
 from exaonepath.alignment.model.softmax import softmax_pair_loss

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from exaonepath.alignment.feature_match import FeatureMatch
 from exaonepath.errors import WeightsError
 from exaonepath.text import few
 
@@ -29,18 +30,15 @@ def match_features(modality: str, wanted: Sequence[str], found: Sequence[str], *
         WeightsError: the table lacks features of the model and `by_name` is False, or no feature is in common.
             (Additional columns are allowed: a measured table always has more features than a model.)
     """
-    column = {name: i for i, name in enumerate(found)}
-    places = torch.tensor([column.get(name, -1) for name in wanted], dtype=torch.int64)
-    lacking = [name for name in wanted if name not in column]
-    known = set(wanted)
-    surplus = [name for name in found if name not in known]
+    match = FeatureMatch.of(wanted, found)
+    places, lacking = torch.from_numpy(match.columns), match.lacking
     if not lacking:
         return places
     differences = "; ".join(
         f"{len(names)} of {of} {what}: {few(names, 8)}"
         for names, of, what in (
             (lacking, len(wanted), "features of the model are not in the table"),
-            (surplus, len(found), "features of the table are unknown to the model"),
+            (match.surplus, len(found), "features of the table are unknown to the model"),
         )
         if names
     )
