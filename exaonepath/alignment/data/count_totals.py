@@ -52,8 +52,8 @@ def check_totals(
         "other-totals",
         modality,
         f"counts per million are computed over all {len(table.features)} columns of the table, but over "
-        f"{len(trained)} in training: {', '.join(differences)}; so {', and '.join(effects)}. Use a table with the columns of "
-        f"the training cohort{doubt}",
+        f"{len(trained)} in training: {', '.join(differences)}; so {', and '.join(effects)}. Use a table "
+        f"with the columns of the training cohort{doubt}",
         features=[*surplus, *lacking],
     )
 
