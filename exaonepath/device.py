@@ -73,3 +73,18 @@ def inference(device: torch.device, dtype: torch.dtype, what: str, advice: str =
             yield
     except torch.OutOfMemoryError as exc:
         raise BackendError(f"{what} does not fit into the memory of {device}{advice}: {exc}") from exc
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the `with` block; afterwards every submodule has the mode that it had before.
+
+    `module.train(was_training)` would put frozen parts of a model that is being trained into training mode.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

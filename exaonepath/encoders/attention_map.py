@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exaonepath.encoders.leakage import block_calls, evaluating, rope_blocks
+from exaonepath.device import evaluating
+from exaonepath.encoders.leakage import block_calls, rope_blocks
 from exaonepath.errors import SettingsError
 from exaonepath.ops.attention.fragment_attention import fragment_attention
 from exaonepath.ops.attention.layout import Segments, build_fragment_layout

@@ -8,14 +8,13 @@ the block is called again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from exaonepath.device import evaluating
 from exaonepath.errors import SettingsError
 from exaonepath.ops.attention.layout import build_fragment_layout
 
@@ -115,14 +114,3 @@ def block_calls(
         for handle in handles:
             handle.remove()
     return calls
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside the `with` block, and restore the training flag after it."""
-    was = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was)

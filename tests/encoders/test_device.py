@@ -1,5 +1,7 @@
 """Names of devices and dtypes."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -47,3 +49,17 @@ def test_running_out_of_memory_is_a_typed_error():
 
     with pytest.raises(BackendError, match="a slide of 3 patches does not fit"):
         fill()
+
+
+def test_evaluation_mode_is_restored_for_each_part():
+    """Frozen parts of a model in training stay in evaluation mode, also after an error inside the block."""
+    from exaonepath.device import evaluating
+
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2)))
+    model.train()
+    model[1].eval()
+    before = [part.training for part in model.modules()]
+    with contextlib.suppress(KeyError), evaluating(model):
+        assert not any(part.training for part in model.modules())
+        raise KeyError
+    assert [part.training for part in model.modules()] == before

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from exaonepath.alignment.model.features import match_features
 from exaonepath.alignment.model.fusion import fuse
 from exaonepath.alignment.model.loss import PairwiseSigmoidLoss
 from exaonepath.alignment.model.omics import OmicsEncoder
+from exaonepath.device import evaluating
 from exaonepath.encoders.base import ExaonePathPreTrainedModel
 from exaonepath.encoders.configuration import ExaonePathSlideEncoderConfig
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
@@ -282,17 +282,6 @@ class ExaonePathAlignmentModel(ExaonePathPreTrainedModel):
             parts = zip(coords.split(slides.lengths), slides.features.split(slides.lengths), strict=True)
             coords = torch.cat([part[_permutation(part, features)] for part, features in parts])
         return coords, contours
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode inside the `with` block, and restore the previous mode after it."""
-    before = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(before)
 
 
 def _permutation(coords: Tensor, features: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from exaonepath.alignment.batch import PatientBatch
 from exaonepath.alignment.metrics.retrieval import PairEmbeddings, RetrievalScores, cross_modal_retrieval
-from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel, evaluating
+from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
 from exaonepath.alignment.training.distributed import Processes
+from exaonepath.device import evaluating
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from exaonepath.errors import SettingsError
 from exaonepath.kernels.launch_config import attention_config
+from exaonepath.log_once import warn_once
 from exaonepath.ops.attention import cpu as cpu_attention
 from exaonepath.ops.attention.layout import Segments
 from exaonepath.ops.attention.rotary import Rotation, apply_rotation, rotate_inplace
@@ -27,8 +28,6 @@ logger = logging.getLogger(__name__)
 _Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 ATTENTION_BACKENDS = ("auto", "sdpa", "eager", "triton")
-
-_logged: set[str] = set()
 
 
 def resolve_backend(
@@ -64,9 +63,8 @@ def resolve_backend(
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _kernels_support(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     reason = unsupported_input(dtype, head_dim, 0) or unsupported_device(device)
-    if reason is not None and reason not in _logged:
-        _logged.add(reason)
-        logger.warning("%s; attention runs through torch's scaled_dot_product_attention", reason)
+    if reason is not None:
+        warn_once(logger, "%s; attention runs through torch's scaled_dot_product_attention", reason)
     return reason is None
 
 

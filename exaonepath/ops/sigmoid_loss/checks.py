@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from exaonepath.errors import SettingsError
+from exaonepath.log_once import warn_once
 from exaonepath.ops.sigmoid_loss.engine import DTYPES
 from exaonepath.ops.sigmoid_loss.pairs import PairwiseInputs
 from exaonepath.text import few
@@ -170,12 +170,8 @@ def check_finite_values(inputs: PairwiseInputs) -> None:
 def warn_no_valid_pair(any_positive: bool) -> None:
     """Log a warning, once per process, if a batch has no positive at all: the model learns nothing from it."""
     if not any_positive:
-        _warn_once()
-
-
-@cache
-def _warn_once() -> None:
-    logger.warning(
-        "a batch has no valid positive in any pair of modalities: its loss is 0 and its gradients are zero; "
-        "check availability and patient ids (logged once)"
-    )
+        warn_once(
+            logger,
+            "a batch has no valid positive in any pair of modalities: its loss is 0 and its gradients are zero; "
+            "check availability and patient ids (logged once)",
+        )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from functools import cache
 
 import torch
 
 from exaonepath.errors import BackendError, SettingsError
+from exaonepath.log_once import warn_once
 from exaonepath.ops.extension import load_extension, why_no_cuda_half
 from exaonepath.ops.sigmoid_loss.sweep import CPU_TILE, CUDA_TILE, CudaPass, Engine, Tile, cpu_pass, torch_pass
 
@@ -64,11 +64,6 @@ def _best_available(device: torch.device, dtype: torch.dtype) -> str:
         return "torch"
     reason = why_not(device.type, device, dtype)
     if reason:
-        _warn_once(reason)
+        warn_once(logger, "the sigmoid loss runs in plain torch: %s", reason)
         return "torch"
     return device.type
-
-
-@cache
-def _warn_once(reason: str) -> None:
-    logger.warning("the sigmoid loss runs in plain torch: %s", reason)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from exaonepath.device import inference
+from exaonepath.device import evaluating, inference
 from exaonepath.errors import BackendError, DataFileError, DeviceError, SettingsError
 from exaonepath.files.artifact import MadeFrom, canonical_json, refuse_input_as_output, reuse, settings_hash
 from exaonepath.files.atomic import ensure_folder
@@ -226,15 +226,16 @@ class _Encoder:
         self._module, self._preprocessing, self._device, self._dtype = module, preprocessing, device, dtype
 
     def __enter__(self) -> _Encoder:
-        self._was_training = self._module.training
         try:
-            self._module.to(self._device).eval()
+            self._module.to(self._device)
         except (RuntimeError, AssertionError) as exc:  # torch built without CUDA asserts
             raise DeviceError(f"the patch encoder cannot be moved to {self._device}: {exc}") from exc
+        self._mode = evaluating(self._module)
+        self._mode.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._module.train(self._was_training)
+        self._mode.__exit__(None, None, None)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Features, float32 [b, D], of images uint8 [b, crop, crop, 3]."""

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from exaonepath import log_once
 from exaonepath.alignment.model.cached_gradients import cached_gradient_step
 from exaonepath.alignment.model.loss import PairwiseSigmoidLoss
 from exaonepath.errors import SettingsError
-from exaonepath.ops.sigmoid_loss import checks as sigmoid_loss_checks
 from exaonepath.reference.sigmoid_loss import dense_sigmoid_loss
 
 WIDTHS = {"wsi": 6, "rna": 5, "cnv": 4}
@@ -92,7 +92,7 @@ def test_several_rows_of_one_patient_are_positives():
 
 
 def test_nothing_in_common_is_zero_with_zero_gradients_and_said_once(caplog):
-    sigmoid_loss_checks._warn_once.cache_clear()
+    log_once.forget()
     loss, h = make(), batch(4)
     halves = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]).bool()
     with caplog.at_level(logging.WARNING):

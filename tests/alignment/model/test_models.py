@@ -11,13 +11,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from exaonepath.alignment.batch import PatientBatch, SlidePatches
-from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel, evaluating
+from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
 from exaonepath.alignment.model.configuration import ExaonePathAlignmentConfig, ExaonePathOmicsEncoderConfig
 from exaonepath.alignment.model.features import match_features, take_features
 from exaonepath.alignment.model.fusion import fuse
 from exaonepath.alignment.model.objective import AlignmentObjective
 from exaonepath.alignment.model.omics import ExaonePathOmicsEncoderModel
 from exaonepath.alignment.model.softmax import softmax_pair_loss
+from exaonepath.device import evaluating
 from exaonepath.encoders.loading import randomize, weights_fingerprint
 from exaonepath.errors import ConfigError, SettingsError, WeightsError
 

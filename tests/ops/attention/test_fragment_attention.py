@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from exaonepath import log_once
 from exaonepath.errors import SettingsError
 from exaonepath.ops.attention import cpu as cpu_attention
 from exaonepath.ops.attention.fragment_attention import fragment_attention, resolve_backend
@@ -186,7 +187,7 @@ class Card:
 
     def __init__(self, monkeypatch, capability):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(module, "_logged", set())
+        log_once.forget()
 
 
 def test_auto_takes_the_kernels_on_a_card_that_can_run_them(monkeypatch):

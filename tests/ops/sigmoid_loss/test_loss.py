@@ -10,9 +10,9 @@ from itertools import combinations, permutations
 import pytest
 import torch
 
+from exaonepath import log_once
 from exaonepath.errors import BackendError, SettingsError
 from exaonepath.ops import extension
-from exaonepath.ops.sigmoid_loss import checks as sigmoid_loss_checks
 from exaonepath.ops.sigmoid_loss import engine as sigmoid_loss_engine
 from exaonepath.ops.sigmoid_loss import pairs as sigmoid_loss_pairs
 from exaonepath.ops.sigmoid_loss import sweep as sigmoid_loss_sweep
@@ -388,7 +388,7 @@ def test_check_finite_names_modality_rows_and_pairs():
 
 
 def test_no_valid_pair_is_zero_and_said_once(caplog):
-    sigmoid_loss_checks._warn_once.cache_clear()
+    log_once.forget()
     case = Case(6, missing=1.1)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -402,7 +402,7 @@ def test_without_the_extension_torch_serves_and_says_so_once(monkeypatch, caplog
     case = Case(20, seed=13)
     reason = "the C++ extension cannot be loaded (made up)"
     monkeypatch.setattr(sigmoid_loss_engine, "load_extension", lambda: (None, reason))
-    sigmoid_loss_engine._warn_once.cache_clear()
+    log_once.forget()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             absent, gradients = case.run(sigmoid_loss, torch.float32, backend="auto")
