@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 from exaonepath.encoders.base import ExaonePathPreTrainedModel
 from exaonepath.encoders.block import compute_dtype, stream_dtype
 from exaonepath.encoders.configuration import ExaonePathSlideEncoderConfig
+from exaonepath.encoders.exporting import encode_padded
 from exaonepath.encoders.memory_plan import MemoryPlan, Workload, available_memory, parse_memory, plan_memory
 from exaonepath.encoders.slide_transformer import SlideTransformer, TokenOrder
 from exaonepath.encoders.slide_transformer import ffn_hidden as ffn_hidden
@@ -261,14 +262,17 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
         self, features: Tensor, mask: Tensor, coords: Tensor | None, contour: Tensor | None
     ) -> SlideEncoderOutput:
         """The forward pass by calls of all modules; it supports gradients."""
-        layout = build_fragment_layout(self.transformer.n_prefix, mask, contour)
-        order = TokenOrder.of(layout, mask.numel())
-        packed = self.slide_encoder(features.flatten(0, 1), layout, coords, self.config._attn_implementation)
-        positions = order.positions()
-        encoded = packed.index_select(0, positions.clamp(min=0)).unflatten(0, mask.shape)
-        del packed
+        if torch.compiler.is_exporting():
+            encoded, all_valid = encode_padded(self.transformer, features, mask, coords, contour), False
+        else:
+            layout = build_fragment_layout(self.transformer.n_prefix, mask, contour)
+            order = TokenOrder.of(layout, mask.numel())
+            packed = self.slide_encoder(features.flatten(0, 1), layout, coords, self.config._attn_implementation)
+            encoded = packed.index_select(0, order.positions().clamp(min=0)).unflatten(0, mask.shape)
+            del packed
+            all_valid = order.all_valid
         valid = mask[:, :, None]
-        if not order.all_valid:
+        if not all_valid:
             encoded = torch.where(valid, encoded, 0)
 
         dtype = torch.promote_types(features.dtype, self.dtype)
@@ -276,7 +280,7 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
         features_mean = _sum_valid(features, valid) / count
         encoded_mean = encoded.sum(1) / count  # padded rows are 0
         slide_embedding = torch.cat([features_mean.to(encoded.dtype), encoded_mean], -1).to(dtype)
-        if not order.all_valid:
+        if not all_valid:
             features = torch.where(valid | torch.isfinite(features), features, 0)
         patch_embedding = torch.cat([features.to(dtype), encoded.to(dtype)], -1)
         return SlideEncoderOutput(patch_embedding=patch_embedding, slide_embedding=slide_embedding)

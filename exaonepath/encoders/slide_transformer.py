@@ -188,12 +188,17 @@ class SlideTransformer(nn.Module):
             for nope, segments in ((True, layout.slides), (False, layout.fragments))
         }
 
-    def _is_nope(self, i: int) -> bool:
+    def is_nope(self, i: int) -> bool:
+        """Whether block `i` attends over the whole slide, without rotation; the others attend inside fragments."""
         return bool(i % self.cfg["nope_interval"] == 0)
 
-    def _prefix(self, order: TokenOrder, dtype: torch.dtype) -> Tensor:
+    def prefix_tokens(self, dtype: torch.dtype) -> Tensor:
+        """CLS and storage tokens, [1, P, E]."""
         tokens: list[Tensor] = [self.cls_token, *([self.storage_tokens] if self.cfg["n_storage_tokens"] else [])]
-        return torch.cat(tokens, 1)[0].to(dtype).index_select(0, order.prefix_kinds)
+        return torch.cat(tokens, 1).to(dtype)
+
+    def _prefix(self, order: TokenOrder, dtype: torch.dtype) -> Tensor:
+        return self.prefix_tokens(dtype)[0].index_select(0, order.prefix_kinds)
 
     def encode(
         self,
@@ -232,7 +237,7 @@ class SlideTransformer(nn.Module):
             x.index_copy_(0, positions, self.patch_embed.lean(features.take(index), dtype, stream))
         del local
         for i, block in enumerate(self.blocks):
-            nope = self._is_nope(i)
+            nope = self.is_nope(i)
             segments, attention = resolved[nope]
             block_in_place(cast(Block, block), x, segments, None if nope else rotation, attention, chunks[nope], rows)
         return x
@@ -301,7 +306,7 @@ class SlideTransformer(nn.Module):
         x = torch.cat([prefix, embedded.to(stream)]).index_select(0, _inverse(order.prefix_positions, positions))
         del embedded
         for i, block in enumerate(self.blocks):
-            nope = self._is_nope(i)
+            nope = self.is_nope(i)
             segments, attention = resolved[nope]
             arguments = (x, segments, None if nope else rotation, attention)
             run = partial(block_by_rows, cast(Block, block), rows=rows, recompute=recompute) if lean else block

@@ -368,14 +368,6 @@ def test_a_linear_layer_is_traced():
         assert torch.allclose(traced(x[:2]), layer(x[:2]), rtol=0, atol=1e-6)
 
 
-def test_export_of_the_patch_encoder():
-    model = ExaonePathPatchEncoderModel(ExaonePathPatchEncoderConfig(img_size=28)).eval()
-    images = torch.randn(2, 3, 28, 28)
-    with torch.no_grad():
-        exported = torch.export.export(model, (images,)).module()
-        assert torch.allclose(exported(images), model(images), rtol=0, atol=1e-5)
-
-
 @pytest.mark.skipif(not onednn_available(), reason="this torch has no oneDNN linear")
 def test_the_onednn_operator_sees_only_plain_tensors(monkeypatch):
     from exaonepath.ops import linear as module
