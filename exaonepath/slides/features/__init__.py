@@ -1,1 +1,2 @@
-"""Features of patches: read, preprocessed, encoded; resumable, with a list of what could not be read."""
+"""Patch features: patches are read, preprocessed and encoded; runs can be resumed, and unreadable patches are
+listed."""
