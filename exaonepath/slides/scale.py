@@ -64,8 +64,8 @@ class OmeScale:
 def pixel_size(properties: Mapping[str, str]) -> tuple[float, str]:
     """(micrometres per pixel at level 0, the source of that value).
 
-    The first of these is used: OME-XML, in a TIFF without a vendor's own properties whose resolution tags are not
-    reliable; `openslide.mpp-x`; `aperio.MPP`; 10 / objective power; 0.5, assumed.
+    The first of these is used: OME-XML, in a TIFF without a vendor's own properties (the resolution tags of such a
+    file are not reliable); `openslide.mpp-x`; `aperio.MPP`; 10 / objective power; 0.5, assumed.
     """
     ome = ome_scale(properties)
     if ome is not None and ome.x is not None:

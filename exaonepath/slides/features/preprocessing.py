@@ -58,7 +58,7 @@ class PreprocessingConfig:
             values = tuple(float(value) for value in getattr(self, name))
             if len(values) != 3 or not all(math.isfinite(value) for value in values):
                 raise SettingsError(f"preprocessing: {name} must be three finite numbers, got {getattr(self, name)!r}")
-            object.__setattr__(self, name, values)  # lists (from JSON) become tuples, so that equal settings compare equal
+            object.__setattr__(self, name, values)  # lists (from JSON) become tuples: equal settings compare equal
         if min(self.std) <= 0:
             raise SettingsError(f"preprocessing: std must be positive, got {self.std!r}")
 

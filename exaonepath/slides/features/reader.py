@@ -25,7 +25,7 @@ from exaonepath.slides.image import SlideImage
 logger = logging.getLogger(__name__)
 
 # Decoded tiles kept for the next row of patches: two rows of 256 px tiles across 65,000 px of tissue. The gain is small
-# for JPEG (8 % on a slide 60,000 px wide), but decoding a JPEG 2000 tile twice costs ten times as much.
+# for JPEG (8 % on a slide 60,000 px wide), but a second decoding costs ten times as much for JPEG 2000.
 _CACHE_BYTES = 128 << 20
 _RUN = 8  # consecutive patches that one thread reads
 _MAX_DEFAULT_WORKERS = 16  # with more threads, storage is the limit, not decoding
