@@ -42,9 +42,9 @@ def draw_tissue(slide: SlideImage, tissue: Tissue, line_thickness: int = 100) ->
             cv2.polylines(picture, [points], True, colour, thickness, lineType=cv2.LINE_8)
     return picture
 
+
 def write_picture(path: str | os.PathLike[str], picture: np.ndarray) -> None:
-    
-    """Write an RGB picture [h, w, 3] as JPEG, whole or not at all. The array's channels are reversed on the way.
+    """Write an RGB picture [h, w, 3] as JPEG, whole or not at all. The channels of `picture` are reversed in place.
 
     Raises:
         OutputError: the file cannot be written.
