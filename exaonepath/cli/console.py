@@ -1,5 +1,4 @@
-"""Output of commands: results on standard output, everything else on standard error, progress bars on a terminal
-only."""
+"""Output of commands: results on standard output, everything else on standard error, bars on a terminal only."""
 
 from __future__ import annotations
 

@@ -29,8 +29,7 @@ F = TypeVar("F", bound=Callable[..., None])
 
 
 def guarded(command: F) -> F:
-    """Set up logging as requested; exit with one line for an error, and with 130 for Ctrl-C or a scheduler's
-    SIGTERM."""
+    """Set up logging; exit with one line for an error, and with 130 for Ctrl-C or a scheduler's SIGTERM."""
 
     @functools.wraps(command)
     def run(*args: Any, verbose: int = 0, quiet: bool = False, **kwargs: Any) -> None:

@@ -46,8 +46,7 @@ ATTRIBUTES = (
 
 @dataclass(frozen=True)
 class PatchFailure:
-    """A patch that could not be read, not even through a new handle: its row in the patches file, location and
-    error."""
+    """A patch that could not be read, not even through a new handle: row in the patches file, location, error."""
 
     index: int
     x: int
@@ -156,8 +155,7 @@ def write_features(
 
 
 def merge_by_index(first: Iterator[Rows], second: Iterator[Rows]) -> Iterator[Rows]:
-    """Merge two streams of (increasing indices, rows) into one ordered by index; blocks are split where they
-    alternate."""
+    """Merge two streams of (increasing indices, rows) by index; blocks are split where the streams alternate."""
     streams = (first, second)
     waiting = [next(stream, None) for stream in streams]
     while (a := waiting[0]) is not None and (b := waiting[1]) is not None:

@@ -376,8 +376,7 @@ class StoredArray:
         return values
 
     def parts(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, rows), in order, a bounded number of bytes at a time; at least once, also for an empty
-        dataset."""
+        """Yield (first row, rows), in order, in parts of bounded size; at least once, also for an empty dataset."""
         row = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
         step = self._unit * max(1, _READ_BYTES // (self._unit * row))
         for start in range(0, max(1, len(self)), step):

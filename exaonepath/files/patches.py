@@ -1,5 +1,4 @@
-"""The HDF5 file of patch coordinates: EXAONE Path's layout, plus attributes that show whether the file is still
-valid."""
+"""The HDF5 file of patch coordinates: EXAONE Path's layout, plus attributes that show whether it is still valid."""
 
 from __future__ import annotations
 

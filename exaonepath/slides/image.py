@@ -103,8 +103,7 @@ class SlideImage:
             return int(handle.get_best_level_for_downsample(downsample))
 
     def set_cache_bytes(self, capacity: int) -> None:
-        """Keep up to `capacity` bytes of decoded tiles (OpenSlide's default: 32 MiB); this also applies to new
-        handles."""
+        """Keep up to `capacity` bytes of decoded tiles (OpenSlide's default: 32 MiB), in new handles too."""
         cache = openslide.OpenSlideCache(capacity)
         with self._reading() as handle:
             handle.set_cache(cache)
@@ -152,8 +151,7 @@ class SlideImage:
             yield np.asarray(image.crop((0, top, size[0], min(top + rows, size[1]))))
 
     def read_image(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
-        """`read_region` as a Pillow image (RGBA); if the pixels are processed with Pillow, this saves two copies of
-        them."""
+        """`read_region` as a Pillow image (RGBA); saves two copies of the pixels if the caller works with Pillow."""
         with self._reading() as handle:
             try:
                 return handle.read_region(location, level, size)
@@ -175,8 +173,7 @@ class SlideImage:
         return image
 
     def missing_share(self, image: Image.Image, location: tuple[int, int]) -> float:
-        """Fraction of a level-0 region's pixels inside the slide for which the file holds no data; they are read as
-        black.
+        """Fraction of the pixels of a level-0 region inside the slide that have no data; they are read as black.
 
         Tiles of zero length are a fault in most formats. In formats that do not store empty glass they are background.
 
@@ -384,8 +381,7 @@ def slide_id(path: Path) -> str:
 
 
 def leaves_out_background(properties: Mapping[str, str]) -> bool:
-    """Whether tiles without data are normal in the format of a slide; in all other formats they are a fault of the
-    file."""
+    """Whether tiles without data are normal in the slide's format; in all other formats they are a fault."""
     return properties.get("openslide.vendor") in _SPARSE_FORMATS
 
 

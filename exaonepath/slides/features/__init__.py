@@ -1,2 +1,1 @@
-"""Patch features: patches are read, preprocessed and encoded; runs can be resumed, and unreadable patches are
-listed."""
+"""Patch features: reading, preprocessing, encoding; runs can be resumed, and unreadable patches are listed."""

@@ -143,8 +143,7 @@ def extract_features(
         made_from = MadeFrom(key, slide.fingerprint(), str(slide.path.resolve()), slide.mtime_ns)
 
         def finished(overwrite: bool) -> tuple[tuple[PatchFailure, ...] | None, int]:
-            """Failures and number of partly missing patches of the finished file; (None, 0) if there is no such
-            file."""
+            """Failures and number of partly missing patches of the finished file; (None, 0) if it is missing."""
             found = reuse(
                 out,
                 KIND,

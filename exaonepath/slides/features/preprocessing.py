@@ -68,8 +68,7 @@ class PreprocessingConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PreprocessingConfig:
-        """Build from the mapping that `to_dict` returns; absent keys take their default, unknown keys raise
-        `SettingsError`."""
+        """Build from `to_dict`'s result; absent keys take their default, unknown keys raise `SettingsError`."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise SettingsError(f"preprocessing: unknown setting {', '.join(unknown)}")
