@@ -117,8 +117,7 @@ def write_features(
     Args:
         path: the output.
         blocks: (indices int64 [b], features float32 [b, dim]) by increasing index; together they contain every patch
-            that
-            did not fail, exactly once.
+            that did not fail, exactly once.
         coords: int32 [N, 2] of all patches, failed ones too.
         contour_index: int32 [N] of all patches, failed ones too.
         dim: width of a row.

@@ -123,8 +123,7 @@ def read_patches(path: str | os.PathLike[str]) -> PatchSet:
 
     Raises:
         DataFileError: the file is missing, damaged or incomplete, or has no coords or no patch_size; shapes or types
-            cannot
-            be those of coordinates; coords and contour_index differ in length.
+            cannot be those of coordinates; coords and contour_index differ in length.
     """
     path = Path(path)
     with open_h5(path, required=["coords"]) as file:

@@ -86,8 +86,7 @@ def read_tensor(file: BinaryIO, name: str, tensor: StoredTensor, where: str) -> 
         if count != len(view):
             raise WeightsError(f"{where} became shorter while it was read")
         # NaN propagates through a minimum, so the minimum and maximum are finite only if all values are. This needs one
-        # pass
-        # without a copy; isfinite takes twenty times as long.
+        # pass without a copy; isfinite takes twenty times as long.
         if not torch.isfinite(torch.stack(torch.aminmax(values))).all():
             bad = int(values.numel() - torch.isfinite(values).sum())
             raise WeightsError(

@@ -28,8 +28,7 @@ def parse_json(data: bytes, where: str) -> Any:
 
     Raises:
         WeightsError: not JSON, nested deeper than `MAX_DEPTH`, a repeated key in one object, NaN or infinity, or text
-            that
-            is not valid Unicode (half of a surrogate pair).
+            that is not valid Unicode (half of a surrogate pair).
     """
     if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise WeightsError(f"{where} starts with a byte order mark; save it again as UTF-8 without one")

@@ -40,8 +40,7 @@ def embed_slide(
         encoder: from `load_slide_encoder`.
         dtype: bfloat16 and float16 run under autocast; the result is always float32.
         max_memory: memory that the slide encoder may use on its device, weights included, in bytes or as "12GB"; None:
-            the
-            free memory on a GPU, no limit on a CPU.
+            the free memory on a GPU, no limit on a CPU.
 
     Raises:
         DataFileError: the features have no coordinates, or the wrong width.

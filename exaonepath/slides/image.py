@@ -1,7 +1,7 @@
 """A slide file opened through OpenSlide, with the properties that the rest of the package needs.
 
 An OpenSlide handle keeps its first error: every later call on the handle fails too. `SlideImage.read_region` therefore
-closes a failed handle and tries once more on a new one before the error is raised. The second try uses a handle of its
+retires a failed handle and tries once more on a new one before the error is raised. The second try uses a handle of its
 own: on a shared handle, a bad region read by one thread would make a good region of another thread fail.
 """
 
@@ -230,8 +230,7 @@ class SlideImage:
 
         At most 4 MiB are read, so the cost does not depend on the file size. Copying and renaming do not change the
         fingerprint. For a slide of several files (DICOM, MIRAX, VMS), the names, the sizes and a few blocks of the
-        other
-        files are included.
+        other files are included.
 
         Raises:
             SlideOpenError: the file no longer exists or cannot be read.

@@ -28,8 +28,7 @@ class PreprocessingConfig:
 
     Attributes:
         resize: length in pixels that the shorter side is resized to (PIL bilinear, antialiased). The published model
-            was
-            trained with 256; a newer revision of the original uses 224.
+            was trained with 256; a newer revision of the original uses 224.
         crop: side in pixels of the centre crop, at most `resize`: a smaller image would be padded with black, which the
             encoder was not trained on.
         mean: subtracted per RGB channel, after division by 255.
@@ -103,8 +102,7 @@ def _span(length: int, resized: int, crop: int) -> _Span:
     if length == resized:
         return _Span(first, first + crop, 0.0, float(crop), crop, 0)
     # PIL keeps the box in float32 and computes sample positions from it in float64. Both are exact, and the result
-    # equals
-    # that of the full resize, if the scale is a fraction over a power of two (always the case for resize 256).
+    # equals that of the full resize, if the scale is a fraction over a power of two (always the case for resize 256).
     reduced = resized // math.gcd(length, resized)
     if reduced & (reduced - 1) or length * reduced >= 1 << 24:
         return _whole(length, resized, crop)

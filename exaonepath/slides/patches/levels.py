@@ -70,7 +70,7 @@ class LevelReader:
         return (int(w / self.shrink), int(h / self.shrink)) if self.shrink > 1 else (w, h)
 
     def peak_bytes(self) -> int:
-        """Bytes needed to segment the result, without contours: 8 per pixel of the result, and the memory for reading."""
+        """Bytes needed to segment the result, without contours: 8 per pixel of the result, plus those for reading."""
         width, height = self.size
         level_width, level_height = self.slide.level_dimensions[self.level]
         whole = 0 if self._even_factor() is not None else 3 * level_width * level_height

@@ -143,8 +143,7 @@ class _Bins:
     def __init__(self, grids: Grids, offsets: np.ndarray, shift: int) -> None:
         self._grids, self._offsets, self._shift = grids, offsets, shift
         # One extra byte: a crossing to the right of a row's last column toggles the first point of the next row. This
-        # is
-        # harmless, because every row crosses a closed outline an even number of times.
+        # is harmless, because every row crosses a closed outline an even number of times.
         self._toggles = np.zeros(offsets[-1] + 1, np.uint8)
         self._contacts: np.ndarray | None = None
 
