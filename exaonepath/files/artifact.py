@@ -74,7 +74,7 @@ def reuse(
 
     Raises:
         OutputCollisionError: another file, a file of another program, or the result of another slide would be lost.
-        OutputError: `path` is a folder, or must not be read.
+        OutputError: `path` is a folder, or permission to read it is denied.
     """
     try:
         _refuse_other_files(path, kind)

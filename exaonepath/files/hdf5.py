@@ -58,7 +58,7 @@ def open_h5(path: str | os.PathLike[str], required: Iterable[str] = ()) -> Itera
         DamagedFileError: the file is truncated or damaged, or damage is found while the block reads it.
         ForeignFileError: it is not an HDF5 file, or has content that a file of arrays does not need: links, external or
             virtual data.
-        FileBusyError: another process is writing the file, or it must not be read.
+        FileBusyError: another process is writing the file, or permission to read it is denied.
     """
     path = Path(path)
     with _opened(path) as (file, raw):

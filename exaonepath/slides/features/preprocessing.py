@@ -28,7 +28,7 @@ class PreprocessingConfig:
 
     Attributes:
         resize: length in pixels that the shorter side is resized to (PIL bilinear, antialiased). The published model
-            was trained with 256; a newer revision of the original uses 224.
+            was made with 256; a newer revision of the original uses 224.
         crop: side in pixels of the centre crop, at most `resize`: a smaller image would be padded with black, which the
             encoder was not trained on.
         mean: subtracted per RGB channel, after division by 255.
