@@ -1,4 +1,4 @@
-"""The `exaonepath` command: its subcommands, each of which imports what it needs when it is called."""
+"""The `exaonepath` command: each subcommand imports the modules that it needs only when it is called."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the `exaonepath` command."""
-    with interruptible():  # from the first argument on: a path is looked at before its command begins
+    with interruptible():  # covers argument parsing too: paths are checked before the command starts
         app()
 
 

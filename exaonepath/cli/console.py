@@ -11,19 +11,19 @@ from exaonepath.text import printable
 
 
 def say(message: str) -> None:
-    """One line to standard error, whatever characters the names in it hold."""
+    """Write one line to standard error; names in it may contain any characters."""
     sys.stderr.write(printable(message) + "\n")
 
 
 def say_result(path: Path, what: str, reused: bool, quiet: bool) -> None:
-    """One line to standard output: the file, two spaces, what it holds."""
+    """Write one line to standard output: the file, two spaces, its content."""
     if not quiet:
         note = ", ".join(filter(None, [what, "already there" if reused else ""]))
         sys.stdout.write(printable(f"{path}  {note}".rstrip()) + "\n")
 
 
 def say_unreadable(count: int, total: int, slide: Path, listed_in: Path) -> None:
-    """Tell of patches that could not be read."""
+    """Report the number of patches that could not be read."""
     say(
         f"{count} of {total} patches of {slide} could not be read; they are listed in {listed_in} (failed_index, "
         "failed_coords, failed_reason); the same command tries them again"
@@ -31,14 +31,14 @@ def say_unreadable(count: int, total: int, slide: Path, listed_in: Path) -> None
 
 
 def note_random(is_random: bool, weights: str, quiet: bool) -> None:
-    """Say that the results mean nothing, where they mean nothing."""
+    """Note that the results have no meaning if the weights are random."""
     if is_random and not quiet:
         say(f"note: {weights} are random weights, for trying out: the embeddings carry no pathology")
 
 
 @contextmanager
 def status(text: str, quiet: bool) -> Iterator[None]:
-    """A spinner with a text while the block runs, on a terminal."""
+    """Show a spinner with a text while the block runs, on a terminal only."""
     if quiet or not sys.stderr.isatty():
         yield
         return
@@ -50,7 +50,7 @@ def status(text: str, quiet: bool) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(description: str, *, disable: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a function (done, total) that moves a bar on stderr, or None where there is no terminal to show it on."""
+    """Yield a function (done, total) that updates a bar on stderr, or None if stderr is not a terminal."""
     if disable or not sys.stderr.isatty():
         yield None
         return

@@ -51,7 +51,7 @@ def encode(
     settings = options.patching(patch_size, step_size, patch_level, otsu, seg_downsample, strict_scale)
     if not files:
         raise problems[0]
-    if not out.is_dir():  # a wrong path should not wait for the weights; a folder of finished results may be read-only
+    if not out.is_dir():  # fail before the weights are loaded; a folder of finished results may be read-only
         ensure_folder(out)
     with status("loading weights", quiet):
         patch_encoder = loading.load_patch_encoder(weights, device=target)

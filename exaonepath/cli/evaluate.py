@@ -39,7 +39,7 @@ def evaluate(
     from exaonepath.alignment.early_checks import check_headers, tables_of_evaluation
 
     check_headers(tables_of_evaluation(model, cohort, id_column))
-    # Only now what takes seconds to import.
+    # This import takes seconds, so it comes after the checks.
     from exaonepath.alignment.evaluate import EvaluationSettings
     from exaonepath.alignment.report import export_embeddings, write_report
     from exaonepath.alignment.subject import open_subject

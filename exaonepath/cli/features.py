@@ -1,4 +1,4 @@
-"""`exaonepath features`, and the stage behind it that the script of EXAONE Path runs too."""
+"""`exaonepath features`, and the stage that it shares with the script of EXAONE Path."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ def run_features(
     overwrite: bool,
     quiet: bool,
 ) -> int:
-    """The features stage of one slide as a command: results to stdout, notes to stderr, the exit code returned.
+    """Run the features stage of one slide as a command; results are written to stdout, notes to stderr.
+
+    Returns:
+        The exit code.
 
     Raises:
         ExaonePathError: see `extract_features`.
@@ -72,7 +75,7 @@ def run_features(
     preprocessing = PreprocessingConfig(resize=resize)
     target = resolve_device(device)
     compute = resolve_dtype(dtype, target)
-    with SlideImage(slide) as opened:  # first: a wrong path should not wait for the weights
+    with SlideImage(slide) as opened:  # opened first: a wrong path must fail before the weights are loaded
         encoder = loading.load_patch_encoder(weights, device=target)
         note_random(encoder.is_random, weights, quiet)
         with progress_bar(f"{opened.name}: features", disable=quiet) as progress:

@@ -1,7 +1,7 @@
-"""What holds for every command: its exit code, one line for an error, the rule of Ctrl-C, one slide per fault.
+"""Error handling shared by all commands: exit codes, one-line errors, Ctrl-C; a failed slide does not stop the others.
 
-Exit codes: 0 done; 1 an error, in one line; 2 wrong usage; 3 done, but some patches could not be read; 130 interrupted
-(the same command resumes).
+Exit codes: 0 success; 1 an error, reported in one line; 2 wrong usage; 3 success, but some patches could not be read;
+130 interrupted (the same command resumes).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ F = TypeVar("F", bound=Callable[..., None])
 
 
 def guarded(command: F) -> F:
-    """Logging as asked for, one line for an error of ours, 130 for Ctrl-C or a scheduler's SIGTERM."""
+    """Set up logging; exit with one line for an error, and with 130 for Ctrl-C or a scheduler's SIGTERM."""
 
     @functools.wraps(command)
     def run(*args: Any, verbose: int = 0, quiet: bool = False, **kwargs: Any) -> None:
@@ -39,7 +39,7 @@ def guarded(command: F) -> F:
                 command(*args, verbose=verbose, quiet=quiet, **kwargs)
         except (click.exceptions.ClickException, typer.Exit, typer.Abort):
             raise
-        # The one line and the status that scripts rely on, whatever a library or a strange file came up with.
+        # Scripts rely on the one line and the exit code, whatever error a library or an unusual file causes.
         except Exception as exc:
             report(exc, verbose)
             raise typer.Exit(EXIT_ERROR) from exc
@@ -51,7 +51,7 @@ def guarded(command: F) -> F:
 
 
 def report(exc: Exception, verbose: int, slide: Path | None = None) -> None:
-    """One line for an error; with -v its traceback as well."""
+    """Print one line for an error; with -v, also its traceback."""
     if verbose:
         logger.error("failed", exc_info=exc)
     if isinstance(exc, ExaonePathError):
@@ -67,7 +67,7 @@ def report(exc: Exception, verbose: int, slide: Path | None = None) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """A scheduler's polite kill (SIGTERM) ends the block like Ctrl-C: threads stopped, files closed."""
+    """Make SIGTERM, which schedulers send, end the block like Ctrl-C: threads are stopped, files are closed."""
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -76,13 +76,13 @@ def interruptible() -> Iterator[None]:
 
 
 def each(files: list[Path], work: Callable[[Path], int], problems: list[SlideOpenError], verbose: int) -> None:
-    """Process files one after another, each a fault boundary of its own; exits with the worst code.
+    """Process files one after another; an error in one does not stop the others. Exits with the worst exit code.
 
     Args:
-        files: slides.
-        work: processes one and returns its exit code.
-        problems: files that cannot be processed, found beforehand.
-        verbose: 1 and more: errors come with their tracebacks.
+        files: the slides.
+        work: processes one slide and returns its exit code.
+        problems: errors of paths that cannot be processed, found beforehand.
+        verbose: if at least 1, errors are printed with their tracebacks.
     """
     from exaonepath.slides.encode import each_slide
 

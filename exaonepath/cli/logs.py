@@ -1,4 +1,4 @@
-"""Logging of commands: to standard error, at the level asked for, with names of files made harmless."""
+"""Logging of commands: to standard error, at the requested level, with control characters in file names escaped."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from exaonepath.text import printable
 
 _handler: logging.Handler | None = None
 
-_SHOWN_CAUSES = 8  # of an error, in a trace
+_SHOWN_CAUSES = 8  # errors of a chain that a trace shows
 
 
 def set_up_logging(verbose: int, quiet: bool) -> None:
-    """Warnings by default, -v information, -vv everything; errors alone with quiet. Libraries keep to errors."""
+    """Log warnings by default, information with -v, everything with -vv; errors only with quiet or from libraries."""
     global _handler
     level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     root = logging.getLogger()
@@ -33,31 +33,31 @@ def set_up_logging(verbose: int, quiet: bool) -> None:
     else:
         _handler = logging.StreamHandler()
         _handler.setFormatter(_PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
-    # The level is the handler's: a program that runs a command of ours keeps its own handlers and what they see.
+    # The level is set on the handler: a program that calls a command keeps its own handlers and their levels.
     _handler.setLevel(level)
     root.addHandler(_handler)
     root.setLevel(min(level, logging.WARNING))
     if level > logging.DEBUG:
-        # Their reports repeat, at length, what our own errors say in one line.
+        # The libraries' messages repeat, at length, the one-line errors of this package.
         _when_imported("transformers.utils.logging", lambda module: module.set_verbosity_error())
         _when_imported("huggingface_hub.utils.logging", lambda module: module.set_verbosity_error())
-    # Loading takes a second: its bar would only flicker, and land in the logs of batch jobs.
+    # Loading takes a second: a progress bar would only flicker, and would appear in the logs of batch jobs.
     _when_imported("transformers.utils.logging", lambda module: module.disable_progress_bar())
     if quiet or not sys.stderr.isatty():
         _when_imported("huggingface_hub.utils.tqdm", lambda module: module.disable_progress_bars())
 
 
 def _when_imported(name: str, call: Callable[[Any], None]) -> None:
-    """Call with the module now, if it is imported already, else once it is: a command decides what it imports."""
+    """Call with the module, now if it is imported already, otherwise after its import; nothing is imported here."""
     wrapt.register_post_import_hook(call, name)
 
 
 class _PrintableFormatter(logging.Formatter):
-    """Escapes what a name of a file would do to the terminal; line breaks of a traceback stay."""
+    """Escapes characters in file names that would control the terminal; line breaks of a traceback are kept."""
 
     def format(self, record: logging.LogRecord) -> str:
         record = copy.copy(record)
-        record.exc_text = None  # as another handler may have left it here, unescaped
+        record.exc_text = None  # another handler may have stored it here, unescaped
         return super().format(record)
 
     def formatMessage(self, record: logging.LogRecord) -> str:

@@ -1,4 +1,4 @@
-"""Every option that several commands share, once."""
+"""The options that several commands share, each defined once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Labels = Annotated[list[str] | None, typer.Option("--label", help="Column to pro
 def patching(
     patch_size: int, step_size: int | None, patch_level: int, otsu: bool, seg_downsample: float, strict_scale: bool
 ) -> dict[str, Any]:
-    """Keyword arguments of `patchfy`."""
+    """The options as keyword arguments of `patchfy`."""
     return {
         "patch_size": patch_size,
         "step_size": patch_size if step_size is None else step_size,

@@ -69,7 +69,7 @@ def train(
     if dry_run:
         _say_prepared(chosen, out)
         return
-    # Cohorts need packages of their own; --help and errors in the settings do not.
+    # Cohorts need additional packages; --help and errors in the settings do not.
     from exaonepath.alignment.training.run import train as run
 
     with _bar(quiet) as progress:
@@ -83,7 +83,7 @@ def train(
 
 
 def _leave_group() -> None:
-    """Where a launcher started several processes: say goodbye, or the backend complains at exit."""
+    """Destroy the process group if a launcher started several processes; otherwise the backend warns at exit."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
@@ -98,7 +98,7 @@ def _say_prepared(settings: TrainSettings, out: Path) -> None:
 
 @contextmanager
 def _bar(quiet: bool) -> Iterator[Any]:
-    """A bar with the loss on a terminal, a line now and then elsewhere."""
+    """Show a bar with the loss on a terminal, and an occasional line elsewhere."""
     if quiet:
         yield None
         return

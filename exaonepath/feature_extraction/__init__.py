@@ -1,4 +1,4 @@
-"""Import path of EXAONE Path and of version 0.1. The code is in `exaonepath.slides.features` and `exaonepath.files`."""
+"""Import path of EXAONE Path and version 0.1. The code is in `exaonepath.slides.features` and `exaonepath.files`."""
 
 from exaonepath.files.features import FeatureSet, PatchFailure, read_features
 from exaonepath.slides.features.extract import ExtractionResult, extract_features

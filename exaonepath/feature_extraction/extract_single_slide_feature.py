@@ -1,10 +1,10 @@
-"""Patch features of one slide, from the shell, with the original's flags.
+"""Computes the patch features of one slide from the shell, with the original's flags.
 
     python -m exaonepath.feature_extraction.extract_single_slide_feature \\
         --slide_path S --coords_h5_path C --out_h5_path O --batch_size_per_gpu 32 [--repo_id R]
 
-Exit status: 0 done; 1 an error, told in one line; 2 wrong usage; 3 done, but some patches could not be read; 130
-interrupted (the same command resumes).
+Exit status: 0 success; 1 an error, reported in one line; 2 wrong usage; 3 success, but some patches could not be read;
+130 interrupted (the same command resumes).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 overwrite=args.overwrite,
                 quiet=args.quiet,
             )
-    # One line and the exit code that scripts rely on, whatever a library or a strange file raises.
+    # Scripts rely on the one line and the exit code, whatever error a library or an unusual file raises.
     except Exception as exc:  # noqa: BLE001
         report(exc, args.verbose)
         return EXIT_ERROR

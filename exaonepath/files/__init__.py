@@ -1,1 +1,1 @@
-"""What is stored on disk: atomic files, the HDF5 gate, and the rule by which a stored result is used again."""
+"""Files on disk: atomic writing, strict reading of HDF5, and the rule by which a stored result is used again."""

@@ -1,4 +1,4 @@
-"""The one rule by which a stored result is used again, made again, or left alone because it is somebody else's."""
+"""The rule that decides if a stored result is used again, made again, or left unchanged because it is not ours."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Kind:
     """A kind of file that a stage writes.
 
     Attributes:
-        datasets: what every such file holds; the first one tells it from other files.
-        others: datasets that only files of other stages hold.
-        writer: names the program that wrote a file without our marks, as far as the layout shows it.
-        made_again: writers whose files hold nothing that making them again would lose.
+        datasets: datasets that every such file has; the first one distinguishes it from other files.
+        others: datasets that only files of other stages have.
+        writer: returns the program that wrote a file without this package's attributes, if the layout shows it.
+        made_again: writers whose files can be made again without loss.
     """
 
     datasets: tuple[str, ...]
@@ -43,14 +43,14 @@ class Kind:
 
 @dataclass(frozen=True)
 class MadeFrom:
-    """What a result is made from. A stored one is used again only if all of it is the same.
+    """The inputs of a result. A stored result is used again only if all of them are the same.
 
     Attributes:
-        settings_hash: of everything that decides the content: settings, inputs, weights.
-        slide_fingerprint, slide_path: the slide; None where it is not known (features of EXAONE Path).
-        slide_mtime_ns: when the slide was last written to.
-        settings: named in the warning where they differ, if the file stores them.
-        features_sha256: of the features that an embedding is computed from; the fingerprint of the input where the
+        settings_hash: hash of everything that decides the content: settings, inputs, weights.
+        slide_fingerprint, slide_path: the slide; None if it is not known (features of EXAONE Path).
+        slide_mtime_ns: modification time of the slide.
+        settings: if the file stores them, the warning names those that differ.
+        features_sha256: hash of the features that an embedding is computed from; the fingerprint of the input if the
             slide is not known.
     """
 
@@ -65,16 +65,16 @@ class MadeFrom:
 def reuse(
     path: Path, kind: Kind, made_from: MadeFrom, read: Callable[[StoredFile], T], *, overwrite: bool = False
 ) -> T | None:
-    """What `read` takes from a finished result, if that may be used again; None if it has to be made (again).
+    """The value that `read` returns for a finished result, if the result can be used again; None if it must be made.
 
-    The rule of every stage, in this order. A file that is no result of this stage is never replaced. A file that this
-    project did not make, or the result of another slide, is replaced on request only. A result that is damaged,
-    unfinished or made from something else is made again, with a warning. Otherwise every checksum is compared, and the
-    result is used.
+    Every stage applies this rule, in this order. A file that is not a result of this stage is never replaced. A file
+    that this project did not make, or the result of another slide, is replaced only on request. A result that is
+    damaged, unfinished or made from other inputs is made again, and a warning is logged. Otherwise every checksum is
+    compared, and the result is used.
 
     Raises:
-        OutputCollisionError: something else, a file of another program, or the result of another slide, would be lost.
-        OutputError: `path` is a folder, or may not be read.
+        OutputCollisionError: another file, a file of another program, or the result of another slide would be lost.
+        OutputError: `path` is a folder, or permission to read it is denied.
     """
     try:
         _refuse_other_files(path, kind)
@@ -97,7 +97,7 @@ def reuse(
 
 
 def _why_not(path: Path, file: StoredFile, kind: Kind, made_from: MadeFrom, overwrite: bool) -> str | None:
-    """Why a readable result is not used: None if it is used, "" if the user asked for it to be made again."""
+    """The reason why a readable result is not used: None if it is used, "" if the user asked to make it again."""
     attrs = file.attributes(_MARKS)
     if attrs.get("settings_hash") is None:
         writer = kind.writer(file)
@@ -140,25 +140,25 @@ def _changed(file: StoredFile, settings: Mapping[str, Any]) -> str:
 
 
 def is_of_this_slide(path: Path, attrs: Mapping[str, Any], made_from: MadeFrom, *, overwrite: bool) -> bool:
-    """Whether a stored result is of the slide at hand, by its attributes.
+    """Whether the attributes of a stored result show that it belongs to the current slide.
 
     Args:
         path: the stored file.
-        attrs: its attributes `slide_fingerprint`, `slide_path` and `features_sha256`, those that it has.
-        made_from: the slide at hand.
-        overwrite: the user asked to start over.
+        attrs: those of its attributes `slide_fingerprint`, `slide_path` and `features_sha256` that exist.
+        made_from: the inputs of the current run.
+        overwrite: the user asked to start again.
 
     Returns:
-        False if the result is stale: the slide was replaced under the same path, or overwriting was asked for.
+        False if the result is outdated: the slide was replaced under the same path, or overwriting was requested.
 
     Raises:
-        OutputCollisionError: the result belongs to a different slide, which would lose it.
+        OutputCollisionError: the result belongs to a different slide, whose result would be lost.
     """
     stored, fingerprint = attrs.get("slide_fingerprint"), made_from.slide_fingerprint
     if stored is None or fingerprint is None:
         features = made_from.features_sha256
         if features and (stored is None) != (fingerprint is None) and attrs.get("features_sha256") != features:
-            # Features of EXAONE Path do not say of which slide they are: nothing shows that it is the same one.
+            # Features of EXAONE Path do not state their slide: nothing shows that it is the same one.
             if not overwrite:
                 raise OutputCollisionError(
                     f"{path} was made from other features, perhaps of another slide; name another output, or ask to "
@@ -180,10 +180,10 @@ def is_of_this_slide(path: Path, attrs: Mapping[str, Any], made_from: MadeFrom, 
 
 
 def _refuse_other_files(path: Path, kind: Kind) -> None:
-    """Refuse to replace what is no result of the same stage: a slide, a text, the file of another stage.
+    """Refuse to replace a file that is not a result of this stage: a slide, a text, the file of another stage.
 
-    Our files appear whole, so a file that is not HDF5, or lacks the first dataset of `kind`, or holds a dataset of
-    another kind, was never an earlier result. A damaged HDF5 file may be.
+    This package writes files whole, so a file that is not HDF5, lacks the first dataset of `kind`, or has a dataset of
+    another kind was never an earlier result. A damaged HDF5 file may be one.
     """
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name a file to write")
@@ -204,17 +204,17 @@ def _refuse_other_files(path: Path, kind: Kind) -> None:
 
 
 def refuse_input_as_output(out: Path, inputs: Iterable[Path]) -> None:
-    """Raise `OutputCollisionError` where the output file is one of the inputs."""
+    """Raise `OutputCollisionError` if the output file is one of the inputs."""
     for path in inputs:
         same = False
-        with suppress(PermissionError):  # opening them gives the reason
+        with suppress(PermissionError):  # if permission is denied, opening the files raises the error
             same = out.exists() and path.exists() and out.samefile(path)
         if same:
             raise OutputCollisionError(f"{out} is an input of this command; choose another output file")
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
-    """Hex digest of a settings mapping, independent of key order; values must be plain JSON types."""
+    """Hex digest of a settings mapping, independent of the key order; values must be plain JSON types."""
     return hashlib.sha256(canonical_json(settings).encode()).hexdigest()
 
 

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all: written under a temporary name, synced, renamed.
+"""Writes files and folders whole or not at all: under a temporary name, synced, then renamed.
 
-A temporary name carries the process that made it. What a killed process left is removed by the next writer of the same
-target, once that process is known to be gone.
+A temporary name contains the id of the process that created it. Files of a killed process are removed by the next
+writer of the same target, if that process no longer exists.
 """
 
 from __future__ import annotations
@@ -27,29 +27,30 @@ from exaonepath.files.signals import signals_held
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs that write one file are not told apart
+except ImportError:  # Windows: two runs that write the same file are not detected
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
-# Only readable by setting it, which is process wide: done once, at import, not while other threads create files.
+# The umask can only be read by setting it, for the whole process: this is done once, at import, not while other threads
+# create files.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
-# A temporary file of another machine: its process cannot be looked up, so only age says that nobody writes it.
+# Age in seconds from which a temporary file of another machine counts as abandoned: its process cannot be looked up.
 _ABANDONED_S = 7 * 24 * 3600
-# .<target>.<process space>-<process>-<random>.tmp; version 0.1 wrote eight random characters in place of the three.
+# .<target>.<process space>-<process>-<random>.tmp; version 0.1 wrote eight random characters for these three parts.
 _TEMPORARY = re.compile(r"\.(.+)\.(?:([0-9a-f]{8})-(\d+)-[0-9a-f]{8}|[a-z0-9_]{8})\.tmp", re.DOTALL)
-# What a file system answers that cannot do what is asked, rather than failing at it.
+# Errors by which a file system reports that an operation is not supported, as opposed to failed.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def ensure_folder(folder: str | os.PathLike[str]) -> Path:
-    """Create `folder` (and parents) and check that it can be written; raises `OutputError` otherwise."""
+    """Create `folder` (and parents) and check that it is writable; `OutputError` is raised otherwise."""
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # os.access is wrong on some network file systems and for root; creating a file is the only honest test.
+        # os.access is wrong on some network file systems and for root; only creating a file is a reliable test.
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as exc:
@@ -59,9 +60,9 @@ def ensure_folder(folder: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `target`; on a clean exit sync it and rename it to `target`.
+    """Yield a temporary path in the folder of `target`; if the block succeeds, sync it and rename it to `target`.
 
-    Otherwise it is deleted, and what was at `target` before stays.
+    Otherwise the temporary file is deleted, and an existing `target` is unchanged.
 
     Raises:
         OutputError: the folder is missing, read-only or full, or the file cannot be written, synced or renamed.
@@ -85,10 +86,10 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder; on a clean exit sync every file in it and rename it to `target`.
+    """Yield a temporary folder; if the block succeeds, sync every file in it and rename it to `target`.
 
-    A folder that is at `target` already is set aside under a fixed name and deleted once the new one has its place. A
-    process killed in between leaves the old one set aside: `recover_folder` puts it back.
+    An existing folder `target` is renamed to a fixed name and deleted when the new one is in place. If the process is
+    killed in between, the old folder keeps the fixed name; `recover_folder` renames it back.
 
     Raises:
         OutputError: as for `atomic_path`.
@@ -119,10 +120,10 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def recover_folder(target: str | os.PathLike[str]) -> None:
-    """Finish what a process killed inside `atomic_folder` began: the folder it set aside is put back, or removed.
+    """Complete an `atomic_folder` whose process was killed: the renamed old folder is restored, or removed.
 
     Raises:
-        OutputError: the folder cannot be put back.
+        OutputError: the folder cannot be restored.
     """
     path = Path(target)
     aside = _set_aside(path)
@@ -144,9 +145,12 @@ def write_text(target: str | os.PathLike[str], text: str) -> None:
 
 
 def open_private(path: Path) -> int:
-    """Descriptor of a working file (a partial result, a lock) that nobody but this package writes, created if missing.
+    """Open a working file (a partial result, a lock) that only this package writes; it is created if missing.
 
-    Opened for reading and appending, never through a link: someone else's file must not be written or emptied.
+    It is opened for reading and appending, never through a link: another user's file must not be written or emptied.
+
+    Returns:
+        The file descriptor.
 
     Raises:
         OutputError: the path is a link, a folder or a special file, or cannot be opened.
@@ -167,10 +171,10 @@ def open_private(path: Path) -> int:
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:
-    """Take an advisory lock on an open file; False where another process holds it.
+    """Take an advisory lock on an open file; False if another process holds it.
 
-    True too where the file system has no locks (ENOLCK, ENOTSUP, EIO, ... from network file systems): what a lock would
-    guard then has to be guarded by other means, and refusing to work at all would be worse.
+    The result is also True if the file system has no locks (ENOLCK, ENOTSUP, EIO, ... from network file systems): the
+    file must then be protected by other means, because refusing to work at all would be worse.
     """
     if fcntl is None:
         return True
@@ -184,16 +188,16 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
 
 
 def remove_abandoned(folder: Path, name: str | None = None) -> None:
-    """Remove temporary files and folders whose process is gone.
+    """Remove temporary files and folders whose process no longer exists.
 
     Args:
-        folder: where they lie; other folders are not looked at.
-        name: of the target they were made for; None: any.
+        folder: the folder that contains them; other folders are not searched.
+        name: name of the target that they were created for; None: any.
     """
     try:
         entries = [entry.name for entry in folder.iterdir()]
     except OSError:
-        return  # whoever creates a file there reports it
+        return  # the caller that creates a file in this folder reports the error
     for entry in entries:
         match = _TEMPORARY.fullmatch(entry)
         if match is None or name not in (None, match[1]):
@@ -212,7 +216,7 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
 
 
 def output_error(path: Path, exc: OSError) -> OutputError:
-    """The `OutputError` that says what to do about an operating system error met while writing `path`."""
+    """An `OutputError` with advice for an operating system error that occurred while `path` was written."""
     if exc.errno == errno.ENOSPC or "No space left" in str(exc):
         advice = "the disk is full: free some space and run again, finished work is kept"
     elif exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -236,7 +240,7 @@ def _make_temporary(path: Path, *, folder: bool) -> Path:
         if folder:
             temporary.mkdir()
         else:
-            # O_EXCL: never through a link that somebody put there.
+            # O_EXCL: never follow a link that another user created.
             os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     except OSError as exc:
         raise output_error(path, exc) from exc
@@ -254,7 +258,7 @@ def _publish(temporary: Path, path: Path) -> None:
 
 
 def _discard(temporary: Path) -> None:
-    """Delete an unfinished file; what failed before is the error to report, not this."""
+    """Delete an unfinished file; an error here is not raised, because the earlier failure is the one to report."""
     try:
         temporary.unlink(missing_ok=True)
     except OSError as exc:
@@ -263,7 +267,7 @@ def _discard(temporary: Path) -> None:
 
 @cache
 def _process_space() -> str:
-    """Eight hex digits for the set of processes whose numbers can be compared: a machine, or a container on it."""
+    """Eight hex digits for the set of processes whose ids can be compared: a machine, or a container on it."""
     try:
         namespace = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
@@ -290,7 +294,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as exc:
-        # Folders (and some network file systems) refuse fsync; the rename is still atomic there.
+        # Folders (and some network file systems) do not support fsync; the rename is still atomic.
         if exc.errno not in (*_UNSUPPORTED, errno.EBADF, errno.EACCES):
             raise
     finally:

@@ -1,4 +1,4 @@
-"""The embeddings file: `slide_embedding`, `patch_embedding`, where each patch lies, and what made them."""
+"""The embeddings file: `slide_embedding`, `patch_embedding`, the location of each patch, and how they were made."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class SlideEmbedding:
 
     Attributes:
         slide_embedding: float32 [C + E]; zeros for a slide without tissue.
-        patch_embedding: float32 [N, C + E], patch features beside the slide encoder's output.
+        patch_embedding: float32 [N, C + E], patch features next to the slide encoder's output.
         coords: int32 [N, 2], (x, y) at level 0 in pixels.
         contour_index: int32 [N], tissue fragment of each patch.
-        attrs: what made them (weights, dtype, hashes).
+        attrs: how they were made (weights, dtype, hashes).
     """
 
     slide_embedding: np.ndarray
@@ -54,7 +54,7 @@ class SlideEmbedding:
 
 
 def write_embedding(path: Path, embedding: SlideEmbedding, attrs: Mapping[str, Any]) -> None:
-    """Write an embeddings file, whole or not at all; `attrs` says what made it.
+    """Write an embeddings file, whole or not at all; `attrs` states how the embeddings were made.
 
     Raises:
         OutputError: the file cannot be written.
@@ -66,10 +66,10 @@ def write_embedding(path: Path, embedding: SlideEmbedding, attrs: Mapping[str, A
 
 
 def read_embedding(path: str | os.PathLike[str]) -> SlideEmbedding:
-    """Read an embedding file.
+    """Read an embeddings file.
 
     Raises:
-        DataFileError: missing, corrupt or half written, or datasets that do not fit together.
+        DataFileError: the file is missing, damaged or incomplete, or its datasets do not match each other.
     """
     with open_h5(path, DATASETS) as file:
         if not file.attribute("complete", False):

@@ -1,7 +1,8 @@
-"""The features file: reading it with every check, and writing it whole from batches.
+"""The features file: reads it with all checks, and writes it whole from batches.
 
-`features` float32 [N, D], `coords` int32 [N, 2] and `contour_index` int32 [N] are what the original writes; ours adds
-the patches that could not be read (`failed_index`, `failed_coords`, `failed_reason`) and, as attributes, what made it.
+The original writes `features` float32 [N, D], `coords` int32 [N, 2] and `contour_index` int32 [N]. This package adds
+the patches that could not be read (`failed_index`, `failed_coords`, `failed_reason`) and attributes that state how the
+features were made.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Rows = tuple[np.ndarray, np.ndarray]  # indices int64 [b], features float32 [b, 
 
 KIND = Kind(("features", "coords", "contour_index"), others=("slide_embedding",))
 
-# What `write_features` stores as attributes; no other attribute of a file is read.
+# The attributes that `write_features` stores; no other attribute of a file is read.
 ATTRIBUTES = (
     "slide_fingerprint",
     "patch_size",
@@ -45,7 +46,7 @@ ATTRIBUTES = (
 
 @dataclass(frozen=True)
 class PatchFailure:
-    """A patch that could not be read, also not through a fresh handle: its row in the patches file, where, and why."""
+    """A patch that could not be read, not even through a new handle: row in the patches file, location, error."""
 
     index: int
     x: int
@@ -59,8 +60,8 @@ class FeatureSet:
 
     Attributes:
         features: float32 [N, D], one row per patch.
-        coords: int32 [N, 2], (x, y) at level 0 in pixels; None where the file has none and that was allowed.
-        contour_index: int32 [N], the tissue fragment of each patch; zeros where the file has none.
+        coords: int32 [N, 2], (x, y) at level 0 in pixels; None if the file has none and the caller allows that.
+        contour_index: int32 [N], the tissue fragment of each patch; zeros if the file has none.
         attrs: those of `ATTRIBUTES` that the file has (none in a file of the original).
         failures: the patches that have no row because they could not be read.
     """
@@ -79,12 +80,12 @@ def read_features(
 
     Args:
         path: the HDF5 file.
-        expected_dim: the width the caller needs; None: any.
-        require_coords: False: a file without `coords` is taken, and `coords` is None.
+        expected_dim: the width that the caller needs; None: any.
+        require_coords: if False, a file without `coords` is accepted, and `coords` is None.
 
     Raises:
-        DataFileError: the file is missing, corrupt or half written, lacks a dataset, its datasets have impossible
-            shapes or different lengths, a feature is NaN or infinite, or the width is not `expected_dim`.
+        DataFileError: the file is missing, damaged or incomplete, lacks a dataset, its datasets have invalid shapes or
+            different lengths, a feature is NaN or infinite, or the width is not `expected_dim`.
     """
     path = Path(path)
     with open_h5(path) as file:
@@ -111,14 +112,14 @@ def write_features(
     failures: Iterable[PatchFailure],
     attrs: Mapping[str, Any],
 ) -> int:
-    """Write a features file, whole or not at all, holding one block of rows at a time.
+    """Write a features file, whole or not at all; one block of rows at a time is in memory.
 
     Args:
         path: the output.
-        blocks: (indices int64 [b], features float32 [b, dim]) by increasing index; together every patch that did not
-            fail, once.
+        blocks: (indices int64 [b], features float32 [b, dim]) by increasing index; together they contain every patch
+            that did not fail, exactly once.
         coords: int32 [N, 2] of all patches, failed ones too.
-        contour_index: int32 [N], likewise.
+        contour_index: int32 [N] of all patches, failed ones too.
         dim: width of a row.
         failures: the patches without a row.
         attrs: file attributes.
@@ -128,7 +129,7 @@ def write_features(
 
     Raises:
         OutputError: the file cannot be written.
-        DataFileError: the blocks do not cover the patches (the partial file was changed while in use).
+        DataFileError: the blocks do not cover the patches (the partial file was changed during the run).
     """
     failures = sorted(failures, key=lambda failure: failure.index)
     kept = np.setdiff1d(np.arange(len(coords), dtype=np.int64), [failure.index for failure in failures])
@@ -153,7 +154,7 @@ def write_features(
 
 
 def merge_by_index(first: Iterator[Rows], second: Iterator[Rows]) -> Iterator[Rows]:
-    """Two streams of (increasing indices, rows) as one stream in the order of the indices, cut where they alternate."""
+    """Merge two streams of (increasing indices, rows) by index; blocks are split where the streams alternate."""
     streams = (first, second)
     waiting = [next(stream, None) for stream in streams]
     while (a := waiting[0]) is not None and (b := waiting[1]) is not None:
@@ -170,7 +171,7 @@ def merge_by_index(first: Iterator[Rows], second: Iterator[Rows]) -> Iterator[Ro
 
 
 def _check_layout(path: Path, file: StoredFile) -> None:
-    """Name the other layouts that users hand in, where "features" is missing or of another shape."""
+    """Raise an error that names the layout of another program, if "features" is missing or has another shape."""
     if "features" not in file:
         if "feats" in file:
             raise ForeignFileError(f"{path} holds STAMP's layout (feats); features [N, D] and coords [N, 2] are read")
@@ -215,13 +216,13 @@ def _integers(path: Path, file: StoredFile, name: str, shape: tuple[int, ...]) -
 
 
 def read_partly_missing(file: StoredFile) -> int:
-    """How many patches of an open features file have pixels without data; 0 where the file does not say."""
+    """Number of patches of an open features file that have pixels without data; 0 if the file does not state it."""
     count = file.attribute("n_partly_missing", 0)
     return count if isinstance(count, int) and count > 0 else 0
 
 
 def read_failures(path: Path, file: StoredFile) -> tuple[PatchFailure, ...]:
-    """The unreadable patches an open features file lists, by increasing index; none in a file of the original."""
+    """The unreadable patches that an open features file lists, by increasing index; none in a file of the original."""
     names = ("failed_index", "failed_coords", "failed_reason")
     if not all(name in file for name in names):
         return ()

@@ -1,8 +1,8 @@
-"""Reading HDF5 files: one gate that hands out plain, complete, checked datasets and refuses everything else.
+"""Reads HDF5 files: returns plain, complete, checked datasets and rejects all other content.
 
-A file of unknown origin can make HDF5 follow links into other files, call plug-ins, wait for a pipe, or ask for more
-memory than there is. Nothing of that is wanted of a file of arrays, so it is refused before any of it happens. What
-this package wrote carries checksums (`checksums.py`), and no row of it is returned without having been compared.
+A file of unknown origin can make HDF5 follow links into other files, load plug-ins, wait for a pipe, or request more
+memory than is available. A file of arrays needs none of this, so it is rejected before it happens. Files written by
+this package have checksums (`checksums.py`), and no row of them is returned without a comparison.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from exaonepath.files.signals import signals_held
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _BUSY = {errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EBUSY, errno.ESTALE}
-# What other formats begin with, so that a file given by mistake is called what it is.
+# First bytes of other formats, so that the message for a file given by mistake names its format.
 _OTHER_FORMATS = (
     (b"PK\x03\x04", "a ZIP archive, such as PyTorch's .pt or NumPy's .npz"),
     (b"\x93NUMPY", "a NumPy .npy file"),
@@ -37,26 +37,28 @@ _OTHER_FORMATS = (
     (b"PAR1", "a Parquet table"),
 )
 
-_MAX_BYTES = 1 << 36  # of one dataset: 10 million patches of width 1536
-_MAX_RATIO = 1100  # deflate cannot pack tighter; a file that claims more is made to exhaust memory
-_SLACK = 1 << 24  # below this a declared size is no danger
+_MAX_BYTES = 1 << 36  # size of one dataset: 10 million patches of width 1536
+_MAX_RATIO = 1100  # deflate cannot compress more; a file that declares more was built to exhaust memory
+_SLACK = 1 << 24  # a smaller declared size is harmless
 _MAX_ATTRIBUTE = 1 << 16
-_MAX_ELSEWHERE = 1 << 25  # bytes of a file outside its datasets, where variable-length attributes lie
+_MAX_ELSEWHERE = 1 << 25  # bytes of a file outside its datasets, where variable-length attributes are stored
 _STRING_REFERENCE = 16
-_READ_BYTES = 1 << 25  # read and checked at a time
-# deflate, shuffle, fletcher32, szip, nbit, scaleoffset, lzf. For any other filter HDF5 would look for code and load it.
+_READ_BYTES = 1 << 25  # bytes that are read and checked at a time
+# deflate, shuffle, fletcher32, szip, nbit, scaleoffset, lzf. For any other filter, HDF5 would search for a plug-in and
+# load it.
 _FILTERS = {1, 2, 3, 4, 5, 6, 32000}
 
 
 @contextmanager
 def open_h5(path: str | os.PathLike[str], required: Iterable[str] = ()) -> Iterator[StoredFile]:
-    """Open a file of arrays for reading and check that the `required` datasets are in it.
+    """Open a file of arrays for reading and check that it has the `required` datasets.
 
     Raises:
         DataFileError: the file is missing or lacks a dataset.
-        DamagedFileError: it is truncated or damaged, or a damaged part shows while the block reads it.
-        ForeignFileError: it is no HDF5 file, or holds what no file of arrays needs: links, external or virtual data.
-        FileBusyError: another process is writing it, or it may not be read.
+        DamagedFileError: the file is truncated or damaged, or damage is found while the block reads it.
+        ForeignFileError: it is not an HDF5 file, or has content that a file of arrays does not need: links, external or
+            virtual data.
+        FileBusyError: another process is writing the file, or permission to read it is denied.
     """
     path = Path(path)
     with _opened(path) as (file, raw):
@@ -67,9 +69,10 @@ def open_h5(path: str | os.PathLike[str], required: Iterable[str] = ()) -> Itera
 
 @contextmanager
 def open_h5_tree(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
-    """Open a file of groups within groups (AnnData's, say), after looking for data that would lie in other files.
+    """Open a file of nested groups (AnnData's, for example), after a check for data that is stored in other files.
 
-    Raises: as `open_h5`.
+    Raises:
+        The errors of `open_h5`.
     """
     path = Path(path)
     with _opened(path) as (file, _):
@@ -81,12 +84,12 @@ def open_h5_tree(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
 def _opened(path: Path) -> Iterator[tuple[h5py.File, RawFile]]:
     with _raw(path) as raw, signals_held():
         try:
-            # No lock of HDF5's own: some file systems have none, and `_raw` has looked at the one that writers take.
+            # HDF5's own lock is off: some file systems have none, and `_raw` has checked the lock that writers take.
             with h5py.File(raw, "r") as file:
                 yield file, raw
         except ExaonePathError:
             raise
-        # What a damaged file makes HDF5 say has no one type, and comes not only while opening.
+        # HDF5 raises errors of several types for a damaged file, and not only while opening it.
         except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as exc:
             if raw.error is not None:
                 raise DataFileError(f"{path} cannot be read: {raw.error}") from exc
@@ -97,14 +100,14 @@ def _opened(path: Path) -> Iterator[tuple[h5py.File, RawFile]]:
 
 @contextmanager
 def _raw(path: Path) -> Iterator[RawFile]:
-    """The regular file at `path`, with the signature of HDF5, that nobody is writing."""
+    """The regular file at `path`, with HDF5's signature, which no process is writing."""
     try:
-        # O_NONBLOCK: a pipe must not be waited on; a regular file does not mind.
+        # O_NONBLOCK: opening a pipe must not block; the flag has no effect on a regular file.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError as exc:
         raise DataFileError(f"{path}: no such file") from exc
     except OSError as exc:
-        if exc.errno == errno.EACCES and os.name == "posix":  # elsewhere it may be a lock
+        if exc.errno == errno.EACCES and os.name == "posix":  # on other systems it may be a lock
             raise FileBusyError(f"{path} may not be read (permission denied)") from exc
         if exc.errno in _BUSY:
             raise FileBusyError(f"{path} cannot be opened: {exc.strerror}; is another process using it?") from exc
@@ -122,7 +125,7 @@ def _raw(path: Path) -> Iterator[RawFile]:
 def _check_signature(path: Path, raw: RawFile) -> None:
     size, offset = raw.size(), 0
     beginning = bytearray(8)
-    # HDF5 looks for its signature at 0, 512, 1024, 2048, ...
+    # HDF5 searches for its signature at 0, 512, 1024, 2048, ...
     while offset + len(_SIGNATURE) <= size:
         found = bytearray(8)
         raw.seek(offset)
@@ -146,9 +149,9 @@ class StoredFile:
     """An HDF5 file open for reading.
 
     Attributes:
-        path: of the file.
-        names: of what is directly inside, sorted.
-        has_checksums: whether every dataset is checked as it is read (False for files of other programs).
+        path: path of the file.
+        names: names of the objects directly inside, sorted.
+        has_checksums: whether every dataset is checked when it is read (False for files of other programs).
     """
 
     def __init__(self, path: Path, file: h5py.File, raw: RawFile) -> None:
@@ -164,7 +167,7 @@ class StoredFile:
                 self.damaged(f"{name} is missing")
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is a dataset of this name (a link is refused, wherever it leads)."""
+        """Whether a dataset of this name exists (a link is rejected, whatever its target)."""
         if name not in self.names:
             return False
         link = self._file.get(name, getlink=True)
@@ -173,7 +176,7 @@ class StoredFile:
         return self._file.get(name, getclass=True) is h5py.Dataset
 
     def require(self, names: Iterable[str]) -> None:
-        """Raise `DataFileError` where the file lacks one of these datasets."""
+        """Raise `DataFileError` if the file lacks one of these datasets."""
         missing = [name for name in names if name not in self]
         if missing:
             raise DataFileError(f"{self.path} lacks {', '.join(missing)}; it holds {self.names or 'nothing'}")
@@ -190,7 +193,7 @@ class StoredFile:
         """An attribute of the file, or of the dataset `of`: str, a plain number or bool, or an array.
 
         Raises:
-            ForeignFileError: it is larger than any attribute has to be, or refers to something else.
+            ForeignFileError: the attribute is larger than any attribute needs to be, or refers to another object.
         """
         owner = self._file[of] if of else self._file
         key = name.encode()
@@ -213,21 +216,22 @@ class StoredFile:
         return value.item() if isinstance(value, np.generic) else value
 
     def attributes(self, names: Iterable[str]) -> dict[str, Any]:
-        """Those of these attributes of the file that there are."""
+        """Those of the named attributes that the file has."""
         values = {name: self.attribute(name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
     def dataset(self, name: str, kinds: str, shape: tuple[int | None, ...]) -> StoredArray:
-        """A dataset after every check that can be made without reading it.
+        """A dataset, after all checks that are possible without reading it.
 
         Args:
-            name: directly inside the file.
-            kinds: NumPy's letters of allowed types, "f" or "iu".
-            shape: its rank, and lengths where they are known (None: any).
+            name: name of a dataset directly inside the file.
+            kinds: NumPy's codes of the allowed types, "f" or "iu".
+            shape: the expected shape; None for a length that is not known.
 
         Raises:
-            DataFileError: not there, or of another type or shape.
-            DamagedFileError: not all of it is in the file. ForeignFileError: its bytes lie elsewhere.
+            DataFileError: the dataset is missing, or has another type or shape.
+            DamagedFileError: the file does not contain all of it.
+            ForeignFileError: its bytes are stored in another file.
         """
         dataset = self._plain(name)
         wanted = "integers" if kinds == "iu" else "floating point"
@@ -240,11 +244,11 @@ class StoredFile:
         return StoredArray(self, name, dataset, self._stored_checksums(name, dataset))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a plain dataset of numbers, as declared."""
+        """Declared shape of a plain dataset of numbers."""
         return tuple(self._plain(name).shape)
 
     def strings(self, name: str, length: int) -> list[str]:
-        """A dataset of `length` strings."""
+        """The values of a dataset of `length` strings."""
         dataset = self._plain(name, strings=True)
         if dataset.shape != (length,):
             raise DataFileError(f"{self.path}: {name} must be [{length}], got {list(dataset.shape)}")
@@ -256,7 +260,7 @@ class StoredFile:
         return values
 
     def verify(self) -> None:
-        """Read every covered dataset and compare it with its checksums; nothing to do where there are none."""
+        """Read every covered dataset and compare it with its checksums; a file without checksums is not read."""
         for name in self._covered or ():
             if not name:
                 continue
@@ -267,7 +271,7 @@ class StoredFile:
                 StoredArray(self, name, dataset, self._stored_checksums(name, dataset)).verify()
 
     def _plain(self, name: str, strings: bool = False) -> h5py.Dataset:
-        """The dataset, where all of its bytes are in this file and it is no larger than they can make it."""
+        """The dataset, if all of its bytes are in this file and its size is plausible for that number of bytes."""
         if name not in self:
             raise DataFileError(f"{self.path} lacks the dataset {name}; it holds {self.names or 'nothing'}")
         dataset = self._file[name]
@@ -283,7 +287,7 @@ class StoredFile:
         filters = [plan.get_filter(at)[0] for at in range(plan.get_nfilters())]
         if not set(filters) <= _FILTERS:
             self.foreign(f"{name} is packed by a filter that HDF5 does not bring")
-        # A string of variable length is stored as its length and where in the file it lies.
+        # A string of variable length is stored as its length and its position in the file.
         item = _STRING_REFERENCE if text and text.length is None else dataset.dtype.itemsize
         declared, stored = dataset.size * item, dataset.id.get_storage_size()
         if declared > _MAX_BYTES:
@@ -307,14 +311,14 @@ class StoredFile:
                 self.damaged(f"{name} has checksums, and the list of what they cover is missing")
             return None
         if name not in self._covered:
-            return None  # added by somebody else
+            return None  # added by another program
         rows = dataset.shape[0]
         if not isinstance(crcs, np.ndarray) or crcs.shape != (-(-max(1, rows) // checksums.block_rows(rows)),):
             self.damaged(f"the checksums of {name} are missing")
         return crcs
 
     def _check_attributes(self) -> set[str] | None:
-        """Names of the datasets with checksums; None for a file without any."""
+        """Names of the datasets with checksums; None for a file without checksums."""
         covered, stored = self.attribute(checksums.COVERED), self.attribute(checksums.ATTRIBUTES)
         if covered is None and stored is None:
             return None
@@ -332,7 +336,7 @@ class StoredFile:
         return set(names)
 
     def _readable(self, owner: str, names: Iterable[str]) -> bool:
-        """True, after the checks that `attribute` makes."""
+        """Return True after the checks that `attribute` makes."""
         if owner and owner not in self:
             self.damaged(f"{owner} is missing")
         for name in names:
@@ -340,7 +344,7 @@ class StoredFile:
         return True
 
     def _bytes_elsewhere(self) -> int:
-        """Bytes of the file that belong to no dataset, an upper bound of what its attributes hold."""
+        """Bytes of the file that belong to no dataset: an upper bound for the size of its attributes."""
         if self._elsewhere is None:
             self._elsewhere = self._size
             if self._size > _MAX_ELSEWHERE:
@@ -353,7 +357,7 @@ class StoredFile:
 
 
 class StoredArray:
-    """A dataset whose rows are checked as they are read."""
+    """A dataset whose rows are checked when they are read."""
 
     def __init__(self, file: StoredFile, name: str, dataset: h5py.Dataset, crcs: np.ndarray | None) -> None:
         self._file, self._name, self._dataset, self._crcs = file, name, dataset, crcs
@@ -365,14 +369,14 @@ class StoredArray:
         return self.shape[0]
 
     def read(self) -> np.ndarray:
-        """All of it, in the stored type."""
+        """The whole dataset, in the stored type."""
         values = np.empty(self.shape, self.dtype)
         for start, part in self.parts():
             values[start : start + len(part)] = part
         return values
 
     def parts(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, rows), in order, a bounded number of bytes at a time; at least one, also of no rows."""
+        """Yield (first row, rows), in order, in parts of bounded size; at least once, also for an empty dataset."""
         row = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
         step = self._unit * max(1, _READ_BYTES // (self._unit * row))
         for start in range(0, max(1, len(self)), step):
@@ -381,7 +385,7 @@ class StoredArray:
             yield start, values
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop`."""
+        """Rows `start` (included) to `stop` (excluded)."""
         if stop <= start:
             return np.empty((0, *self.shape[1:]), self.dtype)
         first = start // self._unit * self._unit
@@ -390,7 +394,7 @@ class StoredArray:
         return values[start - first : stop - first]
 
     def verify(self) -> None:
-        """Read everything, keep nothing."""
+        """Read and check all rows without keeping them."""
         if self._crcs is not None:
             for _ in self.parts():
                 pass

@@ -1,4 +1,4 @@
-"""Writing HDF5 files: whole or not at all, no failed write unnoticed, every dataset and attribute with a checksum."""
+"""Writes HDF5 files whole or not at all; failed writes are detected; datasets and attributes have checksums."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from exaonepath.files.signals import signals_held
 
 @contextmanager
 def atomic_h5(target: str | os.PathLike[str]) -> Iterator[Hdf5Output]:
-    """`atomic_path` for an HDF5 file; see `Hdf5Output` for what can be written into it.
+    """`atomic_path` for an HDF5 file; `Hdf5Output` lists what can be written.
 
     Raises:
-        OutputError: anything that had to be written was not, however late the system said so.
+        OutputError: some data could not be written, however late the system reported it.
     """
     with atomic_path(target) as temporary, signals_held():
         raw = RawFile(os.open(temporary, os.O_RDWR), "r+", target)
         try:
-            # No lock: the name is this process's own.
+            # No lock is needed: the temporary name belongs to this process only.
             with h5py.File(raw, "w") as file:
                 output = Hdf5Output(file)
                 yield output
                 output.finish()
             raw.sync()
         except (OSError, RuntimeError, ValueError, KeyError) as exc:
-            # After a failed write HDF5 may stumble over what it reads back; the failed write is the cause.
+            # After a failed write, HDF5 may fail again on the data that it reads back; the failed write is the cause.
             if raw.error is not None and exc is not raw.error:
                 raise output_error(Path(target), raw.error) from exc
             if isinstance(exc, RuntimeError) and not isinstance(exc, OutputError):
@@ -62,14 +62,14 @@ class Hdf5Output:
         self._names.setdefault(of, []).extend(values)
 
     def array(self, name: str, values: np.ndarray) -> None:
-        """Write a dataset whole."""
+        """Write a complete dataset."""
         values = np.ascontiguousarray(values)
         rows = self.rows(name, values.shape, values.dtype)
         rows.append(values)
         rows.finish()
 
     def rows(self, name: str, shape: tuple[int, ...], dtype: np.dtype | str) -> RowsOutput:
-        """A dataset whose rows are appended in order; `RowsOutput.finish` must be called on it."""
+        """Create a dataset whose rows are appended in order; `RowsOutput.finish` must be called on the result."""
         self._names.setdefault(name, [])
         return RowsOutput(self._file.create_dataset(name, shape, np.dtype(dtype)), name, self._checks)
 
@@ -81,7 +81,7 @@ class Hdf5Output:
         self._names.setdefault(name, [])
 
     def finish(self) -> None:
-        """Add the checksums: of the datasets, and of all attributes as they read back."""
+        """Write the checksums of the datasets, and of all attributes as they are read back."""
         for name, values in self._checks.items():
             self._file.attrs[checksums.of_dataset(name)] = values
         covered = json.dumps({owner: sorted(set(names)) for owner, names in self._names.items()}, sort_keys=True)
@@ -102,7 +102,7 @@ class RowsOutput:
         self._next = 0
 
     def append(self, values: np.ndarray) -> None:
-        """Write the next rows; `ValueError` where there are more than the dataset was made for."""
+        """Write the next rows; `ValueError` is raised if there are more than the dataset was created for."""
         values = np.ascontiguousarray(values, self._dataset.dtype)
         end = self._next + len(values)
         if end > len(self._dataset):
@@ -113,12 +113,12 @@ class RowsOutput:
         self._next = end
 
     def finish(self) -> None:
-        """Store the checksums; `ValueError` where rows are missing."""
+        """Store the checksums; `ValueError` is raised if rows are missing."""
         if self._next != len(self._dataset):
             raise ValueError(f"{self._dataset.name} has {len(self._dataset)} rows; {self._next} were written")
         self._results[self._name] = self._checks.result()
 
 
 def encodable(text: str) -> str:
-    """The text as files hold it: what UTF-8 cannot hold (in a file name that was not UTF-8, say) is escaped."""
+    """The text as stored in files: characters that UTF-8 cannot encode (from a non-UTF-8 file name) are escaped."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

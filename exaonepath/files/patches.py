@@ -1,4 +1,4 @@
-"""The HDF5 file of patch coordinates: EXAONE Path's layout, plus what tells whether the file is still valid."""
+"""The HDF5 file of patch coordinates: EXAONE Path's layout, plus attributes that show whether it is still valid."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class PatchSet:
 
     Attributes:
         coords: int32 [N, 2], top left corners (x, y) in level-0 pixels.
-        contour_index: int32 [N], the tissue contour each patch belongs to; all zero where the file does not say.
+        contour_index: int32 [N], the tissue contour of each patch; all zero if the file does not state it.
         patch_size: side of a patch in level-0 pixels ("effective": after scaling by MPP).
-        patch_level: the pyramid level the grid was laid for.
+        patch_level: the pyramid level that the grid was computed for.
         name: id of the slide (its file stem).
-        slide_fingerprint: `SlideImage.fingerprint()` of the slide, None in a file made by EXAONE Path itself.
-        settings_hash: hash of the settings that made the patches, None likewise.
-        missing: share of the segmented level for which the slide file held no data.
+        slide_fingerprint: `SlideImage.fingerprint()` of the slide; None in a file made by EXAONE Path itself.
+        settings_hash: hash of the settings that produced the patches; None in a file made by EXAONE Path itself.
+        missing: fraction of the segmented level for which the slide file held no data.
     """
 
     coords: np.ndarray
@@ -48,7 +48,7 @@ class PatchSet:
 
 
 class Slide(Protocol):
-    """What is stored about the slide of the patches (`exaonepath.SlideImage` has it)."""
+    """The attributes of the slide that are stored with the patches (`exaonepath.SlideImage` has them)."""
 
     name: str
     path: Path
@@ -78,12 +78,12 @@ def write_patches(
 
     Args:
         path: the HDF5 file to write, in an existing folder.
-        slide: the slide the patches are of.
+        slide: the slide that the patches belong to.
         coords, contour_index: int32 [N, 2] and [N]; N may be 0.
         patch_size: effective side in level-0 pixels.
-        patch_level: level the grid was laid for.
-        settings: what made the patches, plain JSON values.
-        missing: share of the segmented level for which the slide file holds no data; stored where it is not 0.
+        patch_level: level that the grid was computed for.
+        settings: the settings that produced the patches, plain JSON values.
+        missing: fraction of the segmented level for which the slide file holds no data; stored if it is not 0.
 
     Raises:
         OutputError: the file cannot be written.
@@ -122,8 +122,8 @@ def read_patches(path: str | os.PathLike[str]) -> PatchSet:
     """Read and check a patch file, made by this package, by EXAONE Path, or by TRIDENT or CLAM.
 
     Raises:
-        DataFileError: missing, damaged or half-written file; no coords; shapes or types that cannot be coordinates;
-            coords and contour_index of different lengths; no patch_size.
+        DataFileError: the file is missing, damaged or incomplete, or has no coords or no patch_size; shapes or types
+            cannot be those of coordinates; coords and contour_index differ in length.
     """
     path = Path(path)
     with open_h5(path, required=["coords"]) as file:
@@ -131,7 +131,7 @@ def read_patches(path: str | os.PathLike[str]) -> PatchSet:
 
 
 def parse_patches(path: Path, file: StoredFile) -> PatchSet:
-    """The patches of an opened file; the errors are those of `read_patches`."""
+    """The patches of an opened file; raises the errors of `read_patches`."""
     coords = _int32(path, "coords", file.dataset("coords", "iu", (None, 2)).read())
     patch_size = _foreign_patch_size(file)
     if patch_size is None:
@@ -167,18 +167,18 @@ def _share(value: object) -> float:
 
 
 def foreign_writer(file: StoredFile) -> str | None:
-    """The other program whose layout a file of coordinates has; None for EXAONE Path's layout, which is ours."""
+    """The other program whose layout a coordinates file has; None for EXAONE Path's layout, which this package uses."""
     if file.attribute("complete") is not None or "contour_index" in file:
         return None
     if file.attribute("patch_size_level0", of="coords") is not None:
         return "TRIDENT"
-    # What CLAM stores, and EXAONE Path took over from it, less the mark and the contours.
+    # The attributes that CLAM stores and EXAONE Path adopted, without the mark and the contours.
     clam = ("patch_size", "patch_level", "downsample", "save_path")
     return "CLAM" if all(file.attribute(name, of="coords") is not None for name in clam) else None
 
 
 def _foreign_patch_size(file: StoredFile) -> int | None:
-    """Side of a patch in level-0 pixels, in files of the programs that say it in their own way."""
+    """Side of a patch in level-0 pixels, in files of the programs that store it in a format of their own."""
     writer = foreign_writer(file)
     if writer == "TRIDENT":  # its patch_size is in pixels of the target magnification
         return int(file.attribute("patch_size_level0", of="coords"))
@@ -201,5 +201,5 @@ def _writer(file: StoredFile) -> str | None:
     return EXAONE_PATH if exaone_path else foreign_writer(file)
 
 
-# Coordinates of EXAONE Path come out the same, bit for bit, so making them again loses nothing.
+# EXAONE Path's coordinates are reproduced bit for bit, so computing them again loses nothing.
 KIND = Kind(("coords",), ("features", "slide_embedding"), _writer, made_again=(EXAONE_PATH,))

@@ -1,8 +1,8 @@
 """The file object that HDF5 reads and writes through.
 
-HDF5 loses failed operations: a write that fails while a dataset object is being dropped is reported nowhere, and a full
-disk can end in a crash inside the library. This object therefore keeps the first OSError to itself and lets HDF5
-believe that all went well; whoever opened the file asks for the error at the end. After it nothing reaches the disk.
+HDF5 loses failed operations: a failed write during the release of a dataset object is not reported at all, and a full
+disk can end in a crash inside the library. This object therefore stores the first OSError and reports success to HDF5;
+the caller that opened the file checks for the error at the end. After an error, nothing more is written to the disk.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _HEAP = b"GCOL"
-_HEAP_HEADER = struct.Struct("<4s4xQ")  # signature, version and padding, bytes of the collection
-_HEAP_OBJECT = struct.Struct("<HH4xQ")  # index (0: the free rest), references, bytes
+_HEAP_HEADER = struct.Struct("<4s4xQ")  # signature, version and padding, size of the collection in bytes
+_HEAP_OBJECT = struct.Struct("<HH4xQ")  # index (0: the free rest), reference count, bytes
 
 
 class RawFile(io.RawIOBase):
-    """An open file whose operations do not raise.
+    """An open file whose operations do not raise exceptions.
 
     Args:
-        descriptor: of the file; closed with this object.
+        descriptor: file descriptor; closed with this object.
         mode: "r" or "r+".
-        name: for messages.
+        name: used in messages.
 
     Attributes:
-        error: the first OSError of any operation; None while there was none.
+        error: the first OSError of any operation; None if there was none.
     """
 
     def __init__(self, descriptor: int, mode: str, name: object) -> None:
@@ -39,7 +39,7 @@ class RawFile(io.RawIOBase):
         self.error: OSError | None = None
 
     def __repr__(self) -> str:
-        return str(self.name)  # by which h5py names the file in its own messages
+        return str(self.name)  # h5py uses it to name the file in its own messages
 
     def seekable(self) -> bool:
         return True
@@ -60,7 +60,7 @@ class RawFile(io.RawIOBase):
         return self._attempt(lambda: self._file.seek(offset, whence), 0)
 
     def size(self) -> int:
-        """Bytes in the file; 0 after an error."""
+        """Size of the file in bytes; 0 after an error."""
         return self._attempt(lambda: os.fstat(self.fileno()).st_size, 0)
 
     def readinto(self, buffer: Any) -> int:
@@ -74,8 +74,8 @@ class RawFile(io.RawIOBase):
 
         done = self._attempt(read, 0)
         if target[:4] == _HEAP and not _heap_is_sound(target):
-            target[:4] = bytes(4)  # an error in HDF5, in place of a loop without end
-        target[done:] = bytes(len(target) - done)  # past the end, or after an error: never what lay in that memory
+            target[:4] = bytes(4)  # HDF5 then raises an error; otherwise it would loop forever
+        target[done:] = bytes(len(target) - done)  # past the end, or after an error: no uninitialised memory
         return len(target)
 
     def write(self, data: Any) -> int:
@@ -93,20 +93,20 @@ class RawFile(io.RawIOBase):
         return self._attempt(lambda: self._file.truncate(size), size or 0)
 
     def flush(self) -> None:
-        """Nothing is buffered here."""
+        """Do nothing: this object has no buffer."""
 
     def sync(self) -> None:
-        """Have the disk confirm what was written."""
+        """Make sure that all written data has reached the disk."""
         try:
             os.fsync(self.fileno())
         except OSError as exc:
-            # Some network file systems cannot; a write that failed has been noticed then.
+            # Some network file systems do not support fsync; a failed write has been noticed before this point.
             if exc.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
                 self.error = self.error or exc
 
     def close(self) -> None:
         try:
-            self._file.close()  # some failed writes are reported only here, and the descriptor is closed all the same
+            self._file.close()  # some failed writes are reported only here; the descriptor is closed in any case
         except OSError as exc:
             self.error = self.error or exc
         super().close()
@@ -127,13 +127,13 @@ class RawFile(io.RawIOBase):
 
 
 def _heap_is_sound(image: memoryview) -> bool:
-    """Whether the objects of a global heap collection, as far as it was read, follow one another inside it.
+    """Whether the objects of a global heap collection, in the part that was read, follow one another inside it.
 
-    HDF5 keeps strings of variable length there. It walks from object to object by their stored sizes, for ever where a
-    damaged size leads nowhere.
+    HDF5 keeps strings of variable length in such a collection. It moves from object to object by their stored sizes,
+    and can loop forever on a damaged size.
     """
     if len(image) < _HEAP_HEADER.size:
-        return True  # too short to be walked
+        return True  # too short for HDF5 to iterate over
     _, end = _HEAP_HEADER.unpack_from(image)
     at = _HEAP_HEADER.size
     while at + _HEAP_OBJECT.size <= min(end, len(image)):

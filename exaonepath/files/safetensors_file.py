@@ -1,8 +1,8 @@
-"""Reading safetensors files into private memory, strictly.
+"""Reads safetensors files strictly, into private memory.
 
-The safetensors library maps a file into memory, so that the parameters of a model stay what the file holds: a file that
-is overwritten in place changes a running model without a word, and one that is shortened kills the process. Here every
-byte is read once. The layout: 8 bytes, the length of a JSON header; the header, "name": {"dtype", "shape",
+The safetensors library maps a file into memory, so the parameters of a model stay linked to the file: if the file is
+overwritten in place, a running model changes silently, and if it is shortened, the process is killed. Here every byte
+is read once. Layout: 8 bytes with the length of a JSON header; the header, with "name": {"dtype", "shape",
 "data_offsets"} and "__metadata__"; the values, little-endian, without gaps.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from exaonepath.errors import WeightsError
 from exaonepath.files.strict_json import parse_json, shown
 
-# A tensor takes about 150 bytes of header; models of this family have a few hundred.
+# A tensor uses about 150 bytes of the header; models of this family have a few hundred tensors.
 _MAX_HEADER = 16 * 2**20
 _MAX_NAME = 512
 _MAX_RANK = 8
@@ -28,7 +28,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in its file; `start` and `end` count bytes from the start of the file."""
+    """Location of a tensor in its file; `start` and `end` count bytes from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -40,8 +40,8 @@ def read_header(file: BinaryIO, where: str) -> dict[str, StoredTensor]:
     """The tensors of a file, by name, in the order of their data.
 
     Raises:
-        WeightsError: not a whole safetensors file, or values stored as anything but floating point numbers of 16 to 64
-            bits: a quantized model's integers mean nothing without its scales, and would be cast without a word.
+        WeightsError: the file is not a complete safetensors file, or values are not floating point numbers of 16 to 64
+            bits. A quantized model's integers are meaningless without its scales, and would be cast silently.
     """
     size = os.fstat(file.fileno()).st_size
     start = file.read(8)
@@ -70,10 +70,10 @@ def read_header(file: BinaryIO, where: str) -> dict[str, StoredTensor]:
 
 
 def read_tensor(file: BinaryIO, name: str, tensor: StoredTensor, where: str) -> Tensor:
-    """The values of a tensor, on the CPU, in memory of its own.
+    """The values of a tensor, on the CPU, in memory that is not shared with the file.
 
     Raises:
-        WeightsError: the file became shorter, cannot be read, or holds NaN or infinity there.
+        WeightsError: the file became shorter, cannot be read, or the tensor contains NaN or infinity.
     """
     values = torch.empty(tensor.shape, dtype=tensor.dtype)
     if values.numel():
@@ -85,7 +85,8 @@ def read_tensor(file: BinaryIO, name: str, tensor: StoredTensor, where: str) -> 
             raise WeightsError(f"{where} cannot be read: {exc}") from exc
         if count != len(view):
             raise WeightsError(f"{where} became shorter while it was read")
-        # NaN passes through a minimum; one pass without a copy, where isfinite takes twenty times as long.
+        # NaN propagates through a minimum, so the minimum and maximum are finite only if all values are. This needs one
+        # pass without a copy; isfinite takes twenty times as long.
         if not torch.isfinite(torch.stack(torch.aminmax(values))).all():
             bad = int(values.numel() - torch.isfinite(values).sum())
             raise WeightsError(

@@ -1,7 +1,7 @@
-"""SIGINT and SIGTERM that arrive inside a file operation act after it.
+"""Delays SIGINT and SIGTERM that arrive during a file operation until the operation has ended.
 
-HDF5 calls back into Python, and h5py and finalizers swallow an exception that is raised there: a Ctrl-C at such a
-moment would be lost and the run would go on. Inside `signals_held` a signal is only noted; its handler runs when the
+HDF5 calls back into Python, and h5py and finalizers suppress an exception that is raised in such a call: a Ctrl-C would
+be lost and the run would continue. Inside `signals_held`, a signal is only recorded; its handler runs when the
 outermost block ends.
 """
 
@@ -18,9 +18,9 @@ _HELD = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Handler:
-    """Stands in for the handler of one signal: notes the signal while held, else passes it on.
+    """Replaces the handler of one signal: records the signal while held, otherwise calls the original handler.
 
-    It is harmless when it stays installed (a signal may arrive just before it is taken out again).
+    It is harmless if it stays installed (a signal may arrive just before it is removed).
     """
 
     def __init__(self, number: int) -> None:
@@ -37,7 +37,7 @@ class _Handler:
 
     def hold(self) -> None:
         current: Any = signal.getsignal(self.number)
-        # Without a Python handler there is nothing to hold back: the default action ends the process at once.
+        # Without a Python handler nothing has to be delayed: the default action ends the process at once.
         if current is not self and callable(current):
             self.passes_to = current
             signal.signal(self.number, self)
@@ -61,9 +61,9 @@ _handlers = [_Handler(number) for number in _HELD]
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back until the block ends; blocks may be nested.
+    """Delay SIGINT and SIGTERM until the block ends; blocks may be nested.
 
-    Only the main thread runs Python's signal handlers, so in any other thread there is nothing to do.
+    Only the main thread runs Python's signal handlers, so in any other thread nothing is done.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -79,7 +79,7 @@ def signals_held() -> Iterator[None]:
 
 
 def _release(held: list[_Handler]) -> None:
-    # A handler usually raises KeyboardInterrupt; the others still have to be released.
+    # A handler usually raises KeyboardInterrupt; the other handlers must be released nevertheless.
     if held:
         try:
             held.pop().release()

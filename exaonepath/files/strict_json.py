@@ -1,4 +1,4 @@
-"""JSON that others wrote, read strictly: config.json, the index of shards, the header of a safetensors file."""
+"""Strict reading of JSON from others: config.json, the index of shards, the header of a safetensors file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 from exaonepath.errors import WeightsError
 
-# Nothing that is read here nests deeper than 5; Python's parser recurses, and a higher recursion limit than the
-# default would let 10^6 brackets overflow the stack.
+# No file that is read here nests deeper than 5. Python's parser is recursive, and with a recursion limit above the
+# default, 10^6 brackets would overflow the stack.
 MAX_DEPTH = 32
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 
@@ -19,16 +19,16 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 
 def shown(value: object) -> str:
-    """`repr` of what a file holds, short and without control characters: for error messages."""
+    """`repr` of a value from a file, short and without control characters: for error messages."""
     return _SHORT.repr(value)
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """The value that `data` holds, UTF-8 without a byte order mark; `where` names the file in messages.
+    """The value in `data`, which is UTF-8 without a byte order mark; `where` names the file in messages.
 
     Raises:
-        WeightsError: not JSON, nested deeper than `MAX_DEPTH`, a key twice in one object, NaN or infinity, or text that
-            is no Unicode (half of a surrogate pair).
+        WeightsError: not JSON, nested deeper than `MAX_DEPTH`, a repeated key in one object, NaN or infinity, or text
+            that is not valid Unicode (half of a surrogate pair).
     """
     if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise WeightsError(f"{where} starts with a byte order mark; save it again as UTF-8 without one")

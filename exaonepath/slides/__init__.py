@@ -1,1 +1,1 @@
-"""A slide file becomes vectors: patches, features of patches, embeddings."""
+"""The stages from a slide file to embeddings: patches, patch features, embeddings."""

@@ -1,6 +1,6 @@
-"""Files besides the one that is opened that make up a slide: other DICOM instances, a MIRAX folder, VMS images.
+"""The other files of a slide, next to the one that is opened: DICOM instances, a MIRAX folder, VMS images.
 
-OpenSlide reads them without being asked, so they are part of what a slide is: if one is replaced, the slide is another.
+OpenSlide reads them implicitly, so they are part of the slide's content: if one is replaced, the slide has changed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _MAX_INDEX_BYTES = 1 << 20
 
 
 def companion_files(path: Path) -> tuple[Path, ...]:
-    """The other files of a slide, by name; none for a slide that is one file.
+    """The other files of a slide, by name; empty for a slide of one file.
 
     DICOM: the instances of the same series in the same folder. MIRAX (.mrxs): the files in the folder of the same stem.
     Hamamatsu (.vms, .vmu): the files that it names.
@@ -28,7 +28,7 @@ def companion_files(path: Path) -> tuple[Path, ...]:
             found = _of_the_same_series(path)
         else:
             return ()
-    except OSError:  # opening the slide says what is wrong with it
+    except OSError:  # opening the slide raises the error that explains it
         return ()
     return tuple(sorted(found - {path}))
 
@@ -37,7 +37,8 @@ def _named_in(path: Path) -> set[Path]:
     with path.open("rb") as file:
         text = file.read(_MAX_INDEX_BYTES).decode("utf-8", "replace")
     names = {line.partition("=")[2].strip() for line in text.splitlines() if "=" in line}
-    # Only plain names: the format knows no others, and whatever else they are is not for a text to decide.
+    # Only plain file names are accepted: the format defines no others, and an untrusted text must not select other
+    # paths.
     plain = {name for name in names if 0 < len(name.encode()) < 256 and not set(name) & set("/\\\0")}
     return {path.parent / name for name in plain if (path.parent / name).is_file()}
 

@@ -1,4 +1,4 @@
-"""Which DICOM files are one slide: its levels, label and overview are files of one series."""
+"""Finds the DICOM files that form one slide: its levels, label and overview are files of one series."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 
 _HEADER_BYTES = 1 << 20
 _PREAMBLE, _MAGIC = 128, b"DICM"
-_META_BYTES = 1024  # the file meta information begins with the class of what is stored
+_META_BYTES = 1024  # the file meta information begins with the class of the stored object
 _WHOLE_SLIDE = b"1.2.840.10008.5.1.4.1.1.77.1.6"  # VL Whole Slide Microscopy Image Storage
-_SERIES = b"\x20\x00\x0e\x00UI"  # (0020,000E), explicit little endian as in every file on disk, value a UID
+_SERIES = b"\x20\x00\x0e\x00UI"  # (0020,000E), explicit little endian as in every file on disk, value representation UI
 
 
 def is_dicom(path: Path, *, whole_slide: bool = False) -> bool:
-    """Whether a file is DICOM, whatever its name is; 132 bytes of it are read.
+    """Whether a file is DICOM, whatever its name is; 132 bytes are read.
 
     Args:
         path: any path.
-        whole_slide: and whether it holds a part of a whole slide, not a scan of another kind or a directory.
+        whole_slide: also check that it holds a part of a whole slide, not another kind of scan or a directory.
     """
     try:
-        if not path.is_file():  # a pipe would be waited on for ever
+        if not path.is_file():  # opening a pipe would block forever
             return False
         with path.open("rb") as file:
             head = file.read(_PREAMBLE + len(_MAGIC))
@@ -32,7 +32,7 @@ def is_dicom(path: Path, *, whole_slide: bool = False) -> bool:
 
 
 def series_identity(path: Path) -> str | None:
-    """The series a DICOM file belongs to; None for a file that is not DICOM or does not say.
+    """The series that a DICOM file belongs to; None for a file that is not DICOM or does not state a series.
 
     Only the beginning of the file is read: the attribute comes before the pixels.
     """
@@ -52,7 +52,7 @@ def series_identity(path: Path) -> str | None:
 
 
 def lacks_full_resolution(properties: Mapping[str, str]) -> bool:
-    """Whether level 0 of an opened DICOM slide says that it was resampled: the file of full resolution is missing."""
+    """Whether level 0 of an opened DICOM slide is marked as resampled: the file of full resolution is missing."""
     return (
         properties.get("openslide.vendor") == "dicom"
         and properties.get("dicom.ImageType[3]", "").strip().upper() == "RESAMPLED"

@@ -1,4 +1,4 @@
-"""The last stage: features of one slide to its embeddings, and the HDF5 file they are kept in."""
+"""The last stage: computes the embeddings from the features of one slide, and writes them to an HDF5 file."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def embed_slide(
     """Run the slide encoder over the features of one slide, which stay in the host's memory.
 
     Args:
-        features: as `read_features` returns them, with coordinates.
+        features: as returned by `read_features`, with coordinates.
         encoder: from `load_slide_encoder`.
-        dtype: bfloat16 and float16 run under autocast; the result is float32 always.
-        max_memory: what the slide encoder may use on its device, weights included, in bytes or as "12GB"; None: what is
-            free on a GPU, no limit on a CPU.
+        dtype: bfloat16 and float16 run under autocast; the result is always float32.
+        max_memory: memory that the slide encoder may use on its device, weights included, in bytes or as "12GB"; None:
+            the free memory on a GPU, no limit on a CPU.
 
     Raises:
         DataFileError: the features have no coordinates, or the wrong width.
-        MemoryLimitError: the slide cannot fit; said beforehand, with the figure it needs.
-        DeviceError: a dtype other than float32, bfloat16 and float16.
-        BackendError: the encoder gave NaN or infinity, or ran out of memory.
+        MemoryLimitError: the slide does not fit; raised before the computation, with the amount of memory it needs.
+        DeviceError: the dtype is not float32, bfloat16 or float16.
+        BackendError: the encoder returned NaN or infinity, or ran out of memory.
     """
     width = encoder.model.config.wsi["input_dim"]
     if features.coords is None:
@@ -63,7 +63,7 @@ def embed_slide(
             max_memory=max_memory,
         )
     slide, patches = (output[key][0].float().numpy() for key in ("slide_embedding", "patch_embedding"))
-    # The mean of all patches is not finite where a single one is not.
+    # If the value of one patch is not finite, neither is the mean over all patches: checking the mean checks them all.
     if not np.isfinite(slide).all():
         raise BackendError(
             "the slide encoder gave NaN or infinity; the weights are broken, or the dtype is too narrow for them: "
@@ -81,20 +81,22 @@ def embed_features_file(
     max_memory: int | str | None = None,
     overwrite: bool = False,
 ) -> tuple[Path, bool]:
-    """Embed a features file into an embedding file; a finished file of the same features and weights is left alone.
+    """Embed a features file into an embedding file; a finished file of the same features and weights is left unchanged.
 
     Args:
-        features_path: HDF5 with `features`, `coords` and (else zeros) `contour_index`, ours or the original's.
+        features_path: HDF5 with `features`, `coords` and `contour_index` (zeros if missing), ours or the original's.
         out_path: the HDF5 file to write: `slide_embedding`, `patch_embedding`, `coords`, `contour_index`.
         encoder, dtype, max_memory: as for `embed_slide`.
-        overwrite: compute again, whatever is stored.
+        overwrite: compute again, even if a finished file exists.
 
     Returns:
-        The output path, and whether it was there already.
+        The output path, and whether a finished file existed already.
 
     Raises:
-        DataFileError: the features file is broken. OutputCollisionError: the output is of another slide, or an input.
-        OutputError: the output cannot be written. MemoryLimitError: see `embed_slide`.
+        DataFileError: the features file is damaged.
+        OutputCollisionError: the output belongs to another slide, or is an input.
+        OutputError: the output cannot be written.
+        MemoryLimitError: see `embed_slide`.
     """
     out, source = Path(out_path), Path(features_path)
     refuse_input_as_output(out, [source])

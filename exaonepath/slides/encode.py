@@ -1,4 +1,4 @@
-"""All stages of one slide: patches, patch features, embeddings; each finished stage is kept and not redone."""
+"""All stages of one slide: patches, patch features, embeddings; finished stages are kept and not computed again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
-# Of `patchfy`: what decides where patches lie.
+# The arguments of `patchfy` that decide the position of the patches.
 _FIELDS = [f.name for kind in (PatchSettings, SegmentationSettings) for f in fields(kind) if f.name != "segmentation"]
 
 SLIDE_SUFFIXES = frozenset(
@@ -45,12 +45,12 @@ _OTHER_FORMATS = frozenset(
 )
 _UNFINISHED = frozenset({".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".download", ".aria2"})
 _PACKED = frozenset({".gz", ".bz2", ".xz", ".zst", ".zip"})
-_MAX_ENTRIES = 20_000  # looked at below a folder
+_MAX_ENTRIES = 20_000  # entries of a folder tree that are searched at most
 
 
 @dataclass(frozen=True)
 class OutputPaths:
-    """Where the files of one slide go, under one output folder."""
+    """Paths of the files of one slide in one output folder."""
 
     patches: Path
     features: Path
@@ -59,7 +59,7 @@ class OutputPaths:
 
 @dataclass(frozen=True)
 class EncodeResult:
-    """What `encode_slide` made.
+    """The result of `encode_slide`.
 
     Attributes:
         name: the slide's id, its file stem.
@@ -67,7 +67,7 @@ class EncodeResult:
         patches_path, features_path, embedding_path: the files of the three stages.
         n_patches: patches with an embedding.
         n_failed: patches that could not be read (listed in the features file).
-        reused: stages that were finished before and left alone, of "features" and "slide".
+        reused: stages ("features", "slide") that were finished before and were left unchanged.
     """
 
     name: str
@@ -81,7 +81,7 @@ class EncodeResult:
 
 
 def output_paths(out: str | os.PathLike[str], name: str) -> OutputPaths:
-    """The files of the slide with this id under the output folder `out`."""
+    """Paths of the files of the slide with this id in the output folder `out`."""
     root = Path(out)
     return OutputPaths(
         root / "patches" / f"{name}.h5", root / "patches" / f"{name}_features.h5", root / "embeddings" / f"{name}.h5"
@@ -103,24 +103,24 @@ def encode_slide(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> EncodeResult:
-    """Slide file to slide embedding, resuming from whatever an earlier run finished.
+    """Encode a slide file to a slide embedding; stages that an earlier run finished are not computed again.
 
     Args:
         slide: slide file, or an open slide (which stays open).
         out: output folder: `patches/<id>.h5`, `patches/<id>_features.h5`, `embeddings/<id>.h5`, `masks/<id>.jpg`.
-        patch_encoder, slide_encoder: from `exaonepath.encoders.loading`, or what to load (a Hub id, a directory,
-            "random:SEED"); load them yourself to encode many slides.
-        patching: keyword arguments of `patchfy` (patch_size, step_size, ...); without step_size, patches touch.
+        patch_encoder, slide_encoder: from `exaonepath.encoders.loading`, or the weights to load (a Hub id, a directory,
+            "random:SEED"); to encode many slides, load the encoders once and pass them.
+        patching: keyword arguments of `patchfy` (patch_size, step_size, ...); without step_size, patches are adjacent.
         preprocessing: resize, crop, mean and std of the patch encoder.
         batch_size: patches in one call of the patch encoder.
         num_workers: reading threads; None: one per core.
         dtype: of both encoders; "auto": bfloat16 autocast on CUDA, float32 elsewhere.
-        max_memory: what the slide encoder may use on its device (see `embed_slide`); None: what is free.
-        overwrite: redo every stage.
-        progress: called with (patches done, patches in all) during feature extraction.
+        max_memory: memory that the slide encoder may use on its device (see `embed_slide`); None: the free memory.
+        overwrite: compute every stage again.
+        progress: called with (patches done, total patches) during feature extraction.
 
     Raises:
-        SettingsError: an unknown key in `patching`, or a `max_memory` that is no amount of memory.
+        SettingsError: `patching` has an unknown key, or `max_memory` is not an amount of memory.
         ExaonePathError: see `patchfy`, `extract_features` and `embed_features_file`. Finished stages are kept.
     """
     arguments = _patching(patching or {})
@@ -172,7 +172,7 @@ def encode_slide(
 
 @dataclass(frozen=True)
 class EncodeFailure:
-    """A slide that `encode_slides` could not encode, and the error; `slide` is None if no file was found to open."""
+    """A slide that `encode_slides` could not encode, and the error; `slide` is None if no slide file was found."""
 
     slide: Path | None
     error: Exception
@@ -185,7 +185,7 @@ def encode_slides(
     slide_encoder: LoadedEncoder[ExaonePathSlideEncoderModel] | str = DEFAULT_WEIGHTS,
     **arguments: Any,
 ) -> Iterator[EncodeResult | EncodeFailure]:
-    """Encode many slides, one after another; a slide that fails does not keep the others from being encoded.
+    """Encode several slides, one after another; if one slide fails, the others are still encoded.
 
     Args:
         slides: a slide file or a folder of slides, or several of them.
@@ -194,10 +194,11 @@ def encode_slides(
         arguments: the keyword arguments of `encode_slide`.
 
     Yields:
-        Of each slide the result, or the failure, as soon as it is known. Paths that do not exist come first.
+        The result or the failure of each slide, as soon as it is available. Paths that do not exist are yielded first.
 
     Raises:
-        SlideOpenError: no slide was found at all. OutputCollisionError: two slides would write the same files.
+        SlideOpenError: no slide was found.
+        OutputCollisionError: two slides would write the same files.
         WeightsError, DeviceError: the encoders cannot be loaded.
     """
     problems: list[SlideOpenError] = []
@@ -219,8 +220,8 @@ def encode_slides(
 def each_slide(files: Iterable[Path], work: Callable[[Path], T]) -> Iterator[tuple[Path, T | Exception]]:
     """Apply `work` to one slide after another; yields its result or the error that it raised.
 
-    A slide is the boundary of a fault: whatever its bytes make a library raise, `MemoryError` included, costs this
-    slide only. Only what ends a program (`KeyboardInterrupt`, `SystemExit`) passes through.
+    Any error of one slide, `MemoryError` included, affects only this slide, because a damaged file can make a library
+    raise any error. Only exceptions that end the program (`KeyboardInterrupt`, `SystemExit`) are passed on.
     """
     for file in files:
         try:
@@ -229,7 +230,7 @@ def each_slide(files: Iterable[Path], work: Callable[[Path], T]) -> Iterator[tup
             result = exc
         yield file, result
         if isinstance(result, Exception):
-            # The traceback holds the frames, and with them the arrays, of what failed for want of memory.
+            # The traceback refers to the frames of the failed call and so keeps their arrays in memory.
             result.__traceback__ = None
 
 
@@ -244,16 +245,16 @@ def _patching(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_slides(paths: Iterable[str | os.PathLike[str]], problems: list[SlideOpenError] | None = None) -> list[Path]:
-    """Slide files named on a command line; a folder stands for the slides directly inside it, in name order.
+    """Slide files for the paths of a command line; a folder is replaced by the slides directly in it, in name order.
 
-    Slides are known by their suffixes, and DICOM files without one, or with ".dicom" or a number, by their content.
+    Slides are recognised by their suffixes; DICOM files with no suffix, ".dicom" or a number, by their content.
 
     Args:
         paths: files and folders.
-        problems: where given, a missing path, a broken link or an empty folder is put here instead of being raised.
+        problems: if given, the error for a missing path, a broken link or an empty folder is appended, not raised.
 
     Raises:
-        SlideOpenError: a path does not exist, or a folder holds no slide.
+        SlideOpenError: a path does not exist, or a folder contains no slide.
         OutputCollisionError: two slides would write the same files.
     """
     slides: list[Path] = []
@@ -292,7 +293,7 @@ def find_slides(paths: Iterable[str | os.PathLike[str]], problems: list[SlideOpe
 
 
 def _slides_in(folder: Path, problems: list[SlideOpenError]) -> list[Path]:
-    """Slide files directly inside a folder, in name order; what is left out is logged, or one of the problems."""
+    """Slide files directly in a folder, in name order; a skipped file is logged or appended to `problems`."""
     try:
         entries = sorted(folder.iterdir())
     except OSError as exc:
@@ -309,7 +310,7 @@ def _slides_in(folder: Path, problems: list[SlideOpenError]) -> list[Path]:
             if kind is not None:
                 similar.setdefault(kind, []).append(entry)
         elif entry.name.startswith("."):
-            # "._slide.svs" is what macOS adds on a foreign disk: attributes of the file, no slide.
+            # macOS adds "._slide.svs" on a foreign disk; it contains attributes of the file and is not a slide.
             logger.warning("%s is a hidden file and is skipped", entry)
         elif entry.is_symlink() and not entry.exists():
             broken.append(entry)
@@ -333,9 +334,9 @@ def _slides_in(folder: Path, problems: list[SlideOpenError]) -> list[Path]:
 
 
 def _deeper_slides(folder: Path) -> tuple[list[Path], bool]:
-    """Slide files in the folders of a folder, however deep, hidden ones left out; and whether the search was cut off.
+    """Slide files in the subfolders of a folder, at any depth, without hidden ones; and whether the search was cut off.
 
-    Links to folders are not followed, and a tree of any size costs a bounded time.
+    Links to folders are not followed, and the time is bounded for a tree of any size.
     """
     found: list[Path] = []
     entries = 0
@@ -351,7 +352,7 @@ def _deeper_slides(folder: Path) -> tuple[list[Path], bool]:
 
 
 def _looks_like_a_slide(path: Path) -> bool:
-    """By its name; where that says nothing (DICOM files often have none, or a number), by its content."""
+    """Whether the name is that of a slide; if the name does not show it (often so for DICOM), the content decides."""
     suffix = path.suffix.lower()
     if suffix in SLIDE_SUFFIXES:
         return not path.is_dir()
@@ -359,7 +360,7 @@ def _looks_like_a_slide(path: Path) -> bool:
 
 
 def _kind_of_similar_name(path: Path) -> str | None:
-    """What a file is that its owner may take for a slide, but that is not looked at; None for other files."""
+    """The kind of a file that a user may take for a slide but that is not searched for; None for other files."""
     suffix, before = path.suffix.lower(), Path(path.stem).suffix.lower()
     if path.name.startswith("."):
         return None
@@ -373,7 +374,7 @@ def _kind_of_similar_name(path: Path) -> str | None:
 
 
 def _one_per_series(slides: list[Path]) -> list[Path]:
-    """One file for each DICOM series: the largest, which holds level 0. OpenSlide finds the others from it."""
+    """One file of each DICOM series: the largest, which contains level 0. OpenSlide finds the others from it."""
     series: dict[tuple[Path, str], list[Path]] = {}
     keys: dict[Path, tuple[Path, str]] = {}
     for slide in slides:

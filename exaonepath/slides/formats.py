@@ -1,4 +1,4 @@
-"""What a file is that is no slide, or none that can be read rightly: the reason, and what to do about it."""
+"""Explains why a file is not a slide, or cannot be read correctly, and what the user can do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COMPRESSIONS = {34712: "JPEG 2000", 33003: "JPEG 2000", 33005: "JPEG 2000", 500
 
 
 def why_not_a_slide(path: Path) -> str:
-    """A phrase for a file that OpenSlide refuses."""
+    """A phrase for a file that OpenSlide rejects."""
     tiff = read_tiff(path, check_data=True)
     if tiff is not None:
         if not tiff.directories and tiff.truncated:
@@ -42,9 +42,9 @@ def why_not_a_slide(path: Path) -> str:
 
 
 def why_not_readable(path: Path) -> str | None:
-    """A phrase for a path whose file cannot be opened at all; None where it can, and for a folder.
+    """A phrase for a path whose file cannot be opened at all; None if it can, and for a folder.
 
-    OpenSlide takes any such file for one of an unknown format.
+    OpenSlide reports any such file as one of an unknown format.
     """
     try:
         if path.is_file():
@@ -58,12 +58,12 @@ def why_not_readable(path: Path) -> str | None:
 
 
 def wrong_pixels(path: Path, properties: Mapping[str, str]) -> str | None:
-    """A phrase where OpenSlide opens a file whose pixels it does not give as they are meant; None where it does."""
-    # NDPI, whose offsets have a form of their own, holds JPEG of 8 bits and nothing else.
+    """A phrase for a file that OpenSlide opens but whose pixels it returns incorrectly; None for any other file."""
+    # NDPI files have an offset format of their own, and hold only JPEG of 8 bits.
     if properties.get("openslide.vendor") == "hamamatsu":
         return None
     tiff = read_tiff(path)
-    # Levels are tiled; labels and overviews, which nobody reads here, mostly are not.
+    # Levels are tiled. Labels and overviews are not read here, and most of them are not tiled.
     bits = [max(tags.get(BITS, (8,))) for tags in (tiff.directories if tiff else []) if TILE_WIDTH in tags]
     if bits and max(bits) > 8:
         return (

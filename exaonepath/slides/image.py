@@ -1,8 +1,8 @@
-"""A slide file opened through OpenSlide, with the few facts the rest of the package needs from it.
+"""A slide file opened through OpenSlide, with the properties that the rest of the package needs.
 
-OpenSlide handles latch their first error: every later call on the handle fails too. `SlideImage.read_region` therefore
-drops a failed handle and tries once more on a fresh one before it gives up. That second try has its handle for itself:
-on a shared one, the bad region of one thread would fail the good region of another.
+An OpenSlide handle keeps its first error: every later call on the handle fails too. `SlideImage.read_region` therefore
+retires a failed handle and tries once more on a new one before the error is raised. The second try uses a handle of its
+own: on a shared handle, a bad region read by one thread would make a good region of another thread fail.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from exaonepath.slides.scale import doubts, pixel_size
 
 logger = logging.getLogger(__name__)
 
-# OpenSlide's names of the formats whose scanners leave out tiles without tissue (Leica .scn, Zeiss .czi, ...).
+# OpenSlide's names of the formats whose scanners do not store tiles without tissue (Leica .scn, Zeiss .czi, ...).
 _SPARSE_FORMATS = {"mirax", "dicom", "philips", "ventana", "leica", "zeiss"}
-_BLOCK = 1024  # side of what a thumbnail reads at a time, in pixels
-_DEFAULT_CACHE = 32 << 20  # OpenSlide's own
+_BLOCK = 1024  # side of the blocks that a thumbnail is read in, in pixels
+_DEFAULT_CACHE = 32 << 20  # OpenSlide's own default, in bytes
 _SAMPLE_BLOCKS, _SAMPLE_BYTES = 64, 1 << 16
 _COMPANION_SAMPLE_BYTES = 1 << 14
 
@@ -46,10 +46,10 @@ class SlideImage:
         name: the id used in every output file name (see `slide_id`).
         level_dimensions: (width, height) of each level, in pixels.
         level_downsamples: (W0 / Wl, H0 / Hl) of each level: the exact pair, not OpenSlide's rounded scalar.
-        scalar_downsamples: OpenSlide's own factor of each level, by which it divides the locations it is given.
+        scalar_downsamples: OpenSlide's own factor of each level, by which OpenSlide divides the locations of a read.
         mpp: micrometres per pixel at level 0.
-        mpp_source: which property `mpp` came from, or "assumed".
-        scale_doubts: what speaks against `mpp`, a phrase each; each was logged as a warning.
+        mpp_source: the property that `mpp` was read from, or "assumed".
+        scale_doubts: the reasons to doubt `mpp`, a phrase each; each was logged as a warning.
 
     Raises:
         SlideOpenError: the file is missing, unreadable, truncated, has no level, or is not a slide.
@@ -64,7 +64,7 @@ class SlideImage:
         self._companions = companion_files(self.path)
         self._identity = self._current_identity()
         self._slide: openslide.OpenSlide | None = _open(self.path)
-        # Readers inside each handle, by id. A handle is closed when it is retired and its last reader has left.
+        # Number of readers of each handle, by id. A retired handle is closed when its last reader has finished.
         self._readers: dict[int, int] = {}
         properties = self._slide.properties
         self.properties: dict[str, str] = dict(properties)
@@ -98,12 +98,12 @@ class SlideImage:
         return self.level_dimensions[0]
 
     def get_best_level_for_downsample(self, downsample: float) -> int:
-        """OpenSlide's choice of level for a wanted downsample factor."""
+        """The level that OpenSlide chooses for a downsample factor."""
         with self._reading() as handle:
             return int(handle.get_best_level_for_downsample(downsample))
 
     def set_cache_bytes(self, capacity: int) -> None:
-        """Keep up to `capacity` bytes of decoded tiles (OpenSlide's default is 32 MiB), on fresh handles too."""
+        """Keep up to `capacity` bytes of decoded tiles (OpenSlide's default: 32 MiB), in new handles too."""
         cache = openslide.OpenSlideCache(capacity)
         with self._reading() as handle:
             handle.set_cache(cache)
@@ -111,14 +111,14 @@ class SlideImage:
 
     @contextmanager
     def tile_cache(self, capacity: int) -> Iterator[None]:
-        """`set_cache_bytes` for the length of a `with` block; afterwards the cache is what it was before."""
+        """Apply `set_cache_bytes` for the duration of a `with` block; the previous cache is restored afterwards."""
         before = self._cache
         self.set_cache_bytes(capacity)
         try:
             yield
         finally:
             self._cache = before or openslide.OpenSlideCache(_DEFAULT_CACHE)
-            # Not through _reading: it would open a file again that may just have failed.
+            # `_reading` is not used: it would open a file again that may just have failed.
             with self._lock:
                 if self._slide is not None:
                     self._slide.set_cache(self._cache)
@@ -135,23 +135,23 @@ class SlideImage:
             uint8 [height, width, 4]; areas outside the slide are (0, 0, 0, 0).
 
         Raises:
-            SlideReadError: the region cannot be read, also not through a fresh handle.
+            SlideReadError: the region cannot be read, not even through a new handle.
         """
         return np.asarray(self.read_image(location, level, size))
 
     def read_strips(
         self, location: tuple[int, int], level: int, size: tuple[int, int], rows: int
     ) -> Iterator[np.ndarray]:
-        """The region that `read_region` returns, read at once but handed out as strips of at most `rows` rows.
+        """The region that `read_region` returns, read in one call and yielded as strips of at most `rows` rows.
 
-        For large regions: turning an image into an array copies it, here a strip at a time.
+        Use it for large regions: the conversion of an image to an array makes a copy, here of one strip at a time.
         """
         image = self.read_image(location, level, size)
         for top in range(0, size[1], rows):
             yield np.asarray(image.crop((0, top, size[0], min(top + rows, size[1]))))
 
     def read_image(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
-        """`read_region` as a Pillow image (RGBA): for what goes on in Pillow, it saves two copies of the pixels."""
+        """`read_region` as a Pillow image (RGBA); saves two copies of the pixels if the caller works with Pillow."""
         with self._reading() as handle:
             try:
                 return handle.read_region(location, level, size)
@@ -173,12 +173,13 @@ class SlideImage:
         return image
 
     def missing_share(self, image: Image.Image, location: tuple[int, int]) -> float:
-        """Share of a level-0 region's pixels inside the slide for which the file holds no data; they read as black.
+        """Fraction of the pixels of a level-0 region inside the slide that have no data; they are read as black.
 
-        Tiles of zero length are a fault in most formats, and plain background in those that leave empty glass out.
+        Tiles of zero length are a fault in most formats. In formats that do not store empty glass they are background.
 
         Args:
-            image: what `read_image` returned, RGBA. location: of its top left corner.
+            image: the image that `read_image` returned, RGBA.
+            location: (x, y) of its top left corner.
         """
         if leaves_out_background(self.properties):
             return 0.0
@@ -191,16 +192,17 @@ class SlideImage:
         return float(np.count_nonzero(inside == 0)) / inside.size if inside.size else 0.0
 
     def thumbnail(self, longest_side: int) -> np.ndarray:
-        """Whole slide as RGB uint8 [h, w, 3], white where the slide is transparent, at most `longest_side` pixels.
+        """The whole slide as RGB uint8 [h, w, 3], at most `longest_side` pixels long; transparent pixels become white.
 
-        Works in blocks: memory does not grow with the slide, also where its only level is the full image.
+        The slide is read in blocks: memory does not grow with the slide, even if its only level is the full image.
 
         Raises:
             SlideReadError: a region cannot be read.
         """
         full = max(self.dimensions)
         shrink = max(1.0, full / max(1, longest_side))
-        # Levels are rarely an exact factor: one that is a hair smaller than asked for beats reading 16 times as much.
+        # Level factors are rarely exact integers. A level slightly smaller than requested is accepted, because the next
+        # larger one would have 16 times as many pixels.
         level = self.get_best_level_for_downsample(1.01 * shrink)
         (w, h), scale = self.level_dimensions[level], self.scalar_downsamples[level]
         width, height = (max(1, round(side / shrink)) for side in self.dimensions)
@@ -219,18 +221,19 @@ class SlideImage:
 
     @property
     def mtime_ns(self) -> int | None:
-        """When the newest of the slide's files was written to, in nanoseconds, as it was when the slide was opened."""
+        """Latest modification time of the slide's files, in nanoseconds, as it was when the slide was opened."""
         times = [identity[3] for identity in self._identity if identity is not None]
         return max(times) if times else None
 
     def fingerprint(self) -> str:
         """Hash that identifies the slide's content: file size, 64 blocks spread over the file, OpenSlide's quickhash.
 
-        Reads 4 MiB at most, so it is cheap for a file of any size, and survives copying and renaming. Of a slide of
-        several files (DICOM, MIRAX, VMS) the names, sizes and a few blocks of the others count as well.
+        At most 4 MiB are read, so the cost does not depend on the file size. Copying and renaming do not change the
+        fingerprint. For a slide of several files (DICOM, MIRAX, VMS), the names, the sizes and a few blocks of the
+        other files are included.
 
         Raises:
-            SlideOpenError: the file is gone or unreadable by now.
+            SlideOpenError: the file no longer exists or cannot be read.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256()
@@ -251,13 +254,13 @@ class SlideImage:
         return self._fingerprint
 
     def check_unchanged(self) -> None:
-        """Check that the slide's files are still the ones that were opened, as they were then.
+        """Check that the slide's files are the ones that were opened, and that they are unchanged.
 
-        Two files read as one slide would give rows of both, and nothing else would show it.
+        If a file were replaced during a run, the rows would come from two files, and no other check would detect it.
 
         Raises:
-            SlideChangedError: a path names another file, or the file was written to.
-            SlideOpenError: a file is gone.
+            SlideChangedError: a path names another file, or the file was modified.
+            SlideOpenError: a file no longer exists.
         """
         now = self._current_identity()
         if now == self._identity and None not in now:
@@ -281,11 +284,11 @@ class SlideImage:
         return tuple(_identity(path) for path in (self.path, *self._companions))
 
     def __reduce__(self) -> tuple[object, ...]:
-        # To another process, or a copy, goes the path: handles and locks belong to one process.
+        # Only the path is sent to another process or a copy: handles and locks belong to one process.
         return _reopened, (self.path, self._identity)
 
     def close(self) -> None:
-        """Close the file (as soon as no other thread reads it). Reading afterwards raises `SlideReadError`."""
+        """Close the file as soon as no other thread reads it. A later read raises `SlideReadError`."""
         with self._lock:
             self._closed = True
             handle = self._slide
@@ -327,7 +330,7 @@ class SlideImage:
         return handle
 
     def _retire(self, handle: openslide.OpenSlide) -> None:
-        """Share `handle` no longer; close it now if nobody is inside."""
+        """Stop sharing `handle`; close it now if it has no reader."""
         with self._lock:
             shared = self._slide is handle
             if shared:
@@ -337,7 +340,7 @@ class SlideImage:
             handle.close()
 
     def _adopt(self, handle: openslide.OpenSlide) -> None:
-        """Share `handle` from now on, or close it where a shared one is open again already."""
+        """Share `handle` from now on, or close it if another shared handle has been opened in the meantime."""
         with self._lock:
             needed = self._slide is None and not self._closed
             if needed:
@@ -358,7 +361,7 @@ class SlideImage:
 
 @contextmanager
 def opened(slide: str | os.PathLike[str] | SlideImage) -> Iterator[SlideImage]:
-    """The slide itself where it is open already (it stays open), else the file, opened for the `with` block."""
+    """The slide itself if it is open already (it stays open), otherwise the file, opened for the `with` block."""
     if isinstance(slide, SlideImage):
         yield slide
         return
@@ -369,15 +372,15 @@ def opened(slide: str | os.PathLike[str] | SlideImage) -> Iterator[SlideImage]:
 
 
 def slide_id(path: Path) -> str:
-    """The id of a slide: its file stem; the whole name where what follows the last dot is a number.
+    """The id of a slide: its file stem, or the whole name if the part after the last dot is a number.
 
-    DICOM files are often called by a UID (1.2.840.1, 1.2.840.2), whose stem many of them share.
+    DICOM files are often named by a UID (1.2.840.1, 1.2.840.2), and many of them share a stem.
     """
     return path.name if path.suffix[1:].isdecimal() else path.stem
 
 
 def leaves_out_background(properties: Mapping[str, str]) -> bool:
-    """Whether tiles without data are normal in the format of a slide; in all others they are a fault of the file."""
+    """Whether tiles without data are normal in the slide's format; in all other formats they are a fault."""
     return properties.get("openslide.vendor") in _SPARSE_FORMATS
 
 
@@ -387,7 +390,7 @@ def _open(path: Path) -> openslide.OpenSlide:
         raise SlideOpenError(f"{path} {reason}")
     if not path.exists():
         raise SlideOpenError(f"{path}: no such file")
-    if not (path.is_file() or path.is_dir()):  # a pipe would be waited on for ever
+    if not (path.is_file() or path.is_dir()):  # opening a pipe would block forever
         raise SlideOpenError(f"{path} is neither a file nor a folder; it cannot be a slide")
     try:
         return openslide.OpenSlide(path)
@@ -400,7 +403,7 @@ def _open(path: Path) -> openslide.OpenSlide:
 
 
 def _on_white(pixels: np.ndarray) -> np.ndarray:
-    """RGB [h, w, 3] of RGBA pixels [h, w, 4] seen on white paper."""
+    """RGB [h, w, 3]: RGBA pixels [h, w, 4] drawn on a white background."""
     alpha = pixels[..., 3:]
     if alpha.min() == 255:
         return pixels[..., :3]
@@ -419,7 +422,7 @@ def _sample(path: Path, blocks: int, digest: hashlib._Hash) -> None:
 
 
 def _identity(path: Path) -> FileIdentity | None:
-    """Device, inode, size and modification time; None where there is no file (opening it says so)."""
+    """Device, inode, size and modification time; None if the file does not exist (opening it raises the error)."""
     try:
         status = path.stat()
     except OSError:

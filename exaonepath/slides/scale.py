@@ -1,7 +1,8 @@
-"""The size of a pixel: where it comes from, and whether it can be believed.
+"""The pixel size of a slide: its source, and checks of its plausibility.
 
-The original takes whatever positive number it finds first. So do we, bit for bit; but a slide that says 85 micrometres
-(the resolution of a print) gives patches of one pixel, and nobody sees that from a vector. What is doubtful is said.
+The original uses the first positive number that it finds. This package does the same, bit for bit. But a slide that
+states 85 micrometres (the resolution of a print) gives patches of one pixel, and the vectors do not show that. Doubts
+about the pixel size are therefore reported.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ DEFAULT_MPP = 0.5
 ASSUMED = "assumed"
 _OME = "OME PhysicalSizeX"
 _STATED = ("openslide.mpp-x", "aperio.MPP")
-SMALLEST, LARGEST = 0.05, 10.0  # micrometres; oil immersion at 100x is 0.1, a macro camera 10
-_TOLERANCE = 0.01  # by which the two axes may differ
+SMALLEST, LARGEST = 0.05, 10.0  # micrometres; oil immersion at 100x has 0.1, a macro camera 10
+_TOLERANCE = 0.01  # relative difference that is allowed between the two axes
 
-_CONTRADICTION = 0.05  # by which OME-XML and the resolution tags may differ
+_CONTRADICTION = 0.05  # relative difference that is allowed between OME-XML and the resolution tags
 
 _OME_LIMIT = 1 << 24
 _INCH = 25_400.0
@@ -41,18 +42,18 @@ _MICROMETRES = {
     "li": _INCH / 12,
     "pt": _INCH / 72,
 }
-# The micro sign is two characters of Unicode, and files hold it in other encodings than they state: Latin-1 read as
-# UTF-8, and UTF-8 read as Latin-1.
+# Unicode has two characters for the micro sign, and files may hold it in another encoding than the stated one: Latin-1
+# read as UTF-8, and UTF-8 read as Latin-1.
 _MICRO_SIGNS = ("\u03bc", "\ufffd", "\u00c2\u00b5", "\u00ce\u00bc")
 
 
 @dataclass(frozen=True)
 class OmeScale:
-    """What OME-XML says about the pixels of level 0.
+    """The pixel size of level 0 according to OME-XML.
 
     Attributes:
-        x, y: micrometres per pixel; None where that is not stated, or cannot be used.
-        doubts: what speaks against it, a phrase each.
+        x, y: micrometres per pixel; None if not stated, or not usable.
+        doubts: the reasons to doubt it, a phrase each.
     """
 
     x: float | None
@@ -61,10 +62,10 @@ class OmeScale:
 
 
 def pixel_size(properties: Mapping[str, str]) -> tuple[float, str]:
-    """(micrometres per pixel at level 0, where that comes from).
+    """(micrometres per pixel at level 0, the source of that value).
 
-    The first of: OME-XML, in a TIFF without a vendor's own properties, whose resolution tags say nothing reliable;
-    `openslide.mpp-x`; `aperio.MPP`; 10 / objective power; 0.5, assumed.
+    The first of these is used: OME-XML, in a TIFF without a vendor's own properties (the resolution tags of such a
+    file are not reliable); `openslide.mpp-x`; `aperio.MPP`; 10 / objective power; 0.5, assumed.
     """
     ome = ome_scale(properties)
     if ome is not None and ome.x is not None:
@@ -80,7 +81,7 @@ def pixel_size(properties: Mapping[str, str]) -> tuple[float, str]:
 
 
 def doubts(properties: Mapping[str, str], mpp: float, source: str) -> list[str]:
-    """What speaks against this pixel size, a phrase each; nothing for a plausible one."""
+    """The reasons to doubt this pixel size, a phrase each; empty for a plausible one."""
     found = []
     if source == ASSUMED:
         found.append(f"states neither MPP nor objective power; assuming {mpp:.2f} um per pixel")
@@ -104,7 +105,7 @@ def doubts(properties: Mapping[str, str], mpp: float, source: str) -> list[str]:
     if y is not None and abs(y - mpp) > _TOLERANCE * max(y, mpp):
         found.append(f"has pixels of {mpp:g} x {y:g} um; {mpp:g} ({source}) is used for both axes")
     tags = _positive_number(properties.get("openslide.mpp-x")) if source == _OME else None
-    # Resolution tags often hold the resolution of a print, of which nobody claims that it is a scale.
+    # Resolution tags often hold the resolution of a print, which is not a scale of the slide; such values are ignored.
     if tags is not None and SMALLEST <= tags <= LARGEST and abs(tags - mpp) > _CONTRADICTION * max(tags, mpp):
         found.append(
             f"has pixels of {mpp:g} um by its OME-XML, which is used, and of {tags:g} um by its resolution tags"
@@ -113,14 +114,14 @@ def doubts(properties: Mapping[str, str], mpp: float, source: str) -> list[str]:
 
 
 def ome_scale(properties: Mapping[str, str]) -> OmeScale | None:
-    """The pixel size in OME-XML in a generic TIFF's description; None where there is no such text."""
+    """The pixel size in OME-XML in a generic TIFF's description; None if the description is not OME-XML."""
     text = properties.get("tiff.ImageDescription", "")
     if properties.get("openslide.vendor") != "generic-tiff" or "<OME" not in text[:4096] or len(text) > _OME_LIMIT:
         return None
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:  # OME-XML has none; entities can expand without bound
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:  # OME-XML has neither; entities can expand without bound
         return None
     try:
-        # Text, not bytes: an encoding that the XML states no longer holds.
+        # Parsed as text, not bytes: the encoding that the XML states no longer applies.
         root = ElementTree.fromstring(text)
     except (ElementTree.ParseError, UnicodeError, ValueError):
         return None
@@ -144,10 +145,10 @@ def ome_scale(properties: Mapping[str, str]) -> OmeScale | None:
 
 
 def _of_level_0(images: list[ElementTree.Element], properties: Mapping[str, str]) -> tuple[ElementTree.Element, bool]:
-    """Of the `Pixels` of a file with more than one image, those of level 0, and whether that is certain.
+    """The `Pixels` element of level 0 in a file with more than one image, and whether the choice is certain.
 
-    Labels and overviews are images too. The one of level 0 has its size; if several have, or none, it is the one in
-    directory 0: the text stands there, and it was found in the directory of level 0.
+    Labels and overviews are images too. The image of level 0 has the size of level 0. If several or none have it, the
+    image in directory 0 is used: the text is stored in that directory, which is also the directory of level 0.
     """
     if len(images) == 1:
         return images[0], True
@@ -159,7 +160,7 @@ def _of_level_0(images: list[ElementTree.Element], properties: Mapping[str, str]
 
 
 def _is_in_directory_0(pixels: ElementTree.Element) -> bool:
-    # Without an IFD, a TiffData element stands for the whole file, from its first directory.
+    # A TiffData element without an IFD refers to the whole file, from its first directory.
     return any(_name(element) == "TiffData" and element.get("IFD", "0").strip() == "0" for element in pixels)
 
 

@@ -1,7 +1,7 @@
-"""The directories of a TIFF file, classic or BigTIFF, in either byte order: the few tags that say what it holds.
+"""The directories of a TIFF file, classic or BigTIFF, in either byte order: the few tags that describe its content.
 
-Files of any content come here, mostly those that OpenSlide refuses. Whatever the bytes are, nothing is raised, and what
-is read is bounded.
+The input can be any file; most are files that OpenSlide rejects. No exception is raised for any content, and the number
+of bytes read is bounded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 WIDTH, BITS, COMPRESSION, TILE_WIDTH = 256, 258, 259, 322
-_DATA = ((273, 279), (324, 325))  # where strips and tiles lie, and how long they are
+_DATA = ((273, 279), (324, 325))  # tags of the offsets and the lengths of strips and of tiles
 _SHORT_TAGS = {WIDTH, BITS, COMPRESSION, TILE_WIDTH}
 _TYPES = {3: "u2", 4: "u4", 16: "u8"}
 _MAX_DIRECTORIES, _MAX_ENTRIES, _MAX_VALUES = 256, 4096, 1 << 22
@@ -23,13 +23,13 @@ _MAX_DIRECTORIES, _MAX_ENTRIES, _MAX_VALUES = 256, 4096, 1 << 22
 
 @dataclass(frozen=True)
 class Tiff:
-    """What was found in a TIFF file.
+    """The directories of a TIFF file.
 
     Attributes:
-        directories: of each image, in the order of the file, its tags of the four above, as far as they are there.
-        truncated: why the file cannot be whole; None where nothing shows that.
-        order: of the bytes, "<" or ">".
-        big: a BigTIFF.
+        directories: for each image, in file order, those of the four tags above that it has.
+        truncated: the reason why the file must be incomplete; None if no reason was found.
+        order: byte order, "<" or ">".
+        big: whether the file is a BigTIFF.
     """
 
     directories: list[dict[int, tuple[int, ...]]]
@@ -39,11 +39,11 @@ class Tiff:
 
 
 def read_tiff(path: Path, *, check_data: bool = False) -> Tiff | None:
-    """The tags of a TIFF or BigTIFF; None for any other file, or one that cannot be read.
+    """The tags of a TIFF or BigTIFF; None for any other file, or for one that cannot be read.
 
     Args:
         path: any file.
-        check_data: look at where the pixels lie as well, to tell whether the file is truncated.
+        check_data: also read the location of the pixels, to find out whether the file is truncated.
     """
     try:
         with path.open("rb") as file:
@@ -61,7 +61,7 @@ def _parse(file: BinaryIO, size: int, check_data: bool) -> Tiff | None:
     if version not in (42, 43):
         return None
     big = version == 43
-    # Format and size of: the header's offset, the number of entries, an entry's count, an offset.
+    # Formats and sizes: offset of the header, number of entries, count of an entry, an offset.
     count_format, n_bytes, entry_bytes = ("Q", 8, 20) if big else ("H", 2, 12)
     offset_format, offset_bytes, at = ("Q", 8, 8) if big else ("I", 4, 4)
     if len(head) < at + offset_bytes:
@@ -75,7 +75,7 @@ def _parse(file: BinaryIO, size: int, check_data: bool) -> Tiff | None:
         file.seek(min(offset, size))
         raw = file.read(n_bytes)
         entries = struct.unpack(order + count_format, raw)[0] if len(raw) == n_bytes else 0
-        if entries > _MAX_ENTRIES:  # no directory but other bytes
+        if entries > _MAX_ENTRIES:  # not a directory but other bytes
             break
         table = file.read(entries * entry_bytes + offset_bytes)
         if len(raw) < n_bytes or len(table) < entries * entry_bytes + offset_bytes:

@@ -1,1 +1,1 @@
-"""Features of patches: read, preprocessed, encoded; resumable, with a list of what could not be read."""
+"""Patch features: reading, preprocessing, encoding; runs can be resumed, and unreadable patches are listed."""

@@ -1,7 +1,7 @@
-"""Slide and patch coordinates in, features file out: resumable, in memory that does not grow with the patches.
+"""Feature extraction from a slide and its patch coordinates; it can be resumed, and its memory use is constant.
 
-Rows go to an append-only file beside the output as soon as they exist; the output itself appears whole, at the end. A
-stored result, finished or not, is used again only where everything that made it is the same.
+Rows are appended to a file next to the output as soon as they are computed; the complete output is written at the end.
+A stored result, finished or not, is used again only if all inputs and settings that produced it are the same.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class ExtractionResult:
-    """What an extraction did.
+    """The result of an extraction.
 
     Attributes:
         path: the finished features file.
         n_patches: patches in the coordinates file.
-        n_features: rows in the features file: `n_patches` less the failures.
+        n_features: rows in the features file: `n_patches` minus the failures.
         failures: the patches that could not be read.
-        reused: True where a finished file was there already and was left as it was.
-        resumed_from: patches that an interrupted run had already dealt with.
-        n_partly_missing: patches for some of whose pixels the slide file holds no data; those pixels are black.
+        reused: True if a finished file existed already and was left unchanged.
+        resumed_from: number of patches that an interrupted run had already processed.
+        n_partly_missing: patches with pixels for which the slide file holds no data; those pixels are black.
     """
 
     path: Path
@@ -86,34 +86,34 @@ def extract_features(
 ) -> ExtractionResult:
     """Run the patch encoder over every patch of a slide and store the features.
 
-    A finished file made with the same slide, coordinates, preprocessing, weights and dtype is left as it is; if it
-    lists patches that could not be read, those alone are tried again. An interrupted run is resumed from
-    `.<name>.part` beside the output; with the same batch size the result is bit for bit that of an undisturbed run.
+    A finished file made with the same slide, coordinates, preprocessing, weights and dtype is left unchanged; if it
+    lists patches that could not be read, only those are tried again. An interrupted run is resumed from `.<name>.part`
+    next to the output; with the same batch size the result is bit for bit that of an uninterrupted run.
 
     Args:
         slide: the slide file, or an open slide (which stays open).
-        patches_h5: coordinates, as `patchfy` writes them.
+        patches_h5: coordinates, as written by `patchfy`.
         out_h5: the features file to write.
-        encoder: float [B, 3, crop, crop], normalised, to [B, D].
-        weights: what the user asked for ("random:0", a folder, a Hub id); stored.
+        encoder: maps normalised float [B, 3, crop, crop] to [B, D].
+        weights: the weights that the user named ("random:0", a folder, a Hub id); stored.
         weights_fingerprint: hash that identifies the encoder's weights; stored.
         preprocessing: resize, crop, mean and std; stored.
         batch_size: patches in one call of the encoder.
-        num_workers: reading threads; None: one per core, 0: none, read in between.
-        device: where the encoder runs; it is moved there.
-        dtype: bfloat16 and float16 run under autocast. The stored features are float32 always.
-        progress: called with (patches done, patches in all) after every batch.
-        overwrite: start over, whatever is stored.
+        num_workers: reading threads; None: one per core; 0: patches are read in the calling thread, between batches.
+        device: where the encoder runs; the encoder is moved to it.
+        dtype: bfloat16 and float16 run under autocast. The stored features are always float32.
+        progress: called with (patches done, total patches) after every batch.
+        overwrite: start again, whatever is stored.
 
     Raises:
-        SettingsError: an argument that cannot be used, or an encoder that does not return [B, D].
-        SlideOpenError: the slide cannot be opened, or vanished in mid-run (what was done is kept).
-        SlideChangedError: the slide file was replaced in mid-run (what was done is not used).
-        DataFileError: the coordinates file is broken, or belongs to another slide.
+        SettingsError: an argument is invalid, or the encoder does not return [B, D].
+        SlideOpenError: the slide cannot be opened, or was removed during the run (finished rows are kept).
+        SlideChangedError: the slide file was replaced during the run (finished rows are not used).
+        DataFileError: the coordinates file is damaged, or belongs to another slide.
         OutputCollisionError: the output is one of the inputs, or holds the features of another slide.
-        OutputError: the output cannot be written (what was done is kept).
-        BackendError: the encoder gave NaN or infinity, or a batch does not fit into the device's memory.
-        DeviceError: no such device.
+        OutputError: the output cannot be written (finished rows are kept).
+        BackendError: the encoder returned NaN or infinity, or a batch does not fit into the device's memory.
+        DeviceError: the device does not exist.
     """
     if dtype not in _DTYPES:
         raise SettingsError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -143,7 +143,7 @@ def extract_features(
         made_from = MadeFrom(key, slide.fingerprint(), str(slide.path.resolve()), slide.mtime_ns)
 
         def finished(overwrite: bool) -> tuple[tuple[PatchFailure, ...] | None, int]:
-            """Of the finished file: failures, patches partly without data; (None, 0) where there is no such file."""
+            """Failures and number of partly missing patches of the finished file; (None, 0) if it is missing."""
             found = reuse(
                 out,
                 KIND,
@@ -178,7 +178,7 @@ def extract_features(
         if retry is None and not overwrite:
             failures_now, partly_missing_now = finished(overwrite=False)
             if failures_now == ():
-                # Another process had the partial file until now, and has finished the work.
+                # Another process held the partial file until now, and has finished the work.
                 partial.remove()
                 return reused((), partly_missing_now)
         resumed_from = int(np.searchsorted(rows, partial.stop))
@@ -218,7 +218,7 @@ def extract_features(
 
 
 class _Encoder:
-    """The encoder in evaluation mode on its device, under inference mode and, where asked for, autocast."""
+    """The encoder in evaluation mode on its device, run under inference mode and, if requested, autocast."""
 
     def __init__(
         self, module: torch.nn.Module, preprocessing: PreprocessingConfig, device: torch.device, dtype: torch.dtype
@@ -228,7 +228,7 @@ class _Encoder:
     def __enter__(self) -> _Encoder:
         try:
             self._module.to(self._device)
-        except (RuntimeError, AssertionError) as exc:  # torch built without CUDA asserts
+        except (RuntimeError, AssertionError) as exc:  # torch built without CUDA raises AssertionError
             raise DeviceError(f"the patch encoder cannot be moved to {self._device}: {exc}") from exc
         self._mode = evaluating(self._module)
         self._mode.__enter__()
@@ -238,7 +238,7 @@ class _Encoder:
         self._mode.__exit__(None, None, None)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Features, float32 [b, D], of images uint8 [b, crop, crop, 3]."""
+        """Features float32 [b, D] of images uint8 [b, crop, crop, 3]."""
         advice = "; use a smaller batch size (what was done is kept)"
         with inference(self._device, self._dtype, f"a batch of {len(images)} patches", advice):
             batch = torch.from_numpy(images).to(self._device)
@@ -249,7 +249,7 @@ class _Encoder:
         return features.float().cpu().numpy()
 
     def width(self) -> int:
-        """D, where there is no patch to see it by."""
+        """D, for a slide without patches, where no output of the encoder shows it."""
         crop = self._preprocessing.crop
         return self(np.zeros((1, crop, crop, 3), np.uint8)).shape[1]
 
@@ -268,11 +268,11 @@ def _run(
     with ExitStack() as stack:
         stack.callback(
             batches.close
-        )  # on Ctrl-C too: threads must not outlive the loop until the generator is collected
+        )  # also on Ctrl-C: otherwise the threads would run until the generator is collected
         for batch in batches:
             features = encode(batch.images) if len(batch.indices) else np.empty((0, partial.dim or 0), np.float32)
             _check_features(features, batch, partial.dim)
-            reader.slide.check_unchanged()  # before the rows are kept: they may be those of another file
+            reader.slide.check_unchanged()  # before the rows are stored: they may come from another file
             partial.append(Block(batch.indices, features, batch.failures, batch.stop, len(batch.partly_missing)))
             done += len(batch.indices) + len(batch.failures)
             if progress:
@@ -302,7 +302,7 @@ def _check_features(features: np.ndarray, batch: PatchBatch, dim: int | None) ->
 
 
 def _merged(partial: PartialFile, finished: Path | None, n: int, retried: tuple[PatchFailure, ...]) -> Iterator[Rows]:
-    """Rows of the partial file and, in between, those of the finished file that is being completed, by index."""
+    """Rows of the partial file merged by index with those of the finished file that is being completed."""
     recovered = ((block.indices, block.features) for block in partial.blocks())
     if finished is None:
         yield from recovered
@@ -319,7 +319,7 @@ def _check_same_slide(slide: SlideImage, patches: PatchSet, path: str | os.PathL
         raise DataFileError(
             f"{path}: the coordinates belong to another slide than {slide.path}; run the patch stage on it"
         )
-    # Files of the original carry no fingerprint; a patch without a single pixel of the slide gives them away.
+    # Files of the original have no fingerprint; if a patch has no pixel inside the slide, the file is of another slide.
     corner = patches.coords.astype(np.int64)
     outside = ((corner >= slide.dimensions) | (corner + patches.patch_size <= 0)).any(axis=1)
     if outside.any():

@@ -1,8 +1,8 @@
-"""The append-only file an extraction keeps beside its output, so that a killed run loses at most one batch.
+"""The append-only file that an extraction keeps next to its output, so that a killed run loses at most one batch.
 
-A JSON line says what the rows were made with; then one block per batch: a header, the rows' indices, their features,
-the batch's failures as JSON. A checksum over each block tells a whole block from one torn by a kill, a full disk or a
-power cut; whatever follows the last whole block is cut off on resuming.
+The first line is JSON and states what the rows were made with. One block per batch follows: a header, the rows'
+indices, their features, the batch's failures as JSON. Each block has a checksum, which detects a block that was cut
+short by a kill, a full disk or a power failure; everything after the last complete block is removed on resuming.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 _FORMAT = 2
 _MAX_HEADER = 1 << 16
 # magic, rows, width of a row, one past the last patch covered, bytes of failure JSON, patches partly without data,
-# checksum of all but itself
+# checksum of the block without this field
 _BLOCK = struct.Struct("<4sIIqIII")
 _MAGIC = b"xpB2"
 
 
 class Block(NamedTuple):
-    """One batch: `features` float32 [b, D] of patches `indices` int64 [b]; every patch before `stop` is dealt with.
+    """One batch: `features` float32 [b, D] of patches `indices` int64 [b]; all patches before `stop` are processed.
 
     `n_partly_missing` of them have pixels for which the slide file holds no data.
     """
@@ -48,17 +48,17 @@ class Block(NamedTuple):
 
 
 class PartialFile:
-    """Opens or creates the partial file of an output; keeps its blocks where `settings` are those it was begun with.
+    """Opens or creates the partial file of an output; its blocks are kept only if it was created with equal `settings`.
 
     Args:
         path: the partial file.
-        settings: plain JSON; anything that would make other rows must be in it.
-        fresh: start over whatever is there.
+        settings: plain JSON; every setting that changes the rows must be included.
+        fresh: start again, even if the file has blocks.
 
     Attributes:
-        stop: patches before this index are in the file already (0: none).
+        stop: patches before this index are in the file (0: none).
         n_rows: feature rows in the file.
-        dim: width of a row, None while there is none.
+        dim: width of a row; None if the file has no row.
         failures: unreadable patches so far.
         n_partly_missing: patches so far that have pixels without data.
 
@@ -89,7 +89,7 @@ class PartialFile:
             raise output_error(path, exc) from exc
 
     def append(self, block: Block) -> None:
-        """Add one batch and hand it to the operating system; raises `OutputError` when that fails."""
+        """Add one batch and pass it to the operating system; `OutputError` is raised if that fails."""
         data = _pack(block)
         try:
             _write(self._file, data)
@@ -98,23 +98,23 @@ class PartialFile:
         self._count(block)
 
     def blocks(self) -> Iterator[Block]:
-        """The batches in the file, in order, one in memory at a time."""
+        """The batches in the file, in order; one at a time is in memory."""
         with self.path.open("rb") as file:
             file.seek(self._begin)
             while (block := _unpack(file)) is not None:
                 yield block
 
     def close(self) -> None:
-        """Close the file, which stays for a later run."""
+        """Close the file; it is kept for a later run."""
         try:
             self._file.close()
-        except OSError as exc:  # every block has a checksum: what did not get there is done again
+        except OSError as exc:  # every block has a checksum: a block that was not written is computed again
             logger.warning("%s: closing failed (%s)", self.path, exc)
 
     def remove(self) -> None:
-        """Delete the file: its rows are in the finished output."""
+        """Delete the file, once its rows are in the finished output."""
         try:
-            self.path.unlink(missing_ok=True)  # before the lock goes, so that nobody is left with a deleted file
+            self.path.unlink(missing_ok=True)  # before the lock is released, so that no process locks a deleted file
         except OSError as exc:
             logger.warning("%s cannot be removed (%s); its rows are in the finished file", self.path, exc)
         self.close()
@@ -139,7 +139,7 @@ class PartialFile:
 
 
 def remove_finished(path: Path) -> None:
-    """Delete the partial file of an output that is finished, if no process holds it: a kill may have left it."""
+    """Delete the partial file of a finished output if no process holds it: a killed process may have left it."""
     if not path.is_file() or path.is_symlink():
         return
     try:
@@ -169,7 +169,7 @@ def _unpack(file: BinaryIO) -> Block | None:
         return None
     split = rows * 8
     end = split + rows * width * 4
-    if end + n_failures > os.fstat(file.fileno()).st_size - file.tell():  # torn, or a size that is garbage
+    if end + n_failures > os.fstat(file.fileno()).st_size - file.tell():  # cut short, or the size is invalid
         return None
     payload = file.read(end + n_failures)
     fields = (magic, rows, width, stop, n_failures, n_partly_missing)
@@ -182,10 +182,10 @@ def _unpack(file: BinaryIO) -> Block | None:
 
 
 def _open_locked(path: Path) -> FileIO:
-    """The file, opened and locked, and still the one that the path names."""
+    """Open and lock the file, and make sure that the path still names it."""
     while True:
-        # Appending neither empties the file before it is locked, nor fails where it does not exist yet. Unbuffered: a
-        # full disk shows in the write that meets it, not when the file is closed.
+        # Mode "a" does not empty the file before it is locked, and creates a missing file. Unbuffered: a full disk is
+        # reported by the write that fails, not when the file is closed.
         file = FileIO(open_private(path), "a+")
         try:
             _lock(file, path)
@@ -196,7 +196,7 @@ def _open_locked(path: Path) -> FileIO:
         except BaseException:
             file.close()
             raise
-        file.close()  # whoever had the lock has finished, and removed what was opened here
+        file.close()  # the process that held the lock has finished and deleted the file opened here
 
 
 def _write(file: FileIO, data: bytes) -> None:

@@ -1,8 +1,8 @@
-"""From a patch's pixels to what the patch encoder takes: resize, centre crop, normalise.
+"""Preprocessing of patches for the patch encoder: resize, centre crop, normalise.
 
-Two halves. The image half (`resize_and_crop`, `read_window`) works on uint8 and runs in the reader's threads; the
-arithmetic half (`normalise`) runs on whole batches on the model's device. Only the part of a patch that survives the
-crop is read and resized, wherever that gives the very same bytes as resizing everything and cropping afterwards.
+The module has two parts. The image part (`resize_and_crop`, `read_window`) works on uint8 and runs in the reader's
+threads; the arithmetic part (`normalise`) runs on whole batches on the model's device. Only the region of a patch that
+remains after the crop is read and resized, if that gives the same bytes as resizing everything and cropping afterwards.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class PreprocessingConfig:
-    """What is done to a patch before the encoder sees it.
+    """The steps between a patch's pixels and the encoder's input.
 
     Attributes:
-        resize: length in pixels the shorter side is resized to (PIL bilinear, antialiased). The published model was
-            made with 256; a newer revision of the original uses 224.
-        crop: side in pixels of the centre crop, at most `resize`: a smaller image would get a black frame, which the
-            encoder has never seen.
+        resize: length in pixels that the shorter side is resized to (PIL bilinear, antialiased). The published model
+            was made with 256; a newer revision of the original uses 224.
+        crop: side in pixels of the centre crop, at most `resize`: a smaller image would be padded with black, which the
+            encoder was not trained on.
         mean: subtracted per RGB channel, after division by 255.
-        std: divided by, per RGB channel.
+        std: divisor per RGB channel.
 
     Raises:
-        SettingsError: a value that cannot be used.
+        SettingsError: a value is invalid.
     """
 
     resize: int = 256
@@ -62,12 +62,12 @@ class PreprocessingConfig:
             raise SettingsError(f"preprocessing: std must be positive, got {self.std!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, the inverse of `from_dict`."""
+        """The settings as plain JSON types; the inverse of `from_dict`."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PreprocessingConfig:
-        """Build from `to_dict`'s form; absent keys take their default, unknown ones raise `SettingsError`."""
+        """Build from `to_dict`'s result; absent keys take their default, unknown keys raise `SettingsError`."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise SettingsError(f"preprocessing: unknown setting {', '.join(unknown)}")
@@ -75,10 +75,10 @@ class PreprocessingConfig:
 
 
 class _Span(NamedTuple):
-    """One axis of a resize-then-crop: what to take from the source, and what to do with it.
+    """One axis of a resize followed by a crop: the source pixels to read, and how to resize and crop them.
 
-    Source pixels [start, stop) are needed. PIL is to resize [box_start, box_stop) of these (relative to `start`) to
-    `size` pixels, of which [crop_start, crop_start + crop) are the result.
+    Source pixels [start, stop) are needed. PIL resizes [box_start, box_stop) of these (relative to `start`) to `size`
+    pixels, of which [crop_start, crop_start + crop) are the result.
     """
 
     start: int
@@ -94,31 +94,31 @@ def _whole(length: int, resized: int, crop: int) -> _Span:
 
 
 def _crop_start(resized: int, crop: int) -> int:
-    return round((resized - crop) / 2)  # torchvision's CenterCrop: Python's round, half to even
+    return round((resized - crop) / 2)  # as in torchvision's CenterCrop: Python's round, half to even
 
 
 def _span(length: int, resized: int, crop: int) -> _Span:
     first = _crop_start(resized, crop)
     if length == resized:
         return _Span(first, first + crop, 0.0, float(crop), crop, 0)
-    # PIL keeps the box in float32 and computes sample positions from it in float64. Both are exact, and the result is
-    # that of the full resize, where the scale is a fraction over a power of two (always so for resize 256).
+    # PIL keeps the box in float32 and computes sample positions from it in float64. Both are exact, and the result
+    # equals that of the full resize, if the scale is a fraction over a power of two (always the case for resize 256).
     reduced = resized // math.gcd(length, resized)
     if reduced & (reduced - 1) or length * reduced >= 1 << 24:
         return _whole(length, resized, crop)
     scale = length / resized
     begin, end = first * scale, (first + crop) * scale
-    reach = max(scale, 1.0) + 1  # the triangle filter reaches one (source or target, the larger) pixel; 1 for rounding
+    reach = max(scale, 1.0) + 1  # the triangle filter reaches one pixel (source or target, the larger); 1 for rounding
     start, stop = max(0, math.floor(begin - reach)), min(length, math.ceil(end + reach))
     return _Span(start, stop, begin - start, end - start, crop, 0)
 
 
 class ReadWindow(NamedTuple):
-    """The part of a square patch that has to be read, and how to finish it.
+    """The region of a square patch that must be read, and how it is processed.
 
     Attributes:
-        offset: where the part starts, in pixels right of and below the patch's corner.
-        size: side of the part in pixels.
+        offset: start of the region, in pixels to the right of and below the patch's corner.
+        size: side of the region in pixels.
     """
 
     offset: int
@@ -127,25 +127,25 @@ class ReadWindow(NamedTuple):
     crop: int
 
     def finish(self, part: Image.Image) -> np.ndarray:
-        """Turn the part, an RGB or RGBA image of `size` x `size`, into uint8 [crop, crop, 3]; alpha is dropped."""
+        """Convert the region, an RGB or RGBA image of `size` x `size`, to uint8 [crop, crop, 3]; alpha is dropped."""
         return _resize(part, self.span, self.span, self.crop)
 
 
 def read_window(patch_size: int, config: PreprocessingConfig) -> ReadWindow:
-    """What to read of a square patch of `patch_size` pixels, so that `finish` gives the whole patch's result."""
+    """The region to read of a square patch of `patch_size` pixels, so that `finish` gives the whole patch's result."""
     span = _span(patch_size, config.resize, config.crop)
     return ReadWindow(span.start, span.stop - span.start, span, config.crop)
 
 
 def resize_and_crop(image: np.ndarray, config: PreprocessingConfig) -> np.ndarray:
-    """Resize the shorter side to `config.resize`, keep the central `config.crop` square.
+    """Resize the shorter side to `config.resize` and keep the central square of side `config.crop`.
 
     Args:
-        image: uint8 [h, w, 3], or [h, w, 4] of which the alpha is dropped.
+        image: uint8 [h, w, 3], or [h, w, 4], of which alpha is dropped.
         config: the sizes.
 
     Returns:
-        uint8 [crop, crop, 3]: byte for byte what torchvision's Resize and CenterCrop give for a PIL image.
+        uint8 [crop, crop, 3]: byte for byte the result of torchvision's Resize and CenterCrop for a PIL image.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4) or not image.size:
         raise SettingsError(f"an image must be uint8 [h, w, 3 or 4], got {image.dtype} {list(image.shape)}")
@@ -154,8 +154,8 @@ def resize_and_crop(image: np.ndarray, config: PreprocessingConfig) -> np.ndarra
         window = read_window(height, config)
         end = window.offset + window.size
         return window.finish(Image.fromarray(np.ascontiguousarray(image[window.offset : end, window.offset : end])))
-    # Newer Pillow runs its two passes in the order that is cheaper for the given shape, and they round in between: a
-    # shape that is not square keeps its result only when it is resized whole.
+    # Newer Pillow versions run their two passes in the order that is cheaper for the given shape, and round in between.
+    # An image that is not square therefore has to be resized whole, otherwise its result would change.
     shorter = min(height, width)
     rows = _whole(height, config.resize * height // shorter, config.crop)
     columns = _whole(width, config.resize * width // shorter, config.crop)
@@ -163,7 +163,7 @@ def resize_and_crop(image: np.ndarray, config: PreprocessingConfig) -> np.ndarra
 
 
 def _resize(image: Image.Image, rows: _Span, columns: _Span, crop: int) -> np.ndarray:
-    # Without alpha before anything else: Pillow would multiply the colours by it while resizing.
+    # Alpha is removed first: Pillow would multiply the colours by it while resizing.
     image = image.convert("RGB")
     size, box = (columns.size, rows.size), (columns.box_start, rows.box_start, columns.box_stop, rows.box_stop)
     if size != image.size or box != (0, 0, *image.size):
@@ -178,14 +178,14 @@ def normalise(images: torch.Tensor, config: PreprocessingConfig, dtype: torch.dt
     Args:
         images: uint8 [B, h, w, 3] on any device.
         config: mean and std.
-        dtype: of the result; the arithmetic is float32.
+        dtype: of the result; the arithmetic is in float32.
 
     Returns:
         [B, 3, h, w] on the same device, contiguous.
     """
     mean = torch.tensor(config.mean, device=images.device).view(3, 1, 1)
     std = torch.tensor(config.std, device=images.device).view(3, 1, 1)
-    # One pass changes type and layout together; the rest is in place, so the batch exists once in float32.
+    # One pass changes type and layout together; the other steps are in place, so only one float32 copy is in memory.
     b, height, width, _ = images.shape
     values = torch.empty((b, 3, height, width), device=images.device).copy_(images.permute(0, 3, 1, 2))
     return values.div_(255).sub_(mean).div_(std).to(dtype)

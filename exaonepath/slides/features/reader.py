@@ -1,7 +1,8 @@
 """Reads the patches of a slide ahead of the model, on threads, in order, within a fixed amount of memory.
 
-OpenSlide and Pillow let go of the interpreter lock while they work, so threads scale to the cores. Each thread takes a
-run of consecutive patches: neighbours on the grid share tiles, and two threads inside one tile would both decode it.
+OpenSlide and Pillow release the interpreter lock while they work, so reading scales with the number of cores. Each
+thread reads a run of consecutive patches: neighbours on the grid share tiles, and two threads that read from the same
+tile would both decode it.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ from exaonepath.slides.image import SlideImage
 
 logger = logging.getLogger(__name__)
 
-# Decoded tiles kept for the next row of patches: two rows of 256 px tiles across 65,000 px of tissue. Little changes
-# for JPEG (8 % on a slide 60,000 px wide), but tiles in JPEG 2000 cost ten times as much to decode twice.
+# Decoded tiles kept for the next row of patches: two rows of 256 px tiles across 65,000 px of tissue. The gain is small
+# for JPEG (8 % on a slide 60,000 px wide), but a second decoding costs ten times as much for JPEG 2000.
 _CACHE_BYTES = 128 << 20
-_RUN = 8  # patches a thread reads in a row
-_MAX_DEFAULT_WORKERS = 16  # beyond that, storage is the limit before decoding is
+_RUN = 8  # consecutive patches that one thread reads
+_MAX_DEFAULT_WORKERS = 16  # with more threads, storage is the limit, not decoding
 
 
 @dataclass(frozen=True)
 class PatchBatch:
-    """Preprocessed patches of one batch, without those that could not be read.
+    """Preprocessed patches of one batch, without the patches that could not be read.
 
     Attributes:
         indices: int64 [b], rows of the patches file, increasing.
         images: uint8 [b, crop, crop, 3] RGB, in the order of `indices`.
         failures: the batch's unreadable patches.
-        stop: one past the last row this batch covers, readable or not.
-        partly_missing: rows of patches on which the file has no data for some of the pixels (they are black).
+        stop: one past the last row that this batch covers, readable or not.
+        partly_missing: rows of patches for which the file holds no data for some of the pixels (they are black).
     """
 
     indices: np.ndarray
@@ -50,10 +51,10 @@ class PatchBatch:
 
 
 def default_workers() -> int:
-    """Threads to read with: one per core this process may use, 16 at most."""
+    """Number of reading threads: one per core that this process may use, at most 16."""
     try:
         cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
+    except AttributeError:  # not available on macOS and Windows
         cores = os.cpu_count() or 1
     return min(cores, _MAX_DEFAULT_WORKERS)
 
@@ -61,20 +62,20 @@ def default_workers() -> int:
 class PatchReader:
     """Iterates over the patches of a slide in batches, reading ahead of its consumer.
 
-    Every `iter()` starts a pass of its own; leaving the loop early, for whatever reason, stops the threads within one
-    patch's reading time.
+    Every `iter()` starts a new pass. When the loop is left early, for any reason, the threads stop within the reading
+    time of one patch.
 
     Args:
         slide: an open slide.
         coords: int [N, 2], (x, y) of the top left corner of each patch at level 0, in pixels.
-        patch_size: side of a patch in level-0 pixels. What lies outside the slide is black.
+        patch_size: side of a patch in level-0 pixels. Pixels outside the slide are black.
         preprocessing: resize and crop.
         batch_size: patches in a batch; the last may have fewer.
-        num_workers: reading threads; None: one per core, 0: read in the calling thread.
-        indices: int [M], which rows of `coords` to read, increasing; None: all.
+        num_workers: reading threads; None: one per core; 0: read in the calling thread.
+        indices: int [M], the rows of `coords` to read, increasing; None: all.
 
     Raises:
-        SettingsError: a size or number that cannot be used.
+        SettingsError: a size or number is invalid.
         DataFileError: `coords` is not [N, 2].
     """
 
@@ -109,8 +110,8 @@ class PatchReader:
 
     @property
     def batches_ahead(self) -> int:
-        """How many batches may be read, or in reading, beyond the one the consumer holds."""
-        # At least one whole batch waits while each thread has a run to itself.
+        """Number of batches that may be read, or in progress, in addition to the one that the consumer holds."""
+        # At least one complete batch is waiting while each thread reads a run of its own.
         return 1 + -(-self.num_workers * _RUN // self.batch_size) if self.num_workers else 0
 
     def __len__(self) -> int:
@@ -140,7 +141,7 @@ class PatchReader:
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            # Reached on the last batch, on an error, on Ctrl-C and when the consumer closes the generator.
+            # Reached after the last batch, on an error, on Ctrl-C and when the consumer closes the generator.
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -173,7 +174,7 @@ class PatchReader:
 
 
 class _Job:
-    """One batch in the making. Each run writes rows of its own, so no lock is needed."""
+    """One batch that is being read. Each run writes its own rows, so no lock is needed."""
 
     def __init__(self, rows: np.ndarray, crop: int) -> None:
         self.rows = rows

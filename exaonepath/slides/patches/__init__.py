@@ -1,1 +1,1 @@
-"""Patching: where the tissue of a slide is, and the grid of patches on it."""
+"""Patching: finds the tissue of a slide and computes the grid of patches on it."""

@@ -1,4 +1,4 @@
-"""From tissue contours to patch coordinates: a grid over each contour's bounding box, thinned to what is on tissue."""
+"""Computes patch coordinates from tissue contours: a grid over each contour's bounding box, reduced to the tissue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from exaonepath.errors import SettingsError
 from exaonepath.slides.patches.polygons import Grids, Polygons, locate
 
-# Contours are worked on in groups: a slide may have 100,000 small ones, or one of millions of points.
+# Contours are processed in groups: a slide may have 100,000 small ones, or one with millions of points.
 _GROUP_VERTICES, _GROUP_POINTS = 1 << 18, 1 << 20
 
 
@@ -30,17 +30,17 @@ def patch_grid(
 ) -> PatchGrid:
     """Coordinates of the patches on tissue, contour by contour, each row by row from its top left corner.
 
-    A patch is kept where one of four points around its centre is in or on the contour and its centre is not strictly
-    inside one of the contour's holes. Patches of neighbouring contours may overlap.
+    A patch is kept if at least one of four points around its centre is in or on the contour, and its centre is not
+    strictly inside one of the contour's holes. Patches of neighbouring contours may overlap.
 
     Args:
         contours: int32 [P, 2] each, P >= 1, level-0 (x, y).
         holes: for each contour, its holes, int32 [P, 2] each.
-        patch: patch width in level-0 pixels; as in EXAONE Path it serves for both axes here.
+        patch: patch width in level-0 pixels; as in EXAONE Path, it is used for both axes here.
         step: distance between patches, (x, y) in level-0 pixels.
 
     Raises:
-        SettingsError: patch or step is not positive, or there are not as many hole lists as contours.
+        SettingsError: patch or step is not positive, or the number of hole lists differs from the number of contours.
     """
     if patch <= 0 or min(step) <= 0:
         raise SettingsError(f"patch and step must be positive, not {patch} and {step}")
@@ -70,7 +70,7 @@ def _groups(contours: Sequence[np.ndarray], step: tuple[int, int]) -> Iterator[t
 def _group_grid(
     contours: Sequence[np.ndarray], holes: Sequence[Sequence[np.ndarray]], patch: int, step: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """coords int64 [N, 2] and index of the contour within the group int64 [N]."""
+    """coords int64 [N, 2], and the index of the contour in the group, int64 [N]."""
     outer, low, high = _polygons(contours)
     columns, rows = ((high - low) // np.array(step) + 1).T
     corners = Grids(low[:, 0], low[:, 1], columns, rows, *step)
@@ -93,12 +93,12 @@ def _group_grid(
 
 def _in_holes(holes: list[np.ndarray], parents: np.ndarray, corners: Grids, patch: int) -> np.ndarray:
     """Flat indices of the patches whose centre is strictly inside one of their contour's holes."""
-    # Centres of odd patches lie between pixels: everything is doubled, so that all of it stays an integer.
+    # The centre of a patch of odd size lies between pixels: all coordinates are doubled, so that they stay integers.
     polygons, low, high = _polygons(holes, scale=2)
     step = np.array([2 * corners.step_x, 2 * corners.step_y])
     origin = np.stack([2 * corners.x[parents] + patch, 2 * corners.y[parents] + patch], axis=1)
     limit = np.stack([corners.columns[parents], corners.rows[parents]], axis=1)
-    # Only the part of the contour's grid that the hole's bounding box covers.
+    # Only the part of the contour's grid that is covered by the hole's bounding box is tested.
     first = np.clip(-((origin - low) // step), 0, limit)
     count = np.maximum(np.clip((high - origin) // step + 1, 0, limit) - first, 0)
     x, y = (origin + first * step).T
@@ -112,7 +112,7 @@ def _in_holes(holes: list[np.ndarray], parents: np.ndarray, corners: Grids, patc
 
 
 def _polygons(outlines: Sequence[np.ndarray], scale: int = 1) -> tuple[Polygons, np.ndarray, np.ndarray]:
-    """The outlines times `scale`, with the corners of their bounding boxes, int64 [n, 2] each."""
+    """The outlines multiplied by `scale`, and the low and high corners of their bounding boxes, int64 [n, 2] each."""
     lengths = np.array([len(outline) for outline in outlines], np.int64)
     vertices = np.concatenate(outlines).astype(np.int64 if scale != 1 else np.int32, copy=False) * scale
     begins = np.cumsum(lengths) - lengths

@@ -1,10 +1,10 @@
-"""Reads a whole pyramid level in pieces whose pixels are the ones a single read of the level would give.
+"""Reads a whole pyramid level in pieces, with exactly the pixels that a single read of the level would return.
 
-That is less obvious than it sounds. OpenSlide takes locations in level-0 pixels; where a level's downsample is not an
-integer, a piece that starts elsewhere than a full read would have it is shifted by a fraction of a pixel and
-interpolated (16 % of the pixels of a 16.02x level differ). A full read itself works in cells of 4096 x 4096 pixels, the
-origins of which it truncates to whole level-0 pixels. So: integer downsample on a regular tile grid: any piece will do,
-and we take small ones on tile borders; anything else: exactly OpenSlide's own cells.
+Arbitrary pieces would not do. OpenSlide takes locations in level-0 pixels. If the downsample of a level is not an
+integer, a piece that starts at another position than in a full read is shifted by a fraction of a pixel and
+interpolated (16 % of the pixels of a 16.02x level differ). A full read itself works in cells of 4096 x 4096 pixels,
+whose origins are truncated to whole level-0 pixels. Therefore, with an integer downsample on a regular tile grid, any
+piece is correct, and small ones on tile borders are read; otherwise exactly OpenSlide's own cells are read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Piece(NamedTuple):
 
 
 class Band(NamedTuple):
-    """Full-width rows [top, bottom) of a level; its pieces must be taken before the next band is."""
+    """Full-width rows [top, bottom) of a level; its pieces must be consumed before the next band is requested."""
 
     top: int
     bottom: int
@@ -51,11 +51,11 @@ class LevelReader:
         shrink: extra reduction (`seg_downsample`), >= 1; the result has (int(w / shrink), int(h / shrink)) pixels.
 
     Attributes:
-        empty_pixels: pixels of the level, of those read so far, for which the file holds no data; they read as black.
+        empty_pixels: number of pixels read so far for which the file holds no data; they are read as black.
 
-    Pixels are bit for bit those of one read and one resize of the whole level. Memory: a few MiB where the level's
-    downsample is an integer, 64 MiB otherwise; with a shrink that does not divide the level evenly, 3 bytes per
-    pixel of the level.
+    The pixels are bit for bit those of one read and one resize of the whole level. Memory: a few MiB if the level's
+    downsample is an integer, 64 MiB otherwise; with a shrink that does not divide the level evenly, 3 bytes per pixel
+    of the level.
     """
 
     slide: SlideImage
@@ -65,19 +65,19 @@ class LevelReader:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) of the result; 0 where the level is smaller than `shrink`."""
+        """(width, height) of the result; 0 if the level is smaller than `shrink`."""
         w, h = self.slide.level_dimensions[self.level]
         return (int(w / self.shrink), int(h / self.shrink)) if self.shrink > 1 else (w, h)
 
     def peak_bytes(self) -> int:
-        """Bytes that segmenting this takes, contours apart: 8 a pixel of the result, and what reading it needs."""
+        """Bytes needed to segment the result, without contours: 8 per pixel of the result, plus those for reading."""
         width, height = self.size
         level_width, level_height = self.slide.level_dimensions[self.level]
         whole = 0 if self._even_factor() is not None else 3 * level_width * level_height
         return 8 * width * height + whole + _PIECES_BYTES
 
     def bands(self) -> Iterator[Band]:
-        """The bands, in order; each row belongs to exactly one.
+        """Yield the bands, in order; each row belongs to exactly one.
 
         Raises:
             SlideReadError: a region cannot be read.
@@ -91,7 +91,7 @@ class LevelReader:
         for top in range(0, height, step_y):
             bottom = min(top + step_y, height)
             if step_x >= width:
-                # Each strip spans the level: the consumer need not hold a whole cell beside ours.
+                # Each strip has the full width of the level: the consumer need not hold another whole cell in memory.
                 for piece in self._pieces(top, bottom, width, step_x, factor):
                     yield Band(piece.y, piece.y + len(piece.pixels), iter([piece]))
                 continue
@@ -112,7 +112,8 @@ class LevelReader:
                 yield Piece(left // factor, y // factor, pixels)
 
     def _resized_whole(self) -> Iterator[Band]:
-        # INTER_AREA with a fractional scale weights every pixel by its position in the whole image: no piecewise way.
+        # INTER_AREA with a fractional scale weights every pixel by its position in the whole image, so the level cannot
+        # be resized in pieces.
         w, h = self.slide.level_dimensions[self.level]
         whole = np.empty((h, w, 3), np.uint8)
         unshrunk = LevelReader(self.slide, self.level)
@@ -128,7 +129,7 @@ class LevelReader:
             yield Band(top, top + part.shape[0], iter([Piece(0, top, part)]))
 
     def _even_factor(self) -> int | None:
-        """`shrink` as an integer where pieces can be reduced one by one, else None."""
+        """`shrink` as an integer if pieces can be reduced one by one, otherwise None."""
         if self.shrink <= 1:
             return 1
         factor = round(self.shrink)
@@ -137,7 +138,7 @@ class LevelReader:
         return factor if even and (self._free_pieces() or CELL % factor == 0) else None
 
     def _free_pieces(self) -> bool:
-        """Whether a region of the level may start at any pixel (module docstring)."""
+        """Whether a region of the level may start at any pixel (see the module docstring)."""
         properties, scale = self.slide.properties, self.slide.scalar_downsamples[self.level]
         return scale == int(scale) and f"openslide.level[{self.level}].tile-width" in properties
 
@@ -148,7 +149,7 @@ class LevelReader:
         for side, wanted in (("width", _PIECE_WIDTH), ("height", _PIECE_HEIGHT)):
             tile = int(self.slide.properties[f"openslide.level[{self.level}].tile-{side}"])
             unit = math.lcm(max(1, tile), factor)
-            # A grid of huge tiles (or one tile as large as the level) must not turn into huge pieces.
+            # A grid of huge tiles (or one tile as large as the level) must not lead to huge pieces.
             if unit > 4 * wanted:
                 unit = factor
             sides.append(max(1, wanted // unit) * unit)

@@ -24,18 +24,19 @@ def draw_tissue(slide: SlideImage, tissue: Tissue, line_thickness: int = 100) ->
     Args:
         slide: the slide.
         tissue: its contours and holes.
-        line_thickness: of the outlines, in level-0 pixels; at most 1/150 of the picture's longest side is drawn.
+        line_thickness: of the outlines, in level-0 pixels; limited to 1/150 of the picture's longest side.
     """
     longest = max(slide.level_dimensions[tissue.seg_level])
-    # A thumbnail is read from left to right, top to bottom: few tiles are met twice.
+    # A thumbnail is read from left to right, top to bottom: few tiles are needed twice, so a small cache is enough.
     with slide.tile_cache(_SMALL_CACHE):
         picture = slide.thumbnail(min(longest, LONGEST_SIDE))
     scale = np.array([picture.shape[1], picture.shape[0]]) / slide.dimensions
     wanted = round(line_thickness * float(np.sqrt(scale.prod())))
-    # On a small slide without a pyramid, lines of 100 level-0 pixels would hide the tissue.
+    # On a small slide without a pyramid, lines of 100 level-0 pixels would cover the tissue.
     thickness = max(1, min(wanted, max(picture.shape) // 150))
     for outlines, colour in ((tissue.contours, _GREEN), ([h for group in tissue.holes for h in group], _BLUE)):
-        # One outline at a time: together, the scaled copies of a noisy slide would double the memory.
+        # The outlines are scaled one at a time: the scaled copies of all of them would double the memory on a noisy
+        # slide.
         for outline in outlines:
             points = np.round(outline * scale).astype(np.int32)
             cv2.polylines(picture, [points], True, colour, thickness, lineType=cv2.LINE_8)
@@ -43,7 +44,7 @@ def draw_tissue(slide: SlideImage, tissue: Tissue, line_thickness: int = 100) ->
 
 
 def write_picture(path: str | os.PathLike[str], picture: np.ndarray) -> None:
-    """Write an RGB picture [h, w, 3] as JPEG, whole or not at all. The array's channels are reversed on the way.
+    """Write an RGB picture [h, w, 3] as JPEG, whole or not at all. The channels of `picture` are reversed in place.
 
     Raises:
         OutputError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""patchfy: from a slide file to the coordinates of its tissue patches, on disk and in hand."""
+"""patchfy: computes the coordinates of the tissue patches of a slide file, writes them and returns them."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _MAX_PATCH = 1 << 24  # pixels; the largest slides have 2^18 along a side
 
 @dataclass(frozen=True)
 class PatchSettings:
-    """Everything that decides which patches a slide yields. Defaults are EXAONE Path's.
+    """All settings that decide which patches a slide yields. Defaults are EXAONE Path's.
 
     Attributes:
-        patch_size, step_size: side of a patch and distance between two, in pixels at 0.5 micrometres per pixel.
-        patch_level: pyramid level the grid is laid for.
-        segmentation: how tissue is found.
+        patch_size, step_size: side of a patch and distance between patches, in pixels at 0.5 micrometres per pixel.
+        patch_level: pyramid level that the grid is computed for.
+        segmentation: settings of the tissue segmentation.
     """
 
     patch_size: int = 256
@@ -57,12 +57,12 @@ class PatchSettings:
             raise SettingsError(f"patch_level must be a whole number, not {self.patch_level!r}")
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values of the settings on which the result depends; the size limit is not one of them."""
+        """Plain values of the settings on which the result depends; the size limit is not included."""
         values = {"patch_size": int(self.patch_size), "step_size": int(self.step_size)}
         values |= {"patch_level": int(self.patch_level)}
         seg = asdict(self.segmentation)
         del seg["max_seg_pixels"]
-        # 1 and 1.0, or numpy's scalars, are one setting.
+        # 1, 1.0 and numpy's scalars must give equal settings, so each value is converted to the type of its default.
         kinds = {name: type(value) for name, value in asdict(SegmentationSettings()).items()}
         kinds |= {"a_t": float, "a_h": float}
         return values | {name: kinds[name](value) for name, value in seg.items()}
@@ -71,7 +71,7 @@ class PatchSettings:
         """(patch size, step) in level-0 pixels of this slide.
 
         Raises:
-            ScaleError: the slide's pixel size is so small that no patch can be that large.
+            ScaleError: the slide's pixel size is so small that the patch would be too large.
         """
         factor = REFERENCE_MPP / slide.mpp
         largest = max(self.patch_size, self.step_size) * factor
@@ -106,40 +106,40 @@ def patchfy(
     overwrite: bool = False,
     strict_scale: bool = False,
 ) -> tuple[Path | None, np.ndarray, np.ndarray]:
-    """Find the tissue of a slide and the patches on it.
+    """Find the tissue of a slide and compute the patches on it.
 
-    Writes `<out>/patches/<id>.h5` and `<out>/masks/<id>.jpg`, where the id is the slide's file stem; each appears whole
-    or not at all. A slide that was finished with the same settings is not worked on again: its stored patches are
-    returned. It is redone where settings or the slide's content have changed.
+    Writes `<out>/patches/<id>.h5` and `<out>/masks/<id>.jpg`, where the id is the slide's file stem; each is written
+    whole or not at all. If a finished result with the same settings exists, its stored patches are returned. The slide
+    is processed again if the settings or the content of the slide have changed.
 
     Args:
         wsi: slide file, or an opened slide (which stays open).
-        out: output folder; made if needed.
+        out: output folder; created if needed.
         patch_size, step_size: in pixels at 0.5 micrometres per pixel.
-        patch_level: pyramid level the grid is laid for.
+        patch_level: pyramid level that the grid is computed for.
         save_h5: write the HDF5 file.
         save_mask: write the picture of the contours.
-        auto_skip: take a finished result from disk.
+        auto_skip: use a finished result from disk.
         sthresh, mthresh, use_otsu, close, a_t, a_h, max_n_holes, seg_downsample, max_seg_pixels: see
             `SegmentationSettings`.
         line_thickness: of the contours in the picture, in level-0 pixels.
-        overwrite: redo finished work, and replace the result of a different slide of the same name.
-        strict_scale: an assumed or implausible pixel size, or one that differs between the axes, is an error; otherwise
-            it is a warning.
+        overwrite: process finished slides again, and replace the result of a different slide of the same name.
+        strict_scale: raise an error if the pixel size is assumed, implausible or differs between the axes; otherwise a
+            warning is logged.
 
     Returns:
         The path of the HDF5 file (None without `save_h5`), coords int32 [N, 2] as (x, y) at level 0, and contour_index
         int32 [N]. A slide without tissue gives N = 0.
 
     Raises:
-        SettingsError: a setting cannot be used, in general or on this slide. Nothing has been written.
+        SettingsError: a setting is invalid, in general or for this slide. Nothing has been written.
         SlideOpenError, SlideReadError: the slide cannot be opened or read.
-        SlideSkippedError: the slide is above `max_seg_pixels`; the reason is in `<out>/skipped/<id>.txt`.
-        ScaleError: `strict_scale`, and the pixel size is doubtful; or no patch of this size can be computed with.
+        SlideSkippedError: the slide exceeds `max_seg_pixels`; the reason is in `<out>/skipped/<id>.txt`.
+        ScaleError: the pixel size is doubtful and `strict_scale` is set; or a patch of this size would be too large.
         SlideChangedError: the file was replaced while it was read; nothing has been written.
-        MemoryLimitError: segmenting the slide takes more memory than there is.
+        MemoryLimitError: segmenting the slide needs more memory than is available.
         OutputError: the output cannot be written.
-        OutputCollisionError: the output of a different slide with the same stem is there.
+        OutputCollisionError: the output of a different slide with the same stem exists.
     """
     segmentation = SegmentationSettings(
         sthresh, mthresh, use_otsu, close, a_t, a_h, max_n_holes, seg_downsample, max_seg_pixels
@@ -175,7 +175,7 @@ def patchfy(
         if not len(grid.coords):
             reason = tissue.nothing or f"no patch of the grid lies on the {len(tissue.contours)} contours"
             logger.warning("%s has no patch: %s", slide.path, reason)
-        # The HDF5 file comes last: where it is, everything else is too.
+        # The HDF5 file is written last: if it exists, all other outputs exist too.
         if save_mask:
             write_picture(mask_path, draw_tissue(slide, tissue, line_thickness))
         if save_h5:
@@ -194,7 +194,7 @@ def patchfy(
 
 
 def _stored(path: Path, slide: SlideImage, settings: PatchSettings, overwrite: bool) -> PatchSet | None:
-    """The patches on disk where they are this slide's and these settings'; None where the work is to be done."""
+    """The patches on disk if they belong to this slide and these settings; None if the slide must be processed."""
     values = settings.as_json()
     made_from = MadeFrom(settings_hash(values), slide.fingerprint(), str(slide.path.resolve()), slide.mtime_ns, values)
     return reuse(path, KIND, made_from, lambda file: parse_patches(path, file), overwrite=overwrite)
@@ -213,7 +213,7 @@ def _segment(slide: SlideImage, settings: SegmentationSettings, folder: Path) ->
 
 
 def plan_grid(slide: SlideImage, tissue: Tissue, settings: PatchSettings) -> PatchGrid:
-    """The patches that `patchfy` lays over tissue already found, nothing written."""
+    """The patches that `patchfy` computes for tissue that was found already; nothing is written."""
     patch, step = settings.effective(slide)
     scale_x, scale_y = (int(d) for d in slide.level_downsamples[settings.patch_level])
     return patch_grid(tissue.contours, tissue.holes, patch * scale_x, (step * scale_x, step * scale_y))

@@ -1,9 +1,9 @@
-"""Tells which points of a regular grid lie in a polygon, for many polygons at once and without a loop over points.
+"""Finds the points of a regular grid that lie in a polygon, for many polygons at once, without a loop over points.
 
-The answer is that of `cv2.pointPolygonTest(polygon, point, False)` for each point, exactly: all is done on integers.
-A row of points crosses a polygon's edges at certain places; a point is inside where the number of crossings to its left
-is odd, and on the edge where it meets a crossing, a vertex or a horizontal edge. An edge of a dense outline is a few
-pixels long and grid rows are hundreds apart, so nearly all edges drop out at once.
+The result for each point is exactly that of `cv2.pointPolygonTest(polygon, point, False)`: all arithmetic is on
+integers. A row of grid points crosses the polygon's edges at certain positions. A point is inside if the number of
+crossings to its left is odd, and on the edge if it lies on a crossing, a vertex or a horizontal edge. An edge of a
+dense outline is a few pixels long and grid rows are hundreds of pixels apart, so almost all edges are discarded early.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_CHUNK = 1 << 18  # vertices worked on at a time, which bounds the temporaries (about 150 bytes a vertex)
+_CHUNK = 1 << 18  # vertices processed at a time; this bounds the temporary arrays (about 150 bytes per vertex)
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Polygons:
 class Grids:
     """One grid per polygon: points (x[p] + i * step_x, y[p] + j * step_y), i < columns[p], j < rows[p]; int64 [n] each.
 
-    Results for all grids lie in one flat array: grid after grid, each row by row; `offsets` [n + 1] says where.
+    The results of all grids are in one flat array: grid after grid, each row by row; `offsets` [n + 1] holds the start
+    of each grid.
     """
 
     x: np.ndarray
@@ -52,26 +53,26 @@ class Grids:
 
 
 class Location(NamedTuple):
-    """bool [offsets[-1]] each. A point on the edge is `on_edge`, and may or may not be `odd`."""
+    """Arrays bool [offsets[-1]]. A point on the edge is `on_edge`, and may or may not be `odd`."""
 
     odd: np.ndarray
     on_edge: np.ndarray
 
     @property
     def covered(self) -> np.ndarray:
-        """pointPolygonTest >= 0."""
+        """True where pointPolygonTest >= 0."""
         return self.odd | self.on_edge
 
     @property
     def strictly_inside(self) -> np.ndarray:
-        """pointPolygonTest > 0."""
+        """True where pointPolygonTest > 0."""
         return self.odd & ~self.on_edge
 
 
 def locate(polygons: Polygons, grids: Grids, shifts_x: tuple[int, ...] = (0,)) -> list[Location]:
-    """Where each grid's points are in its polygon; once for each shift, with the grids moved right by it.
+    """Location of each grid's points relative to its polygon, once per shift, with the grids moved right by the shift.
 
-    The shifts share the work of finding where rows meet edges.
+    The search for the edges that the rows meet is done once for all shifts.
     """
     offsets = grids.offsets
     bins = [_Bins(grids, offsets, shift) for shift in shifts_x]
@@ -82,7 +83,7 @@ def locate(polygons: Polygons, grids: Grids, shifts_x: tuple[int, ...] = (0,)) -
 
 
 class _Crossings(NamedTuple):
-    """Row `row` of grid `grid` crosses an edge at x in (ceiling - 1, ceiling], exactly at `ceiling` where `exact`."""
+    """Row `row` of grid `grid` crosses an edge at x in (ceiling - 1, ceiling]; exactly at `ceiling` if `exact`."""
 
     grid: np.ndarray
     row: np.ndarray
@@ -91,7 +92,7 @@ class _Crossings(NamedTuple):
 
 
 class _Contacts(NamedTuple):
-    """Row `row` of grid `grid` has [low, high] in common with an edge that it does not cross."""
+    """Row `row` of grid `grid` shares [low, high] with an edge that it does not cross."""
 
     grid: np.ndarray
     row: np.ndarray
@@ -111,8 +112,9 @@ def _meetings(polygons: Polygons, grids: Grids) -> Iterator[tuple[_Crossings, _C
         x, y = polygons.vertices[start:stop].astype(np.int64).T
         x0, y0 = polygons.vertices[before].astype(np.int64).T
         origin, count = grids.y[p], grids.rows[p]
-        # First grid row at or below each vertex. An edge is crossed by the rows from its upper end, included, to its
-        # lower end, excluded: a row through a vertex is then counted once by a passing outline, 0 or 2 times at a tip.
+        # First grid row at or below each vertex. An edge is crossed by the rows from its upper end (included) to its
+        # lower end (excluded). A row through a vertex then counts once if the outline passes through, 0 or 2 times at a
+        # tip.
         row = -((origin - y) // grids.step_y)
         row0 = -((origin - y0) // grids.step_y)
         first, last = np.clip(np.minimum(row, row0), 0, count), np.clip(np.maximum(row, row0), 0, count)
@@ -136,12 +138,12 @@ def _meetings(polygons: Polygons, grids: Grids) -> Iterator[tuple[_Crossings, _C
 
 
 class _Bins:
-    """Collects where crossings and contacts fall between the columns of the grids moved right by `shift`."""
+    """Collects the positions of crossings and contacts between the columns of the grids moved right by `shift`."""
 
     def __init__(self, grids: Grids, offsets: np.ndarray, shift: int) -> None:
         self._grids, self._offsets, self._shift = grids, offsets, shift
-        # One byte more: what lies right of the last column of a row toggles the first point of the next row, which is
-        # harmless because every row crosses a closed outline an even number of times.
+        # One extra byte: a crossing to the right of a row's last column toggles the first point of the next row. This
+        # is harmless, because every row crosses a closed outline an even number of times.
         self._toggles = np.zeros(offsets[-1] + 1, np.uint8)
         self._contacts: np.ndarray | None = None
 
@@ -156,7 +158,7 @@ class _Bins:
         self._touch(base[some] + first[some], base[some] + last[some])
 
     def _column(self, grid: np.ndarray, row: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Flat index of the row's first point; first column at or right of x; whether that column is at x."""
+        """Flat index of the row's first point; first column at or right of x; whether that column is exactly at x."""
         count, step = self._grids.columns[grid], self._grids.step_x
         distance = x - self._grids.x[grid] - self._shift
         column = -(-distance // step)

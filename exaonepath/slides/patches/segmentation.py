@@ -1,8 +1,8 @@
-"""Finds the tissue of a slide, outer contours and holes, exactly as EXAONE Path's patching does, in little memory.
+"""Finds the tissue of a slide (outer contours and holes) exactly as EXAONE Path's patching does, in little memory.
 
-The level is streamed in bands and only one byte per pixel is kept: first the saturation of the pixels that have some
-texture around them, then, in place, its median, the mask, and the closed mask. Each step gives the bits that the same
-step on the whole image would give.
+The level is streamed in bands, and only one byte per pixel is kept: first the saturation of the pixels with texture
+around them, then, in place, its median, the mask, and the closed mask. Each step gives the same bits as the same step
+on the whole image.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _WHITE_BAND = 20
 _SMALLEST_SHRUNK = 8 * _WHITE_BAND
 _FLAT_LAPLACIAN = 15
 _UNIT_SIDE = 512
-_NEARLY_FULL = WANTED_DOWNSAMPLE / 8  # below this downsample, a level is looked at for overlooked tissue
-_MUCH_MORE = 1.5  # times the area; what full resolution finds of well textured slides differs by a third
+_NEARLY_FULL = WANTED_DOWNSAMPLE / 8  # a level with a smaller downsample is checked for overlooked tissue
+_MUCH_MORE = 1.5  # factor of the area; on slides with much texture, the result at full resolution differs by a third
 _BAND_PIXELS = 1 << 20
 _SMALL_CACHE = 1 << 20
 
 
 @dataclass(frozen=True)
 class SegmentationSettings:
-    """How tissue is told from background. Defaults are EXAONE Path's.
+    """How tissue is distinguished from background. Defaults are EXAONE Path's.
 
     Attributes:
         sthresh: saturation (0-255) above which a pixel is tissue; ignored with `use_otsu`.
@@ -49,7 +49,7 @@ class SegmentationSettings:
         a_h: smallest hole area (exclusive), in the same units.
         max_n_holes: holes kept per contour, largest first.
         seg_downsample: reduce the segmentation level further by this factor, >= 1.
-        max_seg_pixels: refuse slides whose segmentation level has more pixels; None or <= 0: no limit.
+        max_seg_pixels: largest number of pixels of the segmentation level; None or <= 0: no limit.
     """
 
     sthresh: int = 8
@@ -91,15 +91,15 @@ class SegmentationSettings:
 
 
 class Tissue(NamedTuple):
-    """Where the tissue is, in level-0 pixels.
+    """The tissue of a slide, in level-0 pixels.
 
     Attributes:
         contours: outer outlines, each int32 [P, 2] as (x, y); their index is the patches' `contour_index`.
         holes: for each contour, its kept holes, each int32 [P, 2].
         seg_level: the pyramid level that was segmented.
-        shrink: by which that level was reduced first.
-        nothing: why there is no contour; empty where there is one.
-        missing: share of that level for which the file holds no data, in formats in which that is a fault.
+        shrink: factor by which that level was reduced before segmentation.
+        nothing: the reason why there is no contour; empty if there is one.
+        missing: fraction of that level for which the file holds no data, in formats in which that is a fault.
     """
 
     contours: list[np.ndarray]
@@ -113,15 +113,15 @@ class Tissue(NamedTuple):
 def segment_tissue(slide: SlideImage, settings: SegmentationSettings | None = None) -> Tissue:
     """Outlines of the tissue on a slide.
 
-    Memory stays below 8 bytes per pixel of the segmented level, whatever its size; a level that cannot be read is
-    replaced by level min(2, levels - 1), with a warning.
+    Memory stays below 8 bytes per pixel of the segmented level, whatever its size. If a level cannot be read, level
+    min(2, levels - 1) is used in its place and a warning is logged.
 
-    A slide without a level near the wanted downsample, on which nothing is found so, is segmented again, shrunk to it
-    or, where it is small, as far as leaves 160 pixels on its shorter side.
+    If a slide has no level near the wanted downsample and no tissue is found, its level is segmented again, shrunk to
+    the wanted downsample. On a small slide it is shrunk less, so that its shorter side keeps 160 pixels.
 
     Raises:
         SlideSkippedError: the level has more than `max_seg_pixels` pixels.
-        MemoryLimitError: segmenting it takes more memory than there is.
+        MemoryLimitError: segmentation needs more memory than is available.
         SlideReadError: neither level can be read.
     """
     settings = settings or SegmentationSettings()
@@ -132,7 +132,7 @@ def segment_tissue(slide: SlideImage, settings: SegmentationSettings | None = No
 
 
 def about_missing(share: float) -> str:
-    """A phrase for a slide whose segmented level lacks this share of its data."""
+    """A phrase for a slide whose segmented level lacks this fraction of its data."""
     return (
         f"is incomplete: the file holds no data for {100 * share:.3g} % of the segmented level (tiles of "
         "zero length), and tissue there is not found"
@@ -144,7 +144,7 @@ def _segment_or_shrink(slide: SlideImage, settings: SegmentationSettings) -> Tis
     factor = max(slide.level_downsamples[tissue.seg_level]) * settings.seg_downsample
     if tissue.contours or factor >= WANTED_DOWNSAMPLE / 2:
         return tissue
-    # Laplacian and median are made for a coarse image: at full resolution stained tissue has no texture to them.
+    # Laplacian and median are designed for a coarse image: at full resolution they find no texture in stained tissue.
     more = _further_shrink(slide, tissue.seg_level, settings)
     if more == 1:
         return tissue
@@ -164,9 +164,9 @@ def _segment_or_shrink(slide: SlideImage, settings: SegmentationSettings) -> Tis
 
 
 def _further_shrink(slide: SlideImage, level: int, settings: SegmentationSettings) -> int:
-    """The power of 2 by which a level would have to be shrunk further to come near the wanted downsample.
+    """The power of 2 by which a level must be shrunk further to come near the wanted downsample.
 
-    No coarser than leaves the white frame, which counts pixels of the shrunk image, a small part of it.
+    It is limited, so that the white frame, measured in pixels of the shrunk image, stays a small part of the image.
     """
     factor = max(slide.level_downsamples[level]) * settings.seg_downsample
     side = min(slide.level_dimensions[level]) / settings.seg_downsample
@@ -178,7 +178,7 @@ def _segment(slide: SlideImage, settings: SegmentationSettings) -> Tissue:
     level = slide.get_best_level_for_downsample(WANTED_DOWNSAMPLE)
     fallback = min(2, len(slide.level_dimensions) - 1)
     _check_size(slide, level, settings)
-    # Pieces are read along tile borders, once each: a tile cache would only add to the peak.
+    # Pieces are read along tile borders, once each: a tile cache would only increase the peak memory.
     with slide.tile_cache(_SMALL_CACHE):
         try:
             return _segment_level(slide, level, settings)
@@ -230,7 +230,7 @@ def _segment_level(slide: SlideImage, level: int, settings: SegmentationSettings
     holes = [[_scaled(outlines[hole], scale) for hole in inside] for _, inside in kept]
     nothing = ""
     if not contours:
-        # The pixels are black there, which has no texture and no saturation.
+        # Pixels without data are black, with no texture and no saturation, so they are not tissue.
         empty = f"the file holds no data for {100 * missing:.3g} % of level {level}; " if missing else ""
         where = f"level {level}" + (f" shrunk {settings.seg_downsample:g}x" if settings.seg_downsample > 1 else "")
         if not coloured:
@@ -244,7 +244,7 @@ def _segment_level(slide: SlideImage, level: int, settings: SegmentationSettings
 
 
 def _outline(mask: np.ndarray, settings: SegmentationSettings) -> tuple[Sequence[np.ndarray], np.ndarray | None, bool]:
-    """Contours and hierarchy, as OpenCV gives them, of a textured saturation; and whether any pixel is tissue.
+    """Contours and hierarchy, as OpenCV returns them, of a textured saturation; and whether any pixel is tissue.
 
     The saturation is overwritten.
     """
@@ -258,13 +258,13 @@ def _outline(mask: np.ndarray, settings: SegmentationSettings) -> tuple[Sequence
 
 
 class Overview:
-    """A small copy of a level, put together from the pieces that are read of it anyway.
+    """A small copy of a level, built from the pieces that are read of it anyway.
 
-    It is accurate to a pixel of its own, which is enough to tell whether much tissue was overlooked.
+    Its outlines are accurate to one pixel of the copy, which is enough to detect that much tissue was overlooked.
 
     Args:
-        size: (width, height) of what is read.
-        shrink: by which it is reduced, in whole pixels.
+        size: (width, height) of the level as it is read.
+        shrink: reduction factor, an integer.
     """
 
     def __init__(self, size: tuple[int, int], shrink: int) -> None:
@@ -273,7 +273,7 @@ class Overview:
         self._pixels = np.full((self.size[1], self.size[0], 3), 255, np.uint8)
 
     def add(self, x: int, y: int, pixels: np.ndarray) -> None:
-        """Add a piece, uint8 [h, w, 3 or 4], whose corner is at (x, y) of what is read."""
+        """Add a piece, uint8 [h, w, 3 or 4], whose top left corner is at (x, y) of the level as it is read."""
         h, w = pixels.shape[:2]
         left, top = x // self.shrink, y // self.shrink
         right, bottom = (min(-(-end // self.shrink), full) for end, full in zip((x + w, y + h), self.size, strict=True))
@@ -289,10 +289,10 @@ class Overview:
 def _warn_if_overlooked(
     slide: SlideImage, overview: Overview, settings: SegmentationSettings, scale: tuple[float, ...], found: float
 ) -> None:
-    """Log a warning if much more tissue would be found on the shrunk level; what was found is not changed.
+    """Log a warning if much more tissue would be found on the shrunk level; the result is not changed.
 
-    At full resolution, only spots of strong texture are tissue to the algorithm; where there are none at all, the level
-    is shrunk by itself.
+    At full resolution, the algorithm finds only spots of strong texture. If it finds none at all, the level is shrunk
+    automatically.
     """
     outlines, hierarchy, _ = _outline(textured_saturation(overview), settings)
     scale = tuple(factor * overview.shrink for factor in scale)
@@ -312,7 +312,7 @@ def _warn_if_overlooked(
 
 
 def _area(outlines: Sequence[np.ndarray], kept: Sequence[tuple[int, list[int]]]) -> float:
-    """Of the kept contours less their kept holes, in pixels."""
+    """Area of the kept contours minus that of their kept holes, in pixels."""
     return sum(
         cv2.contourArea(outlines[i]) - sum(cv2.contourArea(outlines[hole]) for hole in inside) for i, inside in kept
     )
@@ -321,7 +321,7 @@ def _area(outlines: Sequence[np.ndarray], kept: Sequence[tuple[int, list[int]]])
 def textured_saturation(reader: LevelReader | Overview, overview: Overview | None = None) -> np.ndarray:
     """uint8 [h, w]: HSV saturation of each pixel; 0 where |Laplacian| <= 15 and in the white frame of 20-21 pixels.
 
-    The original paints those pixels white, and white has saturation 0. What is read goes into `overview` as well.
+    The original paints those pixels white, and white has saturation 0. The pixels read are also added to `overview`.
     """
     width, height = reader.size
     saturation = np.empty((height, width), np.uint8)
@@ -348,9 +348,9 @@ def textured_saturation(reader: LevelReader | Overview, overview: Overview | Non
 
 
 def _erase_flat(saturation: np.ndarray, grey: np.ndarray, first: int, start: int, stop: int) -> None:
-    """Zero the saturation of rows [start, stop) where the grey image, which begins at row `first`, has no texture."""
+    """Zero the saturation of rows [start, stop) where the grey image, which starts at row `first`, has no texture."""
     height, width = saturation.shape
-    # 128 + Laplacian, saturated to a byte, tells |Laplacian| <= 15 exactly, in an eighth of the memory of float64.
+    # 128 + Laplacian, saturated to a byte, decides |Laplacian| <= 15 exactly, in an eighth of the memory of float64.
     values = np.arange(256)
     keep = np.where(np.abs(values - 128) <= _FLAT_LAPLACIAN, 0, 255).astype(np.uint8)
     rows = max(1, _BAND_PIXELS // (4 * width))
@@ -363,7 +363,7 @@ def _erase_flat(saturation: np.ndarray, grey: np.ndarray, first: int, start: int
 
 
 def median_in_place(image: np.ndarray, side: int) -> None:
-    """cv2.medianBlur of a uint8 image [h, w] by an odd `side`, in bands; the true border is replicated, as there."""
+    """cv2.medianBlur of a uint8 image [h, w] by an odd `side`, in bands; the image border is replicated, as in cv2."""
     if side == 1:
         return
     height, width = image.shape
@@ -378,7 +378,7 @@ def median_in_place(image: np.ndarray, side: int) -> None:
         for x in range(0, width, columns):
             x0, x1 = max(0, x - reach), min(x + columns + reach, width)
             block = source[:, x0:x1]
-            # Most of a slide is empty, and the median of nothing is nothing.
+            # Most of a slide is empty, and the median of zeros is zero: empty blocks are skipped.
             if cv2.countNonZero(block):
                 blurred = cv2.medianBlur(block, side)
                 image[top:bottom, x : x + columns] = blurred[offset : offset + bottom - top, x - x0 : x - x0 + columns]
