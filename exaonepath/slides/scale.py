@@ -138,7 +138,7 @@ def ome_scale(properties: Mapping[str, str]) -> OmeScale | None:
             found.append(f"states a pixel size of {size[:40]!r} {unit[:20]!r} in its OME-XML, which cannot be used")
     if not sure and len({(image.get("PhysicalSizeX"), image.get("PhysicalSizeXUnit")) for image in images}) > 1:
         found.append(
-            f"has OME-XML with {len(images)} images of different pixel sizes, and nothing tells which one is level 0; "
+            f"has OME-XML with {len(images)} images of different pixel sizes, and does not state which one is level 0; "
             "the first is used"
         )
     return OmeScale(sizes[0], sizes[1], tuple(found))

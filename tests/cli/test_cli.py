@@ -11,38 +11,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from exaonepath.cli.app import app
-from exaonepath.encoders import loading
 from exaonepath.errors import SettingsError
 from exaonepath.files.embeddings import read_embedding
 from exaonepath.ops.extension import load_extension
 from exaonepath.slides import encode as pipeline
 from exaonepath.synthetic import make_slide
-
-
-class ColourEncoder(torch.nn.Module):
-    """Stands in for the ViT: mean colours spread over 768 numbers, in no time."""
-
-    def forward(self, x):
-        return x.mean((2, 3)).repeat(1, 256)
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """Run the command in this process with a patch encoder that costs nothing."""
-
-    def fake(weights="random:0", *, device="cpu", **_):
-        return loading.LoadedEncoder(ColourEncoder(), weights, f"colour:{weights}", weights.startswith("random:"))
-
-    monkeypatch.setattr(loading, "load_patch_encoder", fake)
-    monkeypatch.setattr(loading.LoadedEncoder, "device", torch.device("cpu"))
-
-    def call(*arguments):
-        return CliRunner().invoke(app, [str(a) for a in arguments])
-
-    return call
 
 
 @pytest.fixture(scope="module")

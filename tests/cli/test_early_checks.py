@@ -1,4 +1,4 @@
-"""What is wrong with a table is told by the command before torch is imported, in a moment."""
+"""Errors in the header of a table are reported by the command before torch is imported."""
 
 import json
 import subprocess
