@@ -23,10 +23,11 @@ from exaonepath.encoders.loading import LoadedEncoder, load_patch_encoder, load_
 from exaonepath.encoders.published import DEFAULT_WEIGHTS
 from exaonepath.errors import DataFileError, ExaonePathError
 from exaonepath.files.atomic import atomic_path, ensure_folder
+from exaonepath.files.embeddings import read_embedding
 from exaonepath.files.hdf5 import open_h5
 from exaonepath.files.patches import read_patches
 from exaonepath.plotting import require_matplotlib
-from exaonepath.slides.encode import encode_slide, read_embedding
+from exaonepath.slides.encode import encode_slide
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.pipeline import PatchSettings, plan_grid
 from exaonepath.slides.patches.segmentation import SegmentationSettings, Tissue, segment_tissue

@@ -207,14 +207,14 @@ def run_matrix(pythons: list[str], sets: list[str], folder: Path) -> Iterator[Ou
                 outcome.problem = "no such Python on this machine"
                 yield outcome
                 continue
-            here = folder / f"{version}-{dependencies}"
-            print(f"{version} {dependencies}: {here.relative_to(ROOT)}", file=sys.stderr, flush=True)
+            environment = folder / f"{version}-{dependencies}"
+            print(f"{version} {dependencies}: {environment.relative_to(ROOT)}", file=sys.stderr, flush=True)
             try:
-                python = install(uv, here, interpreter, dependencies)
+                python = install(uv, environment, interpreter, dependencies)
                 outcome.versions = versions(uv, python)
-                run_tests(outcome, python, here, "tests", TESTS)
+                run_tests(outcome, python, environment, "tests", TESTS)
                 # torchao follows torch's releases and does not say which ones it needs: only the newest fit.
-                last = (python, here, outcome) if dependencies != "oldest" else last
+                last = (python, environment, outcome) if dependencies != "oldest" else last
             except Failed as exc:
                 outcome.problem = str(exc)
             yield outcome

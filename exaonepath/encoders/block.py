@@ -86,11 +86,16 @@ class RopePeriods(nn.Module):
 
     def forward(self) -> Tensor:
         """float64 [D/4] on the CPU."""
-        stored = self.periods.detach().cpu().float()
+        return self.exact(self.periods.detach().cpu())
+
+    def exact(self, stored: Tensor) -> Tensor:
+        """float64 [D/4]: the periods that a buffer means. Without a branch on values, so that it can be exported."""
+        stored, config = stored.float(), self._from_config.to(stored.device)
+        periods = stored.double()
         for half in (torch.bfloat16, torch.float16):
-            if torch.equal(stored, self._from_config.to(half).float()):
-                return self._from_config.double()
-        return stored.double()
+            rounded = (stored == config.to(half).float()).all()
+            periods = torch.where(rounded, config.double(), periods)
+        return periods
 
     def reset(self) -> None:
         """Fill the buffer from the config (a checkpoint may omit it)."""

@@ -62,7 +62,8 @@ def _tables(transformer: SlideTransformer, coords: Tensor, mask: Tensor, dtype: 
     positions = (coords.to(torch.float64) + size // 2) / size
     positions = torch.where(mask[..., None], positions, 0)
     positions = torch.cat([positions.new_zeros((len(coords), transformer.n_prefix, 2)), positions], 1)
-    return Rotation(positions.flatten(0, 1), transformer.rope_embed.periods.double()).cos_sin(dtype)
+    periods = transformer.rope_embed.exact(transformer.rope_embed.periods)
+    return Rotation(positions.flatten(0, 1), periods).cos_sin(dtype)
 
 
 def _attend(attention: Attention, x: Tensor, mask: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:

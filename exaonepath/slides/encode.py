@@ -18,7 +18,6 @@ from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
 from exaonepath.encoders.published import DEFAULT_WEIGHTS
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.errors import OutputCollisionError, SettingsError, SlideOpenError
-from exaonepath.files.embeddings import SlideEmbedding, read_embedding
 from exaonepath.slides.dicom import is_dicom, series_identity
 from exaonepath.slides.embed import embed_features_file
 from exaonepath.slides.features.extract import extract_features
@@ -26,8 +25,6 @@ from exaonepath.slides.features.preprocessing import PreprocessingConfig
 from exaonepath.slides.image import SlideImage, opened, slide_id
 from exaonepath.slides.patches.pipeline import PatchSettings, patchfy
 from exaonepath.slides.patches.segmentation import SegmentationSettings
-
-__all__ = ["EncodeResult", "SlideEmbedding", "encode_slide", "find_slides", "output_paths", "read_embedding"]
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from exaonepath import ExaonePathSlideEncoderConfig, ExaonePathSlideEncoderModel, demo
 from exaonepath.demo import FetchError, fetch_slide, plan, run_demo
 from exaonepath.encoders.loading import LoadedEncoder, randomize
-from exaonepath.slides.encode import read_embedding
+from exaonepath.files.embeddings import read_embedding
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.pipeline import patchfy
 from exaonepath.synthetic import make_slide

@@ -50,11 +50,11 @@ def files(tmp_path):
 
 
 def test_a_wrong_id_column_is_told_before_anything_heavy_is_imported(call, files):
-    status, told, imported = call("train", files / "s.toml", "--out", files / "run")
+    status, stderr, imported = call("train", files / "s.toml", "--out", files / "run")
     assert status == 1
-    assert told.splitlines()[0] == "error: the cohort cannot be used:"
-    assert "labels.csv lacks the column patient; it has 'Kennung', 'age'" in told
-    assert "--id-column" in told
+    assert stderr.splitlines()[0] == "error: the cohort cannot be used:"
+    assert "labels.csv lacks the column patient; it has 'Kennung', 'age'" in stderr
+    assert "--id-column" in stderr
     assert imported == "[]"
     assert not (files / "run").exists()
 
@@ -65,27 +65,27 @@ def test_evaluate_looks_as_well(call, files, cohort):
     data = {"labels": str(files / "labels.csv"), "slides": None}
     (files / "run" / "settings.json").write_text(json.dumps({"settings": {"data": data}}))
     arguments = {"folder": [files], "settings": [files / "s.toml"], "run": []}[cohort]
-    status, told, imported = call("evaluate", files / "run", *arguments)
+    status, stderr, imported = call("evaluate", files / "run", *arguments)
     assert (status, imported) == (1, "[]")
-    assert "'Kennung'" in told
+    assert "'Kennung'" in stderr
 
 
 def test_every_problem_is_told_on_its_line(call, files):
     (files / "labels.csv").write_bytes("patient\tage\np1\t60\n".encode("utf-16"))
     (files / "slides.csv").write_text("patient,file\np1,a.h5\n")
-    status, told, imported = call("train", files / "s.toml", "--set", "data.tables.cnv.path=nowhere\x1b.tsv")
+    status, stderr, imported = call("train", files / "s.toml", "--set", "data.tables.cnv.path=nowhere\x1b.tsv")
     assert (status, imported) == (1, "[]")
-    assert told.splitlines()[0] == "error: the cohort cannot be used, for 3 reasons:"
-    assert "slides: " in told
-    assert "lacks the column features" in told
-    assert "UTF-16" in told
-    assert "nowhere\\x1b.tsv: no such file" in told
+    assert stderr.splitlines()[0] == "error: the cohort cannot be used, for 3 reasons:"
+    assert "slides: " in stderr
+    assert "lacks the column features" in stderr
+    assert "UTF-16" in stderr
+    assert "nowhere\\x1b.tsv: no such file" in stderr
 
 
 def test_settings_that_cannot_be_read_are_told_as_early(call):
-    status, told, imported = call("train", "nowhere.toml")
+    status, stderr, imported = call("train", "nowhere.toml")
     assert status == 1
-    assert "error: settings file nowhere.toml cannot be read" in told
+    assert "error: settings file nowhere.toml cannot be read" in stderr
     assert imported == "[]"
 
 

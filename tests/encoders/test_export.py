@@ -67,6 +67,14 @@ def test_export_of_the_slide_encoder(strict):
             close(exported(*inputs), model(*inputs))
 
 
+def test_periods_stored_in_half_precision_are_the_exact_ones_in_the_graph_too():
+    model, inputs = slide_encoder(), slides()
+    with torch.no_grad():
+        expected = model(*inputs)
+        model.transformer.rope_embed.periods.copy_(model.transformer.rope_embed.periods.bfloat16())
+        close(torch.export.export(model, inputs).module()(*inputs), expected)
+
+
 def test_export_of_the_slide_encoder_for_any_number_of_patches():
     model = slide_encoder()
     n = torch.export.Dim("n", min=5, max=4096)

@@ -193,7 +193,8 @@ def extract_features(
             num_workers=num_workers,
             indices=rows[resumed_from:],
         )
-        encode = stack.enter_context(_Encoder(encoder, preprocessing, torch.device(device), dtype))
+        encode = _Encoder(encoder, preprocessing, torch.device(device), dtype)
+        stack.enter_context(evaluating(encoder))
         _run(reader, encode, partial, resumed_from, len(rows), progress)
         slide.check_unchanged()
         failures = tuple(partial.failures)
@@ -218,24 +219,16 @@ def extract_features(
 
 
 class _Encoder:
-    """The encoder in evaluation mode on its device, run under inference mode and, if requested, autocast."""
+    """The encoder on its device, run under inference mode and, if requested, autocast."""
 
     def __init__(
         self, module: torch.nn.Module, preprocessing: PreprocessingConfig, device: torch.device, dtype: torch.dtype
     ) -> None:
         self._module, self._preprocessing, self._device, self._dtype = module, preprocessing, device, dtype
-
-    def __enter__(self) -> _Encoder:
         try:
-            self._module.to(self._device)
+            module.to(device)
         except (RuntimeError, AssertionError) as exc:  # torch built without CUDA raises AssertionError
-            raise DeviceError(f"the patch encoder cannot be moved to {self._device}: {exc}") from exc
-        self._mode = evaluating(self._module)
-        self._mode.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._mode.__exit__(None, None, None)
+            raise DeviceError(f"the patch encoder cannot be moved to {device}: {exc}") from exc
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Features float32 [b, D] of images uint8 [b, crop, crop, 3]."""

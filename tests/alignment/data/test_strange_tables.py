@@ -373,9 +373,9 @@ def test_dates_tell_of_what_gene_they_were(name, gene):
 def test_dates_for_genes_are_warned_of_and_entrez_ids_are_not(tmp_path):
     rna = write(tmp_path / "rna.txt", EXPRESSION, genes=["TP53", "1-Mar", "2-Sep", "44621", "KRAS"])
     cohort = load(rna, write(tmp_path / "cnv.txt", COPIES))
-    (told,) = [f for f in cohort.report.warnings if f.code == "dates-for-genes"]
-    assert told.features == ("1-Mar", "2-Sep", "44621")
-    assert "1-Mar for MARCH1 (MARCHF1), 2-Sep for SEPT2 (SEPTIN2)" in told.message
+    (warning,) = [f for f in cohort.report.warnings if f.code == "dates-for-genes"]
+    assert warning.features == ("1-Mar", "2-Sep", "44621")
+    assert "1-Mar for MARCH1 (MARCHF1), 2-Sep for SEPT2 (SEPTIN2)" in warning.message
     rna = write(tmp_path / "ids.txt", EXPRESSION, genes=["7157", "44621", "3845", "4609", "5728"])
     assert "dates-for-genes" not in codes(
         load({"path": rna, "orientation": "features_by_patients"}, tmp_path / "cnv.txt")
@@ -429,7 +429,7 @@ def test_ids_under_another_name_or_two_are_asked_about(tmp_path):
         load(rna, cnv, labels=tmp_path / "none.csv")
     with pytest.raises(CohortError, match=r"'case_id' and 'submitter_id' may both be.*--id-column"):
         load(rna, cnv, labels=tmp_path / "two.csv")
-    for file, told in (("none.csv", "kennung"), ("two.csv", "submitter_id")):
-        assert "age" in load(rna, cnv, labels=tmp_path / file, id_column=told).labels
+    for file, column in (("none.csv", "kennung"), ("two.csv", "submitter_id")):
+        assert "age" in load(rna, cnv, labels=tmp_path / file, id_column=column).labels
     with pytest.raises(CohortError, match="no column 'Nummer'"):
         load(rna, cnv, labels=tmp_path / "none.csv", id_column="Nummer")
