@@ -13,12 +13,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Rows and columns of a tile, warps, and depth of the software pipeline."""
+    """Rows and columns of a tile, warps, depth of the software pipeline, and how blocks without a mask are loaded.
+
+    `descriptors`: through tensor descriptors, by the copy engine (TMA) of sm_90 and later. Tensors that a descriptor
+    cannot describe (it needs a base and strides of a multiple of 16 bytes) are loaded through pointers all the same.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)
