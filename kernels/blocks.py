@@ -87,13 +87,20 @@ def load_block(
 
 
 @triton.jit
-def load_values(p_x, first, exists, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """One value for each of BLOCK tokens, starting at `first`; if MASKED, 0 for tokens that do not exist."""
+def load_values(p_x, first, exists, BLOCK: tl.constexpr, MASKED: tl.constexpr, COLUMN: tl.constexpr):
+    """One value for each of BLOCK tokens, starting at `first`; if MASKED, 0 for tokens that do not exist.
+
+    With COLUMN, the values are loaded as a matrix of one column, whose rows are then summed. Triton before 3.7 gives a
+    load of fewer values than threads the layout of its user, where every thread holds many values: it then issues up to
+    32 copies of four bytes instead of one. It does not look through the sum.
+    """
     p = p_x + wide(first) + tl.arange(0, BLOCK)
-    if MASKED:
-        return tl.load(p, mask=exists, other=0.0)
-    else:
-        return tl.load(p)
+    if COLUMN:
+        p, exists = p[:, None], exists[:, None]
+    x = tl.load(p, mask=exists, other=0.0) if MASKED else tl.load(p)
+    if COLUMN:
+        x = tl.sum(x, 1)
+    return x
 
 
 @triton.jit
@@ -110,8 +117,11 @@ def only_finite(x):
 
 @triton.jit
 def not_finite(x):
-    """Whether any value in x [ROWS, D] is infinite or NaN."""
-    return tl.sum(tl.sum(x * 0.0, 1), 0) != 0.0  # inf * 0 is NaN, and NaN != 0 is true
+    """Whether any value in x [ROWS, D] is infinite or NaN.
+
+    One sum over all values: triton 3.6 and 3.7 cannot compile a sum over rows and then over columns for sm_100.
+    """
+    return tl.sum(x * 0.0) != 0.0  # inf * 0 is NaN, and NaN != 0 is true
 
 
 @triton.jit

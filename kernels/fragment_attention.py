@@ -86,7 +86,7 @@ def forward_kernel(
     s_v_token, s_v_head, s_out_token, s_out_head, first_row, n_tokens, scale_log2,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTATE_Q: tl.constexpr,
     STORE_LSE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    SUMS: tl.constexpr,
+    BLOCK_MASKED: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """out of one tile of queries and one head, and if STORE_LSE its log2 sum of exponentials; grid (W, H)."""
     head_32 = tl.program_id(1)
@@ -120,10 +120,10 @@ def forward_kernel(
             D, BLOCK_M, BLOCK_N, False, False, PRECISION, DESCRIPTORS, SUMS,
         )  # fmt: skip
     lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)  # after the loop above, which then has more free registers
-    for start in tl.range(plain, end, BLOCK_N, num_stages=STAGES):
+    for start in tl.range(plain, end, BLOCK_MASKED, num_stages=STAGES):
         acc, l, m = _forward_step(
             p_k, p_v, d_k, d_v, head_32, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
-            D, BLOCK_M, BLOCK_N, True, False, PRECISION, DESCRIPTORS, SUMS,
+            D, BLOCK_M, BLOCK_MASKED, True, False, PRECISION, DESCRIPTORS, SUMS,
         )  # fmt: skip
     if plain == begin and not_finite(acc):
         acc, l, m = _no_keys(BLOCK_M, D, SUMS)

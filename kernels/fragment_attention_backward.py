@@ -80,7 +80,7 @@ def query_gradient_kernel(
     p_qkv, p_dqkv, d_k, d_v, p_out, p_dout, p_lse, p_delta, p_cos, p_sin, p_bounds, p_tiles, s_token, s_slot,
     s_head, s_out_token, s_out_head, n_tokens, scale, scale_log2,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTATE_BACK: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_MASKED: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries and one head, and delta = rowsum(out * dout) for the other kernel; grid (W, H)."""
     head_32 = tl.program_id(1)
@@ -103,10 +103,10 @@ def query_gradient_kernel(
             D, BLOCK_N, False, False, PRECISION, DESCRIPTORS,
         )  # fmt: skip
     lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)  # after the loop above, which then has more free registers
-    for start in tl.range(plain, end, BLOCK_N, num_stages=STAGES):
+    for start in tl.range(plain, end, BLOCK_MASKED, num_stages=STAGES):
         dq = _query_gradient_step(
             p_k, p_v, d_k, d_v, head_32, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2,
-            D, BLOCK_N, True, False, PRECISION, DESCRIPTORS,
+            D, BLOCK_MASKED, True, False, PRECISION, DESCRIPTORS,
         )  # fmt: skip
     if plain == begin and not_finite(dq):
         dq = tl.zeros([BLOCK_M, D], tl.float32)
@@ -126,7 +126,7 @@ def query_gradient_kernel(
 def _key_gradient_step(
     p_q, p_dout, p_lse, p_delta, d_q, d_dout, head, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token, scale_log2,
     D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, COLUMNS_BELOW: tl.constexpr,
 ):  # fmt: skip
     """Add the contribution of one block of queries to the gradients of a tile of rotated keys and of values.
 
@@ -138,7 +138,7 @@ def _key_gradient_step(
     q = load_block(p_q, d_q, head, start, present, s_token, BLOCK_M, D, MASKED, DESCRIPTORS)
     dout = load_block(p_dout, d_dout, head, start, present, s_out_token, BLOCK_M, D, MASKED, DESCRIPTORS)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    lse = load_values(p_lse, start, present, BLOCK_M, MASKED)
+    lse = load_values(p_lse, start, present, BLOCK_M, MASKED, BLOCK_M < COLUMNS_BELOW)
     p = tl.exp2(tl.fma(s, scale_log2, -lse[None, :]))  # [BN, BM]
     if CAREFUL:
         q, poison = only_finite(q)
@@ -148,7 +148,7 @@ def _key_gradient_step(
         p = tl.where(within(rows, lo, hi), p, 0.0)  # a key gets gradients only from queries of its own interval
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-    delta = load_values(p_delta, start, present, BLOCK_M, MASKED)
+    delta = load_values(p_delta, start, present, BLOCK_M, MASKED, BLOCK_M < COLUMNS_BELOW)
     ds = p * (dp - delta[None, :])
     if CAREFUL:
         ds = tl.where(within(rows, lo, hi), ds, 0.0)  # delta of a query of another segment may be NaN
@@ -160,7 +160,7 @@ def key_gradient_kernel(
     p_qkv, p_dqkv, d_q, d_dout, p_dout, p_lse, p_delta, p_cos, p_sin, p_bounds, p_tiles, s_token,
     s_slot, s_head, s_out_token, s_out_head, n_tokens, scale, scale_log2,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTATE_BACK: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_MASKED: tl.constexpr, COLUMNS_BELOW: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of BLOCK_N keys and one head; grid (W, H), with tiles of up to BLOCK_N tokens."""
     head_32 = tl.program_id(1)
@@ -176,13 +176,13 @@ def key_gradient_kernel(
     for start in tl.range(begin, plain, BLOCK_M, num_stages=STAGES):
         dk, dv = _key_gradient_step(
             p_q, p_do, p_l, p_d, d_q, d_dout, head_32, start, end, begin, end, k, v, dk, dv, s_token, s_out_token,
-            scale_log2, D, BLOCK_M, False, False, PRECISION, DESCRIPTORS,
+            scale_log2, D, BLOCK_M, False, False, PRECISION, DESCRIPTORS, COLUMNS_BELOW,
         )  # fmt: skip
     lo, hi = load_bounds(p_bounds, first, exists, BLOCK_N)
-    for start in tl.range(plain, end, BLOCK_M, num_stages=STAGES):
+    for start in tl.range(plain, end, BLOCK_MASKED, num_stages=STAGES):
         dk, dv = _key_gradient_step(
             p_q, p_do, p_l, p_d, d_q, d_dout, head_32, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token,
-            scale_log2, D, BLOCK_M, True, False, PRECISION, DESCRIPTORS,
+            scale_log2, D, BLOCK_MASKED, True, False, PRECISION, DESCRIPTORS, COLUMNS_BELOW,
         )  # fmt: skip
     if plain == begin and (not_finite(dk) or not_finite(dv)):
         dk = tl.zeros([BLOCK_N, D], tl.float32)
@@ -192,7 +192,7 @@ def key_gradient_kernel(
         for start in tl.range(begin, end, CAREFUL_BLOCK, num_stages=1):
             dk, dv = _key_gradient_step(
                 p_q, p_do, p_l, p_d, d_q, d_dout, head_32, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token,
-                scale_log2, D, CAREFUL_BLOCK, True, True, PRECISION, DESCRIPTORS,
+                scale_log2, D, CAREFUL_BLOCK, True, True, PRECISION, DESCRIPTORS, COLUMNS_BELOW,
             )  # fmt: skip
     first, _, _, _, exists = load_tile(p_tiles, BLOCK_N)
     p_dk = p_dqkv + head * s_head + s_slot

@@ -1,9 +1,9 @@
 """Frozen launch settings of the kernels, per architecture, dtype and head dimension. Never chosen at run time.
 
 With each row, the kernel compiles ahead of time without register spills inside a loop, in every variant that is
-launched, and fits the shared memory of its architectures. `tests/ops/attention/kernel_resources.json` contains the
-resources, and `test_triton_compile.py` in the same folder compares the kernels with them. None of the settings has been
-timed on a GPU yet. docs/triton.md describes how they were chosen.
+launched, and fits the shared memory of its architectures. `tests/ops/attention/kernel_resources/` contains the
+resources for each version of triton that users get, and `test_triton_compile.py` compares the kernels with them. None
+of the settings has been timed on a GPU yet. docs/triton.md describes how they were chosen.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ class LaunchConfig:
 
     `descriptors`: through tensor descriptors, by the copy engine (TMA) of sm_90 and later. Tensors that a descriptor
     cannot describe (it needs a base and strides of a multiple of 16 bytes) are loaded through pointers all the same.
+    `masked`: tokens of a block in the loop with masks; 0: as many as in the other loop. A smaller block computes fewer
+    scores that the masks then discard, and needs fewer registers.
     `sums`: number of partial sums that the forward kernel keeps for each row of probabilities, 1 or 8.
     """
 
@@ -25,7 +27,12 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     descriptors: bool = False
+    masked: int = 0
     sums: int = 1
+
+    def columns_below(self, triton: tuple[int, ...]) -> int:
+        """Under this version of triton, fewer values than this are loaded as a column (`load_values`)."""
+        return 32 * self.num_warps if triton < (3, 7) else 0
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def resolve_backend(
 # A compiled graph contains the answer, not this code with its logger.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _kernels_support(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    reason = unsupported_input(dtype, head_dim, 0) or unsupported_device(device)
+    reason = unsupported_input(dtype, head_dim, 0) or unsupported_device(device, dtype)
     if reason is not None:
         warn_once(logger, "%s; attention runs through torch's scaled_dot_product_attention", reason)
     return reason is None

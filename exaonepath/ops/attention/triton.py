@@ -12,6 +12,8 @@ import importlib.util
 import logging
 import math
 import os
+import re
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +30,14 @@ logger = logging.getLogger(__name__)
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LOOKS_UP_TILES = (torch.Tag.cudagraph_unsafe,)
+# GPUs with tensor memory: B200, B300, Thor. Their matrix units read shared memory through the asynchronous proxy, and
+# triton before 3.7.1 emits no fence between asynchronous copies and such reads (pull request 9610 of triton). Those of
+# Hopper read it in the same way, but no wrong result has been seen there.
+_TENSOR_MEMORY = (10, 11)
+_FENCES_COPIES = (3, 7, 1)
+# A float32 product is three products of tf32 into one accumulator. Before 3.9, triton starts the first one before the
+# previous three have ended (issue 10821 of triton).
+_ORDERS_PRODUCTS = (3, 9, 0)
 _MAX_TOKENS = 2**31 - 256  # token numbers are 32-bit inside the kernels
 
 
@@ -42,8 +52,11 @@ def unsupported_input(dtype: torch.dtype, head_dim: int, tokens: int) -> str | N
     return None
 
 
-def unsupported_device(device: torch.device) -> str | None:
-    """The reason why the kernels cannot run on this device of this machine, or None if they can."""
+def unsupported_device(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """The reason why the kernels cannot run on this device of this machine, or None if they can.
+
+    With a dtype, also the reason why they cannot with this dtype.
+    """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; install the triton that belongs to your torch"
     if device.type == "cpu":
@@ -51,7 +64,17 @@ def unsupported_device(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the triton kernels need a CUDA device, not {device}"
     major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"the triton kernels need compute capability 8.0, this GPU has {major}.{minor}"
+    if major < 8:
+        return f"the triton kernels need compute capability 8.0, this GPU has {major}.{minor}"
+    if major in _TENSOR_MEMORY:
+        needed = _ORDERS_PRODUCTS if dtype == torch.float32 else _FENCES_COPIES
+        if _triton_version() < needed:
+            what = "float32 attention" if dtype == torch.float32 else "attention"
+            return (
+                f"triton {_dotted(_triton_version())} compiles {what} wrongly for compute capability {major}.{minor}; "
+                f"install a torch that comes with triton {_dotted(needed)} or later"
+            )
+    return None
 
 
 def triton_attention(
@@ -156,7 +179,7 @@ def _tables(x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
 
 def _config(x: Tensor) -> AttentionConfig:
     """Launch settings for [..., D] on its device; raises `BackendError` if the device does not support the kernels."""
-    _refuse(unsupported_device(x.device))
+    _refuse(unsupported_device(x.device, x.dtype))
     capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
     return attention_config(capability, x.element_size(), x.shape[-1])
 
@@ -195,7 +218,8 @@ def _launch_forward(
             scale / math.log(2),
             D=q.shape[2], BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, ROTATE_Q=rotate_queries,
             STORE_LSE=lse is not None, PRECISION=config.precision, STAGES=launch.num_stages,
-            DESCRIPTORS=d_k is not None, SUMS=launch.sums, num_warps=launch.num_warps, enable_fp_fusion=True,
+            DESCRIPTORS=d_k is not None, BLOCK_MASKED=launch.masked or launch.block_n, SUMS=launch.sums,
+            num_warps=launch.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -215,7 +239,7 @@ def _launch_query_gradient(
             tiles, *qkv.stride()[:3], *dout.stride()[:2], known.n_tokens, scale, scale / math.log(2),
             D=qkv.shape[3], BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, ROTATE_BACK=rotate_back,
             PRECISION=config.precision, STAGES=launch.num_stages, DESCRIPTORS=d_k is not None,
-            num_warps=launch.num_warps, enable_fp_fusion=True,
+            BLOCK_MASKED=launch.masked or launch.block_n, num_warps=launch.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -235,6 +259,7 @@ def _launch_key_gradient(
             tiles, *qkv.stride()[:3], *dout.stride()[:2], known.n_tokens, scale, scale / math.log(2),
             D=qkv.shape[3], BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, ROTATE_BACK=rotate_back,
             PRECISION=config.precision, STAGES=launch.num_stages, DESCRIPTORS=d_q is not None,
+            BLOCK_MASKED=launch.masked or launch.block_m, COLUMNS_BELOW=launch.columns_below(_triton_version()),
             num_warps=launch.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -288,7 +313,7 @@ def _forward(
     probability again from its score, without another pass over the row.
     """
     tokens, _, heads, dim = qkv.shape
-    _refuse(unsupported_device(qkv.device))
+    _refuse(unsupported_device(qkv.device, qkv.dtype))
     known = _schedules(offsets)
     rope = cos.numel() > 0
     if training:
@@ -369,6 +394,17 @@ def _schedules(offsets: Tensor) -> TileSchedules:
 def _on(tensor: Tensor) -> Any:
     """Make the tensor's device current: Triton launches on the current device. -1 changes nothing."""
     return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)
+
+
+@cache
+def _triton_version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:3])
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
 
 
 def _interpreted() -> bool:

@@ -9,6 +9,7 @@ import importlib
 import pytest
 import torch
 from attention_cases import SHAPES, exact, inputs, relative, with_gradient
+from exaonepath.kernels.launch_config import LaunchConfig
 
 from exaonepath.errors import BackendError, SettingsError
 from exaonepath.ops.attention import triton as kernels
@@ -155,6 +156,28 @@ def test_partial_sums_give_the_same_result(device, monkeypatch):
         out = fused(segments, rotation)(qkv)
     assert out[145:].isnan().all()
     assert relative(out[:145], truth[:145]) <= FORWARD
+
+
+def test_smaller_blocks_in_the_loops_with_masks(device, monkeypatch):
+    settings = kernels.attention_config
+
+    def asking(*arguments):
+        config = settings(*arguments)
+        launches = {name: getattr(config, name) for name in ("forward", "query_gradient", "key_gradient")}
+        return dataclasses.replace(config, **{k: dataclasses.replace(v, masked=16) for k, v in launches.items()})
+
+    monkeypatch.setattr(kernels, "attention_config", asking)
+    check(*inputs([8, 83, 3, 64, 5], heads=1, device=device))
+
+
+def test_statistics_loaded_as_columns_give_the_same_bits(device, monkeypatch):
+    """The dK/dV kernel as triton before 3.7 gets it."""
+    qkv, segments, rotation = inputs([8, 70, 3], heads=1, device=device)
+    weight = torch.randn(qkv[:, 0].shape, generator=torch.Generator().manual_seed(1)).to(qkv)
+    before = with_gradient(fused(segments, rotation), qkv, weight)
+    monkeypatch.setattr(LaunchConfig, "columns_below", lambda *_: 64)
+    for ours, expected in zip(with_gradient(fused(segments, rotation), qkv, weight), before, strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_what_no_descriptor_can_describe_is_loaded_through_pointers(device, descriptors):
@@ -331,6 +354,19 @@ def test_what_a_machine_cannot_run_is_said(monkeypatch):
         kernels.triton_rotate_rows(qkv[:, 1], rotation, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "compute capability 8.0, this GPU has 7.5" in kernels.unsupported_device(torch.device("cuda:0"))
+    for capability, version, dtype, expected in (
+        ((10, 0), (3, 6, 0), torch.bfloat16, "3.7.1 or later"),
+        ((10, 3), (3, 7, 0), torch.float32, "3.9.0 or later"),
+        ((10, 3), (3, 7, 1), torch.bfloat16, None),
+        ((11, 0), (3, 8, 0), torch.float32, "3.9.0 or later"),
+        ((10, 0), (3, 9, 0), torch.float32, None),
+        ((9, 0), (3, 6, 0), torch.float32, None),
+        ((12, 0), (3, 6, 0), torch.float32, None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        monkeypatch.setattr(kernels, "_triton_version", lambda version=version: version)
+        reason = kernels.unsupported_device(torch.device("cuda:0"), dtype)
+        assert reason is None if expected is None else expected in reason
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(BackendError, match=r'triton is not installed.*use the "sdpa" backend'):
         fused(segments, rotation)(qkv)
