@@ -5,8 +5,8 @@ segment reads all its keys, so a rotation in this kernel would repeat it for eac
 
 Shapes of the tensors: q and out [R, H, D], whose row 0 is packed token `first_row`; k and v [T, H, D]; cos and sin
 float32 [T, D/2]; lse float32 [H, T]; bounds int32 [T, 2]; tiles int32 [W, 4] as (first, last, begin, end). The last
-dimension is contiguous, the other strides are arbitrary. out may be q: no other program reads or writes these rows of q
-and out.
+dimension is contiguous, the other strides are arbitrary. d_k and d_v are tensor descriptors of k and v for blocks of
+[BLOCK_N, 1, D], or None. out may be q: no other program reads or writes these rows of q and out.
 """
 
 import triton

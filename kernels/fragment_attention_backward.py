@@ -6,7 +6,8 @@ gradients are rotated back at the end (ROTATE_BACK). The mask is symmetric, so b
 list. The second kernel computes the scores transposed, S' = K Q', so that no result of a product has to be transposed.
 
 Shapes of the tensors: qkv and dqkv [T, 3, H, D] with equal strides; out and dout [T, H, D] contiguous; cos and sin
-float32 [T, D/2]; lse and delta float32 [H, T]; bounds int32 [T, 2]; tiles int32 [W, 4].
+float32 [T, D/2]; lse and delta float32 [H, T]; bounds int32 [T, 2]; tiles int32 [W, 4]. d_q, d_k, d_v and d_dout are
+tensor descriptors of queries, keys, values [T, H, D] and dout for the blocks that a loop visits, or None.
 """
 
 import triton

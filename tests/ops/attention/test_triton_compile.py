@@ -76,6 +76,7 @@ def hold_to_the_card(key, row, version):
         copies = loop["copies"] > loop["small_copies"] and version >= (3, 7, 1)
         if loop["warpgroup_mma"] and (copies or (loop["stores"] and not loop["copies"])):
             assert loop["fences"] > 0, f"{key} lacks a fence"
+    assert (loops[0]["tma"] > 0) == compile_ahead.settings(key)[0].descriptors, key
     if launch == "forward turning":
         # The rotated query tile is stored, a barrier follows, and then the whole tile is loaded.
         row_of = compile_ahead.settings(key)[0]
@@ -90,7 +91,7 @@ def measured(tmp_path_factory):
     """Rows of this triton by key, and its versions; two processes at a time."""
     full = os.environ.get("EXAONEPATH_COMPILE") == "full"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    patterns = {architecture: [f"sm_{architecture} bf16 64 *turning"] for architecture in SHARED_OF_ONE}
+    patterns = {architecture: [f"sm_{architecture} bf16 64 *turning*"] for architecture in SHARED_OF_ONE}
     patterns[90] += ["sm_90 bf16 64 *training", "sm_90 bf16 64 rotate"]
     if full:
         patterns = {architecture: [f"sm_{architecture} *"] for architecture in SHARED_OF_ONE}
