@@ -25,15 +25,15 @@ class LaunchConfig:
 class AttentionConfig:
     """Settings of the three kernels.
 
-    `precision`: precision of float32 products. `dense_from`: if there is only one segment, and it has at least this
-    many tokens, the backend "auto" uses torch's own attention; None: never, or not measured.
+    `precision`: precision of float32 products. `cudnn_from`: if there is only one segment, without rotation, and it has
+    at least this many tokens, the backend "auto" uses cuDNN without gradients; None: never, or not measured.
     """
 
     forward: LaunchConfig
     query_gradient: LaunchConfig
     key_gradient: LaunchConfig
     precision: str
-    dense_from: int | None = None
+    cudnn_from: int | None = None
 
 
 @dataclass(frozen=True)
