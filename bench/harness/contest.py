@@ -24,6 +24,7 @@ from .session import FAILURES, Session, check_device, reason
 from .table import rounded
 
 OURS = "exaonepath"
+AUTO = "exaonepath_auto"  # what runs by default: for one long segment that can be another library's kernel
 # Whatever takes longer is not repeated for side figures (peak memory of its own, building the schedule).
 _SLOW_SECONDS = 2.0
 
@@ -58,10 +59,13 @@ def candidates(problem: Problem, backward: bool, session: Session, only: Sequenc
 
     `only` names the candidates if a problem is too large for all of them.
     """
+    kernels = "triton" if problem.device == "cuda" else "sdpa"
     found = [
-        Candidate(OURS, "none", True, lambda: _ours(problem, rotated=False)),
-        Candidate(OURS, "own", True, lambda: _ours(problem, rotated=True)),
+        Candidate(OURS, "none", True, lambda: _ours(problem, rotated=False, backend=kernels)),
+        Candidate(OURS, "own", True, lambda: _ours(problem, rotated=True, backend=kernels)),
     ]
+    if problem.device == "cuda" and problem.fragments == 1:
+        found.append(Candidate(AUTO, "none", True, lambda: _ours(problem, rotated=False, backend="auto")))
     for peer in PEERS:
         if only and peer.name not in only:
             continue
@@ -111,9 +115,8 @@ def hold(
     assert not ours, "; ".join(f"{one.impl}, rotation {one.rotation}: {one.row['reason']}" for one in ours)
 
 
-def _ours(problem: Problem, rotated: bool) -> Call:
+def _ours(problem: Problem, rotated: bool, backend: str) -> Call:
     segments, rotation = problem.segments(), problem.rotation if rotated else None
-    backend = "triton" if problem.device == "cuda" else "sdpa"
     return lambda leaves: fragment_attention(leaves[0], segments, rotation, backend=backend)
 
 
