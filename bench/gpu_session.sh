@@ -157,9 +157,9 @@ run_phase() {
     tune)
       if [ "$rehearse" = 1 ]; then
         (cd "$PYTHONPATH" && OUT=$(mktemp -d) TRITON_INTERPRET=1 python3 "$root/bench/tune.py" --device cpu --dtype float32 \
-          --tokens 48 --fragments 2 --most 2 ${extra[@]+"${extra[@]}"}) 2>&1 | tee -a "$log"
+          --problem 48:2 --most 2 --rounds 1 ${extra[@]+"${extra[@]}"}) 2>&1 | tee -a "$log"
       else
-        (cd "$PYTHONPATH" && timeout -k 10 "$seconds" python3 "$root/bench/tune.py" --seconds $((seconds - 90)) \
+        (cd "$PYTHONPATH" && timeout -k 10 "$seconds" python3 "$root/bench/tune.py" --seconds $((seconds < 110 ? seconds : 110)) \
           ${extra[@]+"${extra[@]}"}) 2>&1 | tee -a "$log"
       fi
       return "${PIPESTATUS[0]}" ;;

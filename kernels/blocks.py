@@ -70,6 +70,33 @@ def load_rows(p_x, first, exists, s_token, BLOCK: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
+def load_block(
+    p_x, d_x, head, first, exists, s_token, BLOCK: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """`load_rows`, but if DESCRIPTOR and not MASKED, through `d_x`, a tensor descriptor of [T, H, D].
+
+    On sm_90 and later, one thread then asks the copy engine (TMA) for the whole block, and the others compute no
+    addresses. A descriptor has no mask: behind the end of a segment it loads the tokens of the next segment. So masked
+    blocks are always loaded through pointers.
+    """
+    if DESCRIPTOR and not MASKED:
+        return d_x.load([first, head, 0]).reshape([BLOCK, D])
+    else:
+        return load_rows(p_x, first, exists, s_token, BLOCK, D, MASKED)
+
+
+@triton.jit
+def load_values(p_x, first, exists, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """One value for each of BLOCK tokens, starting at `first`; if MASKED, 0 for tokens that do not exist."""
+    p = p_x + wide(first) + tl.arange(0, BLOCK)
+    if MASKED:
+        return tl.load(p, mask=exists, other=0.0)
+    else:
+        return tl.load(p)
+
+
+@triton.jit
 def only_finite(x):
     """x [ROWS, D] with 0 in place of infinite values and NaN; and for each row NaN if it had such a value, else 0.
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from exaonepath.kernels.blocks import (
     CAREFUL_BLOCK,
     load_angles,
+    load_block,
     load_bounds,
     load_rows,
     load_tile,
@@ -29,8 +30,9 @@ from exaonepath.kernels.blocks import (
 
 @triton.jit
 def _forward_step(
-    p_k, p_v, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
+    p_k, p_v, d_k, d_v, head, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
     D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over one block of keys. m is the largest score before scaling; scale_log2 > 0.
 
@@ -39,7 +41,7 @@ def _forward_step(
     """
     keys = start + tl.arange(0, BLOCK_N)
     present = keys < end
-    k = load_rows(p_k, start, present, s_k_token, BLOCK_N, D, MASKED)
+    k = load_block(p_k, d_k, head, start, present, s_k_token, BLOCK_N, D, MASKED, DESCRIPTORS)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
     if MASKED:
         s = tl.where(within(keys, lo, hi), s, -float("inf"))
@@ -50,7 +52,7 @@ def _forward_step(
     # Exactly 1 if the largest score stays the same. fma(m, scale_log2, -m * scale_log2) is not 0 but the rounding error
     # of the product, and so the sums of a row would grow or shrink a little with each block of keys.
     rescale = tl.exp2((m - m_safe) * scale_log2)
-    v = load_rows(p_v, start, present, s_v_token, BLOCK_N, D, MASKED)
+    v = load_block(p_v, d_v, head, start, present, s_v_token, BLOCK_N, D, MASKED, DESCRIPTORS)
     if CAREFUL:
         v, poison = only_finite(v)
         p += tl.where(within(keys, lo, hi), poison[None, :], 0.0)
@@ -60,13 +62,14 @@ def _forward_step(
 
 @triton.jit(do_not_specialize=["first_row", "n_tokens"])
 def forward_kernel(
-    p_q, p_k, p_v, p_out, p_lse, p_cos, p_sin, p_bounds, p_tiles, s_q_token, s_q_head, s_k_token, s_k_head, s_v_token,
-    s_v_head, s_out_token, s_out_head, first_row, n_tokens, scale_log2,
+    p_q, p_k, p_v, d_k, d_v, p_out, p_lse, p_cos, p_sin, p_bounds, p_tiles, s_q_token, s_q_head, s_k_token, s_k_head,
+    s_v_token, s_v_head, s_out_token, s_out_head, first_row, n_tokens, scale_log2,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTATE_Q: tl.constexpr,
-    STORE_LSE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    STORE_LSE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """out of one tile of queries and one head, and if STORE_LSE its log2 sum of exponentials; grid (W, H)."""
-    head = tl.program_id(1).to(tl.int64)
+    head_32 = tl.program_id(1)
+    head = head_32.to(tl.int64)
     first, last, begin, end, exists = load_tile(p_tiles, BLOCK_M)
     p_q += head * s_q_head
     p_k += head * s_k_head
@@ -94,14 +97,14 @@ def forward_kernel(
     plain = unmasked_end(p_bounds, first, last, begin, end, BLOCK_N)
     for start in tl.range(begin, plain, BLOCK_N, num_stages=STAGES):
         acc, l, m = _forward_step(
-            p_k, p_v, start, end, begin, end, q, acc, l, m, s_k_token, s_v_token, scale_log2,
-            D, BLOCK_N, False, False, PRECISION,
+            p_k, p_v, d_k, d_v, head_32, start, end, begin, end, q, acc, l, m, s_k_token, s_v_token, scale_log2,
+            D, BLOCK_N, False, False, PRECISION, DESCRIPTORS,
         )  # fmt: skip
     lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)  # after the loop above, which then has more free registers
     for start in tl.range(plain, end, BLOCK_N, num_stages=STAGES):
         acc, l, m = _forward_step(
-            p_k, p_v, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
-            D, BLOCK_N, True, False, PRECISION,
+            p_k, p_v, d_k, d_v, head_32, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
+            D, BLOCK_N, True, False, PRECISION, DESCRIPTORS,
         )  # fmt: skip
     if plain == begin and not_finite(acc):
         acc = tl.zeros([BLOCK_M, D], tl.float32)
@@ -118,8 +121,8 @@ def forward_kernel(
         lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)
         for start in tl.range(begin, end, CAREFUL_BLOCK, num_stages=1):
             acc, l, m = _forward_step(
-                p_k, p_v, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
-                D, CAREFUL_BLOCK, True, True, PRECISION,
+                p_k, p_v, d_k, d_v, head_32, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
+                D, CAREFUL_BLOCK, True, True, PRECISION, DESCRIPTORS,
             )  # fmt: skip
     # Loaded again, so that the addresses of the rows occupy no registers during the loops.
     first, _, _, _, exists = load_tile(p_tiles, BLOCK_M)

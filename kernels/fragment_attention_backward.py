@@ -14,9 +14,11 @@ import triton.language as tl
 from exaonepath.kernels.blocks import (
     CAREFUL_BLOCK,
     load_angles,
+    load_block,
     load_bounds,
     load_rows,
     load_tile,
+    load_values,
     not_finite,
     only_finite,
     rotate,
@@ -48,8 +50,9 @@ def _store_gradient(
 
 @triton.jit
 def _query_gradient_step(
-    p_k, p_v, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2,
+    p_k, p_v, d_k, d_v, head, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2,
     D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Add the contribution of one block of keys to the gradient of a tile of rotated queries.
 
@@ -58,8 +61,8 @@ def _query_gradient_step(
     """
     keys = start + tl.arange(0, BLOCK_N)
     present = keys < end
-    k = load_rows(p_k, start, present, s_token, BLOCK_N, D, MASKED)
-    v = load_rows(p_v, start, present, s_token, BLOCK_N, D, MASKED)
+    k = load_block(p_k, d_k, head, start, present, s_token, BLOCK_N, D, MASKED, DESCRIPTORS)
+    v = load_block(p_v, d_v, head, start, present, s_token, BLOCK_N, D, MASKED, DESCRIPTORS)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = tl.exp2(tl.fma(s, scale_log2, -lse[:, None]))  # [BM, BN]
     if MASKED:
@@ -74,13 +77,14 @@ def _query_gradient_step(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def query_gradient_kernel(
-    p_qkv, p_dqkv, p_out, p_dout, p_lse, p_delta, p_cos, p_sin, p_bounds, p_tiles, s_token, s_slot, s_head,
-    s_out_token, s_out_head, n_tokens, scale, scale_log2,
+    p_qkv, p_dqkv, d_k, d_v, p_out, p_dout, p_lse, p_delta, p_cos, p_sin, p_bounds, p_tiles, s_token, s_slot,
+    s_head, s_out_token, s_out_head, n_tokens, scale, scale_log2,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTATE_BACK: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries and one head, and delta = rowsum(out * dout) for the other kernel; grid (W, H)."""
-    head = tl.program_id(1).to(tl.int64)
+    head_32 = tl.program_id(1)
+    head = head_32.to(tl.int64)
     first, last, begin, end, exists = load_tile(p_tiles, BLOCK_M)
     p_q = p_qkv + head * s_head
     p_k, p_v = p_q + s_slot, p_q + 2 * s_slot
@@ -95,14 +99,14 @@ def query_gradient_kernel(
     plain = unmasked_end(p_bounds, first, last, begin, end, BLOCK_N)
     for start in tl.range(begin, plain, BLOCK_N, num_stages=STAGES):
         dq = _query_gradient_step(
-            p_k, p_v, start, end, begin, end, q, dout, lse, delta, dq, s_token, scale_log2,
-            D, BLOCK_N, False, False, PRECISION,
+            p_k, p_v, d_k, d_v, head_32, start, end, begin, end, q, dout, lse, delta, dq, s_token, scale_log2,
+            D, BLOCK_N, False, False, PRECISION, DESCRIPTORS,
         )  # fmt: skip
     lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)  # after the loop above, which then has more free registers
     for start in tl.range(plain, end, BLOCK_N, num_stages=STAGES):
         dq = _query_gradient_step(
-            p_k, p_v, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2,
-            D, BLOCK_N, True, False, PRECISION,
+            p_k, p_v, d_k, d_v, head_32, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2,
+            D, BLOCK_N, True, False, PRECISION, DESCRIPTORS,
         )  # fmt: skip
     if plain == begin and not_finite(dq):
         dq = tl.zeros([BLOCK_M, D], tl.float32)
@@ -110,8 +114,8 @@ def query_gradient_kernel(
         lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)
         for start in tl.range(begin, end, CAREFUL_BLOCK, num_stages=1):
             dq = _query_gradient_step(
-                p_k, p_v, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2,
-                D, CAREFUL_BLOCK, True, True, PRECISION,
+                p_k, p_v, d_k, d_v, head_32, start, end, lo, hi, q, dout, lse, delta, dq, s_token, scale_log2,
+                D, CAREFUL_BLOCK, True, True, PRECISION, DESCRIPTORS,
             )  # fmt: skip
     first, _, _, _, exists = load_tile(p_tiles, BLOCK_M)
     p_dq = p_dqkv + head * s_head
@@ -120,20 +124,21 @@ def query_gradient_kernel(
 
 @triton.jit
 def _key_gradient_step(
-    p_q, p_dout, p_lse, p_delta, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token, scale_log2,
+    p_q, p_dout, p_lse, p_delta, d_q, d_dout, head, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token, scale_log2,
     D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of one block of queries to the gradients of a tile of rotated keys and of values."""
+    """Add the contribution of one block of queries to the gradients of a tile of rotated keys and of values.
+
+    lse and delta are loaded where they are used, since each thread needs them for many columns: loaded earlier, they
+    would occupy registers during the products.
+    """
     rows = start + tl.arange(0, BLOCK_M)
     present = rows < end
-    q = load_rows(p_q, start, present, s_token, BLOCK_M, D, MASKED)
-    dout = load_rows(p_dout, start, present, s_out_token, BLOCK_M, D, MASKED)
-    p_l, p_d = p_lse + wide(start) + tl.arange(0, BLOCK_M), p_delta + wide(start) + tl.arange(0, BLOCK_M)
-    if MASKED:
-        lse, delta = tl.load(p_l, mask=present, other=0.0), tl.load(p_d, mask=present, other=0.0)
-    else:
-        lse, delta = tl.load(p_l), tl.load(p_d)
+    q = load_block(p_q, d_q, head, start, present, s_token, BLOCK_M, D, MASKED, DESCRIPTORS)
+    dout = load_block(p_dout, d_dout, head, start, present, s_out_token, BLOCK_M, D, MASKED, DESCRIPTORS)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    lse = load_values(p_lse, start, present, BLOCK_M, MASKED)
     p = tl.exp2(tl.fma(s, scale_log2, -lse[None, :]))  # [BN, BM]
     if CAREFUL:
         q, poison = only_finite(q)
@@ -143,6 +148,7 @@ def _key_gradient_step(
         p = tl.where(within(rows, lo, hi), p, 0.0)  # a key gets gradients only from queries of its own interval
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    delta = load_values(p_delta, start, present, BLOCK_M, MASKED)
     ds = p * (dp - delta[None, :])
     if CAREFUL:
         ds = tl.where(within(rows, lo, hi), ds, 0.0)  # delta of a query of another segment may be NaN
@@ -151,13 +157,14 @@ def _key_gradient_step(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def key_gradient_kernel(
-    p_qkv, p_dqkv, p_dout, p_lse, p_delta, p_cos, p_sin, p_bounds, p_tiles, s_token, s_slot, s_head, s_out_token,
-    s_out_head, n_tokens, scale, scale_log2,
+    p_qkv, p_dqkv, d_q, d_dout, p_dout, p_lse, p_delta, p_cos, p_sin, p_bounds, p_tiles, s_token,
+    s_slot, s_head, s_out_token, s_out_head, n_tokens, scale, scale_log2,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTATE_BACK: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of BLOCK_N keys and one head; grid (W, H), with tiles of up to BLOCK_N tokens."""
-    head = tl.program_id(1).to(tl.int64)
+    head_32 = tl.program_id(1)
+    head = head_32.to(tl.int64)
     first, last, begin, end, exists = load_tile(p_tiles, BLOCK_N)
     p_q = p_qkv + head * s_head
     k = load_rows(p_q + s_slot, first, exists, s_token, BLOCK_N, D, True)
@@ -168,14 +175,14 @@ def key_gradient_kernel(
     plain = unmasked_end(p_bounds, first, last, begin, end, BLOCK_M)
     for start in tl.range(begin, plain, BLOCK_M, num_stages=STAGES):
         dk, dv = _key_gradient_step(
-            p_q, p_do, p_l, p_d, start, end, begin, end, k, v, dk, dv, s_token, s_out_token, scale_log2,
-            D, BLOCK_M, False, False, PRECISION,
+            p_q, p_do, p_l, p_d, d_q, d_dout, head_32, start, end, begin, end, k, v, dk, dv, s_token, s_out_token,
+            scale_log2, D, BLOCK_M, False, False, PRECISION, DESCRIPTORS,
         )  # fmt: skip
     lo, hi = load_bounds(p_bounds, first, exists, BLOCK_N)
     for start in tl.range(plain, end, BLOCK_M, num_stages=STAGES):
         dk, dv = _key_gradient_step(
-            p_q, p_do, p_l, p_d, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token, scale_log2,
-            D, BLOCK_M, True, False, PRECISION,
+            p_q, p_do, p_l, p_d, d_q, d_dout, head_32, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token,
+            scale_log2, D, BLOCK_M, True, False, PRECISION, DESCRIPTORS,
         )  # fmt: skip
     if plain == begin and (not_finite(dk) or not_finite(dv)):
         dk = tl.zeros([BLOCK_N, D], tl.float32)
@@ -184,8 +191,8 @@ def key_gradient_kernel(
         lo, hi = load_bounds(p_bounds, first, exists, BLOCK_N)
         for start in tl.range(begin, end, CAREFUL_BLOCK, num_stages=1):
             dk, dv = _key_gradient_step(
-                p_q, p_do, p_l, p_d, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token, scale_log2,
-                D, CAREFUL_BLOCK, True, True, PRECISION,
+                p_q, p_do, p_l, p_d, d_q, d_dout, head_32, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token,
+                scale_log2, D, CAREFUL_BLOCK, True, True, PRECISION, DESCRIPTORS,
             )  # fmt: skip
     first, _, _, _, exists = load_tile(p_tiles, BLOCK_N)
     p_dk = p_dqkv + head * s_head + s_slot

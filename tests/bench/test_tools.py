@@ -10,7 +10,7 @@ import plots
 import pytest
 import torch
 import tune
-from exaonepath.kernels.launch_config import LaunchConfig
+from exaonepath.kernels.launch_config import LaunchConfig, attention_config
 from harness import table
 from harness.problems import Problem
 
@@ -74,37 +74,38 @@ def test_failed_and_older_rows_are_not_drawn(measured):
     assert plots.speed_against_tokens([measured(status="failed"), measured(status="failed", n=2000)]) is None
 
 
-def test_tuning_tries_the_settings_in_use_first_and_none_that_cannot_fit():
-    base = LaunchConfig(64, 64, 4, 2)
-    tried = list(tune.candidates(base))
-    assert tried[0] == base
-    assert len(set(tried)) == len(tried) > 50
-    assert all(one.block_m * one.block_n <= 128 * 128 for one in tried)
+def test_tuning_tries_eight_settings_and_those_in_use_first():
+    config = attention_config((9, 0), 2, 64)
+    for kernel in tune.SETTINGS:
+        base = getattr(config, kernel)
+        tried = tune.candidates(base, kernel)
+        assert tried[0] == base
+        assert len(set(tried)) == len(tried) == 8
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter serves where no GPU is")
-@pytest.mark.parametrize("kernel", ["forward", "key_gradient"])
+@pytest.mark.parametrize("kernel", tune.SETTINGS)
 def test_tuning_runs_what_it_says_it_runs(kernel, monkeypatch):
     problem = Problem(40, 2, "equal", torch.float32, "cpu", heads=1, head_dim=32)
     bench = tune.Bench(problem, True, kernel)
-    assert kernel in tune.kernels_of(bench.base)
-    launches = [LaunchConfig(32, 32, 4, 1), LaunchConfig(16, 32, 4, 1)]
+    settings = [LaunchConfig(32, 32, 4, 1), LaunchConfig(16, 16, 4, 1, True), LaunchConfig(64, 32, 4, 1)]
     seen = []
-    monkeypatch.setattr(tune, "attention_config", None)
-    check = tune.Bench.check
-    monkeypatch.setattr(tune.Bench, "check", lambda self, timed: seen.append(timed.name) or check(self, timed))
-    rows = tune.sweep(bench, launches, until=float("inf"), rounds=1)
-    assert [row["status"] for row in rows] == ["ok", "ok"]
-    assert [row["current"] for row in rows] == [True, False]
-    assert all(row["ms"] > 0 for row in rows)
-    assert seen == [str(launch) for launch in launches]
+    launch = tune.Bench.launch
+    monkeypatch.setattr(tune.Bench, "launch", lambda self, setting: seen.append(setting) or launch(self, setting))
+    rows = tune.sweep(bench, settings, float("inf"), {settings[2]: "it crashed"}, rounds=1)
+    assert [row["status"] for row in rows] == ["ok", "ok", "failed"]
+    assert [row["current"] for row in rows] == [True, False, False]
+    assert all(row["ms"] > 0 and row["tflops"] > 0 for row in rows[:2])
+    assert seen == 2 * settings[:2]  # checked, then timed
+    assert tune.prepare(kernel, settings[0], problem, True) is None
+    assert "power of 2" in tune.prepare(kernel, LaunchConfig(48, 32, 4, 1), problem, True)
 
 
 def test_tuning_does_not_time_what_is_wrong(monkeypatch):
     problem = Problem(8, 1, "equal", torch.float32, "cpu", heads=1, head_dim=32)
     bench = tune.Bench(problem, False, "forward")
-    monkeypatch.setattr(tune.Bench, "check", lambda self, timed: 1.0)
-    (row,) = tune.sweep(bench, [LaunchConfig(32, 32, 4, 1)], until=float("inf"))
+    monkeypatch.setattr(tune.Bench, "error", lambda *_: 1.0)
+    (row,) = tune.sweep(bench, [LaunchConfig(32, 32, 4, 1)], float("inf"), {}, rounds=1)
     assert (row["status"], row["ms"]) == ("wrong", None)
 
 

@@ -161,22 +161,80 @@ def _config(x: Tensor) -> AttentionConfig:
     return attention_config(capability, x.element_size(), x.shape[-1])
 
 
+def _descriptors(wanted: bool, block: int, *tensors: Tensor) -> tuple[Any, ...]:
+    """A tensor descriptor for blocks of a head [T, 1, D] of each tensor [T, H, D], or None for all of them.
+
+    None if the launch does not want them, or if the copy engine cannot address one of the tensors. A descriptor is an
+    argument of the launch, so it needs no memory on the device.
+    """
+    if not (wanted and all(map(_describable, tensors))):
+        return (None,) * len(tensors)
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return tuple(TensorDescriptor(t, list(t.shape), list(t.stride()), [block, 1, t.shape[2]]) for t in tensors)
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether the copy engine can address [T, H, D]: base and strides are multiples of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:2])
+
+
 def _launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, cos: Tensor, sin: Tensor, known: TileSchedules,
-    first_row: int, rotate_queries: bool, scale: float,
+    config: AttentionConfig, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, cos: Tensor, sin: Tensor,
+    known: TileSchedules, first_row: int, rotate_queries: bool, scale: float,
 ) -> None:  # fmt: skip
     from exaonepath.kernels.fragment_attention import forward_kernel
 
-    config = _config(q)
     launch = config.forward
     tiles = known.tiles(launch.block_m, first_row, q.shape[0])
+    d_k, d_v = _descriptors(launch.descriptors, launch.block_n, k, v)
     with _on(q):
         forward_kernel[(tiles.shape[0], q.shape[1])](
-            q, k, v, out, lse, cos if rotate_queries else None, sin if rotate_queries else None, known.bounds, tiles,
+            q, k, v, d_k, d_v, out, lse, *((cos, sin) if rotate_queries else (None, None)), known.bounds, tiles,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], first_row, known.n_tokens,
             scale / math.log(2),
             D=q.shape[2], BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, ROTATE_Q=rotate_queries,
             STORE_LSE=lse is not None, PRECISION=config.precision, STAGES=launch.num_stages,
+            DESCRIPTORS=d_k is not None, num_warps=launch.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _launch_query_gradient(
+    config: AttentionConfig, qkv: Tensor, dqkv: Tensor, out: Tensor, dout: Tensor, lse: Tensor, delta: Tensor,
+    cos: Tensor, sin: Tensor, known: TileSchedules, scale: float,
+) -> None:  # fmt: skip
+    """dqkv[:, 0], and delta, which the other gradients need."""
+    from exaonepath.kernels.fragment_attention_backward import query_gradient_kernel
+
+    launch, rotate_back = config.query_gradient, cos.numel() > 0
+    tiles = known.tiles(launch.block_m)
+    d_k, d_v = _descriptors(launch.descriptors, launch.block_n, qkv[:, 1], qkv[:, 2])
+    with _on(qkv):
+        query_gradient_kernel[(tiles.shape[0], qkv.shape[2])](
+            qkv, dqkv, d_k, d_v, out, dout, lse, delta, *((cos, sin) if rotate_back else (None, None)), known.bounds,
+            tiles, *qkv.stride()[:3], *dout.stride()[:2], known.n_tokens, scale, scale / math.log(2),
+            D=qkv.shape[3], BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, ROTATE_BACK=rotate_back,
+            PRECISION=config.precision, STAGES=launch.num_stages, DESCRIPTORS=d_k is not None,
+            num_warps=launch.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _launch_key_gradient(
+    config: AttentionConfig, qkv: Tensor, dqkv: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, cos: Tensor,
+    sin: Tensor, known: TileSchedules, scale: float,
+) -> None:  # fmt: skip
+    """dqkv[:, 1] and dqkv[:, 2]."""
+    from exaonepath.kernels.fragment_attention_backward import key_gradient_kernel
+
+    launch, rotate_back = config.key_gradient, cos.numel() > 0
+    tiles = known.tiles(launch.block_n)
+    d_q, d_dout = _descriptors(launch.descriptors, launch.block_m, qkv[:, 0], dout)
+    with _on(qkv):
+        key_gradient_kernel[(tiles.shape[0], qkv.shape[2])](
+            qkv, dqkv, d_q, d_dout, dout, lse, delta, *((cos, sin) if rotate_back else (None, None)), known.bounds,
+            tiles, *qkv.stride()[:3], *dout.stride()[:2], known.n_tokens, scale, scale / math.log(2),
+            D=qkv.shape[3], BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, ROTATE_BACK=rotate_back,
+            PRECISION=config.precision, STAGES=launch.num_stages, DESCRIPTORS=d_q is not None,
             num_warps=launch.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -200,7 +258,7 @@ def _attend_rows(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, first_row: int, scale: float
 ) -> None:
     known = _schedules(offsets)
-    _launch_forward(q, k, v, q, None, cos, sin, known, first_row, cos.numel() > 0, scale)
+    _launch_forward(_config(q), q, k, v, q, None, cos, sin, known, first_row, cos.numel() > 0, scale)
 
 
 @_attend_rows.register_fake
@@ -247,7 +305,7 @@ def _forward(
     elif rope:
         k = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=qkv.device)
         _launch_rotate(qkv[:, 1], k, cos, sin, 0, heads)
-    _launch_forward(q, k, v, out, lse if training else None, cos, sin, known, 0, rotate_queries, scale)
+    _launch_forward(_config(q), q, k, v, out, lse if training else None, cos, sin, known, 0, rotate_queries, scale)
     return out, lse, rotated
 
 
@@ -266,31 +324,12 @@ def _backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, scale: float
 ) -> Tensor:
     """Gradient of qkv [T, 3, H, D]; `qkv` is the rotated one if there is a rotation."""
-    from exaonepath.kernels.fragment_attention_backward import key_gradient_kernel, query_gradient_kernel
-
-    tokens, _, heads, dim = qkv.shape
     known, config = _schedules(offsets), _config(qkv)
-    rotate_back = cos.numel() > 0
     qkv, dout = qkv.contiguous(), dout.contiguous()
     dqkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
-    tables = (cos, sin) if rotate_back else (None, None)
-    shape = (*qkv.stride()[:3], *dout.stride()[:2], tokens, scale, scale / math.log(2))
-    with _on(qkv):
-        launch = config.query_gradient
-        tiles = known.tiles(launch.block_m)
-        query_gradient_kernel[(tiles.shape[0], heads)](  # first: it also computes delta, which the other kernel reads
-            qkv, dqkv, out, dout, lse, delta, *tables, known.bounds, tiles, *shape,
-            D=dim, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, ROTATE_BACK=rotate_back, PRECISION=config.precision,
-            STAGES=launch.num_stages, num_warps=launch.num_warps, enable_fp_fusion=True,
-        )  # fmt: skip
-        launch = config.key_gradient
-        tiles = known.tiles(launch.block_n)
-        key_gradient_kernel[(tiles.shape[0], heads)](
-            qkv, dqkv, dout, lse, delta, *tables, known.bounds, tiles, *shape,
-            D=dim, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, ROTATE_BACK=rotate_back, PRECISION=config.precision,
-            STAGES=launch.num_stages, num_warps=launch.num_warps, enable_fp_fusion=True,
-        )  # fmt: skip
+    _launch_query_gradient(config, qkv, dqkv, out, dout, lse, delta, cos, sin, known, scale)
+    _launch_key_gradient(config, qkv, dqkv, dout, lse, delta, cos, sin, known, scale)
     return dqkv
 
 

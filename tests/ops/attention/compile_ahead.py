@@ -89,17 +89,22 @@ def measure(key: str) -> list[int]:
         config = attention_config(divmod(architecture, 10), 4 if dtype == "fp32" else 2, dim)
         row = getattr(config, settings)
         constants |= {"BLOCK_M": row.block_m, "BLOCK_N": row.block_n, "STAGES": row.num_stages}
-        constants["PRECISION"] = config.precision
+        constants |= {"PRECISION": config.precision, "DESCRIPTORS": row.descriptors}
         options = {"num_warps": row.num_warps}
         turning = flags.get("ROTATE_Q", False) or flags.get("ROTATE_BACK", False)
         absent = ["p_cos", "p_sin"] * (not turning) + ["p_lse"] * (flags.get("STORE_LSE") is False)
+        if not row.descriptors:
+            absent += [argument for argument in kernel.arg_names if argument.startswith("d_")]
         constants |= dict.fromkeys(absent)
+        block = row.block_m if settings == "key_gradient" else row.block_n  # of the tokens that the loop visits
 
     def kind(argument: str) -> str:
         if argument in constants:
             return "constexpr"
         if argument.startswith("scale"):
             return "fp32"
+        if argument.startswith("d_"):
+            return f"tensordesc<{dtype}[{block}, 1, {dim}]>"
         return _POINTERS.get(argument, f"*{dtype}") if argument.startswith("p_") else "i32"
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}

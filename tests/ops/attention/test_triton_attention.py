@@ -3,6 +3,7 @@
 bfloat16 is left to test_triton_on_a_card.py: the interpreter computes it on integers that only look like it.
 """
 
+import dataclasses
 import importlib
 
 import pytest
@@ -106,6 +107,60 @@ def test_rows_at_a_time_in_place_equal_the_whole(lengths, rope, device):
         kernels.triton_attend_rows(q, kv[:, 0], kv[:, 1], segments, first, rotation, 32**-0.5)
         assert relative(q, truth[first : first + 47]) <= FORWARD  # as the whole in one go
         assert rows[:, 0].isnan().all()
+
+
+@pytest.fixture
+def descriptors(monkeypatch):
+    """Every kernel loads through tensor descriptors if it can; the list holds what it could do for each launch."""
+    settings, describe, used = kernels.attention_config, kernels._descriptors, []
+
+    def asking(*arguments):
+        config = settings(*arguments)
+        launches = {name: getattr(config, name) for name in ("forward", "query_gradient", "key_gradient")}
+        changed = {name: dataclasses.replace(launch, descriptors=True) for name, launch in launches.items()}
+        return dataclasses.replace(config, **changed)
+
+    def recorded(wanted, *arguments):
+        found = describe(wanted, *arguments)
+        used.append(found[0] is not None)
+        assert wanted
+        return found
+
+    monkeypatch.setattr(kernels, "attention_config", asking)
+    monkeypatch.setattr(kernels, "_descriptors", recorded)
+    return used
+
+
+@pytest.mark.parametrize("rope", [True, False])
+def test_loads_by_descriptors_give_the_same_result(rope, device, descriptors, monkeypatch):
+    """Long and short segments, a whole number of blocks and not; next to the long one stand rows that are NaN."""
+    qkv, segments, rotation = inputs([8, 150, 3, 64, 5], rope=rope, device=device)
+    check(qkv, segments, rotation)
+    qkv[3] = qkv[158:161] = float("nan")
+    weight = torch.randn(qkv[:, 0].shape, generator=torch.Generator().manual_seed(1)).to(qkv)
+    by_descriptor = with_gradient(fused(segments, rotation), qkv, weight)
+    assert descriptors
+    assert all(descriptors)
+    monkeypatch.undo()
+    for ours, before in zip(by_descriptor, with_gradient(fused(segments, rotation), qkv, weight), strict=True):
+        assert torch.equal(ours.nan_to_num(7.0), before.nan_to_num(7.0))
+        assert ours[8:158].isfinite().all()
+
+
+def test_what_no_descriptor_can_describe_is_loaded_through_pointers(device, descriptors):
+    """Rows of 2 * 32 + 1 numbers, and a base that is not a multiple of 16 bytes."""
+    qkv, segments, _ = inputs([40, 7], rope=False, device=device)
+    truth = exact(qkv, segments, None)
+    odd_rows = torch.empty(47, 65, device=device)[:, :64].unflatten(1, (2, 32))
+    odd_base = torch.empty(47 * 64 + 1, device=device)[1:].view(47, 2, 32)
+    aligned = torch.empty(47, 2, 32, device=device)
+    for buffer, described in ((odd_rows, False), (odd_base, False), (aligned, True)):
+        descriptors.clear()
+        buffer.copy_(qkv[:, 2])
+        q, k = qkv[:, 0].clone(), qkv[:, 1].clone()
+        kernels.triton_attend_rows(q, k, buffer, segments, 0, None, 32**-0.5)
+        assert descriptors == [described]
+        assert relative(q, truth) <= FORWARD
 
 
 def test_every_element_of_every_buffer_is_written(device, monkeypatch):
