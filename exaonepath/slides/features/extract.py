@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from exaonepath.files.features import (
 )
 from exaonepath.files.hdf5 import open_h5
 from exaonepath.files.patches import PatchSet, read_patches
+from exaonepath.slides.features.batch_size import check_batch_size
 from exaonepath.slides.features.encoding import BatchEncoder
 from exaonepath.slides.features.partial import PartialFile, remove_finished
 from exaonepath.slides.features.pipeline import encode_batches
@@ -78,10 +79,11 @@ def extract_features(
     weights: str,
     weights_fingerprint: str,
     preprocessing: PreprocessingConfig | None = None,
-    batch_size: int = 32,
+    batch_size: int | Literal["auto"] = 32,
     num_workers: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    compile: bool = False,
     progress: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
 ) -> ExtractionResult:
@@ -99,10 +101,14 @@ def extract_features(
         weights: the weights that the user named ("random:0", a folder, a Hub id); stored.
         weights_fingerprint: hash that identifies the encoder's weights; stored.
         preprocessing: resize, crop, mean and std; stored.
-        batch_size: patches in one call of the encoder.
+        batch_size: patches in one call of the encoder. "auto": on a CUDA device the largest power of two up to 256 that
+            fits into the free memory, elsewhere 32; a run that is resumed keeps the size that it began with.
         num_workers: reading threads; None: one per core; 0: patches are read in the calling thread, between batches.
         device: where the encoder runs; the encoder is moved to it.
-        dtype: bfloat16 and float16 run under autocast. The stored features are always float32.
+        dtype: of matrix products. In bfloat16 and float16 an unmodified patch encoder runs with weights that are
+            converted once, any other module under autocast. The stored features are always float32.
+        compile: run the encoder through `torch.compile`: the first batch takes a minute longer. Results differ by
+            rounding, and are used again by runs without it.
         progress: called with (patches done, total patches) after every batch.
         overwrite: start again, whatever is stored.
 
@@ -113,11 +119,13 @@ def extract_features(
         DataFileError: the coordinates file is damaged, or belongs to another slide.
         OutputCollisionError: the output is one of the inputs, or holds the features of another slide.
         OutputError: the output cannot be written (finished rows are kept).
-        BackendError: the encoder returned NaN or infinity, or a batch does not fit into the device's memory.
+        BackendError: the encoder returned NaN or infinity, a batch does not fit into the device's memory, or the
+            encoder cannot be compiled.
         DeviceError: the device does not exist.
     """
     if dtype not in _DTYPES:
         raise SettingsError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    check_batch_size(batch_size)
     preprocessing = preprocessing or PreprocessingConfig()
     out = Path(out_h5)
     with ExitStack() as stack:
@@ -186,13 +194,21 @@ def extract_features(
         if resumed_from:
             logger.info("%s: resuming after %d of %d patches", out, resumed_from, len(rows))
         stack.enter_context(evaluating(encoder))
-        encode = BatchEncoder(encoder, preprocessing, torch.device(device), dtype)
+        encode = BatchEncoder(
+            encoder,
+            preprocessing,
+            torch.device(device),
+            dtype,
+            batch_size=batch_size,
+            earlier_batch_size=partial.batch_size,
+            compile=compile,
+        )
         reader = PatchReader(
             slide,
             patches.coords,
             patches.patch_size,
             preprocessing,
-            batch_size=batch_size,
+            batch_size=encode.batch_size,
             num_workers=num_workers,
             indices=rows[resumed_from:],
             page_locked=encode.page_locked,
@@ -212,7 +228,7 @@ def extract_features(
             patches.contour_index,
             partial.dim or encode.width(),
             failures,
-            {**attrs, "n_partly_missing": partly_missing},
+            {**attrs, "n_partly_missing": partly_missing, "batch_size": encode.batch_size, "compiled": compile},
         )
         partial.remove()
         return ExtractionResult(

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from exaonepath import ExaonePathPatchEncoderConfig, ExaonePathPatchEncoderModel
+from exaonepath.encoders.loading import randomize
+from exaonepath.encoders.prepared import PreparedPatchEncoder
 from exaonepath.errors import BackendError, DataFileError, OutputError, SettingsError
 from exaonepath.files.features import read_features
 from exaonepath.slides.features import encoding
@@ -315,3 +318,100 @@ def test_a_batch_that_does_not_fit_on_the_card(run, encoder):
     with pytest.raises(BackendError, match=r"a batch of 8 patches does not fit .* smaller batch size"):
         run(encoder=Hungry(encoder, ALWAYS, None), device="cuda")
     assert run(device="cuda").resumed_from == 16
+
+
+# Compilation
+
+
+@pytest.fixture
+def eager_compiler(monkeypatch):
+    """`torch.compile` without a compiler: the graph is recorded and run as it is. Yields the shapes that were seen."""
+    shapes, original = [], torch.compile
+
+    def backend(graph, inputs):
+        shapes.append([tuple(t.shape) for t in inputs if isinstance(t, torch.Tensor) and t.ndim == 4])
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda module, **options: original(module, backend=backend, **options))
+    yield shapes
+    torch._dynamo.reset()
+
+
+def test_one_batch_size_is_compiled(run, encoder, coords, bad_reads, eager_compiler, tmp_path):
+    """The last batch and one with an unreadable patch are padded; their padding is not stored."""
+    encoder.forward = lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 16).flatten(1) @ encoder.mix
+    bad_reads[tuple(coords[9].tolist())] = ALWAYS
+    expected = read_features(run(out_h5=tmp_path / "plain.h5").path)
+    result = run(compile=True)
+    stored = read_features(result.path)
+    assert eager_compiler == [[(8, 3, 224, 224)]]
+    assert stored.attrs["compiled"]
+    assert not expected.attrs["compiled"]
+    assert np.allclose(stored.features, expected.features, rtol=0, atol=1e-5)
+    assert run().reused
+
+
+def test_a_compiler_that_fails_says_what_to_do(run, encoder, monkeypatch):
+    original = torch.compile
+
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda module, **options: original(module, backend=backend, **options))
+    with pytest.raises(BackendError, match="cannot be compiled; run it without compilation"):
+        run(compile=True)
+    torch._dynamo.reset()
+
+
+def test_an_encoder_of_many_slides_is_compiled_once(monkeypatch):
+    """And again where its weights were changed."""
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda module, **options: made.append(module) or module)
+    model = ExaonePathPatchEncoderModel(ExaonePathPatchEncoderConfig(img_size=28)).eval()
+    config = PreprocessingConfig(resize=28, crop=28)
+    images = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 3), np.uint8)
+
+    def encode(dtype=torch.float32):
+        return (
+            BatchEncoder(model, config, torch.device("cpu"), dtype, batch_size=4, compile=True).start(images).result()
+        )
+
+    first = encode()
+    assert np.array_equal(encode(), first)
+    assert len(made) == 1
+    with torch.no_grad():
+        model.patch_encoder.backbone.norm.bias += 1
+    assert np.allclose(encode(), first + 1, rtol=0, atol=1e-4)
+    assert len(made) == 2
+    assert encode(torch.bfloat16).dtype == np.float32
+    assert len(made) == 3
+
+
+@gpu
+def test_the_compiled_encoder_on_the_card():
+    model = ExaonePathPatchEncoderModel(ExaonePathPatchEncoderConfig()).eval()
+    randomize(model, 0)
+    images = np.random.default_rng(0).integers(0, 256, (8, 224, 224, 3), np.uint8)
+    found = {}
+    for name, dtype, options in (
+        ("exact", torch.float32, {}), ("half", torch.bfloat16, {}), ("compiled", torch.bfloat16, {"compile": True}),
+    ):  # fmt: skip
+        encode = BatchEncoder(model, PreprocessingConfig(), torch.device("cuda"), dtype, batch_size=8, **options)
+        found[name] = encode.start(images).result()
+        if options:
+            assert np.allclose(encode.start(images[:3]).result(), found[name][:3], rtol=0, atol=1e-5)
+    errors = {name: np.linalg.norm(values - found["exact"]) for name, values in found.items()}
+    assert errors["compiled"] <= 1.25 * errors["half"]
+    assert errors["half"] <= 3e-2 * np.linalg.norm(found["exact"])
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_patch_encoder_on_the_card_gives_the_bits_of_one_batch_after_another(on_gpu, slide, coords, dtype):
+    model = ExaonePathPatchEncoderModel(ExaonePathPatchEncoderConfig()).eval()
+    randomize(model, 0)
+    found = on_gpu("part", model, dtype)
+    call = model if dtype == torch.float32 else PreparedPatchEncoder(model, dtype)
+    assert found.tobytes() == serially(call, slide, coords[:60], torch.float32).tobytes()
