@@ -151,8 +151,8 @@ run_phase() {
       fi ;;
     pipeline)
       [ "$rehearse" = 1 ] && return 0
-      run_bench "$seconds" "$root"/bench/test_slide_encoder.py "$root"/bench/test_patch_encoder.py \
-        "$root"/bench/test_accuracy.py ;;
+      run_bench "$seconds" "$root"/bench/test_feature_pipeline.py "$root"/bench/test_patch_encoder.py \
+        "$root"/bench/test_slide_encoder.py "$root"/bench/test_accuracy.py ;;
     sanitize) [ "$rehearse" = 1 ] || sanitize "$seconds" ;;
     tune)
       if [ "$rehearse" = 1 ]; then
