@@ -1,6 +1,7 @@
 // The pass on a GPU. One block takes kRows x kCols elements: each thread keeps the ids of its few columns in registers
 // and goes down the rows, so that an element costs its own bytes, two special-function operations and some thirty
-// others. Sums go thread, warp (float32), block, tile (float64), in an order fixed by the shape.
+// others. Sums go thread, warp (float32), block, all tiles of a block, all blocks (float64), in an order fixed by the
+// shape.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -8,8 +9,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "cuda_check.h"
-#include "sigmoid_loss.h"
+#include "sigmoid_pass_cuda.h"
 
 namespace exaonepath {
 namespace {
@@ -27,7 +27,7 @@ struct Tile {
   const std::int64_t* row_ids;  // [rows]
   const std::int64_t* col_ids;  // [cols]
   const double* params;         // [3]
-  double* block_sums;           // [kUsedSums, blocks]
+  double* block_sums;           // [blocks, kUsedSums], added to
   std::int64_t rows, cols, ld_dots, ld_grad;
   std::int64_t blocks, blocks_across;
 };
@@ -203,17 +203,19 @@ __global__ void __launch_bounds__(kThreads, 4) sigmoid_pass_kernel(Tile tile, Gr
   if (thread < kUsedSums) {
     double sum = 0;
     for (int warp = 0; warp < kWarps; ++warp) sum += warp_sums[thread][warp];
-    tile.block_sums[thread * tile.blocks + blockIdx.x] = sum;
+    // Added to those of the tiles before, which are complete: no other block has this entry. So one launch at the end
+    // adds up a sweep, in place of one for each tile.
+    tile.block_sums[blockIdx.x * kUsedSums + thread] += sum;
   }
 }
 
-// One block for each of the sums; adds that of the tile to the stored sum.
+// One block for each of the sums; adds the total over the blocks of the pass to the stored sum.
 __global__ void __launch_bounds__(kThreads) sigmoid_sums_kernel(const double* block_sums, std::int64_t blocks,
                                                                 double* sums) {
   __shared__ double partial[kThreads];
   const int thread = static_cast<int>(threadIdx.x);
   double sum = 0;
-  for (std::int64_t i = thread; i < blocks; i += kThreads) sum += block_sums[blockIdx.x * blocks + i];
+  for (std::int64_t i = thread; i < blocks; i += kThreads) sum += block_sums[i * kUsedSums + blockIdx.x];
   partial[thread] = sum;
   for (int half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
@@ -221,25 +223,6 @@ __global__ void __launch_bounds__(kThreads) sigmoid_sums_kernel(const double* bl
   }
   if (thread == 0) sums[blockIdx.x] += partial[0];
 }
-
-// Restores the caller's current device, also after an error.
-class CurrentDevice {
- public:
-  explicit CurrentDevice(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = device != before_;
-  }
-  ~CurrentDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  CurrentDevice(const CurrentDevice&) = delete;
-  CurrentDevice& operator=(const CurrentDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
 
 template <typename Grad>
 void launch(const Tile& tile, void* grad, cudaStream_t stream) {
@@ -254,8 +237,6 @@ void launch(const Tile& tile, void* grad, cudaStream_t stream) {
         "sigmoid pass: launch");
 }
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return a / b + (a % b != 0); }
-
 }  // namespace
 
 std::int64_t sigmoid_workspace_cuda(std::int64_t rows, std::int64_t cols) {
@@ -263,36 +244,53 @@ std::int64_t sigmoid_workspace_cuda(std::int64_t rows, std::int64_t cols) {
   return kUsedSums * ceil_div(rows, kRows) * ceil_div(cols, kCols);
 }
 
-void sigmoid_pass_cuda(const float* dots, void* grad, GradKind grad_kind, std::int64_t rows, std::int64_t cols,
+void clear_block_sums(double* block_sums, std::int64_t count, cudaStream_t stream) {
+  check(cudaMemsetAsync(block_sums, 0, static_cast<std::size_t>(count) * sizeof(double), stream), "cudaMemsetAsync");
+}
+
+void queue_sigmoid_pass(const SigmoidTile& t, double* block_sums, cudaStream_t stream) {
+  const std::int64_t blocks = sigmoid_workspace_cuda(t.rows, t.cols) / kUsedSums;
+  if (blocks > INT_MAX) throw std::invalid_argument("sigmoid pass: the tile is too large for one launch; split it");
+  const Tile tile{t.dots, t.row_ids, t.col_ids, t.params,  block_sums, t.rows,
+                  t.cols, t.ld_dots, t.ld_grad, blocks,    ceil_div(t.cols, kCols)};
+  switch (t.grad_kind) {
+    case ElementKind::kFloat32: launch<float>(tile, t.grad, stream); break;
+    case ElementKind::kFloat16: launch<__half>(tile, t.grad, stream); break;
+    case ElementKind::kBfloat16: launch<__nv_bfloat16>(tile, t.grad, stream); break;
+    default: throw std::invalid_argument("sigmoid pass: unknown kind of gradient");
+  }
+}
+
+void queue_sigmoid_sums(const double* block_sums, std::int64_t count, double* sums, cudaStream_t stream) {
+  std::int64_t blocks = count / kUsedSums;
+  void* arguments[] = {&block_sums, &blocks, &sums};
+  check(cudaLaunchKernel(sigmoid_sums_kernel, dim3(kUsedSums), dim3(kThreads), arguments, 0, stream),
+        "sigmoid pass: launch of the sums");
+}
+
+void sigmoid_pass_cuda(const float* dots, void* grad, ElementKind grad_kind, std::int64_t rows, std::int64_t cols,
                        std::int64_t ld_dots, std::int64_t ld_grad, const std::int64_t* row_ids,
                        const std::int64_t* col_ids, const double* params, double* workspace, double* sums, int device,
                        void* stream) {
-  const std::int64_t blocks = sigmoid_workspace_cuda(rows, cols) / kUsedSums;
+  const std::int64_t count = sigmoid_workspace_cuda(rows, cols);
   if (ld_dots < cols || ld_grad < cols) {
     throw std::invalid_argument("sigmoid pass: a row stride is smaller than a row");
   }
-  if (blocks == 0) return;
-  if (blocks > INT_MAX) throw std::invalid_argument("sigmoid pass: the tile is too large for one launch; split it");
+  if (count == 0) return;
   if (!dots || !grad || !row_ids || !col_ids || !params || !workspace || !sums) {
     throw std::invalid_argument("sigmoid pass: null pointer");
   }
-  if (grad == dots && (grad_kind != GradKind::kFloat32 || ld_grad != ld_dots)) {
+  if (grad == dots && (grad_kind != ElementKind::kFloat32 || ld_grad != ld_dots)) {
     throw std::invalid_argument("sigmoid pass: only float32 gradients of the same row stride may replace the products");
+  }
+  if (count / kUsedSums > INT_MAX) {
+    throw std::invalid_argument("sigmoid pass: the tile is too large for one launch; split it");
   }
   const CurrentDevice current(device);
   const auto queue = static_cast<cudaStream_t>(stream);
-  const Tile tile{dots,    row_ids, col_ids, params, workspace,           rows, cols,
-                  ld_dots, ld_grad, blocks,  ceil_div(cols, kCols)};
-  switch (grad_kind) {
-    case GradKind::kFloat32: launch<float>(tile, grad, queue); break;
-    case GradKind::kFloat16: launch<__half>(tile, grad, queue); break;
-    case GradKind::kBfloat16: launch<__nv_bfloat16>(tile, grad, queue); break;
-    default: throw std::invalid_argument("sigmoid pass: unknown kind of gradient");
-  }
-  const double* block_sums = workspace;
-  void* arguments[] = {&block_sums, const_cast<std::int64_t*>(&tile.blocks), &sums};
-  check(cudaLaunchKernel(sigmoid_sums_kernel, dim3(kUsedSums), dim3(kThreads), arguments, 0, queue),
-        "sigmoid pass: launch of the sums");
+  clear_block_sums(workspace, count, queue);
+  queue_sigmoid_pass({dots, grad, grad_kind, rows, cols, ld_dots, ld_grad, row_ids, col_ids, params}, workspace, queue);
+  queue_sigmoid_sums(workspace, count, sums, queue);
 }
 
 }  // namespace exaonepath
