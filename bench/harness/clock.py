@@ -13,7 +13,7 @@ import torch
 
 # More than the L2 cache of any card so far (H200 and RTX 50: 50 to 128 MB).
 _FLUSH_BYTES = 256 << 20
-# More cycles a second than any GPU has. A wait of so many cycles for each second that the host needs is never too short.
+# More cycles a second than any GPU has: a wait of so many cycles for each second of the host is never too short.
 _CYCLES = 2.5e9
 _LONGEST_WAIT = 5e-3
 
@@ -99,8 +99,8 @@ def _cuda(candidate: Timed, inputs: int, flush: bool) -> list[float]:
     if flush:
         torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()  # so that no input is in the cache
     if candidate.host_seconds:
-        # The GPU waits until the host has queued all launches. Otherwise a short kernel would seem to take as long as the
-        # Python code around it. The time of the host is reported apart from this (`host_seconds`).
+        # The GPU waits until the host has queued all launches. Otherwise a short kernel would seem to take as long as
+        # the Python code around it.
         torch.cuda._sleep(int(1.5 * candidate.host_seconds * _CYCLES))
     begin = time.perf_counter()
     events[0].record()

@@ -1,4 +1,4 @@
-"""FlashAttention 3, forward only, from the package fa3-fwd (Hopper; not part of torch, so it is here only if installed)."""
+"""FlashAttention 3, forward only (Hopper), from the package fa3-fwd, which is no part of torch."""
 
 from __future__ import annotations
 
