@@ -15,11 +15,19 @@ _LOST = ("CUDA error", "cudaErrorIllegalAddress", "misaligned address", "device-
 _KEPT_LINES = 25
 
 
+_writes = _is_worker = False
+
+
+def pytest_configure(config) -> None:
+    """With pytest-xdist, only the processes that run tests write: the one that distributes them sees reports twice."""
+    global _writes, _is_worker
+    _is_worker = hasattr(config, "workerinput")
+    _writes = _is_worker or not getattr(config.option, "numprocesses", None)
+
+
 def pytest_runtest_logreport(report) -> None:
-    """One line a test in ${OUT}/tests.jsonl; only processes that run tests write."""
-    worker = os.environ.get("PYTEST_XDIST_WORKER")
-    alone = os.environ.get("PYTEST_XDIST_WORKER_COUNT") is None and worker is None
-    if not (worker or alone) or not (report.when == "call" or report.outcome != "passed"):
+    """One line a test in ${OUT}/tests.jsonl."""
+    if not _writes or not (report.when == "call" or report.outcome != "passed"):
         return
     text = report.longreprtext if report.failed else ""
     row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 1)}
@@ -27,5 +35,5 @@ def pytest_runtest_logreport(report) -> None:
     table.folder().mkdir(parents=True, exist_ok=True)
     with (table.folder() / "tests.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-    if worker and any(sign in text for sign in _LOST):
+    if _is_worker and any(sign in text for sign in _LOST):
         os._exit(86)
