@@ -25,6 +25,8 @@ from .table import rounded
 
 OURS = "exaonepath"
 AUTO = "exaonepath_auto"  # what runs by default: for one long segment that can be another library's kernel
+# Who may win on a GPU, and needs no compilation.
+STRONGEST = ("varlen_attn", "sdpa_cudnn", "sdpa_flash", "flash3")
 # Whatever takes longer is not repeated for side figures (peak memory of its own, building the schedule).
 _SLOW_SECONDS = 2.0
 
@@ -72,8 +74,10 @@ def candidates(problem: Problem, backward: bool, session: Session, only: Sequenc
         left_out = "left out by EXAONEPATH_BENCH_WITHOUT" if peer.name in session.without else None
         if peer.name.startswith("flex") and problem.device == "cpu" and not session.full:
             left_out = "compiles for long: EXAONEPATH_BENCH=full runs it"
+        if session.short and peer.name not in STRONGEST:
+            left_out = "left out by EXAONEPATH_BENCH=short"
         why_not = left_out or peer.why_not(problem, backward)
-        rotations = ("none",) if only or why_not else ("none", "separate")
+        rotations = ("none",) if only or why_not or session.short else ("none", "separate")
         for rotation in rotations:
             build = partial(_theirs, peer, problem, rotation == "separate")
             found.append(Candidate(peer.name, rotation, False, build, why_not))
@@ -105,7 +109,7 @@ def hold(
     field_ = candidates(problem, backward, session, only)
     alive = [one for one in field_ if _prepare(one, problem, inputs, exact, backward)]
     estimate = sum(one.row["estimate"] for one in alive)
-    rounds = rounds_for(estimate, budget)
+    rounds = rounds_for(estimate, budget / 4 if session.short else budget)
     _time_in_turns(alive, problem.device, rounds, len(inputs.dout), benchmark)
     run = session.new_run()
     for one in field_:
