@@ -139,7 +139,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef EXAONEPATH_WITH_CUDA
   m.def("cublas_reason", &cublas_reason, "Why cuBLAS cannot be called in this process, or an empty string if it can.");
   m.def("sigmoid_sweep_workspace_cuda", &sigmoid_sweep_workspace_cuda, arg("rows"), arg("cols"), arg("tile_rows"),
-        arg("tile_cols"), arg("gradient_dtype"), arg("overlapped"), "Bytes of workspace that sigmoid_sweep_cuda needs.");
+        arg("tile_cols"), arg("gradient_dtype"), arg("overlapped"),
+        "Bytes of workspace that sigmoid_sweep_cuda needs.");
   m.def("sigmoid_sweep_cuda", &sigmoid_sweep_cuda, py::kw_only(), arg("u"), arg("v"), arg("gradient_u"),
         arg("gradient_v"), arg("du"), arg("dv"), arg("dtype"), arg("gradient_dtype"), arg("row_ids"), arg("col_ids"),
         arg("params"), arg("sums"), arg("rows"), arg("cols"), arg("dim"), arg("tile_rows"), arg("tile_cols"),

@@ -7,8 +7,8 @@
 namespace exaonepath {
 namespace {
 
-// A library that is already loaded: torch's CUDA half first, since a search in it includes the cuBLAS that it was linked
-// with, even if another package has loaded a different one.
+// Libraries that may be loaded already: torch's CUDA half first, since a search in it includes the cuBLAS that it was
+// linked with, even if another package has loaded a different one.
 constexpr const char* kLibraries[] = {"libtorch_cuda.so", "libcublas.so.13", "libcublas.so.12", "libcublas.so.11"};
 
 bool load(Cublas& functions) {

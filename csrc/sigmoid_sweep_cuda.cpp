@@ -144,9 +144,9 @@ class Sweep {
     return {r, std::min(layout_.rows, s_.rows - r), c, std::min(layout_.cols, s_.cols - c)};
   }
 
-  // All products stay on one stream, so cuBLAS gives the same bits as without a side stream. The pass of tile i + 1 runs
-  // beside the gradients of tile i. Product i + 1 writes to the memory of tile i - 1: it is queued behind the gradients of
-  // that tile, the last that read it, and they behind its pass.
+  // All products stay on one stream, so cuBLAS gives the same bits as without a side stream. The pass of tile i + 1
+  // runs at the same time as the gradients of tile i. Product i + 1 writes to the memory of tile i - 1: it is queued
+  // behind the gradients of that tile, the last that read it, and they behind its pass.
   void run_overlapped() {
     Event product_done, pass_done;
     dots(part_of(0), 0);

@@ -1,5 +1,5 @@
-// Host time of the sweep a tile, without a card: the very source, where launches, events and products return at once. What
-// CUDA and cuBLAS take for a call is not in it.
+// Host time of the sweep a tile, without a card: the very source, where launches, events and products return at once.
+// What CUDA and cuBLAS take for a call is not in it.
 #include <chrono>
 #include <cstdint>
 #include <cstdio>

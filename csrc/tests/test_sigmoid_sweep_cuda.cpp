@@ -1,6 +1,6 @@
-// The sweep run on the CPU: the very source, under emulations of CUDA and of cuBLAS. It shows which tiles are formed, that
-// operands, strides and transposes are those meant, that the sums do not depend on the order in which streams run, and
-// how failures are reported; not speed, nor what the real library does with its arguments.
+// The sweep run on the CPU: the very source, under emulations of CUDA and of cuBLAS. It shows which tiles are formed,
+// that operands, strides and transposes are those meant, that the sums do not depend on the order in which streams run,
+// and how failures are reported; not speed, nor what the real library does with its arguments.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <dlfcn.h>
@@ -69,7 +69,8 @@ struct Problem {
     return values;
   }
 
-  Problem(std::int64_t rows, std::int64_t cols, std::int64_t dim, ElementKind operand, ElementKind gradient, unsigned seed)
+  Problem(std::int64_t rows, std::int64_t cols, std::int64_t dim, ElementKind operand, ElementKind gradient,
+          unsigned seed)
       : Problem(rows, cols, dim, operand, gradient, std::mt19937(seed)) {}
 
   Problem(std::int64_t rows, std::int64_t cols, std::int64_t dim, ElementKind operand, ElementKind gradient,

@@ -1,5 +1,5 @@
-// The two functions of cuBLAS that the sweep calls, on the CPU: the column-major convention of the documentation, checked
-// sizes, operands of float32, float16 and bfloat16, products in double.
+// The two functions of cuBLAS that the sweep calls, on the CPU: the column-major convention of the documentation,
+// checked sizes, operands of float32, float16 and bfloat16, products in double.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

@@ -170,12 +170,14 @@ inline void run_block(unsigned count) {
   }
 }
 
-// The two instructions of the special-function unit in use, by their text.
-inline float ptx(const char* text, float x) { return std::strstr(text, "rcp.") ? 1.0f / x : std::exp2(x); }
+// The three instructions of the special-function unit in use, by their text.
+inline float ptx(const char* text, float x) {
+  return std::strstr(text, "rcp.") ? 1.0f / x : std::strstr(text, "lg2.") ? std::log2(x) : std::exp2(x);
+}
 
 }  // namespace emulation
 
-// In both places asm reads x and writes y.
+// In all places asm reads x and writes y.
 #define asm(...) y = emulation::ptx(#__VA_ARGS__, x)
 
 inline void __syncthreads() { emulation::meet(); }
