@@ -39,7 +39,7 @@ class SleepingSlide:
     path = Path("sleeping.svs")
 
     def __init__(self, seconds: float) -> None:
-        self._seconds, self._image = seconds, Image.new("RGB", (224, 224))
+        self._seconds = seconds
 
     @contextmanager
     def tile_cache(self, size: int) -> Iterator[None]:
@@ -47,7 +47,7 @@ class SleepingSlide:
 
     def read_image(self, corner: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
         time.sleep(self._seconds)
-        return self._image
+        return Image.new("RGB", size)
 
     def missing_share(self, image: Image.Image, corner: tuple[int, int]) -> float:
         return 0.0
@@ -74,14 +74,16 @@ class SleepingEncoder(torch.nn.Module):
 def test_stand_ins(benchmark, session, tmp_path, slower):
     """The share of the wall time that the slower part is busy; the aim is 95 %."""
     session.need_time()
-    batch, batches, workers = 8, 50, 4
+    batch, batches, workers = 8, 120, 4  # so many that filling and emptying the pipeline counts little
+    config = PreprocessingConfig(resize=16, crop=16)  # so small that the host has nothing to compute
     seconds = {"encoder": 0.1, "reading": 0.1}  # for a batch; reading on all threads
     seconds["reading" if slower == "encoder" else "encoder"] = 0.06
     slide = SleepingSlide(seconds["reading"] / batch * workers)
     module = SleepingEncoder(seconds["encoder"])
     # A thread reads a run of 8 patches, here a batch; four batches are read in parallel.
-    reader = PatchReader(slide, np.zeros((batch * batches, 2), np.int32), PATCH, batch_size=batch, num_workers=workers)
-    encoder = BatchEncoder(module, CONFIG, torch.device("cpu"), torch.float32, batch_size=batch)
+    coords = np.zeros((batch * batches, 2), np.int32)
+    reader = PatchReader(slide, coords, 16, config, batch_size=batch, num_workers=workers)
+    encoder = BatchEncoder(module, config, torch.device("cpu"), torch.float32, batch_size=batch)
 
     def run() -> None:
         module.busy = 0.0
