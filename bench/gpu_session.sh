@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # What a session on a GPU machine should do, phase by phase; each phase ends within PHASE_SECONDS and prints as it goes.
 #
-#   bench/gpu_session.sh [--rehearse] [tests|kernels|encoder|loss|pipeline|sanitize|tune|all] [pytest arguments ...]
+#   bench/gpu_session.sh [--rehearse] [tests|kernels|encoder|loss|pipeline|sanitize|tune|tune_loss|all] [pytest arguments ...]
 #
 #   tests      pytest -m gpu: correctness on the card            kernels    attention beside every peer, most valuable first
 #   encoder    the whole slide encoder, memory in 12 GB          loss       the sigmoid loss (where its benchmark exists)
 #   pipeline   the other benchmarks                              sanitize   compute-sanitizer over the kernels' small tests
-#   tune       a sweep of launch settings; not part of all       all        all but tune, one after the other
+#   tune       a sweep of launch settings; not part of all       tune_loss  tiles of the loss, in 40 s; not part of all
+#   all        all but tune and tune_loss, one after the other
 #
 # Results land under ${OUT:-bench/results}: tables (*.jsonl, appended to), session.log, summary.md, plots.tar.gz. A phase that
 # was cut off goes on where it stopped when it is called again (rows of the same code and card are not measured twice; where
@@ -27,7 +28,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     -h | --help) usage; exit 0 ;;
     --rehearse) rehearse=1; shift ;;
-    tests | kernels | encoder | loss | pipeline | sanitize | tune | all) phase=$1; shift; break ;;
+    tests | kernels | encoder | loss | pipeline | sanitize | tune | tune_loss | all) phase=$1; shift; break ;;
     *) echo "no phase is called '$1'" >&2; usage >&2; exit 2 ;;
   esac
 done
@@ -162,6 +163,12 @@ run_phase() {
         (cd "$PYTHONPATH" && timeout -k 10 "$seconds" python3 "$root/bench/tune.py" --seconds $((seconds < 110 ? seconds : 110)) \
           ${extra[@]+"${extra[@]}"}) 2>&1 | tee -a "$log"
       fi
+      return "${PIPESTATUS[0]}" ;;
+    tune_loss)
+      local where=cuda
+      [ "$rehearse" = 1 ] && where=cpu
+      (cd "$PYTHONPATH" && timeout -k 10 "$seconds" python3 "$root/bench/tune_loss.py" --device "$where" \
+        ${extra[@]+"${extra[@]}"}) 2>&1 | tee -a "$log"
       return "${PIPESTATUS[0]}" ;;
   esac
 }

@@ -10,6 +10,7 @@ import plots
 import pytest
 import torch
 import tune
+import tune_loss
 from exaonepath.kernels.launch_config import LaunchConfig, attention_config
 from harness import table
 from harness.problems import Problem
@@ -107,6 +108,17 @@ def test_tuning_does_not_time_what_is_wrong(monkeypatch):
     monkeypatch.setattr(tune.Bench, "error", lambda *_: 1.0)
     (row,) = tune.sweep(bench, [LaunchConfig(32, 32, 4, 1)], float("inf"), {}, rounds=1)
     assert (row["status"], row["ms"]) == ("wrong", None)
+
+
+def test_tiles_of_the_loss_are_compared_and_kept_as_they_come(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["tune_loss.py", "--device", "cpu"])
+    tune_loss.main()
+    rows = table.read("tune_loss", tmp_path)
+    assert not any(table.problems_of("tune_loss", row) for row in rows)
+    assert {row["status"] for row in rows} == {"ok"}
+    assert [row["part"] for row in rows] == ["plain product", "host", "sweep", "sweep", "kernels", "kernels"]
+    assert "limit_share" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")

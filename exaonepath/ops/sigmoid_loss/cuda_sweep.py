@@ -83,21 +83,22 @@ def _address(tensor: Tensor | None) -> int:
 
 def _require(task: PairTask, gradient_u: Tensor, gradient_v: Tensor) -> None:
     """Check tensors before their raw pointers go to the extension. A failure is a bug of this package."""
-    (rows, dim), (columns, _) = task.u.shape, task.v.shape
-    gradient_operand = task.u.dtype if task.gradients is None else task.engine.gradient_operand
+    u, v, engine = task.u, task.v, task.engine
+    gradient_operand = u.dtype if task.gradients is None else engine.gradient_operand
+    rows, columns = (u.shape[0],), (v.shape[0],)
     wanted = [
-        (task.u, (rows, dim), task.engine.operand),
-        (task.v, (columns, dim), task.engine.operand),
-        (gradient_u, (rows, dim), gradient_operand),
-        (gradient_v, (columns, dim), gradient_operand),
-        (task.row_ids, (rows,), torch.int64),
-        (task.column_ids, (columns,), torch.int64),
+        (u, u.shape, engine.operand),
+        (v, (*columns, u.shape[1]), engine.operand),
+        (task.row_ids, rows, torch.int64),
+        (task.column_ids, columns, torch.int64),
         (task.constants.on_device, (3,), torch.float64),
         (task.sums, (N_SUMS,), torch.float64),
     ]
+    if gradient_u is not u or gradient_v is not v:
+        wanted += [(gradient_u, u.shape, gradient_operand), (gradient_v, v.shape, gradient_operand)]
     if task.gradients is not None:
-        wanted += [(task.gradients[0], (rows, dim), torch.float32), (task.gradients[1], (columns, dim), torch.float32)]
+        wanted += [(task.gradients[0], u.shape, torch.float32), (task.gradients[1], v.shape, torch.float32)]
+    device = u.device
     for tensor, shape, dtype in wanted:
-        fits = tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.is_contiguous()
-        if not fits or tensor.device != task.u.device:
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device != device:
             raise TypeError("a tensor of the sweep does not match the interface in csrc/sigmoid_loss.h")
