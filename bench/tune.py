@@ -36,17 +36,17 @@ from exaonepath.ops.attention import triton as kernels
 from exaonepath.ops.attention.tiles import schedules
 
 # What is expected to be fast on sm_90 in bfloat16 with head dimension 64, by instructions and registers
-# (docs/triton.md), and by earlier sessions, besides the settings in the file: (block_m, block_n, num_warps, num_stages,
-# descriptors), the best guess first.
+# (docs/triton.md), and by earlier sessions, besides the settings in the file: the fields of LaunchConfig, the best guess
+# first.
 SETTINGS = {
     "forward": (
+        (128, 64, 4, 3, True, 8),
+        (128, 64, 4, 3, False, 8),
+        (64, 64, 4, 3, True, 8),
+        (64, 64, 4, 3, False, 8),
         (128, 64, 4, 3, True),
-        (64, 64, 4, 3, False),
-        (64, 64, 4, 3, True),
-        (64, 128, 4, 2, True),
-        (64, 128, 4, 3, True),
-        (128, 64, 4, 4, True),
-        (128, 128, 8, 2, True),
+        (64, 128, 4, 2, True, 8),
+        (128, 128, 8, 2, True, 8),
     ),
     "key_gradient": (
         (64, 64, 4, 3, True),
@@ -203,8 +203,9 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in sorted(rows, key=lambda r: (r["ms"] is None, r["ms"])):
         shape = f"{row['block_m']:4} x{row['block_n']:4}, {row['num_warps']} warps, {row['num_stages']} stages"
         how = "descriptors" if row["descriptors"] else "pointers"
+        how += f", {row['sums']} sums" if row["sums"] > 1 else ""
         what = f"{row['ms']:9.4g} ms {row['tflops']:7.4g} TFLOP/s" if row["ms"] else f"{row['status']}: {row['reason']}"
-        print(f"{'>' if row['current'] else ' '} {row['kernel']:<15}{shape}, {how:<12}{what}", flush=True)
+        print(f"{'>' if row['current'] else ' '} {row['kernel']:<15}{shape}, {how:<22}{what}", flush=True)
 
 
 def prepare(kernel: str, setting: LaunchConfig, problem: Problem, rotated: bool) -> str | None:

@@ -31,8 +31,8 @@ from exaonepath.kernels.blocks import (
 @triton.jit
 def _forward_step(
     p_k, p_v, d_k, d_v, head, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over one block of keys. m is the largest score before scaling; scale_log2 > 0.
 
@@ -57,7 +57,28 @@ def _forward_step(
         v, poison = only_finite(v)
         p += tl.where(within(keys, lo, hi), poison[None, :], 0.0)
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
-    return acc, l * rescale + tl.sum(p, 1), m_new
+    if SUMS > 1:
+        p = tl.reshape(p, [BLOCK_M, BLOCK_N // SUMS, SUMS])
+        l = l * rescale[:, None]
+    else:
+        l = l * rescale
+    return acc, l + tl.sum(p, 1), m_new
+
+
+@triton.jit
+def _no_keys(BLOCK_M: tl.constexpr, D: tl.constexpr, SUMS: tl.constexpr):
+    """acc, l and m before the first block of keys.
+
+    With SUMS > 1, l [BLOCK_M, SUMS] are sums over every SUMS-th key, added up after the loops. Four threads of a warp
+    share a row of scores, and 8 neighbouring columns are two of each. So with 8 sums, each thread adds its own columns,
+    and no block of keys needs an exchange between threads for the sum.
+    """
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    if SUMS > 1:
+        return acc, tl.zeros([BLOCK_M, SUMS], tl.float32), m
+    else:
+        return acc, tl.zeros([BLOCK_M], tl.float32), m
 
 
 @triton.jit(do_not_specialize=["first_row", "n_tokens"])
@@ -66,6 +87,7 @@ def forward_kernel(
     s_v_token, s_v_head, s_out_token, s_out_head, first_row, n_tokens, scale_log2,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTATE_Q: tl.constexpr,
     STORE_LSE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
     """out of one tile of queries and one head, and if STORE_LSE its log2 sum of exponentials; grid (W, H)."""
     head_32 = tl.program_id(1)
@@ -91,25 +113,21 @@ def forward_kernel(
         q = load_rows(p_rotated, row, exists, s_out_token, BLOCK_M, D, True)
     else:
         q = load_rows(p_q, row, exists, s_q_token, BLOCK_M, D, True)
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    acc, l, m = _no_keys(BLOCK_M, D, SUMS)
     plain = unmasked_end(p_bounds, first, last, begin, end, BLOCK_N)
     for start in tl.range(begin, plain, BLOCK_N, num_stages=STAGES):
         acc, l, m = _forward_step(
             p_k, p_v, d_k, d_v, head_32, start, end, begin, end, q, acc, l, m, s_k_token, s_v_token, scale_log2,
-            D, BLOCK_N, False, False, PRECISION, DESCRIPTORS,
+            D, BLOCK_M, BLOCK_N, False, False, PRECISION, DESCRIPTORS, SUMS,
         )  # fmt: skip
     lo, hi = load_bounds(p_bounds, first, exists, BLOCK_M)  # after the loop above, which then has more free registers
     for start in tl.range(plain, end, BLOCK_N, num_stages=STAGES):
         acc, l, m = _forward_step(
             p_k, p_v, d_k, d_v, head_32, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
-            D, BLOCK_N, True, False, PRECISION, DESCRIPTORS,
+            D, BLOCK_M, BLOCK_N, True, False, PRECISION, DESCRIPTORS, SUMS,
         )  # fmt: skip
     if plain == begin and not_finite(acc):
-        acc = tl.zeros([BLOCK_M, D], tl.float32)
-        l = tl.zeros([BLOCK_M], tl.float32)
-        m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        acc, l, m = _no_keys(BLOCK_M, D, SUMS)
         # Everything is loaded again after a barrier: otherwise the compiler would keep it in registers during the loops
         # above, although this branch rarely runs.
         tl.debug_barrier()
@@ -122,10 +140,12 @@ def forward_kernel(
         for start in tl.range(begin, end, CAREFUL_BLOCK, num_stages=1):
             acc, l, m = _forward_step(
                 p_k, p_v, d_k, d_v, head_32, start, end, lo, hi, q, acc, l, m, s_k_token, s_v_token, scale_log2,
-                D, CAREFUL_BLOCK, True, True, PRECISION, DESCRIPTORS,
+                D, BLOCK_M, CAREFUL_BLOCK, True, True, PRECISION, DESCRIPTORS, SUMS,
             )  # fmt: skip
     # Loaded again, so that the addresses of the rows occupy no registers during the loops.
     first, _, _, _, exists = load_tile(p_tiles, BLOCK_M)
+    if SUMS > 1:
+        l = tl.sum(l, 1)
     # If l of a row that exists is 0, every score was -inf. Then the result is NaN, as in softmax.
     l = tl.where(exists, l, 1.0)
     if STORE_LSE:

@@ -17,6 +17,7 @@ class LaunchConfig:
 
     `descriptors`: through tensor descriptors, by the copy engine (TMA) of sm_90 and later. Tensors that a descriptor
     cannot describe (it needs a base and strides of a multiple of 16 bytes) are loaded through pointers all the same.
+    `sums`: number of partial sums that the forward kernel keeps for each row of probabilities, 1 or 8.
     """
 
     block_m: int
@@ -24,6 +25,7 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     descriptors: bool = False
+    sums: int = 1
 
 
 @dataclass(frozen=True)

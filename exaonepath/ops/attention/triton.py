@@ -195,7 +195,7 @@ def _launch_forward(
             scale / math.log(2),
             D=q.shape[2], BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, ROTATE_Q=rotate_queries,
             STORE_LSE=lse is not None, PRECISION=config.precision, STAGES=launch.num_stages,
-            DESCRIPTORS=d_k is not None, num_warps=launch.num_warps, enable_fp_fusion=True,
+            DESCRIPTORS=d_k is not None, SUMS=launch.sums, num_warps=launch.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -90,6 +90,8 @@ def measure(key: str) -> list[int]:
         row = getattr(config, settings)
         constants |= {"BLOCK_M": row.block_m, "BLOCK_N": row.block_n, "STAGES": row.num_stages}
         constants |= {"PRECISION": config.precision, "DESCRIPTORS": row.descriptors}
+        if settings == "forward":
+            constants["SUMS"] = row.sums
         options = {"num_warps": row.num_warps}
         turning = flags.get("ROTATE_Q", False) or flags.get("ROTATE_BACK", False)
         absent = ["p_cos", "p_sin"] * (not turning) + ["p_lse"] * (flags.get("STORE_LSE") is False)
