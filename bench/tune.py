@@ -36,7 +36,7 @@ from exaonepath.ops.attention import triton as kernels
 from exaonepath.ops.attention.tiles import schedules
 
 # What is expected to be fast on sm_90 in bfloat16 with head dimension 64, by instructions and registers
-# (docs/triton.md), and by earlier sessions, besides the settings in the file: the fields of LaunchConfig, the best guess
+# (docs/triton.md), and by earlier sessions, besides the settings in the file: the fields of LaunchConfig, best guess
 # first.
 SETTINGS = {
     "forward": (

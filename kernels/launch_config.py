@@ -74,8 +74,8 @@ _SM_90 = {
     (2, 32): _config((128, 64, 4, 3), (128, 64, 4, 2), (64, 128, 8, 2)),
     (2, 64): _config((128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
     (2, 128): _config((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
-    # Two warps: with four, some products use instructions for a whole group of warps, and with D = 32 those of triton 3.6
-    # read beyond the shared memory (seen on a GPU, by NVIDIA's memory checker).
+    # Two warps: with four, some products use instructions for a whole group of warps, and with D = 32 those of
+    # triton 3.6 read beyond the shared memory (seen on a GPU, by NVIDIA's memory checker).
     (4, 32): _config((32, 32, 2, 2), (32, 32, 2, 2), (16, 32, 2, 2)),
     (4, 64): _config((32, 32, 2, 2), (32, 32, 2, 2), (16, 32, 4, 2)),
     (4, 128): _config((32, 16, 8, 2), (16, 16, 4, 1), (32, 16, 8, 1)),
