@@ -13,8 +13,9 @@ from exaonepath.encoders.prepared import PreparedPatchEncoder, can_prepare
 
 @pytest.fixture(scope="module")
 def model():
-    """Norms and biases far from one and zero, attention far from uniform."""
+    """Norms far from one, biases far from zero, attention far from uniform: mistakes show. Two blocks, for speed."""
     model = ExaonePathPatchEncoderModel(ExaonePathPatchEncoderConfig(img_size=56)).eval()
+    model.patch_encoder.backbone.blocks = model.patch_encoder.backbone.blocks[:2]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -36,12 +37,24 @@ def exact(model, images):
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_float32_is_the_encoder_up_to_rounding(model, images, exact, backend, device):
+def test_float32_is_the_encoder_up_to_rounding(model, images, backend, device):
     model = copy.deepcopy(model).to(device)
     model.set_attn_implementation(backend)
     with torch.inference_mode():
-        found = PreparedPatchEncoder(model, torch.float32)(images.to(device)).cpu()
-    assert (found - exact).norm() <= 2e-5 * exact.norm()
+        # On the same device: convolutions of a GPU are in TF32 by default, here and there.
+        found, expected = PreparedPatchEncoder(model, torch.float32)(images.to(device)), model(images.to(device))
+    assert (found - expected).norm() <= 2e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_one_graph(model, images, dtype, device):
+    prepared = PreparedPatchEncoder(copy.deepcopy(model).to(device), dtype)
+    torch._dynamo.reset()
+    compiled = torch.compile(prepared, fullgraph=True, dynamic=False, backend="aot_eager")
+    with torch.inference_mode():
+        found, expected = compiled(images.to(device)), prepared(images.to(device))
+    torch._dynamo.reset()
+    assert (found - expected).norm() <= (2e-5 if dtype == torch.float32 else 2e-2) * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -4,7 +4,8 @@ On a CUDA device the batch size is the largest power of two, from 8 to 256, with
 fifths of the free memory. On other devices, and for modules whose memory use is unknown, it is 32.
 
 The memory of a patch follows from the layers of the ViT: when the MLP of a block applies its activation, the tokens
-before and after attention are held, and the hidden values before and after the activation. The bound 256 is where a
+before and after attention are held, those after the norm (except by `encoders.prepared`), and the hidden values before
+and after the activation. The bound 256 is where a
 product has enough rows to occupy a large GPU; more would only take memory.
 """
 
@@ -33,25 +34,28 @@ def check_batch_size(batch_size: int | Literal["auto"]) -> None:
         raise SettingsError(f'batch size must be positive, or "auto", got {batch_size!r}')
 
 
-def bytes_per_patch(crop: int, patch_size: int, itemsize: int) -> int:
+def bytes_per_patch(crop: int, patch_size: int, dtype: torch.dtype, prepared: bool) -> int:
     """Memory on the device that the patch encoder needs for each patch of a batch.
 
     Args:
         crop: side of the image in pixels.
         patch_size: side of the area of one token in pixels.
-        itemsize: bytes of a number in the tokens: 2 in half precision with converted weights, else 4.
+        dtype: of the matrix products.
+        prepared: whether it runs with converted weights (`encoders.prepared`), or as it is, under autocast.
     """
+    itemsize = dtype.itemsize if prepared else 4  # under autocast, norms are in float32
+    held = 2 if prepared else 3
     tokens = 1 + (crop // patch_size) ** 2
     # Images: two batches in uint8 (one is being copied), one in float32, and one in the dtype of the products.
     images = 3 * crop**2 * (2 + 4 + itemsize)
-    return images + tokens * (2 + 2 * _HIDDEN) * DIM * itemsize
+    return images + tokens * (held + 2 * _HIDDEN) * DIM * itemsize
 
 
 def choose_batch_size(
     module: nn.Module,
     device: torch.device,
-    autocast: torch.dtype,
     dtype: torch.dtype,
+    prepared: bool,
     crop: int,
     earlier: int | None = None,
 ) -> int:
@@ -60,8 +64,7 @@ def choose_batch_size(
     Args:
         module: the encoder.
         device: where it runs.
-        autocast: dtype of autocast around it; float32 if there is none.
-        dtype: of the matrix products.
+        dtype, prepared: see `bytes_per_patch`.
         crop: side of the images in pixels.
         earlier: batch size of the interrupted run that is continued: it is used again, so that all rows are those of
             an uninterrupted run, unless it does not fit.
@@ -71,9 +74,7 @@ def choose_batch_size(
     free, _ = torch.cuda.mem_get_info(device)
     # What torch keeps for itself can be used too.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    # Under autocast, norms are in float32.
-    itemsize = 4 if autocast != torch.float32 else dtype.itemsize
-    return fitting_batch_size(free, bytes_per_patch(crop, module.config.patch_size, itemsize), earlier)
+    return fitting_batch_size(free, bytes_per_patch(crop, module.config.patch_size, dtype, prepared), earlier)
 
 
 def fitting_batch_size(free: int, per_patch: int, earlier: int | None = None) -> int:

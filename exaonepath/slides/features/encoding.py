@@ -81,7 +81,7 @@ class BatchEncoder:
             raise BackendError(f"the patch encoder in {dtype} does not fit into the memory of {device}: {exc}") from exc
         self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if device.type == "cuda" else None
         self.batch_size = (
-            choose_batch_size(module, device, self._autocast, dtype, preprocessing.crop, earlier_batch_size)
+            choose_batch_size(module, device, dtype, self._autocast != dtype, preprocessing.crop, earlier_batch_size)
             if batch_size == "auto"
             else batch_size
         )
