@@ -179,10 +179,12 @@ def key_gradient_kernel(
             scale_log2, D, BLOCK_M, False, False, PRECISION, DESCRIPTORS,
         )  # fmt: skip
     lo, hi = load_bounds(p_bounds, first, exists, BLOCK_N)
-    for start in tl.range(plain, end, BLOCK_M, num_stages=STAGES):
+    # Smaller blocks for the rest: bounds and masks need registers, and less is computed beyond the end of a segment.
+    MASKED_M: tl.constexpr = min(BLOCK_M, 64)
+    for start in tl.range(plain, end, MASKED_M, num_stages=STAGES):
         dk, dv = _key_gradient_step(
             p_q, p_do, p_l, p_d, d_q, d_dout, head_32, start, end, lo, hi, k, v, dk, dv, s_token, s_out_token,
-            scale_log2, D, BLOCK_M, True, False, PRECISION, DESCRIPTORS,
+            scale_log2, D, MASKED_M, True, False, PRECISION, DESCRIPTORS,
         )  # fmt: skip
     if plain == begin and (not_finite(dk) or not_finite(dv)):
         dk = tl.zeros([BLOCK_N, D], tl.float32)

@@ -59,7 +59,7 @@ class RotateConfig:
 # 16 bytes per load, and four heads per program: the angles are read once for all four.
 ROTATE = RotateConfig(2048, 4, 4)
 
-_Row = tuple[int, int, int, int]
+_Row = tuple[int, int, int, int] | tuple[int, int, int, int, bool] | tuple[int, int, int, int, bool, int]
 
 
 def _config(forward: _Row, query_gradient: _Row, key_gradient: _Row, precision: str = "tf32x3") -> AttentionConfig:
@@ -72,7 +72,7 @@ def _config(forward: _Row, query_gradient: _Row, key_gradient: _Row, precision: 
 # multiprocessor, and the softmax of one runs at the same time as the products of the other.
 _SM_90 = {
     (2, 32): _config((128, 64, 4, 3), (128, 64, 4, 2), (64, 128, 8, 2)),
-    (2, 64): _config((128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    (2, 64): _config((128, 64, 4, 3, True, 8), (64, 64, 4, 3, True), (128, 64, 4, 2, True)),
     (2, 128): _config((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
     # Two warps: with four, some products use instructions for a whole group of warps, and with D = 32 those of
     # triton 3.6 read beyond the shared memory (seen on a GPU, by NVIDIA's memory checker).
