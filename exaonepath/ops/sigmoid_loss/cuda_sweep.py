@@ -13,12 +13,12 @@ from torch import Tensor
 from exaonepath.ops.extension import require_extension
 from exaonepath.ops.sigmoid_loss.sweep import N_SUMS, PairTask, Tile
 
-# 48 MB of float32 and 24 MB of half precision. On an H200, larger tiles were faster, although they do not fit its cache:
-# at B = 32,768 and d = 512, a pair took 9.2 ms with (4096, 2048) and 8.4 ms with (4096, 4096). With the 32 MB of cuBLAS,
-# the latter would take more than 128 MB.
+# 48 MB of float32 and 24 MB of half precision. On an H200, larger tiles were faster, although they do not fit its
+# cache: at B = 32,768 and d = 512, a pair took 9.2 ms with (4096, 2048) and 8.4 ms with (4096, 4096). With the 32 MB of
+# cuBLAS, the latter would take more than 128 MB.
 CUDA_TILE = Tile(4096, 3072)
-# The pass of a tile on a second stream, beside the products of its neighbours; the workspace then holds two tiles. This
-# was 3 to 5 % slower on an H200.
+# The pass of a tile on a second stream, beside the products of its neighbours; the workspace then holds two tiles. On
+# an H200 this was 3 to 5 % slower.
 OVERLAPPED = False
 
 
