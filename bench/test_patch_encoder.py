@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from exaonepath.encoders import patch_encoder
 from exaonepath.encoders.loading import load_patch_encoder
 from exaonepath.reference.patch_encoder import patch_encoder as reference
 
@@ -47,3 +48,32 @@ def test_patch_encoder(compare, session, device, dtype, baseline_batch):
         patches=BATCH,
         dtype=dtype,
     )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_last_block(compare, session, monkeypatch, device, dtype):
+    """The last block for the CLS token alone, against the same encoder with all tokens in its last block."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if device == "cpu" and dtype != "float32" and not session.full:
+        pytest.skip("EXAONEPATH_BENCH=full runs this case")
+    session.need_time()
+    model = load_patch_encoder("random:0", device=device).model
+    images = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def ours() -> torch.Tensor:
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            out = model(images)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return out
+
+    def all_tokens() -> torch.Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(patch_encoder, "is_unmodified", lambda _: False)
+            return ours()
+
+    one, two = ours(), all_tokens()
+    assert (one - two).norm() <= (3e-2 if dtype == "bfloat16" else 1e-5) * two.norm()
+    compare(f"last block {device}", ours, all_tokens, rounds=5, device=device, patches=BATCH, dtype=dtype)

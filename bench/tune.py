@@ -36,34 +36,40 @@ from exaonepath.ops.attention import triton as kernels
 from exaonepath.ops.attention.tiles import schedules
 
 # What is expected to be fast on sm_90 in bfloat16 with head dimension 64, by instructions and registers
-# (docs/triton.md), besides the settings in the file: the fields of LaunchConfig, the best guess first.
-SETTINGS: dict[str, tuple[tuple[int, int, int, int, bool, int, int], ...]] = {
+# (docs/triton.md), and by earlier sessions, besides the settings in the file: the fields of LaunchConfig, best guess
+# first.
+_Fields = (
+    tuple[int, int, int, int, bool] | tuple[int, int, int, int, bool, int] | tuple[int, int, int, int, bool, int, int]
+)
+SETTINGS: dict[str, tuple[_Fields, ...]] = {
     "forward": (
-        (64, 128, 4, 2, True, 64, 8),
-        (128, 128, 8, 2, True, 64, 8),
-        (128, 64, 4, 3, False, 0, 8),
-        (128, 64, 4, 3, True, 0, 8),
-        (128, 128, 8, 2, False, 64, 8),
-        (128, 128, 8, 3, True, 64, 8),
-        (64, 128, 4, 2, False, 64, 8),
+        (128, 64, 4, 3, True, 8),
+        (64, 128, 4, 2, True, 8, 64),
+        (64, 64, 4, 3, True, 8),
+        (128, 64, 4, 3, True, 8, 32),
+        (64, 128, 4, 2, False, 8, 64),
+        (128, 64, 4, 3, False, 8),
+        (128, 64, 4, 3, True),
+        (128, 128, 8, 2, True, 8, 64),
     ),
     "key_gradient": (
-        (128, 64, 4, 2, True, 64, 1),
-        (128, 128, 8, 2, True, 64, 1),
-        (64, 64, 4, 2, False, 0, 1),
-        (64, 64, 4, 2, True, 0, 1),
-        (128, 64, 4, 1, True, 64, 1),
-        (64, 128, 8, 2, True, 0, 1),
-        (128, 64, 4, 2, False, 64, 1),
+        (128, 64, 4, 2, True, 1, 0),
+        (64, 64, 4, 3, True),
+        (64, 64, 4, 3, False),
+        (64, 64, 4, 2, True),
+        (128, 128, 8, 2, True, 1, 64),
+        (32, 64, 4, 3, False),
+        (64, 128, 8, 2, False),
     ),
     "query_gradient": (
-        (64, 128, 4, 2, True, 64, 1),
-        (128, 128, 8, 2, True, 64, 1),
-        (64, 128, 4, 2, False, 64, 1),
-        (64, 128, 4, 1, True, 64, 1),
-        (128, 128, 8, 2, False, 64, 1),
-        (64, 64, 4, 2, True, 0, 1),
-        (64, 128, 4, 3, True, 64, 1),
+        (64, 64, 4, 3, True),
+        (64, 128, 4, 2, True, 1, 64),
+        (64, 64, 4, 3, True, 1, 32),
+        (64, 64, 4, 3, False),
+        (64, 64, 4, 2, True),
+        (64, 128, 4, 2, False),
+        (128, 64, 4, 2, True),
+        (128, 128, 8, 2, False),
     ),
 }
 # Products of 2 * D operations per score.

@@ -6,6 +6,7 @@
 
 #include "sigmoid_loss.h"
 #ifdef EXAONEPATH_WITH_CUDA
+#include "cublas.h"
 #include "device_info.h"
 #endif
 
@@ -14,7 +15,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised with every change of a function below, so that a module of an older build is recognised.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 py::dict build_info() {
   py::dict info;
@@ -63,21 +64,60 @@ void sigmoid_pass_cpu(std::uintptr_t dots, std::int64_t rows, std::int64_t cols,
 }
 
 #ifdef EXAONEPATH_WITH_CUDA
-exaonepath::GradKind grad_kind(const std::string& dtype) {
-  if (dtype == "float32") return exaonepath::GradKind::kFloat32;
-  if (dtype == "float16") return exaonepath::GradKind::kFloat16;
-  if (dtype == "bfloat16") return exaonepath::GradKind::kBfloat16;
-  throw std::invalid_argument("sigmoid pass: grad_dtype must be float32, float16 or bfloat16, got " + dtype);
+exaonepath::ElementKind element_kind(const std::string& dtype) {
+  if (dtype == "float32") return exaonepath::ElementKind::kFloat32;
+  if (dtype == "float16") return exaonepath::ElementKind::kFloat16;
+  if (dtype == "bfloat16") return exaonepath::ElementKind::kBfloat16;
+  throw std::invalid_argument("sigmoid sweep: a dtype must be float32, float16 or bfloat16, got " + dtype);
 }
 
-void sigmoid_pass_cuda(std::uintptr_t dots, std::uintptr_t grad, const std::string& grad_dtype, std::int64_t rows,
-                       std::int64_t cols, std::int64_t ld_dots, std::int64_t ld_grad, std::uintptr_t row_ids,
-                       std::uintptr_t col_ids, std::uintptr_t params, std::uintptr_t workspace, std::uintptr_t sums,
-                       int device, std::uintptr_t stream) {
-  exaonepath::sigmoid_pass_cuda(pointer<const float>(dots), pointer<void>(grad), grad_kind(grad_dtype), rows, cols,
-                                ld_dots, ld_grad, pointer<const std::int64_t>(row_ids),
-                                pointer<const std::int64_t>(col_ids), pointer<const double>(params),
-                                pointer<double>(workspace), pointer<double>(sums), device, pointer<void>(stream));
+std::string cublas_reason() {
+  std::string reason;
+  exaonepath::find_cublas(reason);
+  return reason;
+}
+
+std::int64_t sigmoid_sweep_workspace_cuda(std::int64_t rows, std::int64_t cols, std::int64_t tile_rows,
+                                          std::int64_t tile_cols, const std::string& gradient_dtype, bool overlapped) {
+  exaonepath::SigmoidSweep sweep{};
+  sweep.rows = rows;
+  sweep.cols = cols;
+  sweep.tile_rows = tile_rows;
+  sweep.tile_cols = tile_cols;
+  sweep.gradient_operand = element_kind(gradient_dtype);
+  // Only whether there is one matters here.
+  sweep.side_stream = overlapped ? &sweep : nullptr;
+  return exaonepath::sigmoid_sweep_workspace_cuda(sweep);
+}
+
+void sigmoid_sweep_cuda(std::uintptr_t u, std::uintptr_t v, std::uintptr_t gradient_u, std::uintptr_t gradient_v,
+                        std::uintptr_t du, std::uintptr_t dv, const std::string& dtype,
+                        const std::string& gradient_dtype, std::uintptr_t row_ids, std::uintptr_t col_ids,
+                        std::uintptr_t params, std::uintptr_t sums, std::int64_t rows, std::int64_t cols,
+                        std::int64_t dim, std::int64_t tile_rows, std::int64_t tile_cols, std::uintptr_t workspace,
+                        int device, std::uintptr_t stream, std::uintptr_t side_stream, std::uintptr_t blas_handle) {
+  exaonepath::sigmoid_sweep_cuda({pointer<const void>(u),
+                                  pointer<const void>(v),
+                                  pointer<const void>(gradient_u),
+                                  pointer<const void>(gradient_v),
+                                  pointer<float>(du),
+                                  pointer<float>(dv),
+                                  element_kind(dtype),
+                                  element_kind(gradient_dtype),
+                                  pointer<const std::int64_t>(row_ids),
+                                  pointer<const std::int64_t>(col_ids),
+                                  pointer<const double>(params),
+                                  pointer<double>(sums),
+                                  rows,
+                                  cols,
+                                  dim,
+                                  tile_rows,
+                                  tile_cols,
+                                  pointer<void>(workspace),
+                                  device,
+                                  pointer<void>(stream),
+                                  pointer<void>(side_stream),
+                                  pointer<void>(blas_handle)});
 }
 #endif
 
@@ -97,12 +137,16 @@ PYBIND11_MODULE(_C, m) {
         py::call_guard<py::gil_scoped_release>(),
         "Fused pass over a float32 tile [rows, cols], in place; see csrc/sigmoid_loss.h. ValueError on bad sizes.");
 #ifdef EXAONEPATH_WITH_CUDA
-  m.def("sigmoid_workspace_cuda", &exaonepath::sigmoid_workspace_cuda, arg("rows"), arg("cols"),
-        "float64 elements of workspace that sigmoid_pass_cuda needs for a tile of this size.");
-  m.def("sigmoid_pass_cuda", &sigmoid_pass_cuda, arg("dots"), arg("grad"), arg("grad_dtype"), arg("rows"), arg("cols"),
-        arg("ld_dots"), arg("ld_grad"), arg("row_ids"), arg("col_ids"), arg("params"), arg("workspace"), arg("sums"),
-        arg("device"), arg("stream"), py::call_guard<py::gil_scoped_release>(),
-        "Queues the fused pass on a stream; see csrc/sigmoid_loss.h. ValueError on bad arguments, RuntimeError with "
-        "CUDA's message if a call fails. Not available in a build without CUDA.");
+  m.def("cublas_reason", &cublas_reason, "Why cuBLAS cannot be called in this process, or an empty string if it can.");
+  m.def("sigmoid_sweep_workspace_cuda", &sigmoid_sweep_workspace_cuda, arg("rows"), arg("cols"), arg("tile_rows"),
+        arg("tile_cols"), arg("gradient_dtype"), arg("overlapped"),
+        "Bytes of workspace that sigmoid_sweep_cuda needs.");
+  m.def("sigmoid_sweep_cuda", &sigmoid_sweep_cuda, py::kw_only(), arg("u"), arg("v"), arg("gradient_u"),
+        arg("gradient_v"), arg("du"), arg("dv"), arg("dtype"), arg("gradient_dtype"), arg("row_ids"), arg("col_ids"),
+        arg("params"), arg("sums"), arg("rows"), arg("cols"), arg("dim"), arg("tile_rows"), arg("tile_cols"),
+        arg("workspace"), arg("device"), arg("stream"), arg("side_stream"), arg("blas_handle"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Queues all tiles of one pair on a stream; see csrc/sigmoid_loss.h. ValueError on bad arguments, RuntimeError "
+        "if a call of CUDA or cuBLAS fails. Not available in a build without CUDA.");
 #endif
 }

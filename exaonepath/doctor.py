@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from exaonepath.ops.attention.triton import unsupported_device
-from exaonepath.ops.extension import load_extension, why_no_cuda_half
+from exaonepath.ops.extension import load_extension, why_no_cublas, why_no_cuda_half
 from exaonepath.ops.linear import onednn_available
 from exaonepath.version import __version__
 
@@ -104,6 +104,8 @@ def _extension() -> Finding:
     cuda += f", finds {len(devices)} GPU(s)"
     if len(devices) != (torch.cuda.device_count() if torch.cuda.is_available() else 0):
         cuda += f", but torch finds {torch.cuda.device_count()}: check driver and CUDA_VISIBLE_DEVICES"
+    if torch.cuda.is_available() and (reason := why_no_cublas()):
+        cuda += f"; the sigmoid loss runs in torch: {reason}"
     return Finding("backends", "C++ extension", f"{extension.cpu_isa()}, compiler {info['compiler']}, {cuda}", True)
 
 

@@ -48,9 +48,10 @@ def _forward_step(
     m_new = tl.maximum(m, tl.max(s, 1))
     # A row without any key so far has m = -inf, and -inf - (-inf) would be NaN.
     m_safe = tl.where(m_new == -float("inf"), 0.0, m_new) if MASKED else m_new
-    shift = -m_safe * scale_log2
-    p = tl.exp2(tl.fma(s, scale_log2, shift[:, None]))
-    rescale = tl.exp2(tl.fma(m, scale_log2, shift))
+    p = tl.exp2(tl.fma(s, scale_log2, (-m_safe * scale_log2)[:, None]))
+    # Exactly 1 if the largest score stays the same. fma(m, scale_log2, -m * scale_log2) is not 0 but the rounding error
+    # of the product, and so the sums of a row would grow or shrink a little with each block of keys.
+    rescale = tl.exp2((m - m_safe) * scale_log2)
     v = load_block(p_v, d_v, head, start, present, s_v_token, BLOCK_N, D, MASKED, DESCRIPTORS)
     if CAREFUL:
         v, poison = only_finite(v)

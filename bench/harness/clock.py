@@ -13,6 +13,9 @@ import torch
 
 # More than the L2 cache of any card so far (H200 and RTX 50: 50 to 128 MB).
 _FLUSH_BYTES = 256 << 20
+# More cycles a second than any GPU has: a wait of so many cycles for each second of the host is never too short.
+_CYCLES = 2.5e9
+_LONGEST_WAIT = 5e-3
 
 Step = Callable[[int], object]
 
@@ -27,6 +30,8 @@ class Timed:
     name: str
     steps: Sequence[Callable[..., object]]
     seconds: list[list[float]] = field(default_factory=list)
+    # The longest time that the host needed to start all steps, which is not part of `seconds`.
+    host_seconds: float = 0.0
 
     def quantiles(self, step: int | None = None) -> tuple[float, float, float]:
         """20, 50 and 80 per cent of the seconds of one step, or of all steps together."""
@@ -92,12 +97,19 @@ def _cuda(candidate: Timed, inputs: int, flush: bool) -> list[float]:
     torch.cuda.synchronize()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(candidate.steps) + 1)]
     if flush:
-        # Cold cache; and while the card writes, the host queues the launches, so that their cost is not counted twice.
-        torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
+        torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()  # so that no input is in the cache
+    if candidate.host_seconds:
+        # The GPU waits until the host has queued all launches. Otherwise a short kernel would seem to take as long as
+        # the Python code around it.
+        torch.cuda._sleep(int(1.5 * candidate.host_seconds * _CYCLES))
+    begin = time.perf_counter()
     events[0].record()
     out: object = None
     for step, event in zip(candidate.steps, events[1:], strict=True):
         out = step(inputs, out)
         event.record()
+    host = time.perf_counter() - begin
     torch.cuda.synchronize()
+    # An operation that waits for the GPU (a copy to the host, say) makes the host's time useless, and longer each time.
+    candidate.host_seconds = max(candidate.host_seconds, min(host, _LONGEST_WAIT))
     return [one.elapsed_time(two) / 1e3 for one, two in pairwise(events)]

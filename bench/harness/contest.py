@@ -24,6 +24,9 @@ from .session import FAILURES, Session, check_device, reason
 from .table import rounded
 
 OURS = "exaonepath"
+AUTO = "exaonepath_auto"  # what runs by default: for one long segment that can be another library's kernel
+# Who may win on a GPU, and needs no compilation.
+STRONGEST = ("varlen_attn", "sdpa_cudnn", "sdpa_flash", "flash3")
 # Whatever takes longer is not repeated for side figures (peak memory of its own, building the schedule).
 _SLOW_SECONDS = 2.0
 
@@ -58,18 +61,23 @@ def candidates(problem: Problem, backward: bool, session: Session, only: Sequenc
 
     `only` names the candidates if a problem is too large for all of them.
     """
+    kernels = "triton" if problem.device == "cuda" else "sdpa"
     found = [
-        Candidate(OURS, "none", True, lambda: _ours(problem, rotated=False)),
-        Candidate(OURS, "own", True, lambda: _ours(problem, rotated=True)),
+        Candidate(OURS, "none", True, lambda: _ours(problem, rotated=False, backend=kernels)),
+        Candidate(OURS, "own", True, lambda: _ours(problem, rotated=True, backend=kernels)),
     ]
+    if problem.device == "cuda" and problem.fragments == 1:
+        found.append(Candidate(AUTO, "none", True, lambda: _ours(problem, rotated=False, backend="auto")))
     for peer in PEERS:
         if only and peer.name not in only:
             continue
         left_out = "left out by EXAONEPATH_BENCH_WITHOUT" if peer.name in session.without else None
         if peer.name.startswith("flex") and problem.device == "cpu" and not session.full:
             left_out = "compiles for long: EXAONEPATH_BENCH=full runs it"
+        if session.short and peer.name not in STRONGEST:
+            left_out = "left out by EXAONEPATH_BENCH=short"
         why_not = left_out or peer.why_not(problem, backward)
-        rotations = ("none",) if only or why_not else ("none", "separate")
+        rotations = ("none",) if only or why_not or session.short else ("none", "separate")
         for rotation in rotations:
             build = partial(_theirs, peer, problem, rotation == "separate")
             found.append(Candidate(peer.name, rotation, False, build, why_not))
@@ -101,7 +109,7 @@ def hold(
     field_ = candidates(problem, backward, session, only)
     alive = [one for one in field_ if _prepare(one, problem, inputs, exact, backward)]
     estimate = sum(one.row["estimate"] for one in alive)
-    rounds = rounds_for(estimate, budget)
+    rounds = rounds_for(estimate, budget / 4 if session.short else budget)
     _time_in_turns(alive, problem.device, rounds, len(inputs.dout), benchmark)
     run = session.new_run()
     for one in field_:
@@ -111,9 +119,8 @@ def hold(
     assert not ours, "; ".join(f"{one.impl}, rotation {one.rotation}: {one.row['reason']}" for one in ours)
 
 
-def _ours(problem: Problem, rotated: bool) -> Call:
+def _ours(problem: Problem, rotated: bool, backend: str) -> Call:
     segments, rotation = problem.segments(), problem.rotation if rotated else None
-    backend = "triton" if problem.device == "cuda" else "sdpa"
     return lambda leaves: fragment_attention(leaves[0], segments, rotation, backend=backend)
 
 

@@ -58,6 +58,7 @@ class Session:
 
     EXAONEPATH_BENCH_SECONDS ends the session softly: what would start later skips. EXAONEPATH_BENCH_RESUME=1 skips what
     rows of the same code and device already answer. EXAONEPATH_BENCH_WITHOUT names candidates to leave out, by commas.
+    EXAONEPATH_BENCH=full asks for the large sizes; "short" for them too, with the strongest peers and few repetitions.
     """
 
     def __init__(self) -> None:
@@ -65,7 +66,9 @@ class Session:
         self._start = time.monotonic()
         self._seconds = float(os.environ.get("EXAONEPATH_BENCH_SECONDS", "inf"))
         self._save = os.environ.get("EXAONEPATH_BENCH_SAVE") == "1"
-        self.full = os.environ.get("EXAONEPATH_BENCH") == "full"
+        asked = os.environ.get("EXAONEPATH_BENCH")
+        self.full = asked in ("full", "short")
+        self.short = asked == "short"
         self.without = set(filter(None, os.environ.get("EXAONEPATH_BENCH_WITHOUT", "").split(",")))
 
     @staticmethod

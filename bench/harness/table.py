@@ -78,12 +78,15 @@ SCHEMAS: dict[str, dict[str, tuple[type, ...]]] = {
 }
 # Rows of the pipeline's benchmarks differ by benchmark; these columns all of them have.
 _PIPELINE = ("benchmark", "group", "date", "commit", "cpu", "cores", "gpu", "python", "torch")
+# Rows of the tuners: settings and their times differ by kernel; these columns all of them have.
+_TUNERS = ("tune", "tune_loss")
+_TUNED = ("status", "device", "dtype", "date", "commit", "source", "gpu", "driver", "cuda", "torch", "triton")
 
 
 def problems_of(table: str, row: dict[str, Any]) -> list[str]:
     """What is wrong with a row of `table`; empty where it fits."""
     if table not in SCHEMAS:
-        return [f"lacks {name}" for name in _PIPELINE if name not in row]
+        return [f"lacks {name}" for name in (_TUNED if table in _TUNERS else _PIPELINE) if name not in row]
     schema = SCHEMAS[table]
     wrong = [f"lacks {name}" for name in schema.keys() - row.keys()]
     wrong += [f"has an unknown column {name}" for name in row.keys() - schema.keys()]

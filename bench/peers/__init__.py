@@ -1,13 +1,14 @@
-"""Every way to compute attention inside fragments that torch itself offers, one adapter a file."""
+"""Every way to compute attention inside fragments that torch offers, and FlashAttention 3 if installed; one a file."""
 
 from __future__ import annotations
 
-from . import cudnn, dense_mask, efficient, flash, flex, sdpa_loop, varlen
+from . import cudnn, dense_mask, efficient, flash, flash3, flex, sdpa_loop, varlen
 from .base import Peer
 
 PEERS: tuple[Peer, ...] = (
     varlen.PEER,
     flash.PEER,
+    flash3.PEER,
     cudnn.PEER,
     efficient.PEER,
     *sdpa_loop.PEERS,

@@ -7,7 +7,7 @@
 
 #include "sigmoid_loss_cuda.cu"
 
-using exaonepath::GradKind;
+using exaonepath::ElementKind;
 
 namespace {
 
@@ -21,7 +21,7 @@ struct Result {
 // The pass with gradients next to the products (or in their place), in rows of ld_grad elements; `skew` moves the
 // products off their alignment.
 template <typename Grad>
-Result pass(const Tile& tile, GradKind kind, std::int64_t ld_grad, bool in_place = false, int skew = 0) {
+Result pass(const Tile& tile, ElementKind kind, std::int64_t ld_grad, bool in_place = false, int skew = 0) {
   const double params[] = {kScale, kBias, kPosWeight};
   std::vector<double> workspace(exaonepath::sigmoid_workspace_cuda(tile.rows, tile.cols), NAN);
   std::vector<float> dots(tile.dots.size() + skew);
@@ -46,7 +46,7 @@ std::vector<Grad> elements(const Tile& tile, const Result& result, std::int64_t 
 }
 
 template <typename Grad>
-void check(const Tile& tile, GradKind kind, const std::string& what, double half_ulp, double smallest) {
+void check(const Tile& tile, ElementKind kind, const std::string& what, double half_ulp, double smallest) {
   // Aligned and not, by stride and by address; the vector path and the other must agree to the bit in what they store.
   std::vector<Grad> first;
   for (const std::int64_t pad : {0, 3, 4}) {
@@ -82,14 +82,14 @@ void tiles() {
       const Tile tile = random_tile(rows, cols, (cols + 3) / 4 * 4, patients, ++seed);
       const std::string what = std::to_string(rows) + " x " + std::to_string(cols) + ", " + std::to_string(patients) +
                                " patients, ";
-      check<float>(tile, GradKind::kFloat32, what + "float32", 0, 0);
-      const Result separate = pass<float>(tile, GradKind::kFloat32, tile.ld);
-      const Result in_place = pass<float>(tile, GradKind::kFloat32, tile.ld, true);
+      check<float>(tile, ElementKind::kFloat32, what + "float32", 0, 0);
+      const Result separate = pass<float>(tile, ElementKind::kFloat32, tile.ld);
+      const Result in_place = pass<float>(tile, ElementKind::kFloat32, tile.ld, true);
       expect(elements<float>(tile, separate, tile.ld) == elements<float>(tile, in_place, tile.ld), what + "in place");
       expect(separate.sums == in_place.sums, what + "sums in place");
       if (patients != 2) continue;  // what differs with the storage has been seen
-      check<__half>(tile, GradKind::kFloat16, what + "float16", 0x1p-11, 0x1p-25);
-      check<__nv_bfloat16>(tile, GradKind::kBfloat16, what + "bfloat16", 0x1p-8, 0);
+      check<__half>(tile, ElementKind::kFloat16, what + "float16", 0x1p-11, 0x1p-25);
+      check<__nv_bfloat16>(tile, ElementKind::kBfloat16, what + "bfloat16", 0x1p-8, 0);
     }
   }
 }
@@ -101,7 +101,7 @@ void not_finite() {
       Tile tile = random_tile(1, 4, 4, 1, 1);
       tile.row_ids[0] = y ? 0 : 1;
       tile.dots[0] = x;
-      const Result result = pass<float>(tile, GradKind::kFloat32, 4);
+      const Result result = pass<float>(tile, ElementKind::kFloat32, 4);
       float g;
       std::memcpy(&g, result.grad.data(), sizeof g);
       const std::string what = std::to_string(x) + (y ? " positive" : " negative");
@@ -119,12 +119,12 @@ void adds_and_refuses() {
   std::vector<double> work(exaonepath::sigmoid_workspace_cuda(3, 5));
   std::vector<float> grad(15);
   float* x = t.dots.data();
-  const auto call = [&](const float* dots, void* g, GradKind kind, std::int64_t rows, std::int64_t cols,
+  const auto call = [&](const float* dots, void* g, ElementKind kind, std::int64_t rows, std::int64_t cols,
                         std::int64_t ld_grad, double* sums, int device = 0) {
     exaonepath::sigmoid_pass_cuda(dots, g, kind, rows, cols, 5, ld_grad, t.row_ids.data(), t.col_ids.data(), params,
                                   work.data(), sums, device, nullptr);
   };
-  const auto f32 = GradKind::kFloat32;
+  const auto f32 = ElementKind::kFloat32;
   call(x, grad.data(), f32, 3, 5, 5, t.sums);
   const double loss = t.sums[0];
   call(x, grad.data(), f32, 3, 5, 5, t.sums);
@@ -136,9 +136,9 @@ void adds_and_refuses() {
   refuses("short stride", [&] { call(x, grad.data(), f32, 3, 5, 4, t.sums); });
   refuses("no gradient", [&] { call(x, nullptr, f32, 3, 5, 5, t.sums); });
   refuses("no sums", [&] { call(x, x, f32, 3, 5, 5, nullptr); });
-  refuses("half precision in place", [&] { call(x, x, GradKind::kFloat16, 3, 5, 5, t.sums); });
+  refuses("half precision in place", [&] { call(x, x, ElementKind::kFloat16, 3, 5, 5, t.sums); });
   refuses("another stride in place", [&] { call(x, x, f32, 3, 5, 6, t.sums); });
-  refuses("unknown kind", [&] { call(x, grad.data(), static_cast<GradKind>(9), 3, 5, 5, t.sums); });
+  refuses("unknown kind", [&] { call(x, grad.data(), static_cast<ElementKind>(9), 3, 5, 5, t.sums); });
   refuses("too large for a launch", [&] {
     exaonepath::sigmoid_pass_cuda(x, x, f32, std::int64_t{1} << 40, 1, 1, 1, nullptr, nullptr, params, work.data(),
                                   t.sums, 0, nullptr);

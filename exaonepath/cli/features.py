@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,8 +20,9 @@ def features(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     resize: options.Resize = 256,
-    batch_size: options.BatchSize = 32,
+    batch_size: options.BatchSize = "32",
     num_workers: options.Workers = None,
+    compile: options.Compile = False,
     overwrite: options.Overwrite = False,
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
@@ -35,8 +36,9 @@ def features(
         device=device,
         dtype=dtype,
         resize=resize,
-        batch_size=batch_size,
+        batch_size=options.batch_size(batch_size),
         num_workers=num_workers,
+        compile=compile,
         overwrite=overwrite,
         quiet=quiet,
     )
@@ -53,10 +55,11 @@ def run_features(
     device: str,
     dtype: str,
     resize: int,
-    batch_size: int,
+    batch_size: int | Literal["auto"],
     num_workers: int | None,
     overwrite: bool,
     quiet: bool,
+    compile: bool = False,
 ) -> int:
     """Run the features stage of one slide as a command; results are written to stdout, notes to stderr.
 
@@ -91,6 +94,7 @@ def run_features(
                 num_workers=num_workers,
                 device=target,
                 dtype=compute,
+                compile=compile,
                 progress=progress,
                 overwrite=overwrite,
             )

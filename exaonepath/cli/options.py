@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,13 +11,35 @@ from exaonepath.encoders.published import DEFAULT_WEIGHTS
 
 __all__ = ["DEFAULT_WEIGHTS"]
 
+
+def _batch_size(value: str) -> str:
+    if value != "auto" and not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise typer.BadParameter(f"{value!r} is neither a positive whole number nor auto")
+    return value
+
+
+def batch_size(value: str) -> int | Literal["auto"]:
+    """The value of `--batch-size` as the argument of `extract_features`."""
+    return "auto" if value == "auto" else int(value)
+
+
 Slides = Annotated[list[Path], typer.Argument(help="Slide files, or folders of slides.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
 Weights = Annotated[str, typer.Option(help="Hub id, directory, or random:SEED (for trying out).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16.")]
 Resize = Annotated[int, typer.Option(help="Shorter side of a patch before the centre crop, in pixels.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Patches in one call of the patch encoder.")]
+BatchSize = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto",
+        callback=_batch_size,
+        help="Patches in one call of the patch encoder. auto: on a GPU as many as fit, up to 256; else 32.",
+    ),
+]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the patch encoder: a minute once, then faster batches on a GPU.")
+]
 Workers = Annotated[int | None, typer.Option("--num-workers", min=0, help="Reading threads; default: one per core.")]
 PatchSize = Annotated[int, typer.Option(help="Side of a patch, in pixels at 0.5 um per pixel.")]
 StepSize = Annotated[int | None, typer.Option(help="Distance between patches; default: the patch size.")]

@@ -195,7 +195,7 @@ def _with_rows(work: Workload, rows: int) -> MemoryPlan:
 
 def _rotation(work: Workload, rows: int) -> int:
     """Temporary bytes of a rotation by torch, 2,048 rows at once: a float32 copy, six halves, the result, its cast."""
-    if not work.positions or work.backend == "triton":
+    if not work.positions or work.backend in ("triton", "cudnn"):  # cuDNN's blocks are not rotated
         return 0
     rows = min(rows, 2048)
     wide = max(4, work.compute.itemsize)
@@ -211,6 +211,8 @@ def _attention(work: Workload, queries: int) -> int:
     if work.backend == "eager":
         scores = work.heads * queries * work.longest * 3 * max(4, small)
         return max(rotation, scores + 3 * work.tokens * width * small)
+    if work.backend == "cudnn":
+        return 2 * queries * width * small  # the result, and the result in the order of the queries
     # Short segments of a chunk are gathered into dense batches of at most 16,384 tokens. Five tensors of that size
     # exist: queries, keys, values, the result, and the result in its final order.
     gathered = 5 * min(queries, 1 << 14) * width * small

@@ -11,69 +11,94 @@ from torch.nn import functional as F
 from exaonepath.encoders.base import ExaonePathPreTrainedModel
 from exaonepath.encoders.block import Linear
 from exaonepath.encoders.configuration import ExaonePathPatchEncoderConfig
+from exaonepath.encoders.unmodified import is_unmodified, own
 from exaonepath.errors import SettingsError
+from exaonepath.ops.linear import linear
 
-_DIM, _DEPTH, _HEADS, _MLP, _EPS = 768, 12, 12, 3072, 1e-6
+DIM, _DEPTH, _HEADS, _MLP, EPS = 768, 12, 12, 3072, 1e-6
 # DINO adds this to the grid size before it computes the scale factor of the position embedding. So rounding down inside
 # the interpolation cannot lose a row. It also shifts the sampling points, so it is part of the model's definition.
 _INTERPOLATE_OFFSET = 0.1
 
 
+@own
+class TokenNorm(nn.LayerNorm):
+    """`nn.LayerNorm` as torch computes it. A class of its own, so that `unmodified` does not take it for another's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@own
 class PatchProjection(nn.Module):
     """Non-overlapping patches to tokens."""
 
     def __init__(self, patch_size: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, _DIM, patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(3, DIM, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.proj(x)
         return out.flatten(2).transpose(1, 2)
 
 
+@own
 class SelfAttention(nn.Module):
     """Full self-attention over the tokens of one image."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv = Linear(_DIM, 3 * _DIM)
-        self.proj = Linear(_DIM, _DIM)
+        self.qkv = Linear(DIM, 3 * DIM)
+        self.proj = Linear(DIM, DIM)
 
     def forward(self, x: Tensor, eager: bool) -> Tensor:
-        batch, tokens, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, _HEADS, _DIM // _HEADS).permute(2, 0, 3, 1, 4).unbind(0)
-        if eager:
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-            out = (
-                scores.float().softmax(-1).to(v.dtype) @ v if scores.dtype != torch.float64 else scores.softmax(-1) @ v
-            )
-        else:
-            out = F.scaled_dot_product_attention(q, k, v)
-        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        q, k, v = self.qkv(x).chunk(3, -1)
+        projected: Tensor = self.proj(attend(q, k, v, eager))
+        return projected
+
+    def first_token(self, x: Tensor, eager: bool) -> Tensor:
+        """The first of the tokens that `forward` returns, [B, 1, 768]: its query, and the keys and values of all."""
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = linear(x[:, :1], weight[:DIM], bias[:DIM])
+        k, v = linear(x, weight[DIM:], bias[DIM:]).chunk(2, -1)
+        projected: Tensor = self.proj(attend(q, k, v, eager))
         return projected
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, eager: bool) -> Tensor:
+    """Attention of queries [B, Q, 768] over keys and values [B, T, 768], heads side by side: [B, Q, 768]."""
+    q, k, v = (t.unflatten(-1, (_HEADS, -1)).transpose(1, 2) for t in (q, k, v))
+    if eager:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        out = scores.float().softmax(-1).to(v.dtype) @ v if scores.dtype != torch.float64 else scores.softmax(-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).flatten(2)
+
+
+@own
 class Mlp(nn.Module):
     """fc2(gelu(fc1 x)), exact GELU."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc1 = Linear(_DIM, _MLP)
-        self.fc2 = Linear(_MLP, _DIM)
+        self.fc1 = Linear(DIM, _MLP)
+        self.fc2 = Linear(_MLP, DIM)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
 
+@own
 class VitBlock(nn.Module):
     """Pre-norm ViT block."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(_DIM, eps=_EPS)
+        self.norm1 = TokenNorm(DIM, eps=EPS)
         self.attn = SelfAttention()
-        self.norm2 = nn.LayerNorm(_DIM, eps=_EPS)
+        self.norm2 = TokenNorm(DIM, eps=EPS)
         self.mlp = Mlp()
 
     def forward(self, x: Tensor, eager: bool) -> Tensor:
@@ -81,7 +106,17 @@ class VitBlock(nn.Module):
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
+    def first_token(self, x: Tensor, eager: bool) -> Tensor:
+        """The first of the tokens [B, 1, 768] that `forward` returns, in a sixth of the operations.
 
+        Only for an unmodified block: hooks and replaced modules expect all tokens, and the weight of `qkv` is read.
+        """
+        first = x[:, :1] + self.attn.first_token(self.norm1(x), eager)
+        out: Tensor = first + self.mlp(self.norm2(first))
+        return out
+
+
+@own
 class VisionTransformer(nn.Module):
     """ViT-B with a CLS token and a learned absolute position embedding."""
 
@@ -89,34 +124,42 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.grid = (img_size[0] // patch_size, img_size[1] // patch_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, _DIM))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], _DIM))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, DIM))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], DIM))
         self.patch_embed = PatchProjection(patch_size)
         self.blocks = nn.ModuleList(VitBlock() for _ in range(_DEPTH))
-        self.norm = nn.LayerNorm(_DIM, eps=_EPS)
+        self.norm = TokenNorm(DIM, eps=EPS)
 
     def forward(self, x: Tensor, eager: bool) -> Tensor:
         height, width = x.shape[-2:]
         tokens = self.patch_embed(x)
         tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
-        tokens = tokens + self._positions(height, width).to(tokens.dtype)
-        for block in self.blocks:
+        tokens = tokens + self.positions(height, width).to(tokens.dtype)
+        *blocks, last = self.blocks
+        for block in blocks:
             tokens = block(tokens, eager)
-        # Only the CLS token is returned. The norm acts on each token alone, so the other tokens need no norm.
+        # Only the CLS token is returned, so the last block computes its query, output and MLP for no other token. (The
+        # class is compared for the type checker: `is_unmodified` accepts any class that is decorated with `own`.)
+        if isinstance(last, VitBlock) and is_unmodified(last):
+            tokens = last.first_token(tokens, eager)
+        else:
+            tokens = last(tokens, eager)
+        # The norm acts on each token alone.
         out: Tensor = self.norm(tokens[:, 0])
         return out
 
-    def _positions(self, height: int, width: int) -> Tensor:
+    def positions(self, height: int, width: int) -> Tensor:
         rows, columns = height // self.patch_size, width // self.patch_size
         if (rows, columns) == self.grid:
             return self.pos_embed
         wide = torch.promote_types(self.pos_embed.dtype, torch.float32)
-        grid = self.pos_embed[:, 1:].to(wide).view(1, *self.grid, _DIM).permute(0, 3, 1, 2)
+        grid = self.pos_embed[:, 1:].to(wide).view(1, *self.grid, DIM).permute(0, 3, 1, 2)
         factors = tuple((n + _INTERPOLATE_OFFSET) / own for n, own in zip((rows, columns), self.grid, strict=True))
         grid = F.interpolate(grid, scale_factor=factors, mode="bicubic")
         return torch.cat([self.pos_embed[:, :1].to(wide), grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
 
 
+@own
 class _PatchEncoder(nn.Module):
     """One level of the published parameter names (`patch_encoder.backbone`)."""
 
@@ -125,6 +168,7 @@ class _PatchEncoder(nn.Module):
         self.backbone = backbone
 
 
+@own
 class ExaonePathPatchEncoderModel(ExaonePathPreTrainedModel):
     """Patch encoder under the published parameter names (`patch_encoder.backbone.*`)."""
 

@@ -217,7 +217,7 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
         backend = self.config._attn_implementation
         resolved = {name for _, name in transformer.backends(layout, backend, device).values()}
         # NoPE and RoPE blocks may use different backends. The slowest of them also needs the most memory.
-        slowest = next(name for name in ("eager", "sdpa", "triton") if name in resolved)
+        slowest = next(name for name in ("eager", "sdpa", "cudnn", "triton") if name in resolved)
         longest = max(layout.slides.lengths, default=0)
         on_device = features.device == device, out_device == device
         work = self._workload(

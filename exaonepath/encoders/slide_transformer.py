@@ -183,8 +183,12 @@ class SlideTransformer(nn.Module):
     def backends(self, layout: FragmentLayout, backend: str, device: torch.device) -> dict[bool, tuple[Segments, str]]:
         """Segments and backend of the NoPE blocks (True) and of the RoPE blocks (False)."""
         dtype, head_dim = compute_dtype(self.weight), self.cfg["embed_dim"] // self.cfg["num_heads"]
+        training = torch.is_grad_enabled()
         return {
-            nope: (segments, resolve_backend(backend, device, dtype, head_dim, segments))
+            nope: (
+                segments,
+                resolve_backend(backend, device, dtype, head_dim, segments, rotated=not nope, training=training),
+            )
             for nope, segments in ((True, layout.slides), (False, layout.fragments))
         }
 

@@ -1,9 +1,10 @@
 """Checks whether the parameters of a model may be read without a call of the modules that own them.
 
-The memory-saving functions (`inference`) cast weights once, split matrices and work in place. They read a parameter
-from its module, but do not call the module. This is correct only if the call does nothing else. Hooks, a `forward`
-replaced on an instance, adapters, quantised, parametrised or offloaded weights, tracing and function transforms all act
-through the call. If one of them may be present, the encoder only calls its modules.
+The fast paths (`inference`, `prepared`, the last block in `patch_encoder`) cast weights once, split matrices and work
+in place. They read a parameter from its module, but do not call the module. This is correct only if the call does
+nothing else. Hooks, a `forward` replaced on an instance, adapters, quantised, parametrised or offloaded weights,
+tracing and function transforms all act through the call. If one of them may be present, the encoder only calls its
+modules.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch.nn.modules import module as torch_module
 
 C = TypeVar("C", bound=type[nn.Module])
 
-# The classes that the memory-saving functions implement, and their `forward` at the import of this package.
-_OWN: dict[type[nn.Module], Any] = {cls: cls.forward for cls in (nn.Dropout, nn.Identity)}
+# The classes that the fast paths implement, and their `forward` at the import of this package.
+_OWN: dict[type[nn.Module], Any] = {cls: cls.forward for cls in (nn.Conv2d, nn.Dropout, nn.Identity)}
 _OWN[nn.ModuleList] = nn.ModuleList.forward  # never called: a container
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -27,7 +28,7 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
 def own(cls: C) -> C:
-    """Class decorator: states that the memory-saving functions compute exactly the same as this class."""
+    """Class decorator: states that the fast paths compute exactly the same as this class."""
     _OWN[cls] = cls.forward
     return cls
 

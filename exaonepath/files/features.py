@@ -40,6 +40,8 @@ ATTRIBUTES = (
     "n_features",
     "n_failed",
     "n_partly_missing",
+    "batch_size",
+    "compiled",
     "complete",
 )
 

@@ -10,7 +10,7 @@ from exaonepath.errors import BackendError
 from exaonepath.version import __version__
 
 # Version of the functions' signatures. An extension that was built from older sources has another number.
-_INTERFACE = 1
+_INTERFACE = 2
 
 
 @cache
@@ -45,6 +45,11 @@ def why_no_cuda_half() -> str:
     module, reason = load_extension()
     if module is None:
         return reason
-    if not hasattr(module, "sigmoid_pass_cuda"):
+    if not hasattr(module, "sigmoid_sweep_cuda"):
         return "the C++ extension was built without CUDA; reinstall with nvcc on the PATH"
     return ""
+
+
+def why_no_cublas() -> str:
+    """The reason why the CUDA half of the extension cannot call the cuBLAS that torch has loaded, or "" if it can."""
+    return str(require_extension().cublas_reason())

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -93,9 +93,10 @@ def encode_slide(
     *,
     patching: Mapping[str, Any] | None = None,
     preprocessing: PreprocessingConfig | None = None,
-    batch_size: int = 32,
+    batch_size: int | Literal["auto"] = 32,
     num_workers: int | None = None,
     dtype: str | torch.dtype = "auto",
+    compile: bool = False,
     max_memory: int | str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -109,9 +110,10 @@ def encode_slide(
             "random:SEED"); to encode many slides, load the encoders once and pass them.
         patching: keyword arguments of `patchfy` (patch_size, step_size, ...); without step_size, patches are adjacent.
         preprocessing: resize, crop, mean and std of the patch encoder.
-        batch_size: patches in one call of the patch encoder.
+        batch_size: patches in one call of the patch encoder, or "auto" (see `extract_features`).
         num_workers: reading threads; None: one per core.
-        dtype: of both encoders; "auto": bfloat16 autocast on CUDA, float32 elsewhere.
+        dtype: of both encoders; "auto": bfloat16 on CUDA, float32 elsewhere.
+        compile: run the patch encoder through `torch.compile` (once per loaded encoder).
         max_memory: memory that the slide encoder may use on its device (see `embed_slide`); None: the free memory.
         overwrite: compute every stage again.
         progress: called with (patches done, total patches) during feature extraction.
@@ -142,6 +144,7 @@ def encode_slide(
             num_workers=num_workers,
             device=patch_encoder.device,
             dtype=resolve_dtype(dtype, patch_encoder.device),
+            compile=compile,
             progress=progress,
             overwrite=overwrite,
         )

@@ -10,6 +10,7 @@ import plots
 import pytest
 import torch
 import tune
+import tune_loss
 from exaonepath.kernels.launch_config import LaunchConfig, attention_config
 from harness import table
 from harness.problems import Problem
@@ -109,10 +110,21 @@ def test_tuning_does_not_time_what_is_wrong(monkeypatch):
     assert (row["status"], row["ms"]) == ("wrong", None)
 
 
+def test_tiles_of_the_loss_are_compared_and_kept_as_they_come(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["tune_loss.py", "--device", "cpu"])
+    tune_loss.main()
+    rows = table.read("tune_loss", tmp_path)
+    assert not any(table.problems_of("tune_loss", row) for row in rows)
+    assert {row["status"] for row in rows} == {"ok"}
+    assert [row["part"] for row in rows] == ["plain product", "host", "sweep", "sweep", "kernels", "kernels"]
+    assert "limit_share" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
-    [(["--help"], 0, "--rehearse"), (["no-such-phase"], 2, "no phase is called"), (["kernels"], 3, "no NVIDIA GPU")],
+    [(["--help"], 0, "--rehearse"), (["no-such-phase"], 2, "no phase is called"), (["fast"], 3, "no NVIDIA GPU")],
 )
 def test_the_session_script_explains_itself(arguments, status, text, tmp_path):
     # Only the plain tools, so that a GPU machine gives the same answers.

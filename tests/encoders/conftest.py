@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from exaonepath import ExaonePathSlideEncoderConfig, ExaonePathSlideEncoderModel
 
@@ -56,41 +52,3 @@ def make_slide():
         return features, mask, coords, contour
 
     return make
-
-
-class LiveMemory(TorchDispatchMode):
-    """Bytes of the storages that are alive on one type of device, and their peak, while the mode is on.
-
-    On the device "meta" nothing is computed: shapes of any size cost nothing, and every allocation is seen.
-    """
-
-    def __init__(self, device: str, *held: torch.Tensor) -> None:
-        super().__init__()
-        self.device, self.now, self.peak = device, 0, 0
-        self._alive: dict[int, int] = {}
-        for tensor in held:
-            self._see(tensor)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor)
-        return out
-
-    def _see(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if tensor.device.type == self.device and key not in self._alive:
-            self._alive[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.now -= self._alive.pop(key)
-
-
-@pytest.fixture
-def live_memory() -> type[LiveMemory]:
-    return LiveMemory

@@ -81,3 +81,94 @@ def test_images_given_twice_or_not_at_all(encoder):
         encoder(torch.zeros(1, 3, 224, 224), pixel_values=torch.zeros(1, 3, 224, 224))
     with pytest.raises(SettingsError, match="unknown arguments: labels"):
         encoder(torch.zeros(1, 3, 224, 224), labels=None)
+
+
+# The last block, of which only the CLS token is used
+
+
+def all_tokens(model, images):
+    """The embedding through the modules alone: a hook on the last block makes the encoder call them."""
+    handle = model.patch_encoder.backbone.blocks[-1].register_forward_hook(lambda *_: None)
+    try:
+        return model(images)
+    finally:
+        handle.remove()
+
+
+@pytest.fixture
+def peaked():
+    """Norms far from one, biases far from zero, attention far from uniform: mistakes show. Two blocks, for speed."""
+    model = ExaonePathPatchEncoderModel(ExaonePathPatchEncoderConfig(img_size=56)).eval()
+    model.patch_encoder.backbone.blocks = model.patch_encoder.backbone.blocks[:2]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if parameter.ndim == 1 else (2.0 if "qkv" in name else 1.0) / parameter[0].numel() ** 0.5
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.copy_(1 + noise if "norm" in name and name.endswith("weight") else noise)
+    return model
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("size", [(56, 56), (28, 70)])
+def test_the_last_block_of_the_cls_token_alone_gives_the_same(peaked, backend, size, device):
+    model = peaked.double().to(device)
+    model.set_attn_implementation(backend)
+    images = torch.randn(3, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
+    with torch.no_grad():
+        # The position embedding is resized in the weights' dtype, so this is exact up to float64 rounding.
+        torch.testing.assert_close(model(images), all_tokens(model, images), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_last_block_in_half_precision(peaked, dtype, autocast, device):
+    exact, images = peaked.double(), torch.randn(4, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = exact(images.double())
+    model = peaked.float().to(device)
+    if not autocast:
+        model = model.to(dtype)
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=autocast):
+        short, full = model(images.to(device)).cpu().double(), all_tokens(model, images.to(device)).cpu().double()
+    # The same roundings in another order: neither is further from the exact result than the other by more than a half.
+    assert (short - expected).norm() <= 1.5 * (full - expected).norm()
+
+
+def test_gradients_of_the_last_block_of_the_cls_token_alone(peaked, device):
+    model = peaked.double().to(device)
+    images = torch.randn(2, 3, 56, 56, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
+    direction = torch.randn(2, 768, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(device)
+    found = []
+    for call in (lambda x: model(x), lambda x: all_tokens(model, x)):
+        model.zero_grad()
+        leaf = images.clone().requires_grad_()
+        (call(leaf) * direction).sum().backward()
+        found.append({"images": leaf.grad, **{name: p.grad.clone() for name, p in model.named_parameters()}})
+    assert all(gradient is not None for gradient in found[0].values())
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("part", ["", ".norm1", ".attn", ".attn.qkv", ".attn.proj", ".norm2", ".mlp", ".mlp.fc1"])
+def test_a_hook_in_the_last_block_sees_all_tokens(peaked, part):
+    shapes = []
+    module = peaked.get_submodule(f"patch_encoder.backbone.blocks.1{part}")
+    module.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[:2])))
+    with torch.inference_mode():
+        peaked(torch.zeros(2, 3, 56, 56))
+    assert shapes == [(2, 17)]
+
+
+def test_adapters_in_the_last_block_act(peaked):
+    peft = pytest.importorskip("peft")
+    images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain = peaked(images)
+    options = {"layers_to_transform": [1], "layers_pattern": "blocks", "init_lora_weights": False}
+    tuned = peft.get_peft_model(peaked, peft.LoraConfig(target_modules=["qkv", "fc1"], **options)).eval()
+    with torch.no_grad():
+        adapted = tuned(images)
+        merged = tuned.merge_and_unload()(images)
+    assert not torch.allclose(adapted, plain, rtol=0, atol=1e-3)
+    assert (merged - adapted).norm() <= 1e-4 * adapted.norm()

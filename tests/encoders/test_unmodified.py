@@ -223,7 +223,8 @@ def test_the_patch_encoder_through_transforms_and_hooks():
     for module in model.modules():
         module.register_forward_hook(lambda module, *_: calls.append(module))
     with torch.no_grad():
-        assert torch.equal(model(images), plain)
+        # Without hooks the last block computes its products for one token only, so the last bits may differ.
+        assert torch.allclose(model(images), plain, rtol=0, atol=1e-5)
     uncalled = (nn.ModuleList,)
     names = {id(m) for m in calls}
     missed = [n for n, m in model.named_modules() if id(m) not in names and not isinstance(m, uncalled)]

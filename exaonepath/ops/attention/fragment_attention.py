@@ -1,8 +1,8 @@
 """Attention over packed tokens, restricted to contiguous segments, including the 2D rotation of queries and keys.
 
 The operation has several backends with the same result. `eager` uses plain products, segment by segment (for tests).
-`sdpa` calls torch's attention, segment by segment (any device). `triton` is one fused kernel (CUDA). Only `eager`
-stores all scores of a segment.
+`sdpa` calls torch's attention, segment by segment (any device). `triton` is one fused kernel (CUDA). `cudnn` is cuDNN
+for one long segment, and otherwise the fused kernel (CUDA). Only `eager` stores all scores of a segment.
 """
 
 from __future__ import annotations
@@ -20,43 +20,62 @@ from exaonepath.log_once import warn_once
 from exaonepath.ops.attention import cpu as cpu_attention
 from exaonepath.ops.attention.layout import Segments
 from exaonepath.ops.attention.rotary import Rotation, apply_rotation, rotate_inplace
-from exaonepath.ops.attention.segments import eager_attention, sdpa_attention
+from exaonepath.ops.attention.segments import cudnn_attention, eager_attention, sdpa_attention
 from exaonepath.ops.attention.triton import triton_attention, unsupported_device, unsupported_input
 
 logger = logging.getLogger(__name__)
 
 _Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
-ATTENTION_BACKENDS = ("auto", "sdpa", "eager", "triton")
+ATTENTION_BACKENDS = ("auto", "sdpa", "eager", "triton", "cudnn")
+_ATTEND: dict[str, _Attend] = {"eager": eager_attention, "cudnn": cudnn_attention, "sdpa": sdpa_attention}
+# With fewer tokens a call of cuDNN costs more than it saves.
+_CUDNN_FROM = 1024
 
 
 def resolve_backend(
-    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, segments: Segments | None = None
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    segments: Segments | None = None,
+    *,
+    rotated: bool = False,
+    training: bool = False,
 ) -> str:
     """The backend that will run: the requested one, or for "auto" the fastest one that is available.
 
     "auto" is triton on a CUDA device that supports the kernels, and sdpa elsewhere. If the kernels cannot run on a CUDA
-    device, one warning is logged. If torch's own kernel was measured to be faster on one long segment, "auto" is sdpa
-    for that segment.
+    device, one warning is logged. Without gradients, "auto" is cudnn for one segment without rotation that is so long
+    that cuDNN was measured to be faster, plans included. "auto" is deterministic: the same input gives the same bits.
+
+    "cudnn" stays "cudnn" for one segment without rotation, of at least 1,024 tokens in half precision on a CUDA device;
+    for everything else it is what "auto" is. cuDNN's backward pass is faster than ours, and not deterministic. So with
+    `torch.use_deterministic_algorithms`, training does not use it.
 
     Args:
         backend: one of ATTENTION_BACKENDS.
         device, dtype, head_dim: device, dtype and head dimension of the queries.
         segments: the segments of the attention; None if they are not known yet.
+        rotated: whether queries and keys are rotated.
+        training: whether gradients are needed.
 
     Raises:
         SettingsError: the backend is unknown.
     """
     if backend not in ATTENTION_BACKENDS:
         raise SettingsError(f"unknown attention backend {backend!r}; choose one of {', '.join(ATTENTION_BACKENDS)}")
-    if backend != "auto":
+    if backend not in ("auto", "cudnn"):
         return backend
-    if device.type != "cuda" or not _kernels_support(device, dtype, head_dim):
+    if device.type != "cuda":
         return "sdpa"
-    dense_from = _dense_from(device, dtype, head_dim)
-    if dense_from is not None and segments is not None and len(segments.lengths) == 1:
-        return "sdpa" if segments.n_tokens >= dense_from else "triton"
-    return "triton"
+    if segments is not None and len(segments.lengths) == 1 and not rotated:
+        enough = _CUDNN_FROM if backend == "cudnn" else _cudnn_from(device, dtype, head_dim)
+        allowed = not training or (backend == "cudnn" and not torch.are_deterministic_algorithms_enabled())
+        half = dtype in (torch.float16, torch.bfloat16) and head_dim <= 128
+        if allowed and half and enough is not None and segments.n_tokens >= enough:
+            return "cudnn"
+    return "triton" if _kernels_support(device, dtype, head_dim) else "sdpa"
 
 
 # A compiled graph contains the answer, not this code with its logger.
@@ -69,8 +88,10 @@ def _kernels_support(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _dense_from(device: torch.device, dtype: torch.dtype, head_dim: int) -> int | None:
-    return attention_config(torch.cuda.get_device_capability(device), dtype.itemsize, head_dim).dense_from
+def _cudnn_from(device: torch.device, dtype: torch.dtype, head_dim: int) -> int | None:
+    if unsupported_input(dtype, head_dim, 0) is not None:
+        return None
+    return attention_config(torch.cuda.get_device_capability(device), dtype.itemsize, head_dim).cudnn_from
 
 
 def fragment_attention(
@@ -89,7 +110,7 @@ def fragment_attention(
         segments: which tokens attend to each other; covers all T tokens.
         rotation: 2D rotation of queries and keys (RoPE blocks); None: no rotation (NoPE blocks).
         backend: "triton" (CUDA; float32, float16 or bfloat16; head dimension 32, 64 or 128), "sdpa", "eager" (stores
-            all scores of a segment, for tests), or "auto", see `resolve_backend`.
+            all scores of a segment, for tests), "cudnn", or "auto"; for the last two see `resolve_backend`.
         scale: positive factor on the scores; default D ** -0.5.
         overwrite_qkv: without autograd, rotate inside `qkv` instead of in a copy, and possibly store the result in
             place of the queries. The caller must not use `qkv` afterwards.
@@ -112,18 +133,21 @@ def fragment_attention(
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
     if not 0 < scale < math.inf:
         raise SettingsError(f"scale must be a positive finite number, got {scale}")
-    backend = resolve_backend(backend, qkv.device, qkv.dtype, qkv.shape[3], segments)
+    training = torch.is_grad_enabled() and qkv.requires_grad
+    backend = resolve_backend(
+        backend, qkv.device, qkv.dtype, qkv.shape[3], segments, rotated=rotation is not None, training=training
+    )
     if backend == "triton":
         return triton_attention(qkv, segments, rotation, scale, overwrite_qkv)
     q, k, v = qkv.unbind(1)
     if rotation is not None:
         cos, sin = rotation.cos_sin(torch.promote_types(qkv.dtype, torch.float32))
-        if overwrite_qkv and not (torch.is_grad_enabled() and qkv.requires_grad):
+        if overwrite_qkv and not training:
             rotate_inplace(q, cos, sin)
             rotate_inplace(k, cos, sin)
         else:
             q, k = apply_rotation(q, cos, sin), apply_rotation(k, cos, sin)
-    attend = eager_attention if backend == "eager" else sdpa_attention
+    attend = _ATTEND[backend]
     # Without autograd, results are written into slices of one tensor. With autograd, the backward pass of every such
     # assignment would copy the whole gradient, so another function is used.
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

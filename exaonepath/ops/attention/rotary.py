@@ -98,8 +98,9 @@ class Rotation:
         """cos and sin, each [T, D/2]: the D/4 angles of x, then those of y. Computed once, used by every layer."""
         if dtype not in self._tables:
             if torch.compiler.is_compiling():
-                self._tables[dtype] = self._angles(self.positions, dtype)  # a compiled graph would unroll the loop
-                return self._tables[dtype]
+                # Not in parts: a compiled graph would unroll the loop. And not stored: the result belongs to the graph,
+                # and the next run of a CUDA graph overwrites it.
+                return self._angles(self.positions, dtype)
             cos, sin = self.positions.new_empty((2, self.positions.shape[0], 2 * self.periods.numel()), dtype=dtype)
             for start in range(0, cos.shape[0], _TABLE_ROWS):
                 rows = slice(start, start + _TABLE_ROWS)

@@ -18,7 +18,7 @@ from exaonepath.errors import SettingsError
 from exaonepath.ops.attention import cpu as cpu_attention
 from exaonepath.ops.attention.layout import Segments, batch_rows, equal_length_batches
 from exaonepath.ops.attention.rotary import Rotation, apply_rotation
-from exaonepath.ops.attention.segments import eager_attention, sdpa_attention
+from exaonepath.ops.attention.segments import cudnn_attention, eager_attention, sdpa_attention
 from exaonepath.ops.attention.triton import triton_attend_rows, triton_rotate_rows
 
 # Rows that are rotated together: a rotation in torch needs temporary float32 tensors of five times their size.
@@ -116,7 +116,7 @@ def attend_rows(
         segments: which tokens attend to each other; covers all T tokens.
         chunk: one of `cut_rows(segments, ...)`.
         rotation: rotation of all packed tokens, for the queries (RoPE blocks), or None (NoPE blocks).
-        backend: "sdpa", "eager" (stores all scores, for tests) or "triton".
+        backend: "sdpa", "eager" (stores all scores, for tests), "cudnn" or "triton".
         scale: factor on the scores; default D ** -0.5.
 
     Raises:
@@ -136,8 +136,9 @@ def attend_rows(
     if backend == "triton":
         triton_attend_rows(q, k, v, segments, chunk.first, rotation, scale)
         return
-    if backend not in ("sdpa", "eager"):
-        raise SettingsError(f"unknown attention backend {backend!r}; choose sdpa, eager or triton")
+    attend = {"sdpa": sdpa_attention, "eager": eager_attention, "cudnn": cudnn_attention}.get(backend)
+    if attend is None:
+        raise SettingsError(f"unknown attention backend {backend!r}; choose sdpa, eager, cudnn or triton")
     if rotation is not None:
         rotate_rows(q, rotation, chunk.first, backend=backend)
     for piece in chunk.pieces:
@@ -147,5 +148,4 @@ def attend_rows(
             continue
         heads, dim = q.shape[1:]
         batch = [t.reshape(piece.count, -1, heads, dim).transpose(1, 2) for t in (queries, keys, values)]
-        attend = eager_attention if backend == "eager" else sdpa_attention
         q[piece.rows] = attend(batch[0], batch[1], batch[2], scale).transpose(1, 2).reshape(-1, heads, dim)

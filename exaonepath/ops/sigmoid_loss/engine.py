@@ -8,8 +8,9 @@ import torch
 
 from exaonepath.errors import BackendError, SettingsError
 from exaonepath.log_once import warn_once
-from exaonepath.ops.extension import load_extension, why_no_cuda_half
-from exaonepath.ops.sigmoid_loss.sweep import CPU_TILE, CUDA_TILE, CudaPass, Engine, Tile, cpu_pass, torch_pass
+from exaonepath.ops.extension import load_extension, why_no_cublas, why_no_cuda_half
+from exaonepath.ops.sigmoid_loss.cuda_sweep import CUDA_TILE, OVERLAPPED, CudaSweep
+from exaonepath.ops.sigmoid_loss.sweep import CPU_TILE, Engine, Tile, TileLoop, cpu_pass, torch_pass
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,9 @@ def choose_engine(backend: str, device: torch.device, dtype: torch.dtype) -> Eng
     else:
         operand = gradient = accumulator = torch.float32
     if backend == "cuda":
-        return Engine(CudaPass(gradient), CUDA_TILE, operand, gradient, accumulator)
+        return Engine(CudaSweep(CUDA_TILE, OVERLAPPED), operand, gradient, accumulator)
     tile = CPU_TILE if device.type == "cpu" else _CUDA_TORCH_TILE
-    return Engine(cpu_pass if backend == "cpu" else torch_pass, tile, operand, gradient, accumulator)
+    return Engine(TileLoop(cpu_pass if backend == "cpu" else torch_pass, tile), operand, gradient, accumulator)
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -56,7 +57,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         return f"the {backend} backend cannot take tensors on {device}"
     if dtype == torch.float64:
         return f"the {backend} backend computes in float32, and the embeddings are float64"
-    return why_no_cuda_half() if backend == "cuda" else load_extension()[1]
+    return (why_no_cuda_half() or why_no_cublas()) if backend == "cuda" else load_extension()[1]
 
 
 def _best_available(device: torch.device, dtype: torch.dtype) -> str:

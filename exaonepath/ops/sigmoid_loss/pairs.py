@@ -27,7 +27,7 @@ from exaonepath.ops.sigmoid_loss.sweep import (
     Engine,
     PairConstants,
     PairTask,
-    sweep,
+    Workspace,
 )
 
 # Columns of the statistics that a forward pass returns for each pair.
@@ -72,7 +72,7 @@ class Batch(Protocol):
         """Positives of each pair [P]; rows of each modality, then all rows [M + 1]; int64, from availability [M, B]."""
 
     def sweep(self, modality: int, task: PairTask) -> None:
-        """Like `sweep.sweep`; `modality` is that of `task.v`."""
+        """Like `Engine.sweep`; `modality` is that of `task.v`."""
 
     def total(self, sums: Tensor) -> Tensor:
         """The total of `sums` over all processes."""
@@ -85,7 +85,7 @@ class LocalBatch:
         return count_positives(patient, available, patient, available), count_rows(available)
 
     def sweep(self, modality: int, task: PairTask) -> None:
-        sweep(task)
+        task.engine.sweep(task)
 
     def total(self, sums: Tensor) -> Tensor:
         return sums
@@ -171,6 +171,7 @@ def pairwise_sigmoid(
         for h, ids_m, wanted in zip(inputs.embeddings, ids, wants or [False] * len(ids), strict=True)
     ]
     w_gradients: list[Tensor | None] = [None] * len(inputs.projections)
+    workspace = Workspace()
     for index, (i, j) in enumerate(pairs):
         if not plan.factors[index]:
             continue
@@ -181,7 +182,7 @@ def pairwise_sigmoid(
         units = [side.project() for side in sides]
         slopes = None if wants is None else (torch.zeros_like(units[0]), torch.zeros_like(units[1]))
         u, v = (unit.to(engine.operand) for unit in units)
-        batch.sweep(j, PairTask(u, v, ids[i], ids[j], plan.constants[index], engine, sums[index], slopes))
+        batch.sweep(j, PairTask(u, v, ids[i], ids[j], plan.constants[index], engine, sums[index], slopes, workspace))
         if slopes is None:
             continue
         factor = plan.factors[index] * plan.constants[index].scale
@@ -233,7 +234,7 @@ class _Plan:
     any_positive: bool
 
     COLUMNS: ClassVar[tuple[str, ...]] = (
-        *("scale", "bias", "pos_weight"),  # must be first: the CUDA pass reads these three
+        *("scale", "bias", "pos_weight"),  # must be first: the CUDA sweep reads these three
         *("factor", "weight", "share", "positives", "valid", "cells"),
     )
 

@@ -29,7 +29,7 @@ from exaonepath.ops.sigmoid_loss.loss import (
     scale_gradients,
 )
 from exaonepath.ops.sigmoid_loss.pairs import PairwiseInputs, count_positives, count_rows, pairwise_sigmoid
-from exaonepath.ops.sigmoid_loss.sweep import Engine, PairTask, sweep
+from exaonepath.ops.sigmoid_loss.sweep import Engine, PairTask
 
 # Tags of the transfers: several tensors are in transit between the same two ranks, and their order is not fixed.
 _BLOCK, _IDS, _GRADIENT = 1, 2, 3
@@ -218,7 +218,7 @@ class Ring:
                     ]
                 )
             part = None if gradients is None else (gradients[0], gradients[1].new_zeros(block.shape))
-            sweep(replace(task, v=block, column_ids=ids, gradients=part))
+            task.engine.sweep(replace(task, v=block, column_ids=ids, gradients=part))
             if part is not None:
                 if gradient_transfer is not None:
                     part[1].add_(gradient_transfer.wait()[0])

@@ -1,5 +1,8 @@
 """One sweep over the tiles of one pair of modalities: loss and gradients together, without a tensor of size B x B.
 
+This module loops over the tiles in Python, with products by torch: on the CPU a tile takes milliseconds. On CUDA it
+takes microseconds, and the loop is in the extension (`cuda_sweep.py`).
+
 A softmax normalises over a row, but a sigmoid does not. So dL/ds of an element depends on that element only, and each
 tile can be finished immediately: it adds its part of the loss, is overwritten with dL/ds, adds its part of both
 gradients, and is freed.
@@ -11,6 +14,7 @@ Loss and gradients need 6 * m * n * d operations; with a recomputation in the ba
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,8 +41,6 @@ class Tile:
 # that read it. The three products are within 5% of their best speed. Larger tiles (16 MB and more) are half as fast,
 # because the operating system must provide new memory pages.
 CPU_TILE = Tile(512, 2048)
-# 32 MB of float32 and 16 MB of half precision: both fit the 50 MB cache of an H100; 25 GFLOP per step at d = 512.
-CUDA_TILE = Tile(4096, 2048)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def _same(row_ids: Tensor, column_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def cpu_pass(dots: Tensor, row_ids: Tensor, column_ids: Tensor, constants: PairConstants, sums: Tensor) -> Tensor:
     """The C++ pass: float32 on the CPU, in place."""
-    _require(dots, row_ids, column_ids, sums, device="cpu")
+    _require(dots, row_ids, column_ids, sums)
     require_extension().sigmoid_pass_cpu(
         dots.data_ptr(),
         dots.shape[0],
@@ -115,46 +117,11 @@ def cpu_pass(dots: Tensor, row_ids: Tensor, column_ids: Tensor, constants: PairC
     return dots
 
 
-@dataclass
-class CudaPass:
-    """The CUDA pass on the current stream: float32 products in, gradients in `grad_dtype` out."""
-
-    grad_dtype: torch.dtype
-
-    def __call__(
-        self, dots: Tensor, row_ids: Tensor, column_ids: Tensor, constants: PairConstants, sums: Tensor
-    ) -> Tensor:
-        _require(dots, row_ids, column_ids, sums, device="cuda")
-        rows, columns = dots.shape
-        extension = require_extension()
-        # Python frees it on return, before the kernel has run. This is safe: torch's allocator gives the memory only to
-        # later work in the same stream.
-        workspace = dots.new_empty(extension.sigmoid_workspace_cuda(rows, columns), dtype=torch.float64)
-        grad = dots if self.grad_dtype == torch.float32 else torch.empty_like(dots, dtype=self.grad_dtype)
-        extension.sigmoid_pass_cuda(
-            dots.data_ptr(),
-            grad.data_ptr(),
-            str(self.grad_dtype).removeprefix("torch."),
-            rows,
-            columns,
-            dots.stride(0),
-            grad.stride(0),
-            row_ids.data_ptr(),
-            column_ids.data_ptr(),
-            constants.on_device.data_ptr(),
-            workspace.data_ptr(),
-            sums.data_ptr(),
-            dots.device.index,
-            torch.cuda.current_stream(dots.device).cuda_stream,
-        )
-        return grad
-
-
-def _require(dots: Tensor, row_ids: Tensor, column_ids: Tensor, sums: Tensor, *, device: str) -> None:
+def _require(dots: Tensor, row_ids: Tensor, column_ids: Tensor, sums: Tensor) -> None:
     """Check tensors before their raw pointers go to the extension. A failure is a bug of this package."""
     tensors = (dots, row_ids, column_ids, sums)
     fits = (
-        all(tensor.device.type == device for tensor in tensors)
+        all(tensor.device.type == "cpu" for tensor in tensors)
         and dots.dtype == torch.float32
         and dots.stride(1) == 1
         and row_ids.dtype == column_ids.dtype == torch.int64
@@ -170,14 +137,29 @@ def _require(dots: Tensor, row_ids: Tensor, column_ids: Tensor, sums: Tensor, *,
 
 @dataclass(frozen=True)
 class Engine:
-    """Settings for one device and dtype: the pass, the tile, and dtypes of the operands of both kinds of products."""
+    """Settings for one device and dtype: the sweep, and dtypes of the operands of both kinds of products."""
 
-    run_pass: Pass
-    tile: Tile
+    # Adds the sums over all pairs of rows of u and v to `task.sums`, and G V and G^T U to `task.gradients`.
+    sweep: Callable[[PairTask], None]
     operand: torch.dtype
     gradient_operand: torch.dtype
     # Dtype of the results of products, and of their sums.
     accumulator: torch.dtype
+
+
+class Workspace:
+    """Memory that the sweeps of one loss call use one after another. It is allocated once, and grows if it must."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def bytes(self, size: int, device: torch.device) -> Tensor:
+        """[at least `size`] uint8 on `device`. Contents are undefined."""
+        if self._memory is None or self._memory.numel() < size:
+            # Before the new allocation: two of them are never needed.
+            self._memory = None
+            self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+        return self._memory
 
 
 @dataclass(frozen=True)
@@ -193,31 +175,38 @@ class PairTask:
     sums: Tensor  # [8] float64
     # (du [m, d], dv [n, d]) in `engine.accumulator`, without the factor exp(t) / n_positive; None: only the loss.
     gradients: tuple[Tensor, Tensor] | None
+    workspace: Workspace
 
 
-def sweep(task: PairTask) -> None:
-    """Add the sums over all pairs of rows of u and v to `task.sums`, and G V and G^T U to `task.gradients`."""
-    u, v, engine, gradients = task.u, task.v, task.engine, task.gradients
-    if u.shape[0] == 0 or v.shape[0] == 0:
-        return
-    dtype = engine.gradient_operand
-    for first_column in range(0, v.shape[0], engine.tile.columns):
-        columns = slice(first_column, first_column + engine.tile.columns)
-        v_c = v[columns]
-        if gradients is not None:
-            v_transposed = v_c.to(dtype).t().contiguous()
-        dv_transposed = None
-        for first_row in range(0, u.shape[0], engine.tile.rows):
-            rows = slice(first_row, first_row + engine.tile.rows)
-            dots = product_nt(u[rows], v_c)  # `run_pass` overwrites it if possible
-            grad = engine.run_pass(dots, task.row_ids[rows], task.column_ids[columns], task.constants, task.sums)
-            del dots
-            if gradients is None:
-                continue
-            grad = grad.to(dtype)
-            gradients[0][rows] += product_nt(grad, v_transposed)
-            part = product_tn(u[rows].to(dtype), grad)  # [d, columns]
-            dv_transposed = part if dv_transposed is None else dv_transposed.add_(part)
-            del grad, part
-        if gradients is not None and dv_transposed is not None:
-            gradients[1][columns] += dv_transposed.t()
+@dataclass(frozen=True)
+class TileLoop:
+    """The sweep as a loop over tiles in Python."""
+
+    run_pass: Pass
+    tile: Tile
+
+    def __call__(self, task: PairTask) -> None:
+        u, v, gradients = task.u, task.v, task.gradients
+        if u.shape[0] == 0 or v.shape[0] == 0:
+            return
+        dtype = task.engine.gradient_operand
+        for first_column in range(0, v.shape[0], self.tile.columns):
+            columns = slice(first_column, first_column + self.tile.columns)
+            v_c = v[columns]
+            if gradients is not None:
+                v_transposed = v_c.to(dtype).t().contiguous()
+            dv_transposed = None
+            for first_row in range(0, u.shape[0], self.tile.rows):
+                rows = slice(first_row, first_row + self.tile.rows)
+                dots = product_nt(u[rows], v_c)  # `run_pass` overwrites it if possible
+                grad = self.run_pass(dots, task.row_ids[rows], task.column_ids[columns], task.constants, task.sums)
+                del dots
+                if gradients is None:
+                    continue
+                grad = grad.to(dtype)
+                gradients[0][rows] += product_nt(grad, v_transposed)
+                part = product_tn(u[rows].to(dtype), grad)  # [d, columns]
+                dv_transposed = part if dv_transposed is None else dv_transposed.add_(part)
+                del grad, part
+            if gradients is not None and dv_transposed is not None:
+                gradients[1][columns] += dv_transposed.t()

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from exaonepath.device import evaluating, inference
-from exaonepath.errors import BackendError, DataFileError, DeviceError, SettingsError
+from exaonepath.device import evaluating
+from exaonepath.errors import DataFileError, SettingsError
 from exaonepath.files.artifact import MadeFrom, canonical_json, refuse_input_as_output, reuse, settings_hash
 from exaonepath.files.atomic import ensure_folder
 from exaonepath.files.features import (
@@ -33,11 +33,13 @@ from exaonepath.files.features import (
 )
 from exaonepath.files.hdf5 import open_h5
 from exaonepath.files.patches import PatchSet, read_patches
-from exaonepath.slides.features.partial import Block, PartialFile, remove_finished
-from exaonepath.slides.features.preprocessing import PreprocessingConfig, normalise
-from exaonepath.slides.features.reader import PatchBatch, PatchReader
+from exaonepath.slides.features.batch_size import check_batch_size
+from exaonepath.slides.features.encoding import BatchEncoder
+from exaonepath.slides.features.partial import PartialFile, remove_finished
+from exaonepath.slides.features.pipeline import encode_batches
+from exaonepath.slides.features.preprocessing import PreprocessingConfig
+from exaonepath.slides.features.reader import PatchReader
 from exaonepath.slides.image import SlideImage, opened
-from exaonepath.text import few
 from exaonepath.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -77,10 +79,11 @@ def extract_features(
     weights: str,
     weights_fingerprint: str,
     preprocessing: PreprocessingConfig | None = None,
-    batch_size: int = 32,
+    batch_size: int | Literal["auto"] = 32,
     num_workers: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    compile: bool = False,
     progress: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
 ) -> ExtractionResult:
@@ -98,10 +101,14 @@ def extract_features(
         weights: the weights that the user named ("random:0", a folder, a Hub id); stored.
         weights_fingerprint: hash that identifies the encoder's weights; stored.
         preprocessing: resize, crop, mean and std; stored.
-        batch_size: patches in one call of the encoder.
+        batch_size: patches in one call of the encoder. "auto": on a CUDA device the largest power of two up to 256 that
+            fits into the free memory, elsewhere 32; a run that is resumed keeps the size that it began with.
         num_workers: reading threads; None: one per core; 0: patches are read in the calling thread, between batches.
         device: where the encoder runs; the encoder is moved to it.
-        dtype: bfloat16 and float16 run under autocast. The stored features are always float32.
+        dtype: of matrix products. In bfloat16 and float16 an unmodified patch encoder runs with weights that are
+            converted once, any other module under autocast. The stored features are always float32.
+        compile: run the encoder through `torch.compile`: the first batch takes a minute longer. Results differ by
+            rounding, and are used again by runs without it.
         progress: called with (patches done, total patches) after every batch.
         overwrite: start again, whatever is stored.
 
@@ -112,11 +119,13 @@ def extract_features(
         DataFileError: the coordinates file is damaged, or belongs to another slide.
         OutputCollisionError: the output is one of the inputs, or holds the features of another slide.
         OutputError: the output cannot be written (finished rows are kept).
-        BackendError: the encoder returned NaN or infinity, or a batch does not fit into the device's memory.
+        BackendError: the encoder returned NaN or infinity, a batch does not fit into the device's memory, or the
+            encoder cannot be compiled.
         DeviceError: the device does not exist.
     """
     if dtype not in _DTYPES:
         raise SettingsError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    check_batch_size(batch_size)
     preprocessing = preprocessing or PreprocessingConfig()
     out = Path(out_h5)
     with ExitStack() as stack:
@@ -184,18 +193,27 @@ def extract_features(
         resumed_from = int(np.searchsorted(rows, partial.stop))
         if resumed_from:
             logger.info("%s: resuming after %d of %d patches", out, resumed_from, len(rows))
+        stack.enter_context(evaluating(encoder))
+        encode = BatchEncoder(
+            encoder,
+            preprocessing,
+            torch.device(device),
+            dtype,
+            batch_size=batch_size,
+            earlier_batch_size=partial.batch_size,
+            compile=compile,
+        )
         reader = PatchReader(
             slide,
             patches.coords,
             patches.patch_size,
             preprocessing,
-            batch_size=batch_size,
+            batch_size=encode.batch_size,
             num_workers=num_workers,
             indices=rows[resumed_from:],
+            page_locked=encode.page_locked,
         )
-        encode = _Encoder(encoder, preprocessing, torch.device(device), dtype)
-        stack.enter_context(evaluating(encoder))
-        _run(reader, encode, partial, resumed_from, len(rows), progress)
+        encode_batches(reader, encode, partial, resumed_from, len(rows), progress)
         slide.check_unchanged()
         failures = tuple(partial.failures)
         if retry and len(failures) == len(retry):
@@ -210,66 +228,12 @@ def extract_features(
             patches.contour_index,
             partial.dim or encode.width(),
             failures,
-            {**attrs, "n_partly_missing": partly_missing},
+            {**attrs, "n_partly_missing": partly_missing, "batch_size": encode.batch_size, "compiled": compile},
         )
         partial.remove()
         return ExtractionResult(
             out, n, written, failures, reused=False, resumed_from=resumed_from, n_partly_missing=partly_missing
         )
-
-
-class _Encoder:
-    """The encoder on its device, run under inference mode and, if requested, autocast."""
-
-    def __init__(
-        self, module: torch.nn.Module, preprocessing: PreprocessingConfig, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self._module, self._preprocessing, self._device, self._dtype = module, preprocessing, device, dtype
-        try:
-            module.to(device)
-        except (RuntimeError, AssertionError) as exc:  # torch built without CUDA raises AssertionError
-            raise DeviceError(f"the patch encoder cannot be moved to {device}: {exc}") from exc
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Features float32 [b, D] of images uint8 [b, crop, crop, 3]."""
-        advice = "; use a smaller batch size (what was done is kept)"
-        with inference(self._device, self._dtype, f"a batch of {len(images)} patches", advice):
-            batch = torch.from_numpy(images).to(self._device)
-            features = self._module(normalise(batch, self._preprocessing))
-        if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):
-            got = list(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
-            raise SettingsError(f"the patch encoder must return a tensor [{len(images)}, D] for this batch, got {got}")
-        return features.float().cpu().numpy()
-
-    def width(self) -> int:
-        """D, for a slide without patches, where no output of the encoder shows it."""
-        crop = self._preprocessing.crop
-        return self(np.zeros((1, crop, crop, 3), np.uint8)).shape[1]
-
-
-def _run(
-    reader: PatchReader,
-    encode: _Encoder,
-    partial: PartialFile,
-    done: int,
-    total: int,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    if progress:
-        progress(done, total)
-    batches = iter(reader)
-    with ExitStack() as stack:
-        stack.callback(
-            batches.close
-        )  # also on Ctrl-C: otherwise the threads would run until the generator is collected
-        for batch in batches:
-            features = encode(batch.images) if len(batch.indices) else np.empty((0, partial.dim or 0), np.float32)
-            _check_features(features, batch, partial.dim)
-            reader.slide.check_unchanged()  # before the rows are stored: they may come from another file
-            partial.append(Block(batch.indices, features, batch.failures, batch.stop, len(batch.partly_missing)))
-            done += len(batch.indices) + len(batch.failures)
-            if progress:
-                progress(done, total)
 
 
 def _warn_of_missing(slide: SlideImage, partly_missing: int, total: int) -> None:
@@ -279,18 +243,6 @@ def _warn_of_missing(slide: SlideImage, partly_missing: int, total: int) -> None
             slide.path,
             partly_missing,
             total,
-        )
-
-
-def _check_features(features: np.ndarray, batch: PatchBatch, dim: int | None) -> None:
-    if dim is not None and features.shape[1] != dim:
-        raise SettingsError(f"the patch encoder returned {features.shape[1]} numbers a patch, and {dim} before")
-    bad = batch.indices[~np.isfinite(features).all(axis=1)]
-    if len(bad):
-        raise BackendError(
-            f"the patch encoder gave NaN or infinity for {len(bad)} of {len(features)} patches of a batch "
-            f"(patch {few(bad, 10)}); the weights are broken, or the dtype is too narrow for them: try float32 or "
-            "bfloat16"
         )
 
 

@@ -61,6 +61,7 @@ class PartialFile:
         dim: width of a row; None if the file has no row.
         failures: unreadable patches so far.
         n_partly_missing: patches so far that have pixels without data.
+        batch_size: patches in the first block, readable or not; None if there is no block.
 
     Raises:
         OutputError: the file cannot be written, or another process is writing it.
@@ -70,6 +71,7 @@ class PartialFile:
         self.path = path
         self.stop = self.n_rows = self.n_partly_missing = 0
         self.dim: int | None = None
+        self.batch_size: int | None = None
         self.failures: list[PatchFailure] = []
         header = canonical_json({"format": _FORMAT, **settings}).encode() + b"\n"
         self._begin = len(header)
@@ -131,6 +133,8 @@ class PartialFile:
 
     def _count(self, block: Block) -> None:
         self.stop = block.stop
+        if self.batch_size is None:
+            self.batch_size = len(block.indices) + len(block.failures)
         self.n_rows += len(block.indices)
         if len(block.indices):
             self.dim = block.features.shape[1]

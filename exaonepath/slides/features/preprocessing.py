@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -183,9 +184,15 @@ def normalise(images: torch.Tensor, config: PreprocessingConfig, dtype: torch.dt
     Returns:
         [B, 3, h, w] on the same device, contiguous.
     """
-    mean = torch.tensor(config.mean, device=images.device).view(3, 1, 1)
-    std = torch.tensor(config.std, device=images.device).view(3, 1, 1)
+    mean, std = _constants(config.mean, images.device), _constants(config.std, images.device)
     # One pass changes type and layout together; the other steps are in place, so only one float32 copy is in memory.
     b, height, width, _ = images.shape
     values = torch.empty((b, 3, height, width), device=images.device).copy_(images.permute(0, 3, 1, 2))
     return values.div_(255).sub_(mean).div_(std).to(dtype)
+
+
+@cache
+@torch.inference_mode(False)
+def _constants(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    # Made once: such a copy to a GPU waits for everything that the GPU was given before.
+    return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)

@@ -16,9 +16,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from exaonepath.errors import DataFileError, SettingsError, SlideReadError
 from exaonepath.files.features import PatchFailure
+from exaonepath.log_once import warn_once
 from exaonepath.slides.features.preprocessing import PreprocessingConfig, ReadWindow, read_window
 from exaonepath.slides.image import SlideImage
 
@@ -89,6 +91,7 @@ class PatchReader:
         batch_size: int = 32,
         num_workers: int | None = None,
         indices: np.ndarray | None = None,
+        page_locked: bool = False,
     ) -> None:
         if coords.ndim != 2 or coords.shape[1] != 2:
             raise DataFileError(f"patch coordinates must be [N, 2], got {list(coords.shape)}")
@@ -106,6 +109,7 @@ class PatchReader:
         self.preprocessing = preprocessing or PreprocessingConfig()
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.page_locked = page_locked
         self._window: ReadWindow = read_window(patch_size, self.preprocessing)
 
     @property
@@ -127,7 +131,7 @@ class PatchReader:
         stop = threading.Event()
         if not self.num_workers:
             for rows in batches:
-                job = _Job(rows, self.preprocessing.crop)
+                job = _Job(rows, self.preprocessing.crop, self.page_locked)
                 self._read_run(job, 0, len(rows), stop)
                 yield job.result()
             return
@@ -146,7 +150,7 @@ class PatchReader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, pool: ThreadPoolExecutor, rows: np.ndarray, stop: threading.Event) -> _Job:
-        job = _Job(rows, self.preprocessing.crop)
+        job = _Job(rows, self.preprocessing.crop, self.page_locked)
         for start in range(0, len(rows), _RUN):
             job.runs.append(pool.submit(self._read_run, job, start, min(start + _RUN, len(rows)), stop))
         return job
@@ -176,9 +180,9 @@ class PatchReader:
 class _Job:
     """One batch that is being read. Each run writes its own rows, so no lock is needed."""
 
-    def __init__(self, rows: np.ndarray, crop: int) -> None:
+    def __init__(self, rows: np.ndarray, crop: int, page_locked: bool) -> None:
         self.rows = rows
-        self.images = np.empty((len(rows), crop, crop, 3), np.uint8)
+        self.images = _images((len(rows), crop, crop, 3), page_locked)
         self.failures: dict[int, PatchFailure] = {}
         self.partly_missing: dict[int, float] = {}
         self.runs: list[Future[None]] = []
@@ -193,3 +197,15 @@ class _Job:
             rows, images = rows[readable], images[readable]
         partial = tuple(int(self.rows[at]) for at in sorted(self.partly_missing))
         return PatchBatch(rows, images, failures, stop=int(self.rows[-1]) + 1, partly_missing=partial)
+
+
+def _images(shape: tuple[int, ...], page_locked: bool) -> np.ndarray:
+    """Uninitialised uint8 memory for images."""
+    if page_locked:
+        try:
+            # torch keeps such memory when it is freed, and gives it out again after the copies from it have ended.
+            images: np.ndarray = torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+            return images
+        except RuntimeError as exc:
+            warn_once(logger, "no page-locked memory (%s); copies to the GPU are slower", exc)
+    return np.empty(shape, np.uint8)

@@ -13,7 +13,6 @@ in a separate process, because the tests' own processes run Triton as an interpr
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import json
 import os
@@ -39,7 +38,6 @@ LOOP = ("instructions", "warp_mma", "warpgroup_mma", "copies", "small_copies", "
 ARCHITECTURES = (80, 86, 90, 100, 120)
 # fp16 differs from bf16 in the names of its instructions; the head dimension of the published encoder covers it.
 TYPES = (("bf16", 64), ("bf16", 32), ("bf16", 128), ("fp16", 64), ("fp32", 64), ("fp32", 32), ("fp32", 128))
-BY_DESCRIPTORS = " by descriptors"
 # Every way a kernel is launched: module, kernel, its settings' name, and the flags that differ between launches.
 LAUNCHES = {
     "forward": ("fragment_attention", "forward_kernel", "forward", {"ROTATE_Q": False, "STORE_LSE": False}),
@@ -66,21 +64,20 @@ def keys() -> list[str]:
     """The name of every row of a table: architecture, dtype, head dimension, launch.
 
     All launches for the published encoder's blocks; for others those that rotate or train, which do everything that the
-    remaining ones do. Then the loads by tensor descriptors, whether the settings use them or not.
+    remaining ones do.
     """
-    plain = [
+    return [
         f"sm_{architecture} {dtype} {dim} {launch}"
         for architecture in ARCHITECTURES
         for dtype, dim in TYPES
         for launch in LAUNCHES
         if (dtype, dim) == TYPES[0] or launch.endswith(("turning", "training"))
     ]
-    return plain + [f"sm_90 bf16 64 {launch}{BY_DESCRIPTORS}" for launch in LAUNCHES if launch.endswith("turning")]
 
 
 def parse(key: str) -> tuple[int, str, int, str]:
     """Architecture, dtype, head dimension and launch of a row."""
-    architecture, dtype, dim, launch = key.removesuffix(BY_DESCRIPTORS).split(" ", 3)
+    architecture, dtype, dim, launch = key.split(" ", 3)
     return int(architecture.removeprefix("sm_")), dtype, int(dim), launch
 
 
@@ -91,8 +88,6 @@ def settings(key: str) -> tuple[Any, str]:
     architecture, dtype, dim, launch = parse(key)
     config = attention_config(divmod(architecture, 10), 4 if dtype == "fp32" else 2, dim)
     row = getattr(config, LAUNCHES[launch][2]) if LAUNCHES[launch][2] else None
-    if key.endswith(BY_DESCRIPTORS):
-        row = dataclasses.replace(row, descriptors=True)
     return row, config.precision
 
 

@@ -214,13 +214,37 @@ def test_auto_says_once_why_it_takes_sdpa_on_a_card(monkeypatch, caplog):
     assert "head dimensions 32, 64, 128, not 48" in caplog.text
 
 
-def test_auto_leaves_one_long_segment_to_torch_where_that_measured_faster(monkeypatch):
+def test_auto_leaves_one_long_segment_to_cudnn_where_that_measured_faster(monkeypatch):
     pytest.importorskip("triton")
     Card(monkeypatch, (9, 0))
-    measured = dataclasses.replace(module.attention_config((9, 0), 2, 64), dense_from=100)
+    measured = dataclasses.replace(module.attention_config((9, 0), 2, 64), cudnn_from=100)
     monkeypatch.setattr(module, "attention_config", lambda *_: measured)
-    for lengths, chosen in (([99], "triton"), ([100], "sdpa"), ([100, 1], "triton")):
-        assert resolve_backend("auto", torch.device("cuda:0"), torch.bfloat16, 64, segments(lengths)) == chosen
+
+    def chosen(lengths, **how):
+        return resolve_backend("auto", torch.device("cuda:0"), torch.bfloat16, 64, segments(lengths), **how)
+
+    assert [chosen(lengths) for lengths in ([99], [100], [100, 1])] == ["triton", "cudnn", "triton"]
+    assert chosen([100], rotated=True) == "triton"
+    assert chosen([100], training=True) == "triton"  # cuDNN's gradients differ from run to run
+
+
+def test_cudnn_is_for_one_long_segment_and_never_breaks_the_promise_to_be_deterministic(monkeypatch):
+    pytest.importorskip("triton")
+    Card(monkeypatch, (9, 0))
+
+    def chosen(lengths, dtype=torch.bfloat16, device="cuda:0", **how):
+        return resolve_backend("cudnn", torch.device(device), dtype, 64, segments(lengths), **how)
+
+    assert chosen([1024]) == chosen([1024], training=True) == "cudnn"
+    for other in (chosen([1023]), chosen([1024, 1]), chosen([1024], torch.float32), chosen([1024], rotated=True)):
+        assert other == "triton"
+    assert chosen([1024], device="cpu") == "sdpa"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert chosen([1024], training=True) == "triton"
+        assert chosen([1024]) == "cudnn"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_the_backward_pass_of_many_segments_writes_no_more_than_that_of_one():

@@ -11,10 +11,11 @@ import sys
 
 import pytest
 import torch
-from attention_cases import exact, inputs, with_gradient
+from attention_cases import exact, inputs, relative, with_gradient
 
 from exaonepath.ops.attention import triton as kernels
 from exaonepath.ops.attention.fragment_attention import fragment_attention
+from exaonepath.ops.attention.rows import attend_rows, cut_rows
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
@@ -67,6 +68,31 @@ def test_error_is_within_twice_that_of_torch(shape, dtype, dim, rope, monkeypatc
             # DESIGN's rule; one last bit is allowed where torch happens to be luckier than the dtype.
             allowed = 2 * norm(their.double() - true) + eps * norm(true)
             assert norm(our.double() - true) <= allowed, (what, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cudnn_for_one_long_segment(dtype):
+    """As a whole and by rows; forward it is as deterministic as ours."""
+    qkv, segments, _ = inputs([1999], dtype, heads=3, dim=64, rope=False, device="cuda")
+    weight = torch.randn(qkv[:, 0].shape, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+    truth = with_gradient(lambda t: exact(t, segments, None), qkv.double(), weight)
+    ours = with_gradient(attend(segments, None, "cudnn"), qkv, weight)
+    theirs = with_gradient(attend(segments, None, "sdpa"), qkv, weight)
+    for our, their, true in zip(ours, theirs, truth, strict=True):
+        for norm in NORMS.values():
+            allowed = 2 * norm(their.double() - true) + torch.finfo(dtype).eps * norm(true)
+            assert norm(our.double() - true) <= allowed
+    q, k, v = (t.clone() for t in qkv.unbind(1))
+    for chunk in cut_rows(segments, 700):
+        attend_rows(q[chunk.first : chunk.first + chunk.count], k, v, segments, chunk, None, backend="cudnn")
+    assert relative(q, truth[0]) <= 2 * relative(theirs[0], truth[0]) + torch.finfo(dtype).eps
+    with torch.no_grad():
+        first = attend(segments, None, "cudnn")(qkv)
+        assert all(torch.equal(attend(segments, None, "cudnn")(qkv), first) for _ in range(20))
+        qkv[5, 1] = float("nan")
+        assert attend(segments, None, "cudnn")(qkv).isnan().all()
+        qkv[:, 0], qkv[:, 1] = 1.0, -float("inf")
+        assert attend(segments, None, "cudnn")(qkv).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

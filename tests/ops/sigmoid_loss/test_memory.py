@@ -106,12 +106,16 @@ def test_workspace_on_the_card(card, dtype):
     inputs = make_inputs(n_rows, width, dim, card, dtype)
     engine = choose_engine("cuda", card, dtype)
     with torch.no_grad():
-        pairwise_sigmoid(inputs, engine, LocalBatch(), [True] * 3)  # cuBLAS takes its own workspace once
+        pairwise_sigmoid(inputs, engine, LocalBatch(), [True] * 3)
         torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
+        # What cuBLAS and cuBLASLt were given before would not be counted.
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
         torch.cuda.reset_peak_memory_stats()
         result = pairwise_sigmoid(inputs, engine, LocalBatch(), [True] * 3)
-        peak = torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_reserved() - before
     own = sum(gradient.numel() * gradient.element_size() for gradient in result.gradients)
     # u, v and their gradients in float32, their copies in the operands' dtype, and one more of each on the way.
     of_one_pair = n_rows * dim * (4 * 4 + 2 * 4 + 4 * 4)

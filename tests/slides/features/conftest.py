@@ -152,7 +152,7 @@ def one_torch_thread():
 
 @pytest.fixture(autouse=True)
 def no_leaked_threads():
-    """Whatever a test does to a reader, its threads must be gone afterwards."""
+    """Whatever a test does, the threads that read and write must be gone afterwards."""
     yield
-    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("exaonepath-reader")]
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("exaonepath-")]
     assert not left

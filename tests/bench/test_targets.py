@@ -1,0 +1,58 @@
+"""The page of verdicts: what is met, what is not, and what nobody measured."""
+
+import json
+
+import pytest
+import targets
+
+
+@pytest.mark.parametrize(
+    ("limit", "at_least", "measured", "verdict"),
+    [(420, True, 420.0, "green"), (420, True, 419.9, "RED"), (1.0, False, 1.0, "green"), (1.0, False, 1.1, "RED")],
+)
+def test_a_limit_holds_in_its_direction(limit, at_least, measured, verdict):
+    assert targets.Target("t", limit, at_least, "", measured).verdict == verdict
+    assert targets.Target("t", limit, at_least, "", None).verdict == "unmeasured"
+
+
+def attention(measured, **changes):
+    return measured(device="cuda", dtype="bfloat16", gpu="a card", heads=12, head_dim=64, **changes)
+
+
+def by_name(found):
+    return {target.name: target for target in found}
+
+
+def test_ours_is_compared_with_a_peer_of_the_same_run(measured):
+    problem = {"n": 100_000, "fragments": 1_000, "spread": "lognormal", "direction": "forward"}
+    ours = attention(measured, impl="exaonepath", rotation="none", run="a", ms=2.0, ms_p20=2.0, ms_p80=2.0, **problem)
+    peer = {"impl": "varlen_attn", "rotation": "none", **problem}
+    slow = attention(measured, run="a", ms=5.0, ms_p20=5.0, ms_p80=5.0, **peer)
+    other_run = attention(measured, run="b", ms=1.0, ms_p20=1.0, ms_p80=1.0, **peer)
+    found = by_name(targets.attention_targets([ours, slow, other_run]))
+    target = found["speed over varlen_attn, forward, 1,000 skewed fragments"]
+    assert (target.measured, target.verdict) == (2.5, "green")
+    assert found["backward, 16k, one segment, deterministic"].verdict == "unmeasured"
+
+
+def test_rows_of_a_cpu_and_failed_rows_answer_nothing(measured):
+    problem = {"n": 16_384, "fragments": 1, "spread": "equal", "direction": "backward", "impl": "exaonepath"}
+    rows = [
+        measured(device="cpu", dtype="bfloat16", rotation="none", tflops=900.0, **problem),
+        attention(measured, rotation="none", status="failed", reason="why", ms=None, tflops=900.0, **problem),
+    ]
+    found = by_name(targets.attention_targets(rows))
+    assert found["backward, 16k, one segment, deterministic"].verdict == "unmeasured"
+
+
+def test_the_last_outcome_of_a_test_counts(tmp_path):
+    rows = [{"test": "a", "outcome": "failed"}, {"test": "b", "outcome": "passed"}, {"test": "a", "outcome": "passed"}]
+    (tmp_path / "tests.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (target,) = targets.correctness([tmp_path])
+    assert (target.name, target.measured) == ("tests that fail, of 2", 0.0)
+
+
+def test_a_page_without_measurements_says_so(tmp_path):
+    lines = list(targets.page([tmp_path]))
+    assert lines[0].startswith("# Targets: 0 green, 0 RED, ")
+    assert not any("green" in line or "RED" in line for line in lines[1:])
