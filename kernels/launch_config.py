@@ -1,9 +1,10 @@
 """Frozen launch settings of the kernels, per architecture, dtype and head dimension. Never chosen at run time.
 
 With each row, the kernel compiles ahead of time without register spills inside a loop, in every variant that is
-launched, and fits the shared memory of its architectures. `tests/ops/attention/kernel_resources/` contains the
-resources for each version of triton that users get, and `test_triton_compile.py` compares the kernels with them.
-docs/triton.md says which settings were timed on a GPU, and how the others were chosen.
+launched (float32 on sm_90: at most one instruction in a hundred), and fits the shared memory of its architectures.
+`tests/ops/attention/kernel_resources/` contains the resources for each version of triton that users get, and
+`test_triton_compile.py` compares the kernels with them. docs/triton.md says which settings were timed on a GPU, and how
+the others were chosen.
 """
 
 from __future__ import annotations
