@@ -29,8 +29,8 @@ _ATTENTION_CHUNKS, _ATTENTION_CHUNKS_CPU = 2, 4
 # Memory on a GPU in addition to the tensors. torch's allocator also serves the workspaces of cuBLAS and cuBLASLt, one
 # of each for every handle and stream that computes products; the encoder uses one. The defaults depend on the version
 # of torch: cuBLAS has 32 MiB on Hopper and 8.1 MiB on other cards, cuBLASLt 1 MiB, 32 MiB, or a part of cuBLAS's. Both
-# count with their largest default. The environment variables CUBLAS_WORKSPACE_CONFIG and CUBLASLT_WORKSPACE_SIZE can set
-# other sizes; `:4096:8`, which makes products deterministic, is 32 MiB.
+# count with their largest default. The environment variables CUBLAS_WORKSPACE_CONFIG and CUBLASLT_WORKSPACE_SIZE can
+# set other sizes; `:4096:8`, which makes products deterministic, is 32 MiB.
 _WORKSPACE_BYTES = 2 * (32 << 20)
 # The allocator's own share: it takes memory from the driver in blocks of 2 and 20 MiB, and in multiples of 2 MiB. So
 # 16 MiB are added and, as a divisor, 1/32 of the tensors.
