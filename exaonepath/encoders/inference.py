@@ -50,8 +50,6 @@ def block_in_place(
     # The stacked projection is split in two: keys and values are needed for all tokens, queries only for one chunk.
     to_queries = projection(attn.qkv, dtype, slice(None, width))
     to_keys_values = projection(attn.qkv, dtype, slice(width, None))
-    proj = projection(attn.proj, dtype)
-    mlp = _swiglu(block.mlp, dtype)
 
     keys_values = torch.empty((tokens, 2, heads, width // heads), dtype=dtype, device=x.device)
     largest = max([0, *[chunk.count for chunk in chunks]])
@@ -64,10 +62,13 @@ def block_in_place(
         keys_values[part].flatten(1).copy_(to_keys_values(normed))
         if at_once:
             queries[part].flatten(1).copy_(to_queries(normed))
+        del normed  # before the next iteration: else two of them would exist while the next one is computed
         if rotation is not None:
             rotate_rows(keys_values[part, 0], rotation, first, backend=backend)
-        del normed  # before the next iteration: else two of them would exist while the next one is computed
     k, v = keys_values.unbind(1)
+    del to_keys_values  # its cast weights are not needed any more, and those of the next layers not before
+    proj = projection(attn.proj, dtype)
+    mlp = _swiglu(block.mlp, dtype)
 
     for chunk in chunks:
         q = queries[: chunk.count]
@@ -78,9 +79,13 @@ def block_in_place(
             for target, source in zip(q.split(rows), stream.split(rows), strict=True):
                 target.flatten(1).copy_(to_queries(block.norm1(source).to(dtype)))
         attend_rows(q, k, v, segments, chunk, rotation, backend=backend)  # overwrites q with the result
-        for attended, target in zip(q.split(rows), stream.split(rows), strict=True):
-            target += attn.proj_drop(proj(attended.flatten(1)))
-            target += mlp(block.norm2(target).to(dtype))
+        for attended, target in zip(q.flatten(1).split(rows), stream.split(rows), strict=True):
+            target += attn.proj_drop(proj(attended))
+            normed = block.norm2(target)
+            if normed.dtype != dtype:
+                normed = attended.copy_(normed)  # the cast needs no memory: the attended queries are not read any more
+            target += mlp(normed)
+            del normed
     return x
 
 

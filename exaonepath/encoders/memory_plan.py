@@ -24,14 +24,27 @@ for _power, _letter in enumerate("kmgt", start=1):
 _ONE_CHUNK = 16_384
 _ROWS, _ROWS_CPU, _ROWS_MIN = 4096, 2048, 256
 # Queries that attend together, as a multiple of the rows above: more queries share the cost of reading a tile of keys.
-_ATTENTION_CHUNKS = 4
-# Memory of the allocator and cuBLAS on a GPU, in addition to the tensors: workspace, and blocks rounded up to 2 MiB.
-# The share is a divisor: 1/32 of the tensors.
-_OVERHEAD_BYTES, _OVERHEAD_SHARE = 80 << 20, 32
+# On a GPU, 8,192 queries of 12 heads are 768 tiles, which fill all multiprocessors several times.
+_ATTENTION_CHUNKS, _ATTENTION_CHUNKS_CPU = 2, 4
+# Memory on a GPU in addition to the tensors. torch's allocator also serves the workspaces of cuBLAS and cuBLASLt, one
+# of each for every handle and stream that computes products; the encoder uses one. The defaults depend on the version
+# of torch: cuBLAS has 32 MiB on Hopper and 8.1 MiB on other cards, cuBLASLt 1 MiB, 32 MiB, or a part of cuBLAS's. Both
+# count with their largest default. The environment variables CUBLAS_WORKSPACE_CONFIG and CUBLASLT_WORKSPACE_SIZE can
+# set other sizes; `:4096:8`, which makes products deterministic, is 32 MiB.
+_WORKSPACE_BYTES = 2 * (32 << 20)
+# The allocator's own share: it takes memory from the driver in blocks of 2 and 20 MiB, and in multiples of 2 MiB. So
+# 16 MiB are added and, as a divisor, 1/32 of the tensors.
+_OVERHEAD_BYTES, _OVERHEAD_SHARE = _WORKSPACE_BYTES + (16 << 20), 32
 # Rows of the rotation's tables that are computed at once, in float64.
 _TABLE_ROWS = 1 << 16
 # Bytes of index tensors per token: source, patch positions and rows, the inverse, float64 coordinates, segment bounds.
 _INDEX_BYTES = 96
+# If the features stay on the host, the tokens are sorted there. On the device are the float64 coordinates (16), the
+# segments' offsets (8, if every segment is one token), and the work lists of the kernels for the two kinds of blocks
+# (20) or, in place of them, the rows of segments of one length (16).
+_INDEX_BYTES_STREAMED = 48
+# Temporary bytes per token while a work list of the kernels is copied, if every segment is one token.
+_LISTS_BYTES = 32
 # Bytes per token while the tokens are sorted. Sorting runs on the device of the features.
 _SORT_BYTES = 320
 
@@ -131,6 +144,11 @@ def default_rows(tokens: int, device: str) -> int:
     return max(1, tokens) if tokens <= _ONE_CHUNK else _ROWS
 
 
+def attention_rows(rows: int, tokens: int, device: str) -> int:
+    """Queries that attend together, if the linear layers compute `rows` rows together."""
+    return max(1, min(rows * (_ATTENTION_CHUNKS_CPU if device == "cpu" else _ATTENTION_CHUNKS), tokens))
+
+
 def plan_memory(work: Workload, limit: int | None = None, *, where: str = "this device") -> MemoryPlan:
     """Choose chunk sizes that need at most `limit`, and compute the memory that they need.
 
@@ -157,24 +175,32 @@ def plan_memory(work: Workload, limit: int | None = None, *, where: str = "this 
 
 def _with_rows(work: Workload, rows: int) -> MemoryPlan:
     rows = max(1, min(rows, work.tokens))
-    queries = max(1, min(_ATTENTION_CHUNKS * rows, work.tokens))
+    queries = attention_rows(rows, work.tokens, work.device)
     width, small, wide = work.embed_dim, work.compute.itemsize, work.stream.itemsize
     table = max(4, small)
     features = work.patches * work.input_dim * work.features.itemsize if work.features_on_device else 0
     output = work.patches * (work.input_dim + width) * work.output.itemsize if work.output_on_device else 0
-    index = _INDEX_BYTES * work.tokens
+    index = (_INDEX_BYTES if work.features_on_device else _INDEX_BYTES_STREAMED) * work.tokens
     tables = 2 * work.tokens * (width // work.heads // 2) * table if work.positions else 0
     tokens = work.tokens * width * wide
     keys_values = 2 * work.tokens * width * small
 
-    # Temporary tensors of a chunk. The steps run one after another, so the largest of them counts, not their sum.
+    # Temporary tensors of a chunk. The steps of a pass run one after another, so the largest of them counts, not their
+    # sum. A cast, if there is one, makes a copy of the norm's output; without it, the products read that output itself.
     cast = 0 if small == wide else small
     norm = rows * width * (wide + cast) + 8 * rows
-    linear = rows * (width * cast + max(2 * width, 2 * work.hidden_dim, width) * small)
-    if not cast:
-        linear += rows * width * wide  # without a cast, the products read the norm's output itself, so it stays
-    temporary = max(norm, linear, _rotation(work, rows), _attention(work, queries))
-    chunk = work.cast_weights + queries * width * small + temporary
+    normed = rows * width * (cast or wide)
+    # First pass: keys and values. Second pass: queries, their attention, and the MLP, whose input takes the place of
+    # the attended queries if there is a cast.
+    first = max(norm, normed + 2 * rows * width * small, _rotation(work, rows))
+    mlp = max(2 * work.hidden_dim, work.hidden_dim + width) * rows * small + (0 if cast else normed)
+    lists = _LISTS_BYTES * work.tokens if work.backend in ("triton", "cudnn") else 0
+    second = max(norm, normed + rows * width * small, mlp, _attention(work, queries), lists)
+    # Each pass casts the weights that it needs; the first one those of the keys and values, and perhaps of the queries.
+    of_queries = width * width * small if work.cast_weights else 0
+    first += 3 * (of_queries + width * small)
+    second += max(0, work.cast_weights - 2 * of_queries)
+    chunk = queries * width * small + max(first, second)
     embed = rows * (work.input_dim * (work.features.itemsize + small) + width * (small + 2 * wide))
     leave = rows * (width * (2 * wide + work.output.itemsize) + 2 * work.input_dim * max(4, work.output.itemsize))
     held = work.weights + features + index

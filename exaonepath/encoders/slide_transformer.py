@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from exaonepath.encoders.block import Block, LayerNorm, Linear, RMSNorm, RopePeriods, compute_dtype, stream_dtype
 from exaonepath.encoders.configuration import FFN_ALIGN
 from exaonepath.encoders.inference import block_by_rows, block_in_place, projection
-from exaonepath.encoders.memory_plan import default_rows
+from exaonepath.encoders.memory_plan import attention_rows, default_rows
 from exaonepath.encoders.row_checkpoint import by_rows
 from exaonepath.encoders.streaming import RowReader
 from exaonepath.encoders.unmodified import is_unmodified, own
@@ -79,16 +79,6 @@ class TokenOrder:
         """int64 [rows]: packed position of each of the caller's patches, -1 for masked patches."""
         out = torch.full((self.n_rows,), -1, dtype=torch.int64, device=self.patch_rows.device)
         return out.index_copy_(0, self.patch_rows, self.patch_positions)
-
-    def to(self, device: torch.device) -> TokenOrder:
-        """The order on another device."""
-        return TokenOrder(
-            self.patch_positions.to(device),
-            self.patch_rows.to(device),
-            self.prefix_positions.to(device),
-            self.prefix_kinds.to(device),
-            self.n_rows,
-        )
 
 
 @own
@@ -159,8 +149,9 @@ class SlideTransformer(nn.Module):
         unmodified = is_unmodified(self)
         if unmodified and not torch.is_grad_enabled():
             rows = default_rows(order.n_tokens, features.device.type)
+            queries = attention_rows(rows, order.n_tokens, features.device.type)
             reader = RowReader(features, features.device, rows)
-            out: Tensor = self.norm(self.encode(reader, layout, order, rotation, backend, rows, 4 * rows))
+            out: Tensor = self.norm(self.encode(reader, layout, order, rotation, backend, rows, queries))
             return out
         return self._encode_whole(features, layout, order, rotation, backend, lean=unmodified)
 
@@ -233,17 +224,25 @@ class SlideTransformer(nn.Module):
         if rotation is not None:
             # The tables are computed in float64, which needs much memory. So they are computed before x is allocated.
             rotation.cos_sin(torch.promote_types(dtype, torch.float32))
-        x = torch.empty((order.n_tokens, self.cfg["embed_dim"]), dtype=stream, device=device)
-        local = order.to(device)
-        x.index_copy_(0, local.prefix_positions, self._prefix(local, stream))
-        # `take` needs the index on the features' device, `index_copy_` needs the positions on the encoder's device.
-        for index, positions in zip(order.patch_rows.split(rows), local.patch_positions.split(rows), strict=True):
-            x.index_copy_(0, positions, self.patch_embed.lean(features.take(index), dtype, stream))
-        del local
+        x = self._embed(features, order, rows, dtype, stream)
         for i, block in enumerate(self.blocks):
             nope = self.is_nope(i)
             segments, attention = resolved[nope]
             block_in_place(cast(Block, block), x, segments, None if nope else rotation, attention, chunks[nope], rows)
+        return x
+
+    def _embed(
+        self, features: RowReader, order: TokenOrder, rows: int, dtype: torch.dtype, stream: torch.dtype
+    ) -> Tensor:
+        """The residual stream before the first block, [T, E]. A function of its own, so that its indices are freed."""
+        device = self.weight.device
+        x = torch.empty((order.n_tokens, self.cfg["embed_dim"]), dtype=stream, device=device)
+        prefix = self.prefix_tokens(stream)[0].index_select(0, order.prefix_kinds.to(device))
+        x.index_copy_(0, order.prefix_positions.to(device), prefix)
+        # `take` needs the index on the features' device, `index_copy_` needs the positions on the encoder's device.
+        at = order.patch_positions.to(device)
+        for index, positions in zip(order.patch_rows.split(rows), at.split(rows), strict=True):
+            x.index_copy_(0, positions, self.patch_embed.lean(features.take(index), dtype, stream))
         return x
 
     def leave(

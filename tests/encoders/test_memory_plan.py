@@ -1,5 +1,6 @@
 """The plan of inference memory against what is really alive, tracked tensor by tensor."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from exaonepath.encoders.slide_transformer import TokenOrder
 from exaonepath.errors import MemoryLimitError, SettingsError
 from exaonepath.ops.attention.layout import FragmentLayout, Segments
 from exaonepath.ops.attention.rotary import Rotation
+from exaonepath.ops.attention.tiles import TileSchedules
 
 META = torch.device("meta")
 
@@ -50,7 +52,7 @@ def meta_layout(tokens: int, n: int, fragments: int) -> tuple[FragmentLayout, Ro
     def segments(lengths: list[int]) -> Segments:
         return Segments(torch.empty(len(lengths) + 1, dtype=torch.int64, device=META), tuple(lengths))
 
-    source = torch.empty(tokens, dtype=torch.int64, device=META)
+    source = torch.arange(tokens)  # the tokens are sorted on the device of the features, the host
     positions = torch.empty(tokens, 2, dtype=torch.float64, device=META)
     rotation = Rotation(positions, torch.empty(16, dtype=torch.float64, device=META))
     return FragmentLayout(source, segments([tokens]), segments(lengths), 1, 8, n), rotation
@@ -72,11 +74,7 @@ def test_published_encoder_stays_within_its_plan(published, live_memory, monkeyp
         monkeypatch.setattr(module, "compute_dtype", lambda _: dtype)  # as autocast on a GPU would have it
     # A flash kernel, which there is none of without a device, makes its result and nothing else of that size.
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, scale: torch.empty_like(q))
-    limit = None
-    if backend == "triton" and half:
-        # The targets of this project, in GB with weights and the allocator's share.
-        limit = {100_000: "1.02GB", 250_000: "2.2GB", 1_000_000: "8.5GB"}.get(n)
-    plan = published.plan_memory(n, device="cuda", dtype=dtype, backend=backend, max_memory=limit)
+    plan = published.plan_memory(n, device="cuda", dtype=dtype, backend=backend)
 
     weights = [*published.parameters(), *published.buffers()]
     # Each kind of block once: the peak is one block's, whatever the depth, and all weights are counted.
@@ -99,6 +97,37 @@ def test_published_encoder_stays_within_its_plan(published, live_memory, monkeyp
     assert live.peak <= plan.tensors
     assert plan.tensors <= 1.3 * live.peak
     assert plan.total <= 1.3 * live.peak + memory_plan._OVERHEAD_BYTES
+
+
+@pytest.mark.parametrize(("n", "target"), [(100_000, 1.0e9), (250_000, 2.2e9), (1_000_000, 8.5e9)])
+def test_published_encoder_is_planned_within_the_targets(published, n, target):
+    """Those of test_slide_encoder_gpu.py, which compares them with a card. They include weights, and the memory of the
+    allocator and of the libraries; chunks have their default size."""
+    plan = published.plan_memory(n, device="cuda", dtype=torch.bfloat16, backend="triton")
+    assert plan.rows == memory_plan.default_rows(n, "cuda")
+    assert plan.total <= target
+
+
+def test_workspaces_of_cublas_are_in_the_plan(published):
+    """cuBLAS and cuBLASLt have up to 32 MiB each, and blocks of the allocator are rounded up."""
+    plan = published.plan_memory(1000, device="cuda", dtype=torch.bfloat16)
+    assert plan.overhead >= 2 * (32 << 20) + plan.tensors // 32
+    assert published.plan_memory(1000, device="cpu").overhead == 0
+
+
+@pytest.mark.parametrize("length", [1, 100, 100_000])
+def test_work_lists_of_the_kernels_are_within_the_plan(live_memory, length):
+    """For both kinds of blocks: the lists that stay, and what their computation needs in addition."""
+    n = 100_000
+    live = live_memory("meta")
+    with live:
+        lists = [TileSchedules(np.full(n // length, length), META) for _ in range(2)]
+        for schedule in lists:
+            for first in range(0, n, 8192):
+                schedule.tiles(128, first, min(8192, n - first))
+    positions, offsets = 16 * n, 8 * (n // length + 1)
+    assert live.now + positions + offsets <= memory_plan._INDEX_BYTES_STREAMED * n
+    assert live.peak <= (memory_plan._INDEX_BYTES_STREAMED + memory_plan._LISTS_BYTES) * n
 
 
 @pytest.mark.parametrize("fragments", [4, 300])

@@ -130,9 +130,7 @@ def fragment_attention(
         raise SettingsError(f"segments are on {segments.offsets.device}, but qkv is on {qkv.device}")
     if rotation is not None:
         rotation.require(qkv.shape[0], qkv.shape[3], qkv.device)
-    scale = qkv.shape[3] ** -0.5 if scale is None else scale
-    if not 0 < scale < math.inf:
-        raise SettingsError(f"scale must be a positive finite number, got {scale}")
+    scale = score_scale(scale, qkv.shape[3])
     training = torch.is_grad_enabled() and qkv.requires_grad
     backend = resolve_backend(
         backend, qkv.device, qkv.dtype, qkv.shape[3], segments, rotated=rotation is not None, training=training
@@ -140,9 +138,35 @@ def fragment_attention(
     if backend == "triton":
         return triton_attention(qkv, segments, rotation, scale, overwrite_qkv)
     q, k, v = qkv.unbind(1)
+    return attend_by_segment(q, k, v, segments, rotation, backend, scale, in_place=overwrite_qkv and not training)
+
+
+def score_scale(scale: float | None, head_dim: int) -> float:
+    """The factor on the scores: D ** -0.5 if `scale` is None; SettingsError unless it is positive and finite."""
+    scale = head_dim**-0.5 if scale is None else scale
+    if not 0 < scale < math.inf:
+        raise SettingsError(f"scale must be a positive finite number, got {scale}")
+    return scale
+
+
+def attend_by_segment(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    rotation: Rotation | None,
+    backend: str,
+    scale: float,
+    *,
+    in_place: bool = False,
+) -> Tensor:
+    """Attention of [T, H, D] by torch's operations: backends "sdpa", "eager" and "cudnn"; checked by the caller.
+
+    `in_place` rotates q and k themselves, without autograd.
+    """
     if rotation is not None:
-        cos, sin = rotation.cos_sin(torch.promote_types(qkv.dtype, torch.float32))
-        if overwrite_qkv and not training:
+        cos, sin = rotation.cos_sin(torch.promote_types(q.dtype, torch.float32))
+        if in_place:
             rotate_inplace(q, cos, sin)
             rotate_inplace(k, cos, sin)
         else:
@@ -167,7 +191,7 @@ def _without_grad(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: fl
 
 def _with_grad(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, attend: _Attend) -> Tensor:
     if not segments.lengths:
-        return q * 0  # no tokens: the product keeps the result connected to the graph
+        return (q + k + v) * 0  # no tokens: the result stays connected to the graph
     # One split: its backward pass is one concatenation. The backward pass of a slice would write a gradient of all
     # tokens, once for each slice.
     parts = list(zip(*(x.split(segments.lengths) for x in (q, k, v)), strict=True))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -90,6 +90,34 @@ class Segments:
         offsets = torch.zeros(len(kept) + 1, dtype=torch.int64, device=lengths.device)
         torch.cumsum(lengths[lengths > 0], 0, out=offsets[1:])
         return Segments(offsets, kept)
+
+    @staticmethod
+    def from_cu_seqlens(cu_seqlens: Tensor, device: torch.device | str | None = None) -> Segments:
+        """Segments from cumulative lengths, as FlashAttention takes them; empty segments are dropped.
+
+        The lengths are copied to the host. If `cu_seqlens` is on a GPU, this waits for the GPU, so call it once for a
+        batch. If it is on the CPU, nothing waits, and `device` can be the GPU of the tokens.
+
+        Args:
+            cu_seqlens: int32 or int64 [S + 1], ascending from 0 to T.
+            device: device of the tokens; default: that of `cu_seqlens`.
+
+        Raises:
+            SettingsError: shape, dtype or values are not those.
+        """
+        if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0:
+            raise SettingsError(
+                f"cu_seqlens must be int32 or int64 [S + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+            )
+        bounds: list[int] = cu_seqlens.tolist()
+        if bounds[0] != 0:
+            raise SettingsError(f"cu_seqlens must begin with 0, got {bounds[0]}")
+        for i, (begin, end) in enumerate(pairwise(bounds)):
+            if end < begin:
+                raise SettingsError(f"cu_seqlens must ascend, but entry {i + 1} is {end}, after {begin}")
+        kept = tuple(end - begin for begin, end in pairwise(bounds) if end > begin)
+        device = cu_seqlens.device if device is None else device
+        return Segments(torch.tensor([0, *accumulate(kept)], dtype=torch.int64, device=device), kept)
 
     def ids(self) -> Tensor:
         """int64 [T]: the segment of every packed token."""

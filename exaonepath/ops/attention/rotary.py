@@ -74,13 +74,15 @@ class Rotation:
         """Rotation of patches at level-0 pixels [T, 2]: position is the patch centre, in units of `patch_size`.
 
         Raises:
-            SettingsError: a coordinate or a period is not finite, or a period is not positive.
+            SettingsError: a coordinate or a period is not finite, or a period is not positive. A compiled graph does
+                not check the values; NaN then stays in the segment of its token.
         """
-        if coords.is_floating_point() and not bool(coords.isfinite().all()):
-            bad = int((~coords.isfinite()).any(-1).nonzero()[0])
-            raise SettingsError(f"coordinates must be finite; row {bad} holds {coords[bad].tolist()}")
-        if not bool((periods.isfinite() & (periods > 0)).all()):
-            raise SettingsError(f"RoPE periods must be positive and finite, got {periods.tolist()}")
+        if not torch.compiler.is_compiling():
+            if coords.is_floating_point() and not bool(coords.isfinite().all()):
+                bad = int((~coords.isfinite()).any(-1).nonzero()[0])
+                raise SettingsError(f"coordinates must be finite; row {bad} holds {coords[bad].tolist()}")
+            if not bool((periods.isfinite() & (periods > 0)).all()):
+                raise SettingsError(f"RoPE periods must be positive and finite, got {periods.tolist()}")
         positions = (coords.to(torch.float64) + patch_size // 2) / patch_size
         return Rotation(positions, periods.to(positions.device, torch.float64))
 

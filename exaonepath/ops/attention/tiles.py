@@ -53,7 +53,7 @@ _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def schedules(offsets: Tensor, segments: Segments | None = None) -> TileSchedules:
-    """The schedules of the segments with these int64 [S + 1] offsets.
+    """The schedules of the segments with these int64 [S + 1] offsets; empty segments are left out.
 
     Without `segments`, new offsets are read from their device once. With `segments`, the lengths on the host are used,
     and the tensor is not read.
@@ -68,8 +68,9 @@ def schedules(offsets: Tensor, segments: Segments | None = None) -> TileSchedule
         if segments is None:
             numbers = np.array(offsets.tolist(), np.int64)
             lengths = np.diff(numbers)
-            if len(numbers) == 0 or numbers[0] != 0 or (lengths <= 0).any():
+            if len(numbers) == 0 or numbers[0] != 0 or (lengths < 0).any():
                 raise SettingsError("segment offsets must ascend from 0; use Segments.from_lengths")
+            lengths = lengths[lengths > 0]
         else:
             lengths = np.array(segments.lengths, np.int64)
         known = TileSchedules(lengths, offsets.device)

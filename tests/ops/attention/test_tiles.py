@@ -82,7 +82,8 @@ def test_schedules_are_made_once_and_go_with_the_batch():
 
 def test_offsets_alone_are_enough_and_are_checked():
     assert schedules(torch.tensor([0, 3, 5])).lengths.tolist() == [3, 2]
-    for wrong in ([1, 3], [0, 3, 2], [0, 0], []):
+    assert schedules(torch.tensor([0, 0, 3, 3, 5, 5])).lengths.tolist() == [3, 2]
+    for wrong in ([1, 3], [0, 3, 2], []):
         with pytest.raises(SettingsError, match="ascend from 0"):
             schedules(torch.tensor(wrong, dtype=torch.int64))
 
