@@ -79,7 +79,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [T, H, D], lse [H, T] and packed qkv [T, 3, H, D], rotated. The last two are empty without training."""
     tokens, heads, dim = q.shape
-    kernels._refuse(kernels.unsupported_device(q.device))
+    kernels._refuse(kernels.unsupported_device(q.device, q.dtype))
     known, rope = kernels._schedules(offsets), cos.numel() > 0
     # Checked here because a compiled graph may pass other strides than those that were traced.
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
