@@ -129,7 +129,7 @@ def test_kernels_fit_the_card_and_have_not_grown(measured):
                 f"{key} compiles differently; if that is meant, write its row for every version:\n"
                 f"  pip install --no-deps --target /tmp/triton-3.6.0 triton==3.6.0; ...\n"
                 f"  python {SCRIPT.name} --write {key!r}\n"
-                f"  python {SCRIPT.name} --write {key!r} --triton /tmp/triton-3.6.0 /tmp/triton-3.7.1"
+                f"  python {SCRIPT.name} --write {key!r} --triton /tmp/triton-3.6.0"
             )
 
 
