@@ -8,7 +8,7 @@
 #
 #   correct   170 s   pytest -m gpu in many processes; tests.jsonl has every outcome and why
 #   fits       90 s   the slide encoder in 12 GB: 100,000 to 1,000,000 patches, inference and training
-#   fast      240 s   attention beside the strongest peers: one segment, 100 equal, 1,000 skewed fragments
+#   fast      240 s   attention compared with the strongest peers: one segment, 100 equal, 1,000 skewed fragments
 #   tune      110 s   eight launch settings a kernel           loss       60 s   the sigmoid loss, and its tiles
 #   pipeline   60 s   patches to features                      sanitize   60 s   compute-sanitizer, memcheck and racecheck
 #

@@ -20,7 +20,7 @@ from exaonepath.log_once import warn_once
 from exaonepath.ops.attention import cpu as cpu_attention
 from exaonepath.ops.attention.layout import Segments
 from exaonepath.ops.attention.rotary import Rotation, apply_rotation, rotate_inplace
-from exaonepath.ops.attention.segments import cudnn_attention, eager_attention, sdpa_attention
+from exaonepath.ops.attention.segments import ATTEND, sdpa_attention
 from exaonepath.ops.attention.triton import triton_attention, unsupported_device, unsupported_input
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 _Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 ATTENTION_BACKENDS = ("auto", "sdpa", "eager", "triton", "cudnn")
-_ATTEND: dict[str, _Attend] = {"eager": eager_attention, "cudnn": cudnn_attention, "sdpa": sdpa_attention}
 # With fewer tokens a call of cuDNN costs more than it saves.
 _CUDNN_FROM = 1024
 
@@ -171,7 +170,7 @@ def attend_by_segment(
             rotate_inplace(k, cos, sin)
         else:
             q, k = apply_rotation(q, cos, sin), apply_rotation(k, cos, sin)
-    attend = _ATTEND[backend]
+    attend = ATTEND[backend]
     # Without autograd, results are written into slices of one tensor. With autograd, the backward pass of every such
     # assignment would copy the whole gradient, so another function is used.
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

@@ -18,7 +18,7 @@ from exaonepath.errors import SettingsError
 from exaonepath.ops.attention import cpu as cpu_attention
 from exaonepath.ops.attention.layout import Segments, batch_rows, equal_length_batches
 from exaonepath.ops.attention.rotary import Rotation, apply_rotation
-from exaonepath.ops.attention.segments import cudnn_attention, eager_attention, sdpa_attention
+from exaonepath.ops.attention.segments import ATTEND
 from exaonepath.ops.attention.triton import triton_attend_rows, triton_rotate_rows
 
 # Rows that are rotated together: a rotation in torch needs temporary float32 tensors of five times their size.
@@ -136,7 +136,7 @@ def attend_rows(
     if backend == "triton":
         triton_attend_rows(q, k, v, segments, chunk.first, rotation, scale)
         return
-    attend = {"sdpa": sdpa_attention, "eager": eager_attention, "cudnn": cudnn_attention}.get(backend)
+    attend = ATTEND.get(backend)
     if attend is None:
         raise SettingsError(f"unknown attention backend {backend!r}; choose sdpa, eager, cudnn or triton")
     if rotation is not None:

@@ -4,6 +4,8 @@ do not support, such as forward mode), and with torch's own kernels ("sdpa", and
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -49,3 +51,11 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """
     with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+# The function of each backend that attends segment by segment.
+ATTEND: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    "sdpa": sdpa_attention,
+    "eager": eager_attention,
+    "cudnn": cudnn_attention,
+}

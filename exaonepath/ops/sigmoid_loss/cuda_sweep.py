@@ -17,7 +17,7 @@ from exaonepath.ops.sigmoid_loss.sweep import N_SUMS, PairTask, Tile
 # cache: at B = 32,768 and d = 512, a pair took 9.2 ms with (4096, 2048) and 8.4 ms with (4096, 4096). With the 32 MB of
 # cuBLAS, the latter would take more than 128 MB.
 CUDA_TILE = Tile(4096, 3072)
-# The pass of a tile on a second stream, beside the products of its neighbours; the workspace then holds two tiles. On
+# The pass of a tile on a second stream, during the products of its neighbours; the workspace then holds two tiles. On
 # an H200 this was 3 to 5 % slower.
 OVERLAPPED = False
 

@@ -21,23 +21,13 @@ from exaonepath.errors import BackendError
 from exaonepath.ops.extension import load_extension
 from exaonepath.ops.sigmoid_loss import cuda_sweep, engine
 from exaonepath.ops.sigmoid_loss.cuda_sweep import CUDA_TILE, CudaSweep
-from exaonepath.ops.sigmoid_loss.engine import choose_engine, why_not
+from exaonepath.ops.sigmoid_loss.engine import choose_engine
 from exaonepath.ops.sigmoid_loss.sweep import N_SUMS, Engine, PairConstants, PairTask, Tile, TileLoop, Workspace
 
 SCALE, BIAS, POS_WEIGHT = 12.5, -10.125, 3.5
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GPU = pytest.mark.gpu
-
-
-@pytest.fixture
-def card():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    device = torch.device("cuda", torch.cuda.current_device())
-    if reason := why_not("cuda", device, torch.bfloat16):
-        pytest.skip(reason)
-    return device
 
 
 def on_card(dtype, tile=CUDA_TILE, overlapped=False):

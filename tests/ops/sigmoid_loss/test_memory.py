@@ -73,16 +73,6 @@ def test_the_measure_sees_a_matrix_of_all_pairs(live_bytes):
     assert mode.live == 0
 
 
-@pytest.fixture
-def card():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    device = torch.device("cuda", torch.cuda.current_device())
-    if reason := why_not("cuda", device, torch.bfloat16):
-        pytest.skip(reason)
-    return device
-
-
 @pytest.mark.gpu
 def test_a_sweep_never_waits_for_the_card(card):
     class Watched(LocalBatch):
