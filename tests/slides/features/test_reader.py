@@ -127,7 +127,7 @@ def test_a_slide_that_vanishes_ends_the_run(slide, coords, bad_reads, monkeypatc
     def gone(path):
         raise SlideOpenError(f"{path}: no such file")
 
-    monkeypatch.setattr("exaonepath.slides.image._open", gone)
+    monkeypatch.setattr("exaonepath.slides.readers.openslide._open", gone)
     bad_reads[tuple(coords[9].tolist())] = 1
     with pytest.raises(SlideOpenError, match="no such file"):
         list(PatchReader(slide, coords, 256, batch_size=4, num_workers=2))
