@@ -15,7 +15,7 @@ from PIL import Image
 
 from exaonepath.errors import SettingsError, SlideChangedError, SlideOpenError
 from exaonepath.slides.companions import companion_files
-from exaonepath.slides.dicom import lacks_full_resolution
+from exaonepath.slides.dicom import dicom_slide_in, lacks_full_resolution
 from exaonepath.slides.readers.base import leaves_out_background as leaves_out_background
 from exaonepath.slides.readers.choose import open_reader
 from exaonepath.slides.scale import doubts, pixel_size
@@ -40,18 +40,27 @@ class SlideImage:
         scalar_downsamples: OpenSlide's own factor of each level, by which OpenSlide divides the locations of a read.
         mpp: micrometres per pixel at level 0.
         mpp_source: the property that `mpp` was read from, or "assumed".
+        reader: name of the reader in use: "openslide", "tiff", "image", or that of a plug-in.
         scale_doubts: the reasons to doubt `mpp`, a phrase each; each was logged as a warning.
+
+    Args:
+        path: the slide file; or a folder that holds the DICOM files of one slide.
+        reader: "auto": whatever reads the file best (see docs/slides.md); or the reader to use.
 
     Raises:
         SlideOpenError: the file is missing, unreadable, truncated, has no level, or is not a slide.
+        MemoryLimitError: the file has to be decoded whole (a plain image), and does not fit into the memory.
+        SettingsError: there is no such reader.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], reader: str = "auto") -> None:
+        self.path = dicom_slide_in(Path(path)) or Path(path)
+        self._wanted_reader = reader
         self.name = slide_id(self.path)
         self._companions = companion_files(self.path)
         self._identity = self._current_identity()
-        self._reader = open_reader(self.path, self.check_unchanged)
+        self._reader = open_reader(self.path, self.check_unchanged, reader)
+        self.reader = self._reader.name
         self.properties = self._reader.properties
         self.level_dimensions = self._reader.level_dimensions
         w0, h0 = self.level_dimensions[0]
@@ -243,7 +252,7 @@ class SlideImage:
 
     def __reduce__(self) -> tuple[object, ...]:
         # Only the path is sent to another process or a copy: handles and locks belong to one process.
-        return _reopened, (self.path, self._identity)
+        return _reopened, (self.path, self._wanted_reader, self._identity)
 
     def close(self) -> None:
         """Close the file as soon as no other thread reads it. A later read raises `SlideReadError`."""
@@ -261,14 +270,14 @@ class SlideImage:
 
 
 @contextmanager
-def opened(slide: str | os.PathLike[str] | SlideImage) -> Iterator[SlideImage]:
+def opened(slide: str | os.PathLike[str] | SlideImage, reader: str = "auto") -> Iterator[SlideImage]:
     """The slide itself if it is open already (it stays open), otherwise the file, opened for the `with` block."""
     if isinstance(slide, SlideImage):
         yield slide
         return
     if not isinstance(slide, str | os.PathLike):
         raise SettingsError(f"a slide is given by its path or as a SlideImage, not as {type(slide).__name__}")
-    with SlideImage(slide) as image:
+    with SlideImage(slide, reader) as image:
         yield image
 
 
@@ -308,8 +317,8 @@ def _identity(path: Path) -> FileIdentity | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _reopened(path: Path, identity: tuple[FileIdentity | None, ...]) -> SlideImage:
-    slide = SlideImage(path)
+def _reopened(path: Path, reader: str, identity: tuple[FileIdentity | None, ...]) -> SlideImage:
+    slide = SlideImage(path, reader)
     slide._identity = identity
     slide.check_unchanged()
     return slide

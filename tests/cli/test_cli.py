@@ -210,7 +210,7 @@ def test_unreadable_patches_are_told_by_the_exit_status(run, slide, tmp_path, mo
     from exaonepath.slides.image import SlideImage
 
     assert run("patch", slide, "--out", tmp_path).exit_code == 0
-    read = SlideImage.read_image
+    read = SlideImage.read_rgb
 
     def fail_once(self, location, *rest):
         if fail_once.left:
@@ -219,7 +219,7 @@ def test_unreadable_patches_are_told_by_the_exit_status(run, slide, tmp_path, mo
         return read(self, location, *rest)
 
     fail_once.left = 1
-    monkeypatch.setattr(SlideImage, "read_image", fail_once)
+    monkeypatch.setattr(SlideImage, "read_rgb", fail_once)
     done = run("encode", slide, "--out", tmp_path, "--weights", "random:0", "--num-workers", 0)
     assert done.exit_code == 3
     assert "1 of " in done.stderr
