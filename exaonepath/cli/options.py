@@ -57,7 +57,7 @@ Reader = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="How slide files are read: auto, openslide, tiff, image, or the name of a plug-in. auto: OpenSlide, a faster "
+        help="How slide files are read: auto, openslide, tiff, image, or a plug-in's name. auto: OpenSlide, a faster "
         "reader where it gives the same bytes, and others for what OpenSlide does not read.",
     ),
 ]

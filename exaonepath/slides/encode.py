@@ -36,13 +36,24 @@ _FIELDS = [f.name for kind in (PatchSettings, SegmentationSettings) for f in fie
 
 SLIDE_SUFFIXES = frozenset(
     {
-        ".svs", ".tif", ".tiff", ".btf", ".tf2", ".tf8", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide",
-        ".dcm", ".czi",
+        ".svs",
+        ".tif",
+        ".tiff",
+        ".btf",
+        ".tf2",
+        ".tf8",
+        ".ndpi",
+        ".mrxs",
+        ".scn",
+        ".bif",
+        ".vms",
+        ".vmu",
+        ".svslide",
+        ".dcm",
+        ".czi",
     }
 )
-_OTHER_FORMATS = frozenset(
-    {".qptiff", ".vsi", ".isyntax", ".lif", ".nd2", ".oir", ".zvi", ".afi", ".ndpis", ".jp2"}
-)
+_OTHER_FORMATS = frozenset({".qptiff", ".vsi", ".isyntax", ".lif", ".nd2", ".oir", ".zvi", ".afi", ".ndpis", ".jp2"})
 _UNFINISHED = frozenset({".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".download", ".aria2"})
 _PACKED = frozenset({".gz", ".bz2", ".xz", ".zst", ".zip"})
 _MAX_ENTRIES = 20_000  # entries of a folder tree that are searched at most

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from exaonepath.slides.tiff import BITS, COMPRESSION, TILE_WIDTH, WIDTH, read_tiff
+from exaonepath.slides.tiff import BITS, COMPRESSION, SAMPLES, TILE_WIDTH, WIDTH, read_tiff
 
 CONVERT = "convert it, for example: vips tiffsave INPUT OUTPUT.tif --tile --pyramid --compression jpeg"
 _COMPRESSIONS = {34712: "JPEG 2000", 33003: "JPEG 2000", 33005: "JPEG 2000", 50001: "WebP", 50000: "Zstandard"}
@@ -81,9 +81,12 @@ def wrong_pixels(path: Path, properties: Mapping[str, str]) -> str | None:
     # NDPI files have an offset format of their own, and hold only JPEG of 8 bits.
     if properties.get("openslide.vendor") == "hamamatsu":
         return None
-    tiff = read_tiff(path)
+    tiff = read_tiff(path, tags={BITS, TILE_WIDTH, SAMPLES})
     # Levels are tiled. Labels and overviews are not read here, and most of them are not tiled.
-    bits = [max(tags.get(BITS, (8,))) for tags in (tiff.directories if tiff else []) if TILE_WIDTH in tags]
+    levels = [image for image in (tiff.images if tiff else []) if TILE_WIDTH in image]
+    if any(image.number(SAMPLES, 1) == 2 for image in levels):
+        return "has tiles of grey and alpha, which OpenSlide shifts at the right border"
+    bits = [max(image.numbers(BITS) or (8,)) for image in levels]
     if bits and max(bits) > 8:
         return (
             f"has {max(bits)} bits a channel, of which often only 10 or 12 are used: read as 8 bits it would be dark; "

@@ -147,6 +147,14 @@ class SlideImage:
         """
         return self._reader.read_rgb(location, level, size)
 
+    def encoded_tile(self, level: int, column: int, row: int) -> bytes | None:
+        """The stored bytes of a tile, empty if it has no data; None if the reader does not give access to them.
+
+        Raises:
+            SlideReadError: the level has no such tile, or its bytes cannot be read.
+        """
+        return self._reader.encoded_tile(level, column, row)
+
     def missing_share(self, image: Image.Image, location: tuple[int, int]) -> float:
         """Fraction of the pixels of a level-0 region inside the slide that have no data; they are read as black.
 

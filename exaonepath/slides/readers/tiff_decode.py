@@ -18,7 +18,7 @@ _END_OF_JPEG = b"\xff\xd9"
 _END_SLACK = 256  # bytes that may follow the end mark; some writers pad tiles
 
 
-class DecodeError(ValueError):
+class DecodeError(Exception):
     """A tile cannot be decoded; the text is a phrase that says why."""
 
 
@@ -158,15 +158,11 @@ def _straighten(pixels: np.ndarray, alpha: str) -> None:
 
 
 def _ycbcr_to_rgb(values: np.ndarray) -> np.ndarray:
-    """JFIF's conversion, with the rounding of libjpeg and OpenSlide."""
+    """JFIF's conversion with factors of five digits and the nearest value, exactly as OpenSlide converts."""
     y, cb, cr = (values[..., channel].astype(np.int32) for channel in range(3))
     cb, cr = cb - 128, cr - 128
-    half, bits = 1 << 15, 16
-    red, blue = (int(factor * (1 << bits) + 0.5) for factor in (1.402, 1.772))
-    green_cb, green_cr = (int(factor * (1 << bits) + 0.5) for factor in (0.344136286, 0.714136286))
-    channels = (
-        y + ((red * cr + half) >> bits),
-        y + ((-green_cb * cb - green_cr * cr + half) >> bits),
-        y + ((blue * cb + half) >> bits),
-    )
-    return np.clip(np.stack(channels, axis=-1), 0, 255).astype(np.uint8)
+    unit, half = 100_000, 50_000
+    red = y + (140_200 * cr + half) // unit
+    green = y + (-34_414 * cb - 71_414 * cr + half) // unit
+    blue = y + np.sign(cb) * ((177_200 * np.abs(cb) + half) // unit)  # -221.5 becomes -222
+    return np.clip(np.stack([red, green, blue], axis=-1), 0, 255).astype(np.uint8)

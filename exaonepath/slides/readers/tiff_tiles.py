@@ -86,6 +86,8 @@ class TiffTiles:
         Raises:
             SlideReadError: a tile of the region cannot be read.
         """
+        if self._closed:  # also for tiles that are kept
+            raise SlideReadError(f"{self.path} was closed")
         image = self.images[level]
         left, top, right, bottom = max(0, x), max(0, y), min(x + width, image.width), min(y + height, image.height)
         if right <= left or bottom <= top:
