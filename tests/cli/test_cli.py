@@ -205,6 +205,25 @@ def test_a_full_disk_is_one_line_and_the_work_is_kept(slide, tmp_path):
     assert (tmp_path / "o" / "patches" / ".one_features.h5.part").stat().st_size > 0
 
 
+@pytest.mark.parametrize("reader", ["auto", "openslide", "tiff", "image", "nonsense"])
+def test_the_reader_is_chosen_stored_and_shown(run, slide, tmp_path, reader):
+    done = run("patch", slide, "--out", tmp_path, "--reader", reader, "-v")
+    if reader in ("image", "nonsense"):
+        assert done.exit_code == 1
+        assert ("no reader 'nonsense'" if reader == "nonsense" else "not a PNG") in done.stderr
+        return
+    name = "tiff" if reader == "auto" else reader
+    assert done.exit_code == 0
+    assert f"reader {name}" in done.stderr
+    features = tmp_path / "patches" / "one_features.h5"
+    arguments = ("--weights", "random:0", "--reader", reader)
+    assert run("features", slide, tmp_path / "patches" / "one.h5", "--out", features, *arguments).exit_code == 0
+    assert run("slide", features, "--out", tmp_path / "e.h5", "--weights", "random:0").exit_code == 0
+    for path in (tmp_path / "patches" / "one.h5", features, tmp_path / "e.h5"):
+        with h5py.File(path) as file:
+            assert file.attrs["reader"] == name
+
+
 def test_unreadable_patches_are_told_by_the_exit_status(run, slide, tmp_path, monkeypatch):
     from exaonepath.errors import SlideReadError
     from exaonepath.slides.image import SlideImage

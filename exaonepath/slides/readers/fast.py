@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 # OpenSlide puts the tiles of other vendors together in ways of their own (overlaps, offsets, several areas).
 _VENDORS = ("aperio", "generic-tiff")
 _CORNERS, _RICHEST, _SPREAD = 4, 4, 4  # tiles that are compared on level 0; on others, half of them
-_MAX_PIXELS = 1 << 23  # pixels that are compared at most
+_MAX_DECODED = 1 << 23  # pixels that are decoded for it, at most: a tile may be large
+_SIDE = 512  # of a compared region
 
 
 class FastReader(SlideReader):
@@ -165,28 +166,28 @@ def _image_of_level(slide: OpenSlideReader, level: int, found: tiff.Tiff) -> Tif
 
 def _difference(reader: FastReader) -> str | None:
     """Where the two readers differ on samples; None if they give the same bytes everywhere."""
-    compared = 0
+    decoded = 0
     for level, number in enumerate(reader._images):
         if number is None:
             continue
-        for x, y, width, height in _samples(reader.tiles.images[number], level):
-            if compared > _MAX_PIXELS:
+        image, scale = reader.tiles.images[number], int(reader.scalar_downsamples[level])
+        for x, y, width, height in _samples(image, level):
+            if decoded > _MAX_DECODED:
                 return None
-            compared += width * height
-            scale = int(reader.scalar_downsamples[level])
+            decoded += image.cells_of(x, y, width, height) * image.cell_width * image.cell_height
             where = f"at {(x * scale, y * scale)}, level {level}"
             try:
-                image = np.asarray(reader.slide.read_image((x * scale, y * scale), level, (width, height)))
+                theirs = np.asarray(reader.slide.read_image((x * scale, y * scale), level, (width, height)))
             except SlideError as exc:
                 return f"OpenSlide cannot read a sample {where} ({exc})"
             try:
-                region = reader.tiles.region(number, x, y, width, height)
+                ours = reader.tiles.region(number, x, y, width, height)
             except SlideError as exc:
                 return f"only OpenSlide can read a sample {where} ({exc})"
-            if region.empty and level:
+            if ours.empty and level:
                 continue  # read through OpenSlide in any case
-            alpha = np.full(image.shape[:2], 255, np.uint8) if region.alpha is None else region.alpha
-            if not (np.array_equal(image[..., :3], region.pixels) and np.array_equal(image[..., 3], alpha)):
+            alpha = np.full(theirs.shape[:2], 255, np.uint8) if ours.alpha is None else ours.alpha
+            if not (np.array_equal(theirs[..., :3], ours.pixels) and np.array_equal(theirs[..., 3], alpha)):
                 return f"its pixels differ from OpenSlide's {where}"
     return None
 
@@ -194,21 +195,21 @@ def _difference(reader: FastReader) -> str | None:
 def _samples(image: TiffImage, level: int) -> Iterator[tuple[int, int, int, int]]:
     """Regions of an image to compare, (x, y, width, height): the same ones each time.
 
-    They are whole tiles: at the corners, those with the most bytes (tissue, not empty glass), and some spread over the
-    image; and regions that lie on several tiles, and beyond the border.
+    A region beyond the border, and one on several tiles; tiles at the corners; those with the most bytes (tissue, not
+    empty glass); and some that are spread over the image. Of large tiles, only the beginning is compared.
     """
     columns, rows = image.columns, image.segment_rows
     share = 1 if level == 0 else 2
-    corners = [0, columns * rows - 1, columns - 1, columns * (rows - 1)][: _CORNERS // share]
     lengths = image.lengths[: columns * rows]
+    width, height = min(_SIDE, image.cell_width), min(_SIDE, image.cell_height)
+    yield image.width - width // 2 - 1, image.height - height // 2 - 1, width, height
+    busiest = int(np.argmax(lengths))
+    if image.cell_width * image.cell_height <= _MAX_DECODED // 4:
+        x, y = busiest % columns * image.cell_width, busiest // columns * image.cell_height
+        yield max(0, x - width // 2), max(0, y - height // 2), width, height
     most = _RICHEST // share
     richest = np.argpartition(-lengths, most - 1)[:most] if len(lengths) > most else np.arange(len(lengths))
+    corners = [0, columns * rows - 1, columns - 1, columns * (rows - 1)][: _CORNERS // share]
     spread = [columns * rows * (2 * i + 1) // (2 * _SPREAD) for i in range(_SPREAD // share)]
-    width, height = image.cell_width, image.cell_height
-    busiest = int(np.argmax(lengths))
-    x, y = busiest % columns * width, busiest // columns * height
-    small = min(256, width), min(256, height)
-    yield max(0, x - small[0] // 2), max(0, y - small[1] // 2), *small  # on up to four tiles
-    yield image.width - small[0] // 2 - 1, image.height - small[1] // 2 - 1, *small  # beyond the border
-    for index in dict.fromkeys([*map(int, np.sort(richest)), *corners, *spread]):
-        yield index % columns * width, index // columns * height, width, height
+    for index in dict.fromkeys([busiest, *map(int, np.sort(richest)), *corners, *spread]):
+        yield index % columns * image.cell_width, index // columns * image.cell_height, width, height

@@ -130,6 +130,12 @@ class TiffImage:
         left = self.height - segment_row * self.segment_height
         return self.segment_height if self.tiled else min(self.segment_height, left)
 
+    def cells_of(self, x: int, y: int, width: int, height: int) -> int:
+        """Number of cells that a region lies on."""
+        columns = range(max(0, x) // self.cell_width, -(-min(self.width, x + width) // self.cell_width))
+        rows = range(max(0, y) // self.cell_height, -(-min(self.height, y + height) // self.cell_height))
+        return len(columns) * len(rows)
+
     def describe(self) -> str:
         """A phrase for log lines."""
         tiles, strips = f"{self.cell_width} x {self.cell_height} tiles", f"strips of {self.segment_height} rows"
