@@ -25,7 +25,7 @@ def batch_size(value: str) -> int | Literal["auto"]:
 
 Slides = Annotated[list[Path], typer.Argument(help="Slide files, or folders of slides.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
-Weights = Annotated[str, typer.Option(help="Hub id, directory, or random:SEED (for trying out).")]
+Weights = Annotated[str, typer.Option(help="Hub id, directory, or random:SEED (random weights, for tests).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16.")]
 Resize = Annotated[int, typer.Option(help="Shorter side of a patch before the centre crop, in pixels.")]
@@ -44,9 +44,9 @@ Workers = Annotated[int | None, typer.Option("--num-workers", min=0, help="Readi
 PatchSize = Annotated[int, typer.Option(help="Side of a patch, in pixels at 0.5 um per pixel.")]
 StepSize = Annotated[int | None, typer.Option(help="Distance between patches; default: the patch size.")]
 PatchLevel = Annotated[
-    int, typer.Option(help="Pyramid level the grid is laid for; the original's option, 0 for nearly everyone.")
+    int, typer.Option(help="Pyramid level that the grid is computed for; an option of the original, rarely needed.")
 ]
-Otsu = Annotated[bool, typer.Option("--otsu", help="Otsu's threshold in place of a fixed one.")]
+Otsu = Annotated[bool, typer.Option("--otsu", help="Use Otsu's threshold instead of a fixed one.")]
 SegDownsample = Annotated[
     float, typer.Option(help="Shrink the image that is segmented: for flat (single-level) slides, 4 to 16.")
 ]
@@ -56,14 +56,14 @@ StrictScale = Annotated[
 MaxMemory = Annotated[
     str | None,
     typer.Option(
-        help="What the slide encoder may use on its device, as 12GB or 800MB; a slide that needs more is refused "
+        help="Memory that the slide encoder may use on its device, such as 12GB; a slide that needs more is refused "
         "beforehand. Default: what is free on a GPU, no limit on a CPU."
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo finished work.")]
-Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: everything.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Compute finished results again.")]
+Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More output; repeat for debug output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
-Labels = Annotated[list[str] | None, typer.Option("--label", help="Column to probe; may be given again.")]
+Labels = Annotated[list[str] | None, typer.Option("--label", help="Column to probe; may be repeated.")]
 
 
 def patching(

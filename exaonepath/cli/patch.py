@@ -23,7 +23,7 @@ def patch(
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
 ) -> None:
-    """Find tissue and lay the patch grid: <out>/patches/<id>.h5 and <out>/masks/<id>.jpg."""
+    """Find tissue and compute the patch grid: <out>/patches/<id>.h5 and <out>/masks/<id>.jpg."""
     from exaonepath.slides.encode import find_slides
     from exaonepath.slides.patches.pipeline import patchfy
 
