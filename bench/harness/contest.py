@@ -98,6 +98,7 @@ def hold(
     session.skip_if_done(
         "attention", direction=direction, **{k: known[k] for k in ("device", "dtype", "n", "fragments", "spread")}
     )
+    session.need_time()
     inputs = Inputs(problem, 2 if problem.n > 200_000 else 3, backward)
     exact = {
         rotated: exact_sample(

@@ -147,6 +147,7 @@ def hold(
     known = problem.describe()
     columns = {name: known[name] for name in ("device", "dtype", "n", "fragments", "spread")}
     session.skip_if_done("encoder", direction=direction, checkpointing=checkpointing, **columns)
+    session.need_time()
     slide = Slide(problem, training, checkpointing=checkpointing)
     limit = CARD_GB if problem.device == "cuda" else None
     why_not = "left out by EXAONEPATH_BENCH_WITHOUT" if "dense_mask" in session.without else _too_large(problem)
