@@ -16,8 +16,6 @@
 
 namespace exaonepath {
 
-constexpr std::int64_t kAttentionDims = 16;  // dim must be a multiple of it: the widest vector
-
 // A float32 tensor [tokens, heads, dim] whose last dimension is contiguous; strides in elements.
 template <typename T>
 struct Tokens {
@@ -32,7 +30,8 @@ struct Attention {
   const float *q_cos, *q_sin;  // [tokens of q, dim / 2]; both null: queries are not rotated
   const float *k_cos, *k_sin;  // [tokens of k, dim / 2]; both null: keys are not rotated (or are already)
   const std::int64_t* pieces;  // [count, 4]: first query, queries, first key, keys; queries of one piece only once
-  std::int64_t count, heads, dim;
+  std::int64_t count, heads;
+  std::int64_t dim;  // a multiple of 16
   double scale;
 };
 

@@ -3,8 +3,6 @@
 
 #include <cstdint>
 
-#include "attention.h"
-
 namespace exaonepath {
 
 // Some rows of a float32 matrix [rows, dim]; elements of a row are contiguous.
@@ -23,23 +21,27 @@ struct AttentionHead {
   float scale;
 };
 
+constexpr std::int64_t kAttentionDims = 16;  // the head dimension must be a multiple of it: the widest vector
 // Queries that are computed together are a multiple of this number, except for the last ones.
 constexpr std::int64_t kAttentionRows = 12;
 
+// The functions here are static: the linker keeps one copy of an inline function, and must not find one that only a
+// newer CPU can run.
+
 // Queries that are computed together: with their scores they should stay in the second-level cache.
-inline std::int64_t attention_block(std::int64_t keys) {
+static inline std::int64_t attention_block(std::int64_t keys) {
   const std::int64_t fitting = (std::int64_t{1} << 15) / (keys + 1) / kAttentionRows * kAttentionRows;
   return fitting < kAttentionRows ? kAttentionRows : fitting > 96 ? 96 : fitting;
 }
 
 // Keys are padded to whole pairs of vectors.
-inline std::int64_t attention_padded(std::int64_t keys) { return (keys + 31) / 32 * 32; }
+static inline std::int64_t attention_padded(std::int64_t keys) { return (keys + 31) / 32 * 32; }
 
 // Floats of workspace, 64-byte aligned, for a segment of `keys`.
-inline std::int64_t attention_workspace(std::int64_t keys, std::int64_t dim) {
+static inline std::int64_t attention_workspace(std::int64_t keys, std::int64_t dim) {
   return attention_padded(keys) * 2 * dim + attention_block(keys) * (attention_padded(keys) + dim) + 32 * dim;
 }
-inline std::int64_t attention_backward_workspace(std::int64_t keys, std::int64_t dim) {
+static inline std::int64_t attention_backward_workspace(std::int64_t keys, std::int64_t dim) {
   return attention_padded(keys) * 5 * dim + attention_block(keys) * (2 * attention_padded(keys) + 3 * dim) + 32 * dim;
 }
 
