@@ -126,13 +126,37 @@ class Segments:
         return torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
 
     @cached_property
+    def pieces(self) -> Tensor:
+        """int64 [S, 4] on the CPU: first query, queries, first key, keys of each segment. Computed once."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int64)
+        first = lengths.cumsum(0) - lengths
+        return torch.stack([first, lengths, first, lengths], 1)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest segment, 0 without any."""
+        return max(self.lengths, default=0)
+
+    @property
     def equal_length_members(self) -> list[list[int]]:
         """Every segment's number once, see `equal_length_batches`. Computed once, used by every layer."""
+        # A graph computes it itself: it cannot contain the lock of a cached property.
+        return equal_length_batches(self.lengths) if torch.compiler.is_compiling() else self._members
+
+    @property
+    def equal_length_groups(self) -> list[tuple[slice | Tensor, int, int]]:
+        """The same batches as (rows, count, length): a slice for one segment, an index [count * length] for several."""
+        return self._group() if torch.compiler.is_compiling() else self._groups
+
+    @cached_property
+    def _members(self) -> list[list[int]]:
         return equal_length_batches(self.lengths)
 
     @cached_property
-    def equal_length_groups(self) -> list[tuple[slice | Tensor, int, int]]:
-        """The same batches as (rows, count, length): a slice for one segment, an index [count * length] for several."""
+    def _groups(self) -> list[tuple[slice | Tensor, int, int]]:
+        return self._group()
+
+    def _group(self) -> list[tuple[slice | Tensor, int, int]]:
         starts = [0, *accumulate(self.lengths)]
         return [
             (
