@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from harness import machine
-from PIL import Image
 
 from exaonepath.encoders.loading import load_patch_encoder
 from exaonepath.slides.features.encoding import BatchEncoder
@@ -45,12 +44,9 @@ class SleepingSlide:
     def tile_cache(self, size: int) -> Iterator[None]:
         yield
 
-    def read_image(self, corner: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+    def read_rgb(self, corner: tuple[int, int], level: int, size: tuple[int, int]) -> tuple[np.ndarray, float]:
         time.sleep(self._seconds)
-        return Image.new("RGB", size)
-
-    def missing_share(self, image: Image.Image, corner: tuple[int, int]) -> float:
-        return 0.0
+        return np.zeros((size[1], size[0], 3), np.uint8), 0.0
 
     def check_unchanged(self) -> None:
         pass

@@ -22,13 +22,14 @@ _PACKAGES = (
     "h5py",
     "openslide-python",
     "openslide-bin",
+    "imagecodecs",
     "opencv-python-headless",
     "pillow",
     "transformers",
     "huggingface_hub",
     "safetensors",
 )
-_EXTRAS = {"viz": ("matplotlib",), "synthetic": ("tifffile", "imagecodecs")}
+_EXTRAS = {"viz": ("matplotlib",), "synthetic": ("tifffile",)}
 
 
 @dataclass(frozen=True)

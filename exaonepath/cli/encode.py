@@ -22,6 +22,7 @@ def encode(
     otsu: options.Otsu = False,
     seg_downsample: options.SegDownsample = 1.0,
     strict_scale: options.StrictScale = False,
+    reader: options.Reader = "auto",
     resize: options.Resize = 256,
     batch_size: options.BatchSize = "32",
     num_workers: options.Workers = None,
@@ -73,6 +74,7 @@ def encode(
                 dtype=dtype,
                 compile=compile,
                 max_memory=limit,
+                reader=reader,
                 overwrite=overwrite,
                 progress=progress,
             )

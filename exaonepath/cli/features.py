@@ -19,6 +19,7 @@ def features(
     weights: options.Weights = options.DEFAULT_WEIGHTS,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    reader: options.Reader = "auto",
     resize: options.Resize = 256,
     batch_size: options.BatchSize = "32",
     num_workers: options.Workers = None,
@@ -41,6 +42,7 @@ def features(
         compile=compile,
         overwrite=overwrite,
         quiet=quiet,
+        reader=reader,
     )
     if status:
         raise typer.Exit(status)
@@ -60,6 +62,7 @@ def run_features(
     overwrite: bool,
     quiet: bool,
     compile: bool = False,
+    reader: str = "auto",
 ) -> int:
     """Run the features stage of one slide as a command; results are written to stdout, notes to stderr.
 
@@ -78,7 +81,7 @@ def run_features(
     preprocessing = PreprocessingConfig(resize=resize)
     target = resolve_device(device)
     compute = resolve_dtype(dtype, target)
-    with SlideImage(slide) as opened:  # opened first: a wrong path must fail before the weights are loaded
+    with SlideImage(slide, reader) as opened:  # opened first: a wrong path must fail before the weights are loaded
         encoder = loading.load_patch_encoder(weights, device=target)
         note_random(encoder.is_random, weights, quiet)
         with progress_bar(f"{opened.name}: features", disable=quiet) as progress:

@@ -53,6 +53,14 @@ SegDownsample = Annotated[
 StrictScale = Annotated[
     bool, typer.Option("--strict-scale", help="An assumed or implausible pixel size is an error, not a warning.")
 ]
+Reader = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="How slide files are read: auto, openslide, tiff, image, or a plug-in's name. auto: OpenSlide, a faster "
+        "reader where it gives the same bytes, and others for what OpenSlide does not read.",
+    ),
+]
 MaxMemory = Annotated[
     str | None,
     typer.Option(

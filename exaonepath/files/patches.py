@@ -54,6 +54,7 @@ class Slide(Protocol):
     path: Path
     mpp: float
     mpp_source: str
+    reader: str
     level_dimensions: tuple[tuple[int, int], ...]
     level_downsamples: tuple[tuple[float, float], ...]
 
@@ -112,6 +113,7 @@ def write_patches(
             **({"missing_share": float(missing)} if missing else {}),
             "mpp": slide.mpp,
             "mpp_source": slide.mpp_source,
+            "reader": slide.reader,
             "exaonepath_version": __version__,
             "complete": True,
         }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from exaonepath.errors import SlideOpenError
+
 _HEADER_BYTES = 1 << 20
 _PREAMBLE, _MAGIC = 128, b"DICM"
 _META_BYTES = 1024  # the file meta information begins with the class of the stored object
@@ -49,6 +51,24 @@ def series_identity(path: Path) -> str | None:
     length = int.from_bytes(head[at + 6 : at + 8], "little")
     value = head[at + 8 : at + 8 + length].rstrip(b"\0 ").decode("ascii", "replace")
     return value or None
+
+
+def dicom_slide_in(folder: Path) -> Path | None:
+    """The largest file of the one slide whose DICOM files a folder holds; None for other folders, and for files.
+
+    Raises:
+        SlideOpenError: the folder holds several slides.
+    """
+    if not folder.is_dir():
+        return None
+    series: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        uid = series_identity(file) if is_dicom(file, whole_slide=True) else None
+        if uid is not None:
+            series.setdefault(uid, []).append(file)
+    if len(series) > 1:
+        raise SlideOpenError(f"{folder} holds {len(series)} DICOM slides; name a file of one, or encode the folder")
+    return next((max(files, key=lambda file: file.stat().st_size) for files in series.values()), None)
 
 
 def lacks_full_resolution(properties: Mapping[str, str]) -> bool:

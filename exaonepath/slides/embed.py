@@ -127,6 +127,6 @@ def embed_features_file(
         "n_failed": len(features.failures),
         "exaonepath_version": __version__,
     }
-    attrs |= {name: features.attrs[name] for name in _SLIDE if name in features.attrs}
+    attrs |= {name: features.attrs[name] for name in (*_SLIDE, "reader") if name in features.attrs}
     write_embedding(out, embedding, attrs)
     return out, False

@@ -35,11 +35,25 @@ T = TypeVar("T")
 _FIELDS = [f.name for kind in (PatchSettings, SegmentationSettings) for f in fields(kind) if f.name != "segmentation"]
 
 SLIDE_SUFFIXES = frozenset(
-    {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi"}
+    {
+        ".svs",
+        ".tif",
+        ".tiff",
+        ".btf",
+        ".tf2",
+        ".tf8",
+        ".ndpi",
+        ".mrxs",
+        ".scn",
+        ".bif",
+        ".vms",
+        ".vmu",
+        ".svslide",
+        ".dcm",
+        ".czi",
+    }
 )
-_OTHER_FORMATS = frozenset(
-    {".qptiff", ".vsi", ".isyntax", ".btf", ".tf2", ".tf8", ".lif", ".zvi", ".afi", ".ndpis", ".jp2"}
-)
+_OTHER_FORMATS = frozenset({".qptiff", ".vsi", ".isyntax", ".lif", ".nd2", ".oir", ".zvi", ".afi", ".ndpis", ".jp2"})
 _UNFINISHED = frozenset({".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".download", ".aria2"})
 _PACKED = frozenset({".gz", ".bz2", ".xz", ".zst", ".zip"})
 _MAX_ENTRIES = 20_000  # entries of a folder tree that are searched at most
@@ -98,6 +112,7 @@ def encode_slide(
     dtype: str | torch.dtype = "auto",
     compile: bool = False,
     max_memory: int | str | None = None,
+    reader: str = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> EncodeResult:
@@ -115,6 +130,7 @@ def encode_slide(
         dtype: of both encoders; "auto": bfloat16 on CUDA, float32 elsewhere.
         compile: run the patch encoder through `torch.compile` (once per loaded encoder).
         max_memory: memory that the slide encoder may use on its device (see `embed_slide`); None: the free memory.
+        reader: how the slide file is read (see `SlideImage`); an open slide keeps its reader.
         overwrite: compute every stage again.
         progress: called with (patches done, total patches) during feature extraction.
 
@@ -129,7 +145,7 @@ def encode_slide(
         patch_encoder = load_patch_encoder(patch_encoder, device="auto")
     if isinstance(slide_encoder, str):
         slide_encoder = load_slide_encoder(slide_encoder, device="auto")
-    with opened(slide) as image:
+    with opened(slide, reader) as image:
         paths = output_paths(out, image.name)
         patchfy(image, out, **arguments, overwrite=overwrite)
         extraction = extract_features(

@@ -9,14 +9,27 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from exaonepath.slides.tiff import BITS, COMPRESSION, TILE_WIDTH, WIDTH, read_tiff
+from exaonepath.slides.tiff import BITS, COMPRESSION, SAMPLES, TILE_WIDTH, WIDTH, read_tiff
 
-_CONVERT = "convert it, for example: vips tiffsave INPUT OUTPUT.tif --tile --pyramid --compression jpeg"
+CONVERT = "convert it, for example: vips tiffsave INPUT OUTPUT.tif --tile --pyramid --compression jpeg"
 _COMPRESSIONS = {34712: "JPEG 2000", 33003: "JPEG 2000", 33005: "JPEG 2000", 50001: "WebP", 50000: "Zstandard"}
+
+_OWN_LIBRARY = {
+    ".czi": "a Zeiss CZI file",
+    ".isyntax": "a Philips iSyntax file",
+    ".lif": "a Leica LIF file",
+    ".nd2": "a Nikon ND2 file",
+    ".oib": "an Olympus OIB file",
+    ".oir": "an Olympus OIR file",
+    ".vsi": "an Olympus VSI file",
+    ".ets": "an Olympus ETS file",
+    ".zvi": "a Zeiss ZVI file",
+    ".jp2": "a JPEG 2000 file",
+}
 
 
 def why_not_a_slide(path: Path) -> str:
-    """A phrase for a file that OpenSlide rejects."""
+    """A phrase for a file that OpenSlide rejects, and that no other reader was found for."""
     tiff = read_tiff(path, check_data=True)
     if tiff is not None:
         if not tiff.directories and tiff.truncated:
@@ -24,21 +37,27 @@ def why_not_a_slide(path: Path) -> str:
         tags = tiff.directories[0] if tiff.directories else {}
         compression = _COMPRESSIONS.get(tags.get(COMPRESSION, (0,))[0])
         if compression is not None:
-            return f"is a TIFF whose pixels are compressed as {compression}, which OpenSlide does not read; {_CONVERT}"
+            return f"is a TIFF whose pixels are compressed as {compression}, which OpenSlide does not read; {CONVERT}"
         if WIDTH in tags and TILE_WIDTH not in tags:
-            return f"is a TIFF in strips, not in tiles, which OpenSlide does not read; {_CONVERT}"
+            return f"is a TIFF in strips, not in tiles, which OpenSlide does not read; {CONVERT}"
         if tiff.truncated:
             return f"is truncated: {tiff.truncated}; copy it again"
         if tiff.order == ">" and not tiff.big:
-            return f"is a TIFF in big-endian byte order, which OpenSlide reads as BigTIFF only; {_CONVERT}"
-        return f"is a TIFF of a kind that OpenSlide does not read; {_CONVERT}"
+            return f"is a TIFF in big-endian byte order, which OpenSlide reads as BigTIFF only; {CONVERT}"
+        return f"is a TIFF of a kind that OpenSlide does not read; {CONVERT}"
     kind = _plain_image(path)
     if kind is not None:
-        return f"is a plain {kind} image, without tiles or a pixel size; {_CONVERT}"
+        return f"is a plain {kind} image, which is not read; {CONVERT}"
     with suppress(OSError):
         if path.is_file() and path.stat().st_size == 0:
             return "is empty; copy it again"
     return "is not a slide in a format that OpenSlide reads"
+
+
+def needs_a_library(path: Path) -> str | None:
+    """A phrase for a file of a known format (by its name) that only a library of its own reads; None for others."""
+    kind = _OWN_LIBRARY.get(path.suffix.lower())
+    return None if kind is None else f"seems to be {kind}, which needs a reader of its own"
 
 
 def why_not_readable(path: Path) -> str | None:
@@ -62,9 +81,12 @@ def wrong_pixels(path: Path, properties: Mapping[str, str]) -> str | None:
     # NDPI files have an offset format of their own, and hold only JPEG of 8 bits.
     if properties.get("openslide.vendor") == "hamamatsu":
         return None
-    tiff = read_tiff(path)
+    tiff = read_tiff(path, tags={BITS, TILE_WIDTH, SAMPLES})
     # Levels are tiled. Labels and overviews are not read here, and most of them are not tiled.
-    bits = [max(tags.get(BITS, (8,))) for tags in (tiff.directories if tiff else []) if TILE_WIDTH in tags]
+    levels = [image for image in (tiff.images if tiff else []) if TILE_WIDTH in image]
+    if any(image.number(SAMPLES, 1) == 2 for image in levels):
+        return "has tiles of grey and alpha, which OpenSlide shifts at the right border"
+    bits = [max(image.numbers(BITS) or (8,)) for image in levels]
     if bits and max(bits) > 8:
         return (
             f"has {max(bits)} bits a channel, of which often only 10 or 12 are used: read as 8 bits it would be dark; "

@@ -1,37 +1,28 @@
-"""A slide file opened through OpenSlide, with the properties that the rest of the package needs.
-
-An OpenSlide handle keeps its first error: every later call on the handle fails too. `SlideImage.read_region` therefore
-retires a failed handle and tries once more on a new one before the error is raised. The second try uses a handle of its
-own: on a shared handle, a bad region read by one thread would make a good region of another thread fail.
-"""
+"""A slide file that is open for reading, with the properties that the rest of the package needs."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
-import openslide
 from PIL import Image
 
-from exaonepath.errors import SettingsError, SlideChangedError, SlideOpenError, SlideReadError
+from exaonepath.errors import SettingsError, SlideChangedError, SlideOpenError
 from exaonepath.slides.companions import companion_files
-from exaonepath.slides.dicom import lacks_full_resolution
-from exaonepath.slides.formats import why_not_a_slide, why_not_readable, wrong_pixels
+from exaonepath.slides.dicom import dicom_slide_in, lacks_full_resolution
+from exaonepath.slides.readers.base import leaves_out_background as leaves_out_background
+from exaonepath.slides.readers.choose import open_reader
 from exaonepath.slides.scale import doubts, pixel_size
 
 logger = logging.getLogger(__name__)
 
-# OpenSlide's names of the formats whose scanners do not store tiles without tissue (Leica .scn, Zeiss .czi, ...).
-_SPARSE_FORMATS = {"mirax", "dicom", "philips", "ventana", "leica", "zeiss"}
 _BLOCK = 1024  # side of the blocks that a thumbnail is read in, in pixels
-_DEFAULT_CACHE = 32 << 20  # OpenSlide's own default, in bytes
 _SAMPLE_BLOCKS, _SAMPLE_BYTES = 64, 1 << 16
 _COMPANION_SAMPLE_BYTES = 1 << 14
 
@@ -49,36 +40,32 @@ class SlideImage:
         scalar_downsamples: OpenSlide's own factor of each level, by which OpenSlide divides the locations of a read.
         mpp: micrometres per pixel at level 0.
         mpp_source: the property that `mpp` was read from, or "assumed".
+        reader: name of the reader in use: "openslide", "tiff", "image", or that of a plug-in.
         scale_doubts: the reasons to doubt `mpp`, a phrase each; each was logged as a warning.
+
+    Args:
+        path: the slide file; or a folder that holds the DICOM files of one slide.
+        reader: "auto": whatever reads the file best (see docs/slides.md); or the reader to use.
 
     Raises:
         SlideOpenError: the file is missing, unreadable, truncated, has no level, or is not a slide.
+        MemoryLimitError: the file has to be decoded whole (a plain image), and does not fit into the memory.
+        SettingsError: there is no such reader.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], reader: str = "auto") -> None:
+        self.path = dicom_slide_in(Path(path)) or Path(path)
+        self._wanted_reader = reader
         self.name = slide_id(self.path)
-        self._lock = threading.Lock()
-        self._closed = False
-        self._cache: openslide.OpenSlideCache | None = None
         self._companions = companion_files(self.path)
         self._identity = self._current_identity()
-        self._slide: openslide.OpenSlide | None = _open(self.path)
-        # Number of readers of each handle, by id. A retired handle is closed when its last reader has finished.
-        self._readers: dict[int, int] = {}
-        properties = self._slide.properties
-        self.properties: dict[str, str] = dict(properties)
-        self.level_dimensions: tuple[tuple[int, int], ...] = tuple(self._slide.level_dimensions)
-        if not self.level_dimensions or min(self.level_dimensions[0]) <= 0:
-            self.close()
-            raise SlideOpenError(f"{self.path} has no image level; it cannot be used as a slide")
+        self._reader = open_reader(self.path, self.check_unchanged, reader)
+        self.reader = self._reader.name
+        self.properties = self._reader.properties
+        self.level_dimensions = self._reader.level_dimensions
         w0, h0 = self.level_dimensions[0]
         self.level_downsamples = tuple((w0 / w, h0 / h) for w, h in self.level_dimensions)
-        self.scalar_downsamples: tuple[float, ...] = tuple(self._slide.level_downsamples)
-        wrong = wrong_pixels(self.path, self.properties)
-        if wrong is not None:
-            self.close()
-            raise SlideOpenError(f"{self.path} {wrong}")
+        self.scalar_downsamples = self._reader.scalar_downsamples
         self.mpp, self.mpp_source = pixel_size(self.properties)
         self.scale_doubts = tuple(doubts(self.properties, self.mpp, self.mpp_source))
         for doubt in self.scale_doubts:
@@ -99,29 +86,20 @@ class SlideImage:
 
     def get_best_level_for_downsample(self, downsample: float) -> int:
         """The level that OpenSlide chooses for a downsample factor."""
-        with self._reading() as handle:
-            return int(handle.get_best_level_for_downsample(downsample))
+        return self._reader.best_level(downsample)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of decoded tiles that are kept at most."""
+        return self._reader.cache_bytes
 
     def set_cache_bytes(self, capacity: int) -> None:
-        """Keep up to `capacity` bytes of decoded tiles (OpenSlide's default: 32 MiB), in new handles too."""
-        cache = openslide.OpenSlideCache(capacity)
-        with self._reading() as handle:
-            handle.set_cache(cache)
-        self._cache = cache
+        """Keep up to `capacity` bytes of decoded tiles (default: 32 MiB)."""
+        self._reader.set_cache_bytes(capacity)
 
-    @contextmanager
-    def tile_cache(self, capacity: int) -> Iterator[None]:
+    def tile_cache(self, capacity: int) -> AbstractContextManager[None]:
         """Apply `set_cache_bytes` for the duration of a `with` block; the previous cache is restored afterwards."""
-        before = self._cache
-        self.set_cache_bytes(capacity)
-        try:
-            yield
-        finally:
-            self._cache = before or openslide.OpenSlideCache(_DEFAULT_CACHE)
-            # `_reading` is not used: it would open a file again that may just have failed.
-            with self._lock:
-                if self._slide is not None:
-                    self._slide.set_cache(self._cache)
+        return self._reader.tile_cache(capacity)
 
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> np.ndarray:
         """Pixels of one region as RGBA.
@@ -152,25 +130,30 @@ class SlideImage:
 
     def read_image(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
         """`read_region` as a Pillow image (RGBA); saves two copies of the pixels if the caller works with Pillow."""
-        with self._reading() as handle:
-            try:
-                return handle.read_region(location, level, size)
-            except openslide.OpenSlideError as exc:
-                self._retire(handle)
-                first = exc
-        logger.warning(
-            "%s: reading %s at level %d failed (%s); trying a fresh handle", self.path, location, level, first
-        )
-        fresh = self._open_fresh()
-        try:
-            image = fresh.read_region(location, level, size)
-        except openslide.OpenSlideError as exc:
-            fresh.close()
-            raise SlideReadError(
-                f"{self.path}: cannot read the {size[0]} x {size[1]} region at {tuple(location)}, level {level}: {exc}"
-            ) from exc
-        self._adopt(fresh)
-        return image
+        return self._reader.read_image(location, level, size)
+
+    def read_rgb(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> tuple[np.ndarray, float]:
+        """Pixels of one region as RGB, by the fastest way, and how much of it has no data.
+
+        Args:
+            location, level, size: as for `read_region`.
+
+        Returns:
+            uint8 [height, width, 3], byte for byte the first three channels of `read_region`; and the fraction of the
+            pixels inside the slide that have no data (they are black).
+
+        Raises:
+            SlideReadError: the region cannot be read.
+        """
+        return self._reader.read_rgb(location, level, size)
+
+    def encoded_tile(self, level: int, column: int, row: int) -> bytes | None:
+        """The stored bytes of a tile, empty if it has no data; None if the reader does not give access to them.
+
+        Raises:
+            SlideReadError: the level has no such tile, or its bytes cannot be read.
+        """
+        return self._reader.encoded_tile(level, column, row)
 
     def missing_share(self, image: Image.Image, location: tuple[int, int]) -> float:
         """Fraction of the pixels of a level-0 region inside the slide that have no data; they are read as black.
@@ -181,15 +164,7 @@ class SlideImage:
             image: the image that `read_image` returned, RGBA.
             location: (x, y) of its top left corner.
         """
-        if leaves_out_background(self.properties):
-            return 0.0
-        alpha = np.asarray(image.getchannel("A"))
-        if not alpha.size or alpha.min() > 0:
-            return 0.0
-        (x, y), (width, height) = location, self.dimensions
-        left, top = max(0, -x), max(0, -y)
-        inside = alpha[top : max(top, height - y), left : max(left, width - x)]
-        return float(np.count_nonzero(inside == 0)) / inside.size if inside.size else 0.0
+        return self._reader.missing_share(image, location)
 
     def thumbnail(self, longest_side: int) -> np.ndarray:
         """The whole slide as RGB uint8 [h, w, 3], at most `longest_side` pixels long; transparent pixels become white.
@@ -285,68 +260,11 @@ class SlideImage:
 
     def __reduce__(self) -> tuple[object, ...]:
         # Only the path is sent to another process or a copy: handles and locks belong to one process.
-        return _reopened, (self.path, self._identity)
+        return _reopened, (self.path, self._wanted_reader, self._identity)
 
     def close(self) -> None:
         """Close the file as soon as no other thread reads it. A later read raises `SlideReadError`."""
-        with self._lock:
-            self._closed = True
-            handle = self._slide
-        if handle is not None:
-            self._retire(handle)
-
-    @contextmanager
-    def _reading(self) -> Iterator[openslide.OpenSlide]:
-        """The shared handle, which stays open at least until the block ends."""
-        with self._lock:
-            if self._slide is None:
-                self._slide = self._open_fresh()
-            handle = self._slide
-            self._readers[id(handle)] = self._readers.get(id(handle), 0) + 1
-        try:
-            yield handle
-        finally:
-            with self._lock:
-                left = self._readers[id(handle)] - 1
-                if left:
-                    self._readers[id(handle)] = left
-                else:
-                    del self._readers[id(handle)]
-                unused = not left and handle is not self._slide
-            if unused:
-                handle.close()
-
-    def _open_fresh(self) -> openslide.OpenSlide:
-        if self._closed:
-            raise SlideReadError(f"{self.path} was closed")
-        handle = _open(self.path)
-        try:
-            self.check_unchanged()
-        except SlideChangedError:
-            handle.close()
-            raise
-        if self._cache is not None:
-            handle.set_cache(self._cache)
-        return handle
-
-    def _retire(self, handle: openslide.OpenSlide) -> None:
-        """Stop sharing `handle`; close it now if it has no reader."""
-        with self._lock:
-            shared = self._slide is handle
-            if shared:
-                self._slide = None
-            unused = shared and id(handle) not in self._readers
-        if unused:
-            handle.close()
-
-    def _adopt(self, handle: openslide.OpenSlide) -> None:
-        """Share `handle` from now on, or close it if another shared handle has been opened in the meantime."""
-        with self._lock:
-            needed = self._slide is None and not self._closed
-            if needed:
-                self._slide = handle
-        if not needed:
-            handle.close()
+        self._reader.close()
 
     def __enter__(self) -> SlideImage:
         return self
@@ -360,14 +278,14 @@ class SlideImage:
 
 
 @contextmanager
-def opened(slide: str | os.PathLike[str] | SlideImage) -> Iterator[SlideImage]:
+def opened(slide: str | os.PathLike[str] | SlideImage, reader: str = "auto") -> Iterator[SlideImage]:
     """The slide itself if it is open already (it stays open), otherwise the file, opened for the `with` block."""
     if isinstance(slide, SlideImage):
         yield slide
         return
     if not isinstance(slide, str | os.PathLike):
         raise SettingsError(f"a slide is given by its path or as a SlideImage, not as {type(slide).__name__}")
-    with SlideImage(slide) as image:
+    with SlideImage(slide, reader) as image:
         yield image
 
 
@@ -377,29 +295,6 @@ def slide_id(path: Path) -> str:
     DICOM files are often named by a UID (1.2.840.1, 1.2.840.2), and many of them share a stem.
     """
     return path.name if path.suffix[1:].isdecimal() else path.stem
-
-
-def leaves_out_background(properties: Mapping[str, str]) -> bool:
-    """Whether tiles without data are normal in the slide's format; in all other formats they are a fault."""
-    return properties.get("openslide.vendor") in _SPARSE_FORMATS
-
-
-def _open(path: Path) -> openslide.OpenSlide:
-    reason = why_not_readable(path)
-    if reason is not None:
-        raise SlideOpenError(f"{path} {reason}")
-    if not path.exists():
-        raise SlideOpenError(f"{path}: no such file")
-    if not (path.is_file() or path.is_dir()):  # opening a pipe would block forever
-        raise SlideOpenError(f"{path} is neither a file nor a folder; it cannot be a slide")
-    try:
-        return openslide.OpenSlide(path)
-    except openslide.OpenSlideUnsupportedFormatError as exc:
-        raise SlideOpenError(f"{path} {why_not_a_slide(path)}") from exc
-    except (openslide.OpenSlideError, OSError) as exc:
-        if "Unsupported TIFF compression" in str(exc):
-            raise SlideOpenError(f"{path} {why_not_a_slide(path)}") from exc
-        raise SlideOpenError(f"{path} cannot be opened as a slide ({exc}); the file may be truncated") from exc
 
 
 def _on_white(pixels: np.ndarray) -> np.ndarray:
@@ -430,8 +325,8 @@ def _identity(path: Path) -> FileIdentity | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _reopened(path: Path, identity: tuple[FileIdentity | None, ...]) -> SlideImage:
-    slide = SlideImage(path)
+def _reopened(path: Path, reader: str, identity: tuple[FileIdentity | None, ...]) -> SlideImage:
+    slide = SlideImage(path, reader)
     slide._identity = identity
     slide.check_unchanged()
     return slide

@@ -1,24 +1,87 @@
-"""The directories of a TIFF file, classic or BigTIFF, in either byte order: the few tags that describe its content.
+"""The directories of a TIFF file, classic or BigTIFF, in either byte order: the tags that describe its images.
 
-The input can be any file; most are files that OpenSlide rejects. No exception is raised for any content, and the number
-of bytes read is bounded.
+The input can be any file. No exception is raised for any content, and the number of bytes read is bounded.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-WIDTH, BITS, COMPRESSION, TILE_WIDTH = 256, 258, 259, 322
-_DATA = ((273, 279), (324, 325))  # tags of the offsets and the lengths of strips and of tiles
-_SHORT_TAGS = {WIDTH, BITS, COMPRESSION, TILE_WIDTH}
-_TYPES = {3: "u2", 4: "u4", 16: "u8"}
-_MAX_DIRECTORIES, _MAX_ENTRIES, _MAX_VALUES = 256, 4096, 1 << 22
+SUBFILE_TYPE, WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC = 254, 256, 257, 258, 259, 262
+FILL_ORDER, DESCRIPTION, ORIENTATION, SAMPLES, ROWS_PER_STRIP = 266, 270, 274, 277, 278
+STRIP_OFFSETS, STRIP_LENGTHS, MIN_SAMPLE, MAX_SAMPLE, X_RESOLUTION, Y_RESOLUTION = 273, 279, 280, 281, 282, 283
+PLANAR, RESOLUTION_UNIT, PREDICTOR, COLOR_MAP, TILE_WIDTH, TILE_LENGTH = 284, 296, 317, 320, 322, 323
+TILE_OFFSETS, TILE_LENGTHS, SUB_DIRECTORIES, EXTRA_SAMPLES, SAMPLE_FORMAT, JPEG_TABLES = 324, 325, 330, 338, 339, 347
+
+_DATA = ((STRIP_OFFSETS, STRIP_LENGTHS), (TILE_OFFSETS, TILE_LENGTHS))
+_LONG_TAGS = {tag for pair in _DATA for tag in pair}
+_SUMMARY = frozenset({WIDTH, BITS, COMPRESSION, TILE_WIDTH})
+ALL_TAGS = frozenset(
+    {
+        SUBFILE_TYPE, WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER, DESCRIPTION, ORIENTATION, SAMPLES,
+        ROWS_PER_STRIP, MIN_SAMPLE, MAX_SAMPLE, X_RESOLUTION, Y_RESOLUTION, PLANAR, RESOLUTION_UNIT, PREDICTOR,
+        COLOR_MAP, TILE_WIDTH, TILE_LENGTH, SUB_DIRECTORIES, EXTRA_SAMPLES, SAMPLE_FORMAT, JPEG_TABLES, *_LONG_TAGS,
+    }
+)  # fmt: skip
+# Kinds of values. Bytes and texts stay bytes; a rational is two numbers.
+_NUMBERS = {1: "u1", 3: "u2", 4: "u4", 5: "u4", 11: "f4", 12: "f8", 13: "u4", 16: "u8", 18: "u8"}
+_BYTES, _RATIONAL = {2, 7}, 5
+_MAX_DIRECTORIES, _MAX_ENTRIES = 256, 4096
+_MAX_TILES, _MAX_NUMBERS, _MAX_TEXT = 1 << 22, 1 << 10, 1 << 24
+_MAX_BYTES = 1 << 28  # of all values of a file: a file can refer to the same bytes any number of times
+
+
+@dataclass(frozen=True)
+class Directory:
+    """One image of a TIFF file.
+
+    Attributes:
+        tags: numbers (as an array) or bytes by tag; of a tag that occurs twice, the last value.
+    """
+
+    tags: Mapping[int, np.ndarray | bytes]
+
+    def __contains__(self, tag: int) -> bool:
+        return tag in self.tags
+
+    def numbers(self, tag: int) -> tuple[int, ...]:
+        """The values of a tag as integers; empty if it is missing or holds something else."""
+        value = self.tags.get(tag)
+        if isinstance(value, np.ndarray) and value.dtype.kind == "u":
+            return tuple(value.tolist())
+        return tuple(value) if isinstance(value, bytes) and tag not in (DESCRIPTION, JPEG_TABLES) else ()
+
+    def number(self, tag: int, default: int) -> int:
+        """The first value of a tag; `default` if it is missing."""
+        return next(iter(self.numbers(tag)), default)
+
+    def array(self, tag: int) -> np.ndarray:
+        """The values of a tag as int64, which may be a long list."""
+        value = self.tags.get(tag)
+        return value.astype(np.int64) if isinstance(value, np.ndarray) else np.empty(0, np.int64)
+
+    def ratio(self, tag: int) -> float | None:
+        """The value of a tag with a fraction; None if it is missing or not positive."""
+        pair = self.numbers(tag)
+        return pair[0] / pair[1] if len(pair) == 2 and min(pair) > 0 else None
+
+    def bytes(self, tag: int) -> bytes:
+        """The bytes of a tag; empty if it is missing."""
+        value = self.tags.get(tag)
+        if isinstance(value, np.ndarray):
+            return value.tobytes() if value.dtype == np.uint8 else b""
+        return value or b""
+
+    def text(self, tag: int) -> str:
+        """The text of a tag, without what follows a NUL."""
+        return self.bytes(tag).partition(b"\0")[0].decode("utf-8", "replace")
 
 
 @dataclass(frozen=True)
@@ -26,33 +89,54 @@ class Tiff:
     """The directories of a TIFF file.
 
     Attributes:
-        directories: for each image, in file order, those of the four tags above that it has.
+        images: in file order.
         truncated: the reason why the file must be incomplete; None if no reason was found.
         order: byte order, "<" or ">".
         big: whether the file is a BigTIFF.
+        children: for each image, the images in its sub-directories.
     """
 
-    directories: list[dict[int, tuple[int, ...]]]
+    images: list[Directory]
     truncated: str | None
     order: str
     big: bool
+    children: list[list[Directory]] = field(default_factory=list)
+
+    @property
+    def directories(self) -> list[dict[int, tuple[int, ...]]]:
+        """For each image, those of width, bits, compression and tile width that it has."""
+        return [{tag: image.numbers(tag) for tag in image.tags if tag in _SUMMARY} for image in self.images]
 
 
-def read_tiff(path: Path, *, check_data: bool = False) -> Tiff | None:
+def read_tiff(path: Path, *, check_data: bool = False, tags: Collection[int] = _SUMMARY) -> Tiff | None:
     """The tags of a TIFF or BigTIFF; None for any other file, or for one that cannot be read.
 
     Args:
         path: any file.
         check_data: also read the location of the pixels, to find out whether the file is truncated.
+        tags: the tags to read; with `SUB_DIRECTORIES`, those directories are read too.
     """
+    wanted = frozenset(tags) | (_LONG_TAGS if check_data else set())
     try:
         with path.open("rb") as file:
-            return _parse(file, os.fstat(file.fileno()).st_size, check_data)
+            return _parse(file, os.fstat(file.fileno()).st_size, wanted)
     except OSError:
         return None
 
 
-def _parse(file: BinaryIO, size: int, check_data: bool) -> Tiff | None:
+class _Layout:
+    """Sizes and formats that depend on the kind of TIFF."""
+
+    def __init__(self, order: str, big: bool) -> None:
+        self.order, self.big, self.bytes_left = order, big, _MAX_BYTES
+        self.count, self.count_bytes, self.entry_bytes = ("Q", 8, 20) if big else ("H", 2, 12)
+        self.offset, self.offset_bytes, self.start = ("Q", 8, 8) if big else ("I", 4, 4)
+
+    def unpack(self, kind: str, data: bytes) -> int:
+        return int(struct.unpack(self.order + kind, data)[0])
+
+
+def _parse(file: BinaryIO, size: int, wanted: frozenset[int]) -> Tiff | None:
     head = file.read(16)
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
     if order is None or len(head) < 4:
@@ -60,54 +144,85 @@ def _parse(file: BinaryIO, size: int, check_data: bool) -> Tiff | None:
     version = struct.unpack(f"{order}H", head[2:4])[0]
     if version not in (42, 43):
         return None
-    big = version == 43
-    # Formats and sizes: offset of the header, number of entries, count of an entry, an offset.
-    count_format, n_bytes, entry_bytes = ("Q", 8, 20) if big else ("H", 2, 12)
-    offset_format, offset_bytes, at = ("Q", 8, 8) if big else ("I", 4, 4)
-    if len(head) < at + offset_bytes:
-        return Tiff([], f"it ends after {len(head)} bytes, inside its header", order, big)
-    offset = struct.unpack_from(order + offset_format, head, at)[0]
-    found: list[dict[int, tuple[int, ...]]] = []
+    layout = _Layout(order, version == 43)
+    if len(head) < layout.start + layout.offset_bytes:
+        return Tiff([], f"it ends after {len(head)} bytes, inside its header", order, layout.big)
+    offset = layout.unpack(layout.offset, head[layout.start : layout.start + layout.offset_bytes])
+    images: list[Directory] = []
+    children: list[list[Directory]] = []
     seen: set[int] = set()
     end = 0
-    while offset and offset not in seen and len(found) < _MAX_DIRECTORIES:
+    while offset and offset not in seen and len(seen) < _MAX_DIRECTORIES:
         seen.add(offset)
-        file.seek(min(offset, size))
-        raw = file.read(n_bytes)
-        entries = struct.unpack(order + count_format, raw)[0] if len(raw) == n_bytes else 0
-        if entries > _MAX_ENTRIES:  # not a directory but other bytes
+        found = _directory(file, size, layout, offset, wanted)
+        if found is None:
+            reason = f"its directory {len(images)} lies at byte {offset}, and the file ends at byte {size}"
+            return Tiff(images, reason, order, layout.big, children)
+        image, offset, reach = found
+        if image is None:  # not a directory but other bytes
             break
-        table = file.read(entries * entry_bytes + offset_bytes)
-        if len(raw) < n_bytes or len(table) < entries * entry_bytes + offset_bytes:
-            return Tiff(
-                found, f"its directory {len(found)} lies at byte {offset}, and the file ends at byte {size}", order, big
-            )
-        tags: dict[int, tuple[int, ...]] = {}
-        data: dict[int, np.ndarray] = {}
-        for index in range(entries):
-            entry = table[index * entry_bytes : (index + 1) * entry_bytes]
-            tag, kind, count = struct.unpack_from(order + "HH" + offset_format, entry)
-            wanted = tag in _SHORT_TAGS or (check_data and any(tag in pair for pair in _DATA))
-            if not wanted or kind not in _TYPES or not 0 < count <= (_MAX_VALUES if tag not in _SHORT_TAGS else 64):
+        end = max(end, reach)
+        below = []
+        for child in image.numbers(SUB_DIRECTORIES):
+            if child in seen or len(seen) >= _MAX_DIRECTORIES:
                 continue
-            dtype = np.dtype(order + _TYPES[kind])
-            values = entry[-offset_bytes:]
-            if count * dtype.itemsize > offset_bytes:
-                place = struct.unpack(order + offset_format, values)[0]
-                file.seek(min(place, size))
-                values = file.read(count * dtype.itemsize)
-                if len(values) < count * dtype.itemsize:
-                    end = max(end, place + count * dtype.itemsize)
-                    continue
-            numbers = np.frombuffer(values, dtype, count)
-            if tag in _SHORT_TAGS:
-                tags[tag] = tuple(numbers.tolist())
-            else:
-                data[tag] = numbers.astype(np.uint64)
-        for offsets, lengths in _DATA:
-            if offsets in data and lengths in data and len(data[offsets]) == len(data[lengths]):
-                end = max(end, int((data[offsets] + data[lengths]).max()))
-        found.append(tags)
-        offset = struct.unpack(order + offset_format, table[-offset_bytes:])[0]
-    reach = f"its pixels reach to byte {end}, and the file ends at byte {size}" if end > size else None
-    return Tiff(found, reach, order, big)
+            seen.add(child)
+            inner = _directory(file, size, layout, child, wanted)
+            if inner is not None and inner[0] is not None:
+                below.append(inner[0])
+                end = max(end, inner[2])
+        images.append(image)
+        children.append(below)
+    reach_text = f"its pixels reach to byte {end}, and the file ends at byte {size}" if end > size else None
+    return Tiff(images, reach_text, order, layout.big, children)
+
+
+def _directory(
+    file: BinaryIO, size: int, layout: _Layout, offset: int, wanted: frozenset[int]
+) -> tuple[Directory | None, int, int] | None:
+    """(directory, offset of the next one, end of its data); no directory for other bytes; None beyond the end."""
+    file.seek(min(offset, size))
+    raw = file.read(layout.count_bytes)
+    entries = layout.unpack(layout.count, raw) if len(raw) == layout.count_bytes else 0
+    if entries > _MAX_ENTRIES:
+        return None, 0, 0
+    table = file.read(entries * layout.entry_bytes + layout.offset_bytes)
+    if len(raw) < layout.count_bytes or len(table) < entries * layout.entry_bytes + layout.offset_bytes:
+        return None
+    tags: dict[int, np.ndarray | bytes] = {}
+    end = 0
+    for index in range(entries):
+        entry = table[index * layout.entry_bytes : (index + 1) * layout.entry_bytes]
+        tag, kind, count = struct.unpack_from(layout.order + "HH" + layout.offset, entry)
+        value, reach = _value(file, size, layout, entry, tag, kind, count) if tag in wanted else (None, 0)
+        end = max(end, reach)
+        if value is not None:
+            tags[tag] = value
+    for offsets_tag, lengths_tag in _DATA:
+        offsets, lengths = (tags.get(tag) for tag in (offsets_tag, lengths_tag))
+        if isinstance(offsets, np.ndarray) and isinstance(lengths, np.ndarray) and len(offsets) == len(lengths):
+            end = max(end, int((offsets.astype(np.uint64) + lengths.astype(np.uint64)).max(initial=0)))
+    return Directory(tags), layout.unpack(layout.offset, table[-layout.offset_bytes :]), end
+
+
+def _value(
+    file: BinaryIO, size: int, layout: _Layout, entry: bytes, tag: int, kind: int, count: int
+) -> tuple[np.ndarray | bytes | None, int]:
+    """(value of an entry, end of its bytes if they lie beyond the end of the file)."""
+    limit = _MAX_TILES if tag in _LONG_TAGS else _MAX_TEXT if kind in _BYTES or kind == 1 else _MAX_NUMBERS
+    if (kind not in _NUMBERS and kind not in _BYTES) or not 0 < count <= limit:
+        return None, 0
+    dtype = np.dtype(layout.order + _NUMBERS[kind]) if kind in _NUMBERS else np.dtype("u1")
+    numbers = count * (2 if kind == _RATIONAL else 1)
+    values = entry[-layout.offset_bytes :]
+    if numbers * dtype.itemsize > layout.offset_bytes:
+        layout.bytes_left -= numbers * dtype.itemsize
+        if layout.bytes_left < 0:
+            return None, 0
+        place = layout.unpack(layout.offset, values)
+        file.seek(min(place, size))
+        values = file.read(numbers * dtype.itemsize)
+        if len(values) < numbers * dtype.itemsize:
+            return None, place + numbers * dtype.itemsize
+    found = np.frombuffer(values, dtype, numbers)
+    return (found.tobytes() if kind in _BYTES else found.astype(dtype.newbyteorder("="))), 0

@@ -205,12 +205,31 @@ def test_a_full_disk_is_one_line_and_the_work_is_kept(slide, tmp_path):
     assert (tmp_path / "o" / "patches" / ".one_features.h5.part").stat().st_size > 0
 
 
+@pytest.mark.parametrize("reader", ["auto", "openslide", "tiff", "image", "nonsense"])
+def test_the_reader_is_chosen_stored_and_shown(run, slide, tmp_path, reader):
+    done = run("patch", slide, "--out", tmp_path, "--reader", reader, "-v")
+    if reader in ("image", "nonsense"):
+        assert done.exit_code == 1
+        assert ("no reader 'nonsense'" if reader == "nonsense" else "not a PNG") in done.stderr
+        return
+    name = "tiff" if reader == "auto" else reader
+    assert done.exit_code == 0
+    assert f"reader {name}" in done.stderr
+    features = tmp_path / "patches" / "one_features.h5"
+    arguments = ("--weights", "random:0", "--reader", reader)
+    assert run("features", slide, tmp_path / "patches" / "one.h5", "--out", features, *arguments).exit_code == 0
+    assert run("slide", features, "--out", tmp_path / "e.h5", "--weights", "random:0").exit_code == 0
+    for path in (tmp_path / "patches" / "one.h5", features, tmp_path / "e.h5"):
+        with h5py.File(path) as file:
+            assert file.attrs["reader"] == name
+
+
 def test_unreadable_patches_are_told_by_the_exit_status(run, slide, tmp_path, monkeypatch):
     from exaonepath.errors import SlideReadError
     from exaonepath.slides.image import SlideImage
 
     assert run("patch", slide, "--out", tmp_path).exit_code == 0
-    read = SlideImage.read_image
+    read = SlideImage.read_rgb
 
     def fail_once(self, location, *rest):
         if fail_once.left:
@@ -219,7 +238,7 @@ def test_unreadable_patches_are_told_by_the_exit_status(run, slide, tmp_path, mo
         return read(self, location, *rest)
 
     fail_once.left = 1
-    monkeypatch.setattr(SlideImage, "read_image", fail_once)
+    monkeypatch.setattr(SlideImage, "read_rgb", fail_once)
     done = run("encode", slide, "--out", tmp_path, "--weights", "random:0", "--num-workers", 0)
     assert done.exit_code == 3
     assert "1 of " in done.stderr

@@ -146,6 +146,7 @@ def extract_features(
             "slide_path": str(slide.path.resolve()),
             **({} if slide.mtime_ns is None else {"slide_mtime_ns": slide.mtime_ns}),
             "weights": weights,
+            "reader": slide.reader,
             "exaonepath_version": __version__,
         }
 

@@ -127,8 +127,8 @@ class ReadWindow(NamedTuple):
     span: _Span
     crop: int
 
-    def finish(self, part: Image.Image) -> np.ndarray:
-        """Convert the region, an RGB or RGBA image of `size` x `size`, to uint8 [crop, crop, 3]; alpha is dropped."""
+    def finish(self, part: np.ndarray) -> np.ndarray:
+        """Resize and crop the region, uint8 [size, size, 3], to uint8 [crop, crop, 3]."""
         return _resize(part, self.span, self.span, self.crop)
 
 
@@ -154,23 +154,23 @@ def resize_and_crop(image: np.ndarray, config: PreprocessingConfig) -> np.ndarra
     if height == width:
         window = read_window(height, config)
         end = window.offset + window.size
-        return window.finish(Image.fromarray(np.ascontiguousarray(image[window.offset : end, window.offset : end])))
+        return window.finish(image[window.offset : end, window.offset : end, :3])
     # Newer Pillow versions run their two passes in the order that is cheaper for the given shape, and round in between.
     # An image that is not square therefore has to be resized whole, otherwise its result would change.
     shorter = min(height, width)
     rows = _whole(height, config.resize * height // shorter, config.crop)
     columns = _whole(width, config.resize * width // shorter, config.crop)
-    return _resize(Image.fromarray(np.ascontiguousarray(image)), rows, columns, config.crop)
+    return _resize(image[..., :3], rows, columns, config.crop)
 
 
-def _resize(image: Image.Image, rows: _Span, columns: _Span, crop: int) -> np.ndarray:
-    # Alpha is removed first: Pillow would multiply the colours by it while resizing.
-    image = image.convert("RGB")
+def _resize(image: np.ndarray, rows: _Span, columns: _Span, crop: int) -> np.ndarray:
+    height, width = image.shape[:2]
     size, box = (columns.size, rows.size), (columns.box_start, rows.box_start, columns.box_stop, rows.box_stop)
-    if size != image.size or box != (0, 0, *image.size):
-        image = image.resize(size, Image.Resampling.BILINEAR, box=box)
+    if size != (width, height) or box != (0, 0, width, height):
+        whole = Image.fromarray(np.ascontiguousarray(image))
+        image = np.asarray(whole.resize(size, Image.Resampling.BILINEAR, box=box))
     top, left = rows.crop_start, columns.crop_start
-    return np.asarray(image)[top : top + crop, left : left + crop]
+    return image[top : top + crop, left : left + crop]
 
 
 def normalise(images: torch.Tensor, config: PreprocessingConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:

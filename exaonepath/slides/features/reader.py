@@ -1,6 +1,6 @@
 """Reads the patches of a slide ahead of the model, on threads, in order, within a fixed amount of memory.
 
-OpenSlide and Pillow release the interpreter lock while they work, so reading scales with the number of cores. Each
+Decoders and Pillow release the interpreter lock while they work, so reading scales with the number of cores. Each
 thread reads a run of consecutive patches: neighbours on the grid share tiles, and two threads that read from the same
 tile would both decode it.
 """
@@ -164,8 +164,7 @@ class PatchReader:
             x, y = int(self.coords[index, 0]), int(self.coords[index, 1])
             corner = (x + offset, y + offset)
             try:
-                part = self.slide.read_image(corner, 0, (size, size))
-                missing = self.slide.missing_share(part, corner)
+                part, missing = self.slide.read_rgb(corner, 0, (size, size))
                 if missing == 1:
                     raise SlideReadError(f"{self.slide.path} has no image data there (tiles of zero length)")
             except SlideReadError as exc:

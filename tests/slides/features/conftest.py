@@ -15,6 +15,7 @@ import torch
 
 from exaonepath.slides.features.extract import ExtractionResult, extract_features
 from exaonepath.slides.image import SlideImage
+from exaonepath.slides.readers import choose
 
 WIDTH, HEIGHT = 1400, 1100
 
@@ -58,7 +59,9 @@ def slide_path(pixels, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def slide(slide_path):
+def slide(slide_path, request):
+    if "bad_reads" in request.fixturenames:  # decides about the reader, so it comes first
+        request.getfixturevalue("bad_reads")
     with SlideImage(slide_path) as opened:
         yield opened
 
@@ -138,6 +141,7 @@ def bad_reads(monkeypatch) -> dict[tuple[int, int], int]:
         return original(self, location, level, size)
 
     monkeypatch.setattr(openslide.OpenSlide, "read_region", read_region)
+    monkeypatch.setattr(choose, "fast_reader", lambda *_, **__: "reads through OpenSlide are to fail")
     return failing
 
 

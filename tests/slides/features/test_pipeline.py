@@ -51,14 +51,14 @@ def test_a_batch_is_read_and_another_stored_while_one_is_encoded(run, encoder, c
     size, steps = 8, Steps()
     last = (len(coords) - 1) // size
     place = {tuple(xy): i // size for i, xy in enumerate((coords + 16).tolist())}  # the reader leaves out the border
-    read_image, append, forward = SlideImage.read_image, PartialFile.append, type(encoder).forward
+    read_rgb, append, forward = SlideImage.read_rgb, PartialFile.append, type(encoder).forward
 
     def reading(self, corner, *args):
         batch = place[corner]
         steps.reached("reading", batch)
         if batch:
             steps.wait_for("encoding", batch - 1)
-        return read_image(self, corner, *args)
+        return read_rgb(self, corner, *args)
 
     def encoding_(self, x):
         batch = len(self.batches)
@@ -78,7 +78,7 @@ def test_a_batch_is_read_and_another_stored_while_one_is_encoded(run, encoder, c
 
     plain = read_features(run().path)
     encoder.batches.clear()
-    monkeypatch.setattr(SlideImage, "read_image", reading)
+    monkeypatch.setattr(SlideImage, "read_rgb", reading)
     monkeypatch.setattr(PartialFile, "append", storing)
     monkeypatch.setattr(type(encoder), "forward", encoding_)
     result = run(overwrite=True)
@@ -193,15 +193,15 @@ def test_the_error_of_the_earlier_batch_is_raised(run, encoder, monkeypatch):
 
 
 def test_an_error_of_the_reader_leaves_the_batches_before(run, encoder, coords, monkeypatch):
-    read_image = SlideImage.read_image
+    read_rgb = SlideImage.read_rgb
     at = tuple((coords[20] + 16).tolist())
 
     def reading(self, corner, *args):
         if corner == at:
             raise DataFileError("no room")
-        return read_image(self, corner, *args)
+        return read_rgb(self, corner, *args)
 
-    monkeypatch.setattr(SlideImage, "read_image", reading)
+    monkeypatch.setattr(SlideImage, "read_rgb", reading)
     with pytest.raises(DataFileError, match="no room"):
         run()
     monkeypatch.undo()

@@ -127,7 +127,7 @@ def test_a_slide_that_vanishes_ends_the_run(slide, coords, bad_reads, monkeypatc
     def gone(path):
         raise SlideOpenError(f"{path}: no such file")
 
-    monkeypatch.setattr("exaonepath.slides.image._open", gone)
+    monkeypatch.setattr("exaonepath.slides.readers.openslide._open", gone)
     bad_reads[tuple(coords[9].tolist())] = 1
     with pytest.raises(SlideOpenError, match="no such file"):
         list(PatchReader(slide, coords, 256, batch_size=4, num_workers=2))
@@ -136,8 +136,8 @@ def test_a_slide_that_vanishes_ends_the_run(slide, coords, bad_reads, monkeypatc
 def test_reads_ahead_but_never_beyond_the_bound(slide, coords, monkeypatch):
     many = np.tile(coords, (4, 1))
     reads = []
-    original = SlideImage.read_image
-    monkeypatch.setattr(SlideImage, "read_image", lambda *args: (reads.append(1), original(*args))[1])
+    original = SlideImage.read_rgb
+    monkeypatch.setattr(SlideImage, "read_rgb", lambda *args: (reads.append(1), original(*args))[1])
     reader = PatchReader(slide, many, 256, batch_size=4, num_workers=2)
     bound = reader.batches_ahead * reader.batch_size
     assert bound <= 4 + 2 * 8 + 4
@@ -152,8 +152,8 @@ def test_reads_ahead_but_never_beyond_the_bound(slide, coords, monkeypatch):
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_leaving_early_stops_the_threads_at_once(slide, coords, workers, monkeypatch):
-    original = SlideImage.read_image
-    monkeypatch.setattr(SlideImage, "read_image", lambda *args: (time.sleep(0.02), original(*args))[1])
+    original = SlideImage.read_rgb
+    monkeypatch.setattr(SlideImage, "read_rgb", lambda *args: (time.sleep(0.02), original(*args))[1])
     batches = iter(PatchReader(slide, coords, 256, batch_size=32, num_workers=workers))
     next(batches)
     start = time.perf_counter()
@@ -166,7 +166,7 @@ def test_an_error_in_a_thread_reaches_the_consumer(slide, coords, monkeypatch):
     def fail(self, location, level, size):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(SlideImage, "read_image", fail)
+    monkeypatch.setattr(SlideImage, "read_rgb", fail)
     with pytest.raises(MemoryError, match="no room"):
         list(PatchReader(slide, coords, 256, num_workers=3))
 

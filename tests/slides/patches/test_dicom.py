@@ -104,6 +104,23 @@ def test_a_series_is_one_slide_with_its_levels_and_scale(series, tmp_path, caplo
     assert not [record for record in caplog.records if str(folder) in record.getMessage()]
 
 
+def test_a_folder_of_one_series_is_the_slide(series, tmp_path):
+    with SlideImage(series[0]) as slide:
+        assert slide.path == series[0] / "0.dcm"
+        assert (slide.dimensions, slide.reader) == ((2000, 1500), "openslide")
+    with pytest.raises(SlideOpenError, match="not a slide"):
+        SlideImage(tmp_path)
+
+
+def test_a_folder_of_two_series_is_ambiguous(series, tmp_path):
+    shutil.copy(series[0] / "0.dcm", tmp_path / "0.dcm")
+    data = (series[0] / "1.dcm").read_bytes()
+    at = data.index(b"\x20\x00\x0e\x00UI") + 10
+    (tmp_path / "1.dcm").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    with pytest.raises(SlideOpenError, match="holds 2 DICOM slides"):
+        SlideImage(tmp_path)
+
+
 def test_any_file_of_the_series_opens_the_whole_slide(series):
     folder, _ = series
     with SlideImage(folder / "2.dcm") as slide:

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image
 
 from exaonepath.errors import MemoryLimitError, ScaleError, SlideChangedError, SlideOpenError
 from exaonepath.files.features import read_features
@@ -473,38 +472,10 @@ def test_a_flat_slide_that_cannot_fit_is_refused_before_anything_is_allocated(tm
         patchfy(path, tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("a.png", "plain PNG image"),
-        ("a.jpg", "plain JPEG image"),
-        ("strips.tif", "in strips"),
-        ("j2k.tif", "JPEG 2000"),
-        ("webp.tif", "WebP"),
-        ("sixteen.tif", "16 bits a channel"),
-        ("twelve.tif", "16 bits a channel"),
-        ("palette.tif", "in strips"),
-        ("text.svs", "not a slide"),
-    ],
-)
-def test_what_is_no_slide_says_what_it_is(tmp_path, pixels, name, says):
-    path, small = tmp_path / name, pixels[0][:600, :600]
-    if name in ("a.png", "a.jpg"):
-        Image.fromarray(small).save(path)
-    elif name == "palette.tif":
-        Image.fromarray(small).quantize(16).save(path)
-    elif name == "strips.tif":
-        write(path, small, tile=None, rowsperstrip=64)
-    elif name == "text.svs":
-        path.write_text("slide")
-    elif name in ("sixteen.tif", "twelve.tif"):
-        write(path, small.astype("u2") * (256 if name == "sixteen.tif" else 16), compression="zlib")
-    else:
-        write(path, small, compression={"j2k.tif": "jpeg2000", "webp.tif": "webp"}[name])
-    with pytest.raises(SlideOpenError, match=says) as caught:
-        SlideImage(path)
-    if name != "text.svs":
-        assert "vips tiffsave" in str(caught.value) or "scale it to 8 bits" in str(caught.value)
+def test_what_is_no_slide_says_so(tmp_path):
+    (tmp_path / "text.svs").write_text("slide")
+    with pytest.raises(SlideOpenError, match="not a slide"):
+        SlideImage(tmp_path / "text.svs")
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -512,17 +483,20 @@ def test_what_is_no_slide_says_what_it_is(tmp_path, pixels, name, says):
 def test_every_form_of_tiff_is_opened_and_its_tags_are_read(tmp_path, pixels, order, big):
     small, options = pixels[0][:600, :600], {"byteorder": order, "bigtiff": big, "compression": "zlib"}
     path = write(tmp_path / "a.tif", small, **options)
-    if order == ">" and not big:  # OpenSlide 4.0 does not open those
+    if order == ">" and not big:  # OpenSlide 4.0 does not open those, the TIFF reader does
         with pytest.raises(SlideOpenError, match="big-endian byte order"):
-            SlideImage(path)
-        return
+            SlideImage(path, reader="openslide")
     with SlideImage(path) as slide:
         assert np.array_equal(slide.read_region((0, 0), 0, (600, 600))[..., :3], small)
     (tags,) = read_tiff(path, check_data=True).directories
     assert tags == {256: (600,), 258: (8, 8, 8), 259: (8,), 322: (256,)}
-    path = write(tmp_path / "sixteen.svs", small.astype("u2"), description=APERIO, **options)
-    with pytest.raises(SlideOpenError, match="16 bits a channel"):
-        SlideImage(path)
+    path = write(tmp_path / "sixteen.svs", small.astype("u2") * 257, description=APERIO, metadata=None, **options)
+    if order == "<" or big:
+        with pytest.raises(SlideOpenError, match="16 bits a channel"):
+            SlideImage(path, reader="openslide")
+    with SlideImage(path) as slide:
+        assert np.array_equal(slide.read_region((0, 0), 0, (600, 600))[..., :3], small)
+        assert slide.mpp == 0.5
 
 
 APERIO = "Aperio Image Library v11\n600x600|AppMag = 20|MPP = 0.5"

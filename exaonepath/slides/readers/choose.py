@@ -1,0 +1,153 @@
+"""Chooses the reader of a slide file.
+
+OpenSlide opens what it can. Of such files, the fast reader takes over where it gives the same bytes, and the TIFF
+reader where OpenSlide would give wrong pixels (16 bits) or does not see the pyramid (OME-TIFF). Files that OpenSlide
+does not open are TIFFs of other kinds, plain images, or of a format that a plug-in reads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from exaonepath.errors import SlideOpenError
+from exaonepath.slides import tiff
+from exaonepath.slides.formats import CONVERT, needs_a_library, why_not_a_slide, why_not_readable, wrong_pixels
+from exaonepath.slides.readers.base import SlideReader
+from exaonepath.slides.readers.fast import fast_reader
+from exaonepath.slides.readers.openslide import OpenSlideReader
+from exaonepath.slides.readers.plain import PlainImageReader, is_plain_image
+from exaonepath.slides.readers.plugins import GROUP, plugin_reader
+from exaonepath.slides.readers.tiff import TiffReader
+
+logger = logging.getLogger(__name__)
+
+AUTO, OPENSLIDE, TIFF, IMAGE = "auto", "openslide", "tiff", "image"
+
+
+def open_reader(path: Path, check_unchanged: Callable[[], None], reader: str = AUTO) -> SlideReader:
+    """Open a slide file with the reader that is right for it.
+
+    Args:
+        path: the slide file.
+        check_unchanged: called after a file was opened again; raises if it is another one now.
+        reader: "auto", or the reader to use: "openslide", "tiff" (without a comparison with OpenSlide), "image", or the
+            name of a plug-in.
+
+    Raises:
+        SlideOpenError: the file is missing, unreadable, truncated, has no level, or is not a slide of that reader.
+        MemoryLimitError: the file is a plain image, or has tiles, that do not fit into the memory.
+        SettingsError: there is no such reader.
+    """
+    _check_path(path)
+    if reader == AUTO:
+        found = _automatic(path, check_unchanged)
+    elif reader == OPENSLIDE:
+        found = _openslide(path, check_unchanged)
+        wrong = wrong_pixels(path, found.properties)
+        if wrong is not None:
+            found.close()
+            raise SlideOpenError(f"{path} {wrong}")
+    elif reader == TIFF:
+        found = _tiff(path, check_unchanged)
+    elif reader == IMAGE:
+        found = PlainImageReader(path)
+    else:
+        plugin = plugin_reader(path, reader)
+        if plugin is None:
+            raise SlideOpenError(f"{path} is not a slide that the reader {reader} reads")
+        found = plugin
+    if not found.level_dimensions or min(found.level_dimensions[0]) <= 0:
+        found.close()
+        raise SlideOpenError(f"{path} has no image level; it cannot be used as a slide")
+    logger.info("%s: reader %s", path, found.name)
+    return found
+
+
+def _automatic(path: Path, check_unchanged: Callable[[], None]) -> SlideReader:
+    try:
+        slide = _openslide(path, check_unchanged)
+    except SlideOpenError as exc:
+        return _without_openslide(path, exc)
+    if wrong_pixels(path, slide.properties) is not None:
+        slide.close()
+        return _tiff_or_reason(path, slide)
+    fast = fast_reader(slide)
+    if isinstance(fast, str):
+        logger.info("%s is read through OpenSlide: %s", path, fast)
+        return slide
+    if _has_hidden_pyramid(slide):
+        # The comparison of level 0 holds for the TIFF reader too: it decodes the same tiles.
+        fast.close()
+        return TiffReader(path, slide.properties)
+    return fast
+
+
+def _openslide(path: Path, check_unchanged: Callable[[], None]) -> OpenSlideReader:
+    return OpenSlideReader(path, check_unchanged)
+
+
+def _tiff(path: Path, check_unchanged: Callable[[], None]) -> SlideReader:
+    try:
+        slide = _openslide(path, check_unchanged)
+    except SlideOpenError:
+        return TiffReader(path)
+    if wrong_pixels(path, slide.properties) is None and not _has_hidden_pyramid(slide):
+        fast = fast_reader(slide, compare=False)
+        if not isinstance(fast, str):
+            return fast
+    slide.close()
+    return TiffReader(path, slide.properties)
+
+
+def _tiff_or_reason(path: Path, slide: OpenSlideReader) -> TiffReader:
+    try:
+        return TiffReader(path, slide.properties)
+    except SlideOpenError as exc:
+        raise SlideOpenError(f"{path} {wrong_pixels(path, slide.properties)} (without OpenSlide: {exc})") from exc
+
+
+def _has_hidden_pyramid(slide: OpenSlideReader) -> bool:
+    """Whether the smaller versions of level 0 lie in sub-directories, where OpenSlide does not look for them."""
+    if len(slide.level_dimensions) > 1 or slide.properties.get("openslide.vendor") != "generic-tiff":
+        return False
+    found = tiff.read_tiff(slide.path, tags={tiff.WIDTH, tiff.SUB_DIRECTORIES})
+    return bool(found and found.children and found.children[0])
+
+
+def _without_openslide(path: Path, refused: SlideOpenError) -> SlideReader:
+    """A reader for a file that OpenSlide does not open."""
+    found = tiff.read_tiff(path, tags=tiff.ALL_TAGS) if path.is_file() else None
+    if found is not None and found.images:
+        try:
+            return TiffReader(path)
+        except SlideOpenError as exc:
+            plugin = plugin_reader(path)
+            if plugin is not None:
+                return plugin
+            if found.truncated:
+                raise refused from exc
+            raise SlideOpenError(f"{exc}; {CONVERT}") from exc
+    if found is None and path.is_file() and is_plain_image(path):
+        return PlainImageReader(path)
+    plugin = plugin_reader(path)
+    if plugin is not None:
+        return plugin
+    library = needs_a_library(path)
+    if library is not None and why_not_a_slide(path).startswith("is not a slide"):
+        raise SlideOpenError(
+            f"{path} {library}; no installed plug-in reads it (entry points in the group {GROUP}): install one, or "
+            "convert the file to a pyramidal TIFF"
+        ) from refused
+    raise refused
+
+
+def _check_path(path: Path) -> None:
+    reason = why_not_readable(path)
+    if reason is not None:
+        raise SlideOpenError(f"{path} {reason}")
+    if not path.exists():
+        raise SlideOpenError(f"{path}: no such file")
+    if not (path.is_file() or path.is_dir()):  # opening a pipe would block forever
+        raise SlideOpenError(f"{path} is neither a file nor a folder; it cannot be a slide")

@@ -1,0 +1,225 @@
+"""The fast reader against OpenSlide: the same bytes, or it is not used."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from exaonepath.errors import SlideReadError
+from exaonepath.slides.features.extract import extract_features
+from exaonepath.slides.image import SlideImage
+from exaonepath.slides.patches.pipeline import patchfy
+from exaonepath.slides.readers import fast, tiff_tiles
+from exaonepath.synthetic import make_slide
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    """Slides that OpenSlide reads, with levels of whole and of other factors."""
+    folder = tmp_path_factory.mktemp("slides")
+    return {
+        "aperio": make_slide(folder / "a.svs", 2500, 1900, fragments=2, seed=1),
+        "generic": make_slide(folder / "b.tif", 2048, 1536, levels=[1, 2, 4], vendor="generic", fragments=1, tile=128),
+        "odd factors": make_slide(folder / "c.tif", 2100, 1501, levels=[1, 2.37, 7.1], vendor="generic", fragments=1),
+    }
+
+
+def regions(slide, seed, number=60):
+    """Regions anywhere, on every level, also beyond the borders and of one pixel."""
+    rng = np.random.default_rng(seed)
+    for _ in range(number):
+        level = int(rng.integers(len(slide.level_dimensions)))
+        step = int(slide.scalar_downsamples[level]) if rng.random() < 0.7 else 1
+        size = tuple(int(side) for side in rng.integers(1, 400, 2))
+        x, y = (int(rng.integers(-500, side + 300)) // step * step for side in slide.dimensions)
+        yield (x, y), level, size
+
+
+def compare(path, seed=0):
+    """Read regions through both readers; returns how many the TIFF reader decoded tiles for."""
+    with SlideImage(path) as ours, SlideImage(path, reader="openslide") as theirs:
+        assert (ours.reader, theirs.reader) == ("tiff", "openslide")
+        assert ours.level_dimensions == theirs.level_dimensions
+        assert ours.level_downsamples == theirs.level_downsamples
+        assert ours.properties == theirs.properties
+        assert ours.fingerprint() == theirs.fingerprint()
+        for location, level, size in regions(theirs, seed):
+            (mine, missing), (other, missing_there) = (one.read_rgb(location, level, size) for one in (ours, theirs))
+            assert np.array_equal(mine, other), (location, level, size)
+            assert missing == pytest.approx(missing_there)
+            assert np.array_equal(other, theirs.read_region(location, level, size)[..., :3])
+        return ours._reader.tiles.cache.decoded
+
+
+@pytest.mark.parametrize("name", ["aperio", "generic", "odd factors"])
+def test_any_region_has_the_bytes_of_openslide(slides, name):
+    assert compare(slides[name]) > 10
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", ["CMU-1-Small-Region.svs", "small.svs", "nonint.tif"])
+def test_slides_of_the_golden_files(data_dir, name):
+    assert compare(data_dir / "slides" / name) > 10
+
+
+@pytest.mark.parametrize("options", [{"compression": kind} for kind in ("jpeg", "zlib", "lzw", "zstd", None)])
+def test_every_compression_that_both_read(write, pixels, options):
+    assert compare(write("a.tif", pixels, **options)) > 10
+
+
+@pytest.mark.parametrize("code", [33003, 33005])
+def test_jpeg_2000_of_aperio(write, pixels, code):
+    """33003: YCbCr, converted to RGB after decoding; 33005: RGB."""
+    text = "Aperio Image Library v12\n700x520 [0,0 700x520] (128x128) J2K|AppMag = 20|MPP = 0.5"
+    noise = np.random.default_rng(0).integers(0, 256, pixels.shape, dtype=np.uint8)  # every combination of colours
+    path = write("a.svs", noise, compression="jpeg2000", description=text, compressionargs={"mct": False})
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        file.pages[0].tags["Compression"].overwrite(code)
+    assert compare(path) > 10
+
+
+def test_tiles_without_data(write, pixels, no_data):
+    path = write("a.tif", pixels, compression="jpeg")
+    no_data(path, lambda at: at % 3 == 0)
+    assert compare(path) > 5
+    with SlideImage(path) as slide:
+        rgb, missing = slide.read_rgb((0, 0), 0, (128, 128))
+        assert (missing, rgb.max()) == (1, 0)
+        assert slide.read_rgb((64, 0), 0, (128, 128))[1] == 0.5
+
+
+def test_a_gap_in_a_smaller_level_is_filled_as_openslide_does(slides, tmp_path):
+    path = shutil.copy(slides["aperio"], tmp_path / "a.svs")
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        tag = file.pages[1].tags["TileByteCounts"]
+        tag.overwrite([0] * (len(tag.value) // 2) + list(tag.value[len(tag.value) // 2 :]))
+    compare(path)
+
+
+class Mean(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.adaptive_avg_pool2d(x, 16).flatten(1)
+
+
+@pytest.mark.parametrize("name", ["aperio", "odd factors"])
+def test_both_readers_give_the_same_files(slides, tmp_path, name):
+    found = {}
+    for reader in ("auto", "openslide"):
+        out = tmp_path / reader
+        with SlideImage(slides[name], reader=reader) as slide:
+            patches = patchfy(slide, out, patch_size=300, step_size=300)[0]
+            options = {"weights": "m", "weights_fingerprint": "m", "num_workers": 2}
+            features = extract_features(slide, patches, out / "f.h5", Mean(), **options).path
+        with h5py.File(patches) as p, h5py.File(features) as f:
+            assert f.attrs["reader"] == p.attrs["reader"] == ("tiff" if reader == "auto" else "openslide")
+            found[reader] = [file[key][:].tobytes() for file in (p, f) for key in ("coords", "contour_index")]
+            found[reader] += [f["features"][:].tobytes(), p.attrs["settings_hash"], f.attrs["settings_hash"]]
+    assert found["auto"] == found["openslide"]
+    assert len(found["auto"][0]) > 8
+
+
+@pytest.mark.parametrize("what", ["colour", "coverage", "error"])
+def test_a_reader_that_differs_is_not_used(slides, monkeypatch, caplog, what):
+    decode = tiff_tiles.decode
+
+    def other(stored, image, rows, scale=None):
+        pixels = decode(stored, image, rows, scale).copy()
+        if what == "error":
+            raise tiff_tiles.DecodeError("is odd")
+        if what == "coverage":
+            return np.dstack([pixels, np.full(pixels.shape[:2], 254, np.uint8)])
+        pixels[5, 5, 1] ^= 1
+        return pixels
+
+    monkeypatch.setattr(tiff_tiles, "decode", other)
+    with caplog.at_level(logging.INFO), SlideImage(slides["aperio"]) as slide:
+        assert slide.reader == "openslide"
+        assert slide.read_rgb((0, 0), 0, (300, 300))[0].shape == (300, 300, 3)
+    assert "is read through OpenSlide: " in caplog.text
+
+
+def test_the_comparison_is_small_and_the_same_each_time(slides):
+    with SlideImage(slides["aperio"]) as slide:
+        for level, image in enumerate(slide._reader.tiles.images):
+            samples = list(fast._samples(image, level))
+            assert samples == list(fast._samples(image, level))
+            assert len(samples) <= 15
+            corners = {(x // image.cell_width, y // image.cell_height) for x, y, *_ in samples[2:]}
+            assert {(0, 0), (image.columns - 1, image.segment_rows - 1)} <= corners
+            assert any(x + w > image.width and y + h > image.height for x, y, w, h in samples[:2])
+
+
+@pytest.mark.parametrize("kind", ["alpha", "vendor", "same size twice"])
+def test_where_openslide_stays_responsible(write, tmp_path, pixels, kind, caplog):
+    if kind == "alpha":
+        cover = np.full(pixels.shape[:2], 255, np.uint8)
+        cover[200:210, 200:210] = 90  # blended by libtiff; no sampled tile needs to show it
+        path = write("a.tif", np.dstack([pixels, cover]), extrasamples=["unassalpha"], compression="zlib")
+        with SlideImage(path) as ours, SlideImage(path, reader="openslide") as theirs:
+            both = [one.read_rgb((150, 150), 0, (100, 100))[0] for one in (ours, theirs)]
+        assert np.array_equal(*both)
+        return
+    path = tmp_path / "a.tif"
+    options = {"tile": (128, 128), "photometric": "rgb", "compression": "zlib", "metadata": None}
+    with tifffile.TiffWriter(path) as file:
+        text = "Philips" if kind == "vendor" else None
+        file.write(pixels, software="Philips DP v1.0" if kind == "vendor" else None, description=text, **options)
+        file.write(pixels[::-1].copy(), **options)
+    with caplog.at_level(logging.INFO), SlideImage(path) as slide:
+        if kind == "same size twice":
+            assert slide.reader == "openslide"
+            assert "level 0 may be any of 2 images of the file" in caplog.text
+        assert np.array_equal(slide.read_rgb((0, 0), 0, slide.dimensions)[0], pixels)
+
+
+def test_a_truncated_tile_fails_its_patches_only(write, pixels):
+    path = write("a.tif", pixels, compression="jpeg", tile=(64, 64))
+    with SlideImage(path) as slide:
+        image = slide._reader.tiles.images[0]
+        sampled = {(x // 64 + i, y // 64 + j) for x, y, *_ in fast._samples(image, 0) for i in (0, 1) for j in (0, 1)}
+    column, row = next((c, r) for r in range(1, 7) for c in range(1, 9) if (c, r) not in sampled)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        tag = file.pages[0].tags["TileByteCounts"]
+        counts = list(tag.value)
+        counts[row * image.columns + column] //= 2
+        tag.overwrite(counts)
+    with SlideImage(path) as slide:
+        assert slide.reader == "tiff"
+        for _ in range(2):
+            with pytest.raises(SlideReadError, match=f"tile in column {column}, row {row} of level 0 is truncated"):
+                slide.read_rgb((64 * column, 64 * row), 0, (100, 100))
+        assert slide.read_rgb((0, 64 * row), 0, (64 * column, 64))[1] == 0
+
+
+def test_a_pickled_slide_keeps_its_reader(slides):
+    for reader in ("auto", "openslide", "tiff"):
+        with SlideImage(slides["aperio"], reader) as slide, pickle.loads(pickle.dumps(slide)) as other:  # noqa: S301
+            assert other.reader == slide.reader
+            assert np.array_equal(other.read_rgb((0, 0), 0, (50, 50))[0], slide.read_rgb((0, 0), 0, (50, 50))[0])
+
+
+def test_a_closed_slide_says_so(slides):
+    slide = SlideImage(slides["aperio"])
+    slide.close()
+    with pytest.raises(SlideReadError, match="was closed"):
+        slide.read_rgb((0, 0), 0, (50, 50))
+    slide.close()
+
+
+def test_stored_tiles(slides):
+    for reader in ("auto", "openslide"):
+        with SlideImage(slides["aperio"], reader) as slide:
+            tile = slide.encoded_tile(0, 1, 2)
+            if reader == "openslide":
+                assert tile is None
+                continue
+            assert tile.startswith(b"\xff\xd8")
+            with pytest.raises(SlideReadError, match="no tile in column 100"):
+                slide.encoded_tile(0, 100, 0)

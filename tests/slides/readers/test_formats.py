@@ -1,0 +1,222 @@
+"""Every row of the table of formats in docs/slides.md: the file is made here, opened, and compared with its pixels."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import tifffile
+
+from exaonepath.errors import SlideOpenError
+from exaonepath.slides.image import SlideImage
+from exaonepath.slides.patches.levels import LevelReader
+
+LOSSLESS = {
+    "uncompressed": {},
+    "LZW": {"compression": "lzw"},
+    "LZW with predictor": {"compression": "lzw", "predictor": True},
+    "deflate": {"compression": "zlib"},
+    "deflate with predictor": {"compression": "zlib", "predictor": True},
+    "PackBits": {"compression": "packbits"},
+    "Zstandard": {"compression": "zstd"},
+    "WebP": {"compression": "webp", "compressionargs": {"lossless": True}},
+    "JPEG 2000": {"compression": "jpeg2000"},
+    "BigTIFF": {"compression": "zlib", "bigtiff": True},
+    "strips": {"tile": None, "rowsperstrip": 37},
+    "strips of one row": {"tile": None, "rowsperstrip": 1, "compression": "lzw"},
+    "one strip": {"tile": None, "rowsperstrip": 520, "compression": "zlib"},
+    "tiles that are not square": {"tile": (64, 256), "compression": "zlib"},
+}
+
+
+def read(path, level=0, **options):
+    """(RGB by both ways, RGBA, reader) of a whole level; the two ways must agree."""
+    with SlideImage(path, **options) as slide:
+        size = slide.level_dimensions[level]
+        rgba = slide.read_region((0, 0), level, size)
+        rgb, missing = slide.read_rgb((0, 0), level, size)
+        assert missing == pytest.approx(np.mean(rgba[..., 3] == 0))
+        return rgb, rgba, slide.reader
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_lossless_tiffs(write, pixels, kind, order):
+    rgb, rgba, reader = read(write("a.tif", pixels, byteorder=order, **LOSSLESS[kind]))
+    assert reader == "tiff"
+    assert np.array_equal(rgb, pixels)
+    assert np.array_equal(rgba[..., :3], pixels)
+    assert rgba[..., 3].min() == 255
+
+
+@pytest.mark.parametrize("tile", [(128, 128), None], ids=["tiles", "strips"])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_jpeg_tiffs(write, pixels, order, tile):
+    rgb, _, _ = read(write("a.tif", pixels, compression="jpeg", byteorder=order, tile=tile, rowsperstrip=64))
+    assert np.abs(rgb.astype(int) - pixels).mean() < 1
+
+
+@pytest.mark.parametrize("tile", [(128, 128), None], ids=["tiles", "strips"])
+@pytest.mark.parametrize("compression", ["zlib", "jpeg", None])
+def test_separate_planes(write, pixels, compression, tile):
+    planes = np.ascontiguousarray(np.moveaxis(pixels, 2, 0))
+    options = {"planarconfig": "separate", "compression": compression, "tile": tile, "rowsperstrip": 50}
+    rgb, _, _ = read(write("a.tif", planes, **options))
+    assert np.abs(rgb.astype(int) - pixels).max() <= (0 if compression != "jpeg" else 8)
+
+
+@pytest.mark.parametrize("tile", [(128, 128), None], ids=["tiles", "strips"])
+@pytest.mark.parametrize("kind", ["minisblack", "miniswhite", "palette", "with alpha"])
+def test_grey_and_palette(write, pixels, kind, tile):
+    grey = pixels[..., 1].copy()
+    expected = np.repeat(grey[..., None], 3, axis=2)
+    options = {"photometric": kind, "compression": "zlib", "tile": tile}
+    if kind == "miniswhite":
+        grey = 255 - grey
+    elif kind == "palette":
+        table = np.random.default_rng(0).integers(0, 256, (3, 256), np.uint8)
+        expected = np.moveaxis(table[:, grey], 0, 2)
+        options["colormap"] = table.astype(np.uint16) * 257
+    elif kind == "with alpha":
+        grey = np.stack([grey, np.full_like(grey, 255)], axis=2)
+        options |= {"photometric": "minisblack", "extrasamples": ["unassalpha"], "planarconfig": "contig"}
+    rgb, rgba, _ = read(write("a.tif", grey, **options))
+    assert np.array_equal(rgb, expected)
+    assert np.array_equal(rgba[..., :3], expected)
+
+
+@pytest.mark.parametrize("kind", ["unassalpha", "assocalpha", "unspecified"])
+@pytest.mark.parametrize("tile", [(128, 128), None], ids=["tiles", "strips"])
+def test_alpha(write, pixels, kind, tile):
+    cover = np.full(pixels.shape[:2], 255, np.uint8)
+    cover[:150, :200] = 0
+    colours = pixels.copy()
+    if kind == "assocalpha":
+        colours[:150, :200] = 0
+    path = write("a.tif", np.dstack([colours, cover]), extrasamples=[kind], compression="zlib", tile=tile)
+    rgb, rgba, _ = read(path, reader="tiff")
+    expected = pixels.copy()
+    if kind != "unspecified":  # a channel of any meaning: it is left out
+        expected[:150, :200] = 0
+        assert np.array_equal(rgba[..., 3], cover)
+    assert np.array_equal(rgb, expected)
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+@pytest.mark.parametrize("kind", ["deflate", "predictor", "JPEG 2000", "planes in strips", "SignificantBits", "tag"])
+def test_16_bits_are_scaled_by_their_significant_bits(write, pixels, caplog, bits, kind):
+    values = ((pixels.astype(np.uint32) * ((1 << bits) - 1) + 127) // 255).astype(np.uint16)
+    options = {"compression": "zlib", "byteorder": ">" if bits == 14 else "<"}
+    stated = "its largest value found is"
+    if kind == "predictor":
+        options["predictor"] = True
+    elif kind == "JPEG 2000":
+        options |= {"compression": "jpeg2000", "byteorder": "<"}
+    elif kind == "planes in strips":
+        values = np.ascontiguousarray(np.moveaxis(values, 2, 0))
+        options |= {"planarconfig": "separate", "tile": None, "rowsperstrip": 100}
+    elif kind == "SignificantBits":
+        options |= {"ome": True, "metadata": {"axes": "YXS", "SignificantBits": bits}}
+        stated = "SignificantBits"
+    elif kind == "tag" and bits < 16:
+        options["extratags"] = [(281, 3, 3, ((1 << bits) - 1,) * 3, True)]
+        stated = "MaxSampleValue"
+    top = 240  # not white: without a statement, the usual number of bits that holds the largest value counts
+    with caplog.at_level(logging.WARNING):
+        rgb, _, reader = read(write("a.tif", np.minimum(values, top * ((1 << bits) - 1) // 255), **options))
+    assert reader == "tiff"
+    assert f"read as {bits} significant bits ({stated}" in caplog.text
+    assert np.array_equal(rgb, np.minimum(pixels, top))
+
+
+def test_values_above_the_stated_bits_are_white_not_wrapped(write, pixels):
+    values = np.full(pixels.shape, 5000, np.uint16)
+    path = write("a.tif", values, compression="zlib", ome=True, metadata={"axes": "YXS", "SignificantBits": 12})
+    assert read(path)[0].min() == 255
+
+
+def write_pyramid(path, pixels, *, sub_directories, ome, **options):
+    options = {"tile": (128, 128), "photometric": "rgb", "compression": "zlib", **options}
+    metadata = {"axes": "YXS", "PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25} if ome else None
+    with tifffile.TiffWriter(path, ome=ome) as file:
+        extra = {"subifds": 2} if sub_directories else {}
+        file.write(pixels, metadata=metadata, **extra, **options)
+        for step in (2, 4):
+            file.write(pixels[::step, ::step].copy(), subfiletype=1, metadata=None, **options)
+    return path
+
+
+@pytest.mark.parametrize("tile", [(128, 128), None], ids=["tiles", "strips"])
+def test_an_ome_tiff_with_its_pyramid_in_sub_directories(tmp_path, pixels, tile):
+    path = write_pyramid(tmp_path / "a.ome.tif", pixels, sub_directories=True, ome=True, tile=tile)
+    with SlideImage(path) as slide:
+        assert slide.reader == "tiff"
+        assert slide.level_dimensions == ((700, 520), (350, 260), (175, 130))
+        assert (slide.mpp, slide.mpp_source.split()[0]) == (0.25, "OME")
+        for level, step in enumerate((1, 2, 4)):
+            whole = slide.read_rgb((0, 0), level, slide.level_dimensions[level])[0]
+            assert np.array_equal(whole, pixels[::step, ::step])
+        assert np.array_equal(slide.read_rgb((40, 80), 2, (50, 60))[0], pixels[::4, ::4][20:80, 10:60])
+        assert slide.get_best_level_for_downsample(3) == 1
+        fingerprint = slide.fingerprint()
+    if tile:
+        with SlideImage(path, reader="openslide") as slide:
+            assert slide.level_dimensions == ((700, 520),)
+            assert slide.fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize("step", [2, 3.7, 1.4])
+def test_a_level_is_read_in_pieces_as_in_one(tmp_path, pixels, step):
+    """Levels that are not whole numbers smaller too: pieces meet without a gap or an overlap."""
+    wide, high = int(5000 / step), int(300 / step)
+    small = np.random.default_rng(0).integers(0, 256, (high, wide, 3), np.uint8)
+    path = tmp_path / "a.ome.tif"
+    options = {"tile": (128, 128), "photometric": "rgb", "compression": "zlib"}
+    with tifffile.TiffWriter(path, ome=True) as file:
+        file.write(np.zeros((300, 5000, 3), np.uint8), subifds=1, metadata={"axes": "YXS"}, **options)
+        file.write(small, subfiletype=1, metadata=None, **options)
+    with SlideImage(path) as slide:
+        whole = np.zeros_like(small)
+        for band in LevelReader(slide, 1).bands():
+            for x, y, part in band.pieces:
+                whole[y : y + part.shape[0], x : x + part.shape[1]] = part[..., :3]
+    assert np.array_equal(whole, small)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_an_aperio_slide_without_openslide(write, tmp_path, pixels, order):
+    """Its scale and its levels are found too: all tiled images of its shape, without the label."""
+    path = tmp_path / "a.svs"
+    text = "Aperio Image Library v12\n700x520 [0,0 700x520] (128x128) JPEG/RGB|AppMag = 40|MPP = 0.2520"
+    options = {"tile": (128, 128), "photometric": "rgb", "compression": "zlib", "metadata": None}
+    with tifffile.TiffWriter(path, byteorder=order) as file:
+        file.write(pixels, description=text, **options)
+        file.write(pixels[:100, :100].copy(), description="Aperio Image Library v12\nlabel 100x100", **options)
+        file.write(pixels[::2, ::2].copy(), description="Aperio Image Library v12", **options)
+    with SlideImage(path, reader="tiff") as slide:
+        assert (slide.mpp, slide.properties["openslide.vendor"]) == (0.252, "aperio")
+        assert slide.properties["openslide.objective-power"] == "40"
+        if order == ">":  # which OpenSlide does not open
+            assert slide.level_dimensions == ((700, 520), (350, 260))
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "says"),
+    [
+        (np.zeros((300, 300, 5), np.uint8), {"photometric": "minisblack", "planarconfig": "contig"}, "5 channels"),
+        (np.zeros((300, 300, 3), np.float32), {}, "32/32/32 bits a channel|32 bits"),
+        (np.zeros((300, 300, 3), np.int16), {}, "signed|16 bits"),
+        (np.zeros((300, 300, 4), np.uint8), {"photometric": "separated"}, "photometric interpretation 5"),
+        (np.zeros((300, 300), bool), {"photometric": "minisblack"}, "1 bits"),
+    ],
+    ids=["channels", "float", "signed", "CMYK", "bilevel"],
+)
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_what_is_not_read_says_why(write, values, options, says, order):
+    path = write("a.tif", values, byteorder=order, compression="zlib", **options)
+    with pytest.raises(SlideOpenError, match=says):
+        SlideImage(path, reader="tiff")
+    if order == ">":
+        with pytest.raises(SlideOpenError, match="vips tiffsave"):
+            SlideImage(path)
