@@ -22,6 +22,7 @@ def encode(
     otsu: options.Otsu = False,
     seg_downsample: options.SegDownsample = 1.0,
     strict_scale: options.StrictScale = False,
+    contours: options.Contours = True,
     resize: options.Resize = 256,
     batch_size: options.BatchSize = "32",
     num_workers: options.Workers = None,
@@ -49,7 +50,15 @@ def encode(
     resolve_dtype(dtype, target)
     limit = None if max_memory is None else parse_memory(max_memory)
     preprocessing = PreprocessingConfig(resize=resize)
-    settings = options.patching(patch_size, step_size, patch_level, otsu, seg_downsample, strict_scale)
+    settings = options.patching(
+        patch_size,
+        step_size,
+        patch_level=patch_level,
+        use_otsu=otsu,
+        seg_downsample=seg_downsample,
+        strict_scale=strict_scale,
+        save_contours=contours,
+    )
     if not files:
         raise problems[0]
     if not out.is_dir():  # fail before the weights are loaded; a folder of finished results may be read-only

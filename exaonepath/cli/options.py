@@ -53,6 +53,9 @@ SegDownsample = Annotated[
 StrictScale = Annotated[
     bool, typer.Option("--strict-scale", help="An assumed or implausible pixel size is an error, not a warning.")
 ]
+Contours = Annotated[
+    bool, typer.Option("--contours/--no-contours", help="Store the contours, also as GeoJSON for QuPath.")
+]
 MaxMemory = Annotated[
     str | None,
     typer.Option(
@@ -66,15 +69,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
 Labels = Annotated[list[str] | None, typer.Option("--label", help="Column to probe; may be given again.")]
 
 
-def patching(
-    patch_size: int, step_size: int | None, patch_level: int, otsu: bool, seg_downsample: float, strict_scale: bool
-) -> dict[str, Any]:
-    """The options as keyword arguments of `patchfy`."""
-    return {
-        "patch_size": patch_size,
-        "step_size": patch_size if step_size is None else step_size,
-        "patch_level": patch_level,
-        "use_otsu": otsu,
-        "seg_downsample": seg_downsample,
-        "strict_scale": strict_scale,
-    }
+def patching(patch_size: int, step_size: int | None, **others: Any) -> dict[str, Any]:
+    """The options as keyword arguments of `patchfy`; without a step, patches are adjacent."""
+    return {"patch_size": patch_size, "step_size": patch_size if step_size is None else step_size, **others}

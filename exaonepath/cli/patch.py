@@ -19,15 +19,24 @@ def patch(
     otsu: options.Otsu = False,
     seg_downsample: options.SegDownsample = 1.0,
     strict_scale: options.StrictScale = False,
+    contours: options.Contours = True,
     overwrite: options.Overwrite = False,
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
 ) -> None:
-    """Find tissue and lay the patch grid: <out>/patches/<id>.h5 and <out>/masks/<id>.jpg."""
+    """Find tissue and lay the patch grid: <out>/patches/<id>.h5, <out>/masks/<id>.jpg, <out>/contours/<id>.geojson."""
     from exaonepath.slides.encode import find_slides
     from exaonepath.slides.patches.pipeline import patchfy
 
-    arguments = options.patching(patch_size, step_size, patch_level, otsu, seg_downsample, strict_scale)
+    arguments = options.patching(
+        patch_size,
+        step_size,
+        patch_level=patch_level,
+        use_otsu=otsu,
+        seg_downsample=seg_downsample,
+        strict_scale=strict_scale,
+        save_contours=contours,
+    )
 
     def patch_one(file: Path) -> int:
         path, coords, _ = patchfy(file, out, **arguments, overwrite=overwrite)

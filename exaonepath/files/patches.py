@@ -14,6 +14,7 @@ from exaonepath.errors import DataFileError, UnfinishedFileError
 from exaonepath.files.artifact import Kind, canonical_json, settings_hash
 from exaonepath.files.hdf5 import StoredFile, open_h5
 from exaonepath.files.hdf5_output import atomic_h5
+from exaonepath.files.outlines import Outlines, has_outlines, parse_outlines, write_outlines
 from exaonepath.version import __version__
 
 EXAONE_PATH = "EXAONE Path"
@@ -32,6 +33,7 @@ class PatchSet:
         slide_fingerprint: `SlideImage.fingerprint()` of the slide; None in a file made by EXAONE Path itself.
         settings_hash: hash of the settings that produced the patches; None in a file made by EXAONE Path itself.
         missing: fraction of the segmented level for which the slide file held no data.
+        has_outlines: whether the file holds the contours (see `read_contours`).
     """
 
     coords: np.ndarray
@@ -42,6 +44,7 @@ class PatchSet:
     slide_fingerprint: str | None
     settings_hash: str | None
     missing: float = 0.0
+    has_outlines: bool = False
 
     def __len__(self) -> int:
         return len(self.coords)
@@ -73,6 +76,7 @@ def write_patches(
     patch_level: int,
     settings: Mapping[str, Any],
     missing: float = 0.0,
+    outlines: Outlines | None = None,
 ) -> None:
     """Write a patch file, whole or not at all.
 
@@ -84,6 +88,7 @@ def write_patches(
         patch_level: level that the grid was computed for.
         settings: the settings that produced the patches, plain JSON values.
         missing: fraction of the segmented level for which the slide file holds no data; stored if it is not 0.
+        outlines: the contours that the patches were computed from; None: they are not stored.
 
     Raises:
         OutputError: the file cannot be written.
@@ -102,6 +107,8 @@ def write_patches(
         file.attributes(attributes, of="coords")
         file.array("contour_index", np.asarray(contour_index, np.int32))
         file.attributes({"name": slide.name}, of="contour_index")
+        if outlines is not None:
+            write_outlines(file, outlines)
         made_by = {
             "n_coords": len(coords),
             "settings": canonical_json(settings),
@@ -128,6 +135,18 @@ def read_patches(path: str | os.PathLike[str]) -> PatchSet:
     path = Path(path)
     with open_h5(path, required=["coords"]) as file:
         return parse_patches(path, file)
+
+
+def read_contours(path: str | os.PathLike[str]) -> Outlines:
+    """The contours, holes and excluded regions that the patches in a file were computed from, in level-0 pixels.
+
+    Raises:
+        DataFileError: the file is missing, damaged or incomplete; it holds no contours, as files of EXAONE Path and of
+            versions that did not store them; or its outlines contradict each other.
+    """
+    path = Path(path)
+    with open_h5(path, required=["coords"]) as file:
+        return parse_outlines(file)
 
 
 def parse_patches(path: Path, file: StoredFile) -> PatchSet:
@@ -159,6 +178,7 @@ def parse_patches(path: Path, file: StoredFile) -> PatchSet:
         slide_fingerprint=file.attribute("slide_fingerprint"),
         settings_hash=file.attribute("settings_hash"),
         missing=_share(file.attribute("missing_share", 0.0)),
+        has_outlines=has_outlines(file),
     )
 
 

@@ -105,7 +105,8 @@ def encode_slide(
 
     Args:
         slide: slide file, or an open slide (which stays open).
-        out: output folder: `patches/<id>.h5`, `patches/<id>_features.h5`, `embeddings/<id>.h5`, `masks/<id>.jpg`.
+        out: output folder: `patches/<id>.h5`, `patches/<id>_features.h5`, `embeddings/<id>.h5`, `masks/<id>.jpg`,
+            `contours/<id>.geojson`.
         patch_encoder, slide_encoder: from `exaonepath.encoders.loading`, or the weights to load (a Hub id, a directory,
             "random:SEED"); to encode many slides, load the encoders once and pass them.
         patching: keyword arguments of `patchfy` (patch_size, step_size, ...); without step_size, patches are adjacent.
@@ -235,7 +236,7 @@ def each_slide(files: Iterable[Path], work: Callable[[Path], T]) -> Iterator[tup
 
 
 def _patching(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    known = {*_FIELDS, "save_mask", "line_thickness", "strict_scale"}
+    known = {*_FIELDS, "save_mask", "save_contours", "line_thickness", "strict_scale"}
     unknown = sorted(set(arguments) - known)
     if unknown:
         raise SettingsError(f"patching: {', '.join(unknown)} cannot be set here; known: {', '.join(sorted(known))}")

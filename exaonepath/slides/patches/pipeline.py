@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -15,7 +16,10 @@ import numpy as np
 from exaonepath.errors import ScaleError, SettingsError, SlideSkippedError
 from exaonepath.files.artifact import MadeFrom, reuse, settings_hash
 from exaonepath.files.atomic import ensure_folder, write_text
-from exaonepath.files.patches import KIND, PatchSet, parse_patches, write_patches
+from exaonepath.files.geojson import geojson_made_from, refuse_changed_geojson, write_outlines_geojson
+from exaonepath.files.outlines import Outlines
+from exaonepath.files.patches import KIND, PatchSet, parse_patches, read_contours, write_patches
+from exaonepath.log_once import warn_once
 from exaonepath.slides.image import SlideImage, opened
 from exaonepath.slides.patches.grid import PatchGrid, patch_grid
 from exaonepath.slides.patches.picture import draw_tissue, write_picture
@@ -105,12 +109,13 @@ def patchfy(
     max_seg_pixels: int | None = MAX_SEG_PIXELS,
     overwrite: bool = False,
     strict_scale: bool = False,
+    save_contours: bool | None = None,
 ) -> tuple[Path | None, np.ndarray, np.ndarray]:
     """Find the tissue of a slide and compute the patches on it.
 
-    Writes `<out>/patches/<id>.h5` and `<out>/masks/<id>.jpg`, where the id is the slide's file stem; each is written
-    whole or not at all. If a finished result with the same settings exists, its stored patches are returned. The slide
-    is processed again if the settings or the content of the slide have changed.
+    Writes `<out>/patches/<id>.h5`, `<out>/masks/<id>.jpg` and `<out>/contours/<id>.geojson`, where the id is the
+    slide's file stem; each is written whole or not at all. If a finished result with the same settings exists, its
+    stored patches are returned. The slide is processed again if the settings or the content of the slide have changed.
 
     Args:
         wsi: slide file, or an opened slide (which stays open).
@@ -126,6 +131,8 @@ def patchfy(
         overwrite: process finished slides again, and replace the result of a different slide of the same name.
         strict_scale: raise an error if the pixel size is assumed, implausible or differs between the axes; otherwise a
             warning is logged.
+        save_contours: store the contours in the HDF5 file (see `read_contours`), and write them as GeoJSON for QuPath;
+            None: as `save_h5`.
 
     Returns:
         The path of the HDF5 file (None without `save_h5`), coords int32 [N, 2] as (x, y) at level 0, and contour_index
@@ -147,6 +154,7 @@ def patchfy(
     settings = PatchSettings(patch_size, step_size, patch_level, segmentation)
     if not isinstance(line_thickness, Real) or not 0 < line_thickness < math.inf:
         raise SettingsError(f"line_thickness must be a positive number, not {line_thickness!r}")
+    save_contours = save_h5 if save_contours is None else save_contours
     with opened(wsi) as slide:
         if not 0 <= patch_level < len(slide.level_dimensions):
             raise SettingsError(
@@ -158,16 +166,23 @@ def patchfy(
         folder = Path(out)
         h5_path = folder / "patches" / f"{slide.name}.h5"
         mask_path = folder / "masks" / f"{slide.name}.jpg"
-        stored = _stored(h5_path, slide, settings, overwrite) if save_h5 or save_mask else None
+        geojson_path = folder / "contours" / f"{slide.name}.geojson"
+        made_from = {"slide_fingerprint": slide.fingerprint(), "settings_hash": settings_hash(settings.as_json())}
+        stored = _stored(h5_path, slide, settings, overwrite) if save_h5 or save_mask or save_contours else None
         if stored is not None and auto_skip and save_h5 and not overwrite:
             if not save_mask or mask_path.is_file():
                 logger.info("%s: %d patches taken from %s", slide.path, len(stored), h5_path)
                 if stored.missing:
                     logger.warning("%s %s", slide.path, about_missing(stored.missing))
+                if save_contours:
+                    _complete_geojson(geojson_path, h5_path, stored, made_from)
                 return h5_path, stored.coords, stored.contour_index
             logger.info("%s: finished, but %s is missing: patching again", slide.path, mask_path)
+        if save_contours and not overwrite:
+            refuse_changed_geojson(geojson_path)
         ensure_folder(folder)
-        for path in ([h5_path] if save_h5 else []) + ([mask_path] if save_mask else []):
+        outputs = ((h5_path, save_h5), (mask_path, save_mask), (geojson_path, save_contours))
+        for path in (path for path, wanted in outputs if wanted):
             ensure_folder(path.parent)
         tissue = _segment(slide, segmentation, folder)
         grid = plan_grid(slide, tissue, settings)
@@ -178,6 +193,9 @@ def patchfy(
         # The HDF5 file is written last: if it exists, all other outputs exist too.
         if save_mask:
             write_picture(mask_path, draw_tissue(slide, tissue, line_thickness))
+        outlines = Outlines(tissue.contours, tissue.holes)
+        if save_contours:
+            write_outlines_geojson(geojson_path, outlines, made_from)
         if save_h5:
             size, _ = settings.effective(slide)
             write_patches(
@@ -188,6 +206,7 @@ def patchfy(
                 patch_level=int(patch_level),
                 settings=settings.as_json(),
                 missing=tissue.missing,
+                outlines=outlines if save_contours else None,
             )
         logger.info("%s: %d patches on %d contours", slide.path, len(grid.coords), len(tissue.contours))
         return (h5_path if save_h5 else None), grid.coords, grid.contour_index
@@ -198,6 +217,22 @@ def _stored(path: Path, slide: SlideImage, settings: PatchSettings, overwrite: b
     values = settings.as_json()
     made_from = MadeFrom(settings_hash(values), slide.fingerprint(), str(slide.path.resolve()), slide.mtime_ns, values)
     return reuse(path, KIND, made_from, lambda file: parse_patches(path, file), overwrite=overwrite)
+
+
+def _complete_geojson(path: Path, h5_path: Path, stored: PatchSet, made_from: Mapping[str, str]) -> None:
+    """Write the GeoJSON of a stored result if it is missing or belongs to an earlier one; its contours are stored."""
+    if not stored.has_outlines:
+        warn_once(
+            logger,
+            "results of earlier runs hold no contours, such as %s; they are used all the same (ask to overwrite them "
+            "to get their contours)",
+            h5_path,
+        )
+        return
+    written = geojson_made_from(path)
+    if written != made_from and (written is not None or not path.exists()):  # a file that the user changed is left
+        ensure_folder(path.parent)
+        write_outlines_geojson(path, read_contours(h5_path), made_from)
 
 
 def _segment(slide: SlideImage, settings: SegmentationSettings, folder: Path) -> Tissue:
