@@ -19,9 +19,14 @@ def encode(
     patch_size: options.PatchSize = 256,
     step_size: options.StepSize = None,
     patch_level: options.PatchLevel = 0,
+    segmenter: options.Segmenter = None,
     otsu: options.Otsu = False,
     seg_downsample: options.SegDownsample = 1.0,
     strict_scale: options.StrictScale = False,
+    mask: options.Mask = None,
+    mask_class: options.MaskClass = None,
+    exclude: options.Exclude = None,
+    exclude_class: options.ExcludeClass = None,
     contours: options.Contours = True,
     resize: options.Resize = 256,
     batch_size: options.BatchSize = "32",
@@ -46,6 +51,7 @@ def encode(
 
     problems: list[SlideOpenError] = []
     files = find_slides(slides, problems)
+    options.one_mask_per_slide(files, mask, exclude)
     target = resolve_device(device)
     resolve_dtype(dtype, target)
     limit = None if max_memory is None else parse_memory(max_memory)
@@ -54,9 +60,14 @@ def encode(
         patch_size,
         step_size,
         patch_level=patch_level,
+        segmenter=segmenter,
         use_otsu=otsu,
         seg_downsample=seg_downsample,
         strict_scale=strict_scale,
+        mask=mask,
+        mask_class=mask_class or (),
+        exclude=exclude,
+        exclude_class=exclude_class or (),
         save_contours=contours,
     )
     if not files:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from exaonepath.encoders.published import DEFAULT_WEIGHTS
+from exaonepath.errors import SettingsError
 
 __all__ = ["DEFAULT_WEIGHTS"]
 
@@ -46,12 +48,36 @@ StepSize = Annotated[int | None, typer.Option(help="Distance between patches; de
 PatchLevel = Annotated[
     int, typer.Option(help="Pyramid level the grid is laid for; the original's option, 0 for nearly everyone.")
 ]
-Otsu = Annotated[bool, typer.Option("--otsu", help="Otsu's threshold in place of a fixed one.")]
+Otsu = Annotated[bool, typer.Option("--otsu", help="Otsu's threshold in place of a fixed one; as --segmenter otsu.")]
 SegDownsample = Annotated[
     float, typer.Option(help="Shrink the image that is segmented: for flat (single-level) slides, 4 to 16.")
 ]
 StrictScale = Annotated[
     bool, typer.Option("--strict-scale", help="An assumed or implausible pixel size is an error, not a warning.")
+]
+Segmenter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="How tissue is found: exaone (default), otsu, mask, or the name of an installed plug-in."
+    ),
+]
+Mask = Annotated[
+    Path | None,
+    typer.Option(
+        help="Tissue to use: GeoJSON (QuPath, TRIDENT) or an image of the slide's shape (PNG, TIFF); or a folder of "
+        "such files, named by slide."
+    ),
+]
+MaskClass = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="Class of the mask that is tissue; may be given again.")
+]
+Exclude = Annotated[
+    Path | None,
+    typer.Option(help="Regions to leave out, as for --mask; a patch is left out if its centre lies in one."),
+]
+ExcludeClass = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Class to leave out, of --exclude or of --mask; may be given again."),
 ]
 Contours = Annotated[
     bool, typer.Option("--contours/--no-contours", help="Store the contours, also as GeoJSON for QuPath.")
@@ -72,3 +98,12 @@ Labels = Annotated[list[str] | None, typer.Option("--label", help="Column to pro
 def patching(patch_size: int, step_size: int | None, **others: Any) -> dict[str, Any]:
     """The options as keyword arguments of `patchfy`; without a step, patches are adjacent."""
     return {"patch_size": patch_size, "step_size": patch_size if step_size is None else step_size, **others}
+
+
+def one_mask_per_slide(slides: Sequence[Path], *files: Path | None) -> None:
+    """Raise `SettingsError` if one file of regions would be used for several slides."""
+    for file in files:
+        if file is not None and len(slides) > 1 and not file.is_dir():
+            raise SettingsError(
+                f"{file} is one file for {len(slides)} slides; name a folder with a file for each slide"
+            )

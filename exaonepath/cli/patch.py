@@ -16,9 +16,14 @@ def patch(
     patch_size: options.PatchSize = 256,
     step_size: options.StepSize = None,
     patch_level: options.PatchLevel = 0,
+    segmenter: options.Segmenter = None,
     otsu: options.Otsu = False,
     seg_downsample: options.SegDownsample = 1.0,
     strict_scale: options.StrictScale = False,
+    mask: options.Mask = None,
+    mask_class: options.MaskClass = None,
+    exclude: options.Exclude = None,
+    exclude_class: options.ExcludeClass = None,
     contours: options.Contours = True,
     overwrite: options.Overwrite = False,
     verbose: options.Verbose = 0,
@@ -32,9 +37,14 @@ def patch(
         patch_size,
         step_size,
         patch_level=patch_level,
+        segmenter=segmenter,
         use_otsu=otsu,
         seg_downsample=seg_downsample,
         strict_scale=strict_scale,
+        mask=mask,
+        mask_class=mask_class or (),
+        exclude=exclude,
+        exclude_class=exclude_class or (),
         save_contours=contours,
     )
 
@@ -45,4 +55,6 @@ def patch(
         return 0
 
     problems: list[SlideOpenError] = []
-    each(find_slides(slides, problems), patch_one, problems, verbose)
+    files = find_slides(slides, problems)
+    options.one_mask_per_slide(files, mask, exclude)
+    each(files, patch_one, problems, verbose)

@@ -32,7 +32,8 @@ Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
 # The arguments of `patchfy` that decide the position of the patches.
-_FIELDS = [f.name for kind in (PatchSettings, SegmentationSettings) for f in fields(kind) if f.name != "segmentation"]
+_FIELDS = {f.name for kind in (PatchSettings, SegmentationSettings) for f in fields(kind)} - {"segmentation", "source"}
+_SOURCES = {"segmenter", "mask", "mask_class", "exclude", "exclude_class"}
 
 SLIDE_SUFFIXES = frozenset(
     {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi"}
@@ -236,7 +237,7 @@ def each_slide(files: Iterable[Path], work: Callable[[Path], T]) -> Iterator[tup
 
 
 def _patching(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    known = {*_FIELDS, "save_mask", "save_contours", "line_thickness", "strict_scale"}
+    known = {*_FIELDS, *_SOURCES, "save_mask", "save_contours", "line_thickness", "strict_scale"}
     unknown = sorted(set(arguments) - known)
     if unknown:
         raise SettingsError(f"patching: {', '.join(unknown)} cannot be set here; known: {', '.join(sorted(known))}")

@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 
 from exaonepath.errors import MemoryLimitError, SettingsError, SlideReadError, SlideSkippedError
+from exaonepath.files.outlines import Excluded, Outlines
 from exaonepath.memory import available_host_memory
 from exaonepath.slides.image import SlideImage, leaves_out_background
 from exaonepath.slides.patches.levels import Band, LevelReader, Piece
@@ -100,6 +101,7 @@ class Tissue(NamedTuple):
         shrink: factor by which that level was reduced before segmentation.
         nothing: the reason why there is no contour; empty if there is one.
         missing: fraction of that level for which the file holds no data, in formats in which that is a fault.
+        excluded: regions whose patches are left out.
     """
 
     contours: list[np.ndarray]
@@ -108,6 +110,12 @@ class Tissue(NamedTuple):
     shrink: float = 1.0
     nothing: str = ""
     missing: float = 0.0
+    excluded: Sequence[Excluded] = ()
+
+    @property
+    def outlines(self) -> Outlines:
+        """The outlines as they are stored with the patches."""
+        return Outlines(self.contours, self.holes, list(self.excluded))
 
 
 def segment_tissue(slide: SlideImage, settings: SegmentationSettings | None = None) -> Tissue:

@@ -194,7 +194,7 @@ def test_without_contours_nothing_of_them_is_written(slide, tmp_path):
 
 @pytest.fixture
 def no_work(monkeypatch):
-    monkeypatch.setattr(pipeline, "segment_tissue", lambda *args: pytest.fail("the slide was segmented again"))
+    monkeypatch.setattr(pipeline, "find_tissue", lambda *args: pytest.fail("the slide was segmented again"))
 
 
 def test_geojson_that_is_missing_is_written_from_the_stored_contours(slide, result, no_work):

@@ -111,7 +111,7 @@ def no_work(monkeypatch):
     def forbidden(*args):
         pytest.fail("the slide was segmented again")
 
-    return lambda: monkeypatch.setattr(pipeline, "segment_tissue", forbidden)
+    return lambda: monkeypatch.setattr(pipeline, "find_tissue", forbidden)
 
 
 def files(folder: Path) -> list[str]:
@@ -425,7 +425,7 @@ def test_killed_while_writing_then_resumed(slide_path, tmp_path):
     np.testing.assert_array_equal(read_patches(h5_path).coords, coords)
 
 
-@pytest.mark.parametrize("step", ["segment_tissue", "patch_grid", "write_picture", "write_patches"])
+@pytest.mark.parametrize("step", ["find_tissue", "patch_grid", "write_picture", "write_patches"])
 def test_interrupted_anywhere_then_resumed(slide_path, tmp_path, monkeypatch, step):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
