@@ -20,6 +20,20 @@ def _batch_size(value: str) -> str:
     return value
 
 
+def _seg_downsample(value: str) -> str:
+    if value != "auto":
+        try:
+            float(value)
+        except ValueError as exc:
+            raise typer.BadParameter(f"{value!r} is neither a number nor auto") from exc
+    return value
+
+
+def seg_downsample(value: str) -> float | Literal["auto"]:
+    """The value of `--seg-downsample` as the argument of `patchfy`."""
+    return "auto" if value == "auto" else float(value)
+
+
 def batch_size(value: str) -> int | Literal["auto"]:
     """The value of `--batch-size` as the argument of `extract_features`."""
     return "auto" if value == "auto" else int(value)
@@ -50,7 +64,15 @@ PatchLevel = Annotated[
 ]
 Otsu = Annotated[bool, typer.Option("--otsu", help="Otsu's threshold in place of a fixed one; as --segmenter otsu.")]
 SegDownsample = Annotated[
-    float, typer.Option(help="Shrink the image that is segmented: for flat (single-level) slides, 4 to 16.")
+    str,
+    typer.Option(
+        metavar="N|auto",
+        callback=_seg_downsample,
+        help="Shrink the image that is segmented. auto: to about 64x, on slides without a level near it (flat slides).",
+    ),
+]
+FailOnEmpty = Annotated[
+    bool, typer.Option("--fail-on-empty", help="A slide without a patch is an error (exit status 1, after all slides).")
 ]
 StrictScale = Annotated[
     bool, typer.Option("--strict-scale", help="An assumed or implausible pixel size is an error, not a warning.")

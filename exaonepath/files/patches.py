@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,41 @@ EXAONE_PATH = "EXAONE Path"
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """How the tissue of a slide was found, as stored with its patches.
+
+    Attributes:
+        segmenter: "exaone", "otsu", "mask", or the name of a plug-in.
+        level: the pyramid level that was segmented.
+        shrink: factor by which that level was reduced before.
+        contours: number of contours.
+        tries: (level, shrink, contours found) of each segmentation that was tried.
+        no_patch: the reason why there is no patch; empty if there are patches.
+        notes: the warnings that were logged, phrases that follow the name of the slide.
+    """
+
+    segmenter: str
+    level: int
+    shrink: float
+    contours: int
+    tries: tuple[tuple[int, float, int], ...] = ()
+    no_patch: str = ""
+    notes: tuple[str, ...] = ()
+
+    def attributes(self) -> dict[str, Any]:
+        """The file attributes that state it."""
+        return {
+            "segmenter": self.segmenter,
+            "seg_level": self.level,
+            "seg_shrink": float(self.shrink),
+            "n_contours": self.contours,
+            "seg_tries": json.dumps(self.tries),
+            **({"no_patch": self.no_patch} if self.no_patch else {}),
+            **({"notes": json.dumps(self.notes)} if self.notes else {}),
+        }
+
+
+@dataclass(frozen=True)
 class PatchSet:
     """Patches of one slide.
 
@@ -33,6 +69,7 @@ class PatchSet:
         slide_fingerprint: `SlideImage.fingerprint()` of the slide; None in a file made by EXAONE Path itself.
         settings_hash: hash of the settings that produced the patches; None in a file made by EXAONE Path itself.
         missing: fraction of the segmented level for which the slide file held no data.
+        outcome: how the tissue was found; None in files that do not state it.
         has_outlines: whether the file holds the contours (see `read_contours`).
     """
 
@@ -45,6 +82,7 @@ class PatchSet:
     settings_hash: str | None
     missing: float = 0.0
     has_outlines: bool = False
+    outcome: Outcome | None = None
 
     def __len__(self) -> int:
         return len(self.coords)
@@ -77,6 +115,7 @@ def write_patches(
     settings: Mapping[str, Any],
     missing: float = 0.0,
     outlines: Outlines | None = None,
+    outcome: Outcome | None = None,
 ) -> None:
     """Write a patch file, whole or not at all.
 
@@ -89,6 +128,7 @@ def write_patches(
         settings: the settings that produced the patches, plain JSON values.
         missing: fraction of the segmented level for which the slide file holds no data; stored if it is not 0.
         outlines: the contours that the patches were computed from; None: they are not stored.
+        outcome: how the tissue was found.
 
     Raises:
         OutputError: the file cannot be written.
@@ -117,6 +157,7 @@ def write_patches(
             "slide_path": str(slide.path.resolve()),
             **({} if slide.mtime_ns is None else {"slide_mtime_ns": slide.mtime_ns}),
             **({"missing_share": float(missing)} if missing else {}),
+            **({} if outcome is None else outcome.attributes()),
             "mpp": slide.mpp,
             "mpp_source": slide.mpp_source,
             "exaonepath_version": __version__,
@@ -179,7 +220,26 @@ def parse_patches(path: Path, file: StoredFile) -> PatchSet:
         settings_hash=file.attribute("settings_hash"),
         missing=_share(file.attribute("missing_share", 0.0)),
         has_outlines=has_outlines(file),
+        outcome=_outcome(file),
     )
+
+
+def _outcome(file: StoredFile) -> Outcome | None:
+    segmenter = file.attribute("segmenter")
+    if not isinstance(segmenter, str):
+        return None
+    try:
+        return Outcome(
+            segmenter,
+            int(file.attribute("seg_level", 0)),
+            float(file.attribute("seg_shrink", 1.0)),
+            int(file.attribute("n_contours", 0)),
+            tuple((int(a), float(b), int(c)) for a, b, c in json.loads(file.attribute("seg_tries", "[]"))),
+            str(file.attribute("no_patch", "")),
+            tuple(str(note) for note in json.loads(file.attribute("notes", "[]"))),
+        )
+    except (ValueError, TypeError) as exc:
+        raise DataFileError(f"{file.path}: its attributes do not say how the tissue was found ({exc})") from exc
 
 
 def _share(value: object) -> float:

@@ -18,6 +18,7 @@ from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
 from exaonepath.encoders.published import DEFAULT_WEIGHTS
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.errors import OutputCollisionError, SettingsError, SlideOpenError
+from exaonepath.files.patches import read_patches
 from exaonepath.slides.dicom import is_dicom, series_identity
 from exaonepath.slides.embed import embed_features_file
 from exaonepath.slides.features.extract import extract_features
@@ -65,6 +66,7 @@ class EncodeResult:
         patches_path, features_path, embedding_path: the files of the three stages.
         n_patches: patches with an embedding.
         n_failed: patches that could not be read (listed in the features file).
+        no_patch: the reason why the slide has no patch, and its embedding is zero; empty if it has patches.
         reused: stages ("features", "slide") that were finished before and were left unchanged.
     """
 
@@ -76,6 +78,7 @@ class EncodeResult:
     n_patches: int
     n_failed: int
     reused: tuple[str, ...] = field(default=())
+    no_patch: str = ""
 
 
 def output_paths(out: str | os.PathLike[str], name: str) -> OutputPaths:
@@ -169,7 +172,16 @@ def encode_slide(
         extraction.n_features,
         len(extraction.failures),
         tuple(reused),
+        "" if extraction.n_features or extraction.failures else why_no_patch(paths.patches),
     )
+
+
+def why_no_patch(patches_path: str | os.PathLike[str]) -> str:
+    """The reason why a slide has no patch, from its patches file; empty if it has patches."""
+    patches = read_patches(patches_path)
+    if len(patches):
+        return ""
+    return (patches.outcome and patches.outcome.no_patch) or "the reason is not stored (made by an earlier version)"
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ def _read_image(path: Path) -> np.ndarray:
     """uint8 [h, w]: 1 where any colour channel is not 0 and the pixel is not transparent, else 0."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # of size and of harmless tags
             with Image.open(path) as file:
                 image: Image.Image = file
                 if image.mode == "P" and "transparency" in image.info:

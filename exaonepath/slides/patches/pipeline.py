@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,13 +17,14 @@ from exaonepath.errors import ScaleError, SettingsError, SlideSkippedError
 from exaonepath.files.artifact import MadeFrom, refuse_input_as_output, reuse, settings_hash
 from exaonepath.files.atomic import ensure_folder, write_text
 from exaonepath.files.geojson import geojson_made_from, refuse_changed_geojson, write_outlines_geojson
-from exaonepath.files.patches import KIND, PatchSet, parse_patches, read_contours, write_patches
+from exaonepath.files.patches import KIND, Outcome, PatchSet, parse_patches, read_contours, write_patches
 from exaonepath.log_once import warn_once
 from exaonepath.slides.image import SlideImage, opened
 from exaonepath.slides.patches.exclusion import region_of_patches
 from exaonepath.slides.patches.grid import PatchGrid, patch_grid
 from exaonepath.slides.patches.picture import draw_tissue, write_picture
 from exaonepath.slides.patches.segmentation import (
+    AUTO,
     MAX_SEG_PIXELS,
     SegmentationSettings,
     Tissue,
@@ -71,7 +72,7 @@ class PatchSettings:
         # 1, 1.0 and numpy's scalars must give equal settings, so each value is converted to the type of its default.
         kinds = {name: type(value) for name, value in asdict(SegmentationSettings()).items()}
         kinds |= {"a_t": float, "a_h": float}
-        values |= {name: kinds[name](value) for name, value in seg.items()}
+        values |= {name: value if value == AUTO else kinds[name](value) for name, value in seg.items()}
         return values | {"use_otsu": values["use_otsu"] or self.source.segmenter == "otsu"} | self.source.as_json()
 
     def effective(self, slide: SlideImage) -> tuple[int, int]:
@@ -108,7 +109,7 @@ def patchfy(
     a_h: float = 1,
     max_n_holes: int = 100,
     line_thickness: int = 100,
-    seg_downsample: float = 1.0,
+    seg_downsample: float | Literal["auto"] = 1.0,
     max_seg_pixels: int | None = MAX_SEG_PIXELS,
     overwrite: bool = False,
     strict_scale: bool = False,
@@ -191,8 +192,7 @@ def patchfy(
         if stored is not None and auto_skip and save_h5 and not overwrite:
             if not save_mask or mask_path.is_file():
                 logger.info("%s: %d patches taken from %s", slide.path, len(stored), h5_path)
-                if stored.missing:
-                    logger.warning("%s %s", slide.path, about_missing(stored.missing))
+                _repeat_warnings(slide, stored)
                 if save_contours:
                     _complete_geojson(geojson_path, h5_path, stored, made_from)
                 return h5_path, stored.coords, stored.contour_index
@@ -210,11 +210,9 @@ def patchfy(
         slide.check_unchanged()
         if left_out:
             logger.info("%s: %d patches lie in excluded regions", slide.path, left_out)
-        if not len(grid.coords):
-            reason = tissue.nothing or f"no patch of the grid lies on the {len(tissue.contours)} contours"
-            if left_out:
-                reason = f"all {left_out} patches on its {len(tissue.contours)} contours lie in excluded regions"
-            logger.warning("%s has no patch: %s", slide.path, reason)
+        no_patch = "" if len(grid.coords) else _why_no_patch(tissue, left_out)
+        if no_patch:
+            logger.warning("%s has no patch: %s", slide.path, no_patch)
         # The HDF5 file is written last: if it exists, all other outputs exist too.
         if save_mask:
             write_picture(mask_path, draw_tissue(slide, tissue, line_thickness))
@@ -231,6 +229,15 @@ def patchfy(
                 settings=settings.as_json(),
                 missing=tissue.missing,
                 outlines=tissue.outlines if save_contours else None,
+                outcome=Outcome(
+                    tissue.segmenter,
+                    tissue.seg_level,
+                    tissue.shrink,
+                    len(tissue.contours),
+                    tissue.tries,
+                    no_patch,
+                    tissue.notes,
+                ),
             )
         logger.info("%s: %d patches on %d contours", slide.path, len(grid.coords), len(tissue.contours))
         return (h5_path if save_h5 else None), grid.coords, grid.contour_index
@@ -241,6 +248,23 @@ def _stored(path: Path, slide: SlideImage, settings: PatchSettings, overwrite: b
     values = settings.as_json()
     made_from = MadeFrom(settings_hash(values), slide.fingerprint(), str(slide.path.resolve()), slide.mtime_ns, values)
     return reuse(path, KIND, made_from, lambda file: parse_patches(path, file), overwrite=overwrite)
+
+
+def _why_no_patch(tissue: Tissue, left_out: int) -> str:
+    if left_out:
+        return f"all {left_out} patches on its {len(tissue.contours)} contours lie in excluded regions"
+    return tissue.nothing or f"no patch of the grid lies on the {len(tissue.contours)} contours"
+
+
+def _repeat_warnings(slide: SlideImage, stored: PatchSet) -> None:
+    """Log what was logged when a stored result was made: it still holds."""
+    if stored.missing:
+        logger.warning("%s %s", slide.path, about_missing(stored.missing))
+    if stored.outcome is not None:
+        for note in stored.outcome.notes:
+            logger.warning("%s %s", slide.path, note)
+        if stored.outcome.no_patch:
+            logger.warning("%s has no patch: %s", slide.path, stored.outcome.no_patch)
 
 
 def _complete_geojson(path: Path, h5_path: Path, stored: PatchSet, made_from: Mapping[str, str]) -> None:

@@ -15,7 +15,8 @@ from exaonepath.errors import MissingDependencyError, SettingsError
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.given_regions import RegionFile, find_region_file, mask_and_exclusions
 from exaonepath.slides.patches.rings import is_degenerate
-from exaonepath.slides.patches.segmentation import WANTED_DOWNSAMPLE, SegmentationSettings, Tissue, segment_tissue
+from exaonepath.slides.patches.segmentation import SegmentationSettings, Tissue, segment_tissue
+from exaonepath.slides.patches.shrinking import WANTED_DOWNSAMPLE
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,8 @@ def find_tissue(slide: SlideImage, settings: SegmentationSettings, source: Tissu
     else:
         otsu = settings.use_otsu or source.segmenter == "otsu"
         tissue = segment_tissue(slide, replace(settings, use_otsu=otsu))
-    return tissue._replace(excluded=[*tissue.excluded, *excluded])
+    segmenter = "otsu" if settings.use_otsu and source.segmenter == "exaone" else source.segmenter
+    return tissue._replace(excluded=[*tissue.excluded, *excluded], segmenter=segmenter)
 
 
 def segmenter_plugins() -> list[str]:
