@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from exaonepath.encoders.published import DEFAULT_WEIGHTS
+from exaonepath.errors import SettingsError
 
 __all__ = ["DEFAULT_WEIGHTS"]
 
@@ -16,6 +18,20 @@ def _batch_size(value: str) -> str:
     if value != "auto" and not (value.isascii() and value.isdigit() and int(value) > 0):
         raise typer.BadParameter(f"{value!r} is neither a positive whole number nor auto")
     return value
+
+
+def _seg_downsample(value: str) -> str:
+    if value != "auto":
+        try:
+            float(value)
+        except ValueError as exc:
+            raise typer.BadParameter(f"{value!r} is neither a number nor auto") from exc
+    return value
+
+
+def seg_downsample(value: str) -> float | Literal["auto"]:
+    """The value of `--seg-downsample` as the argument of `patchfy`."""
+    return "auto" if value == "auto" else float(value)
 
 
 def batch_size(value: str) -> int | Literal["auto"]:
@@ -46,9 +62,17 @@ StepSize = Annotated[int | None, typer.Option(help="Distance between patches; de
 PatchLevel = Annotated[
     int, typer.Option(help="Pyramid level that the grid is computed for; an option of the original, rarely needed.")
 ]
-Otsu = Annotated[bool, typer.Option("--otsu", help="Use Otsu's threshold instead of a fixed one.")]
+Otsu = Annotated[bool, typer.Option("--otsu", help="Use Otsu's threshold instead of a fixed one: --segmenter otsu.")]
 SegDownsample = Annotated[
-    float, typer.Option(help="Shrink the image that is segmented: for flat (single-level) slides, 4 to 16.")
+    str,
+    typer.Option(
+        metavar="N|auto",
+        callback=_seg_downsample,
+        help="Shrink the image that is segmented. auto: to about 64x, on slides without a level near it (flat slides).",
+    ),
+]
+FailOnEmpty = Annotated[
+    bool, typer.Option("--fail-on-empty", help="A slide without a patch is an error (exit status 1, after all slides).")
 ]
 StrictScale = Annotated[
     bool, typer.Option("--strict-scale", help="An assumed or implausible pixel size is an error, not a warning.")
@@ -60,6 +84,33 @@ Reader = Annotated[
         help="How slide files are read: auto, openslide, tiff, image, or a plug-in's name. auto: OpenSlide, a faster "
         "reader where it gives the same bytes, and others for what OpenSlide does not read.",
     ),
+]
+Segmenter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="How tissue is found: exaone (default), otsu, mask, or the name of an installed plug-in."
+    ),
+]
+Mask = Annotated[
+    Path | None,
+    typer.Option(
+        help="Tissue to use: GeoJSON (QuPath, TRIDENT) or an image of the slide's shape (PNG, TIFF); or a folder of "
+        "such files, named by slide."
+    ),
+]
+MaskClass = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="Class of the mask that is tissue; may be repeated.")
+]
+Exclude = Annotated[
+    Path | None,
+    typer.Option(help="Regions to leave out, as for --mask; a patch is left out if its centre lies in one."),
+]
+ExcludeClass = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Class to leave out, of --exclude or of --mask; may be repeated."),
+]
+Contours = Annotated[
+    bool, typer.Option("--contours/--no-contours", help="Store the contours, also as GeoJSON for QuPath.")
 ]
 MaxMemory = Annotated[
     str | None,
@@ -74,15 +125,15 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
 Labels = Annotated[list[str] | None, typer.Option("--label", help="Column to probe; may be repeated.")]
 
 
-def patching(
-    patch_size: int, step_size: int | None, patch_level: int, otsu: bool, seg_downsample: float, strict_scale: bool
-) -> dict[str, Any]:
-    """The options as keyword arguments of `patchfy`."""
-    return {
-        "patch_size": patch_size,
-        "step_size": patch_size if step_size is None else step_size,
-        "patch_level": patch_level,
-        "use_otsu": otsu,
-        "seg_downsample": seg_downsample,
-        "strict_scale": strict_scale,
-    }
+def patching(patch_size: int, step_size: int | None, **others: Any) -> dict[str, Any]:
+    """The options as keyword arguments of `patchfy`; without a step, patches are adjacent."""
+    return {"patch_size": patch_size, "step_size": patch_size if step_size is None else step_size, **others}
+
+
+def one_mask_per_slide(slides: Sequence[Path], *files: Path | None) -> None:
+    """Raise `SettingsError` if one file of regions would be used for several slides."""
+    for file in files:
+        if file is not None and len(slides) > 1 and not file.is_dir():
+            raise SettingsError(
+                f"{file} is one file for {len(slides)} slides; name a folder with a file for each slide"
+            )
