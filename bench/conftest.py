@@ -72,12 +72,20 @@ def compare(benchmark) -> Callable[..., None]:
 
 def pytest_configure(config) -> None:
     config.bench_session = Session()
+    # A line a case as it goes: some cases take half a minute.
+    config.option.verbose = config.option.verbose or 1
 
 
 @pytest.fixture(scope="session")
 def session(pytestconfig) -> Session:
     """Where benchmarks with tables of their own put their rows."""
     return pytestconfig.bench_session
+
+
+@pytest.fixture(autouse=True)
+def _time_left(session) -> None:
+    """Every benchmark skips once the session's time is spent."""
+    session.need_time()
 
 
 @pytest.fixture(scope="session")

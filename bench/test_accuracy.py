@@ -26,7 +26,8 @@ GOLDENS = sorted(path.stem for path in (DATA / "golden").glob("slide_encoder_*.n
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", GOLDENS)
-def test_accuracy(benchmark, name, dtype):
+def test_accuracy(benchmark, session, name, dtype):
+    session.need_dtype("cpu", dtype)
     if not DATA.is_dir():
         pytest.skip(f"golden data not found at {DATA} (set EXAONEPATH_TEST_DATA)")
     spec = importlib.util.spec_from_file_location("golden_weights", DATA / "weights.py")

@@ -70,7 +70,6 @@ class SleepingEncoder(torch.nn.Module):
 @pytest.mark.parametrize("slower", ["encoder", "reading"])
 def test_stand_ins(benchmark, session, tmp_path, slower):
     """The share of the wall time that the slower part is busy; the aim is 95 %."""
-    session.need_time()
     batch, batches, workers = 8, 120, 4  # so many that filling and emptying the pipeline counts little
     config = PreprocessingConfig(resize=16, crop=16)  # so small that the host has nothing to compute
     seconds = {"encoder": 0.1, "reading": 0.1}  # for a batch; reading on all threads
@@ -161,7 +160,7 @@ def test_extraction(
 ):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    session.need_time()
+    session.need_dtype(device, dtype)
     gpu = device == "cuda"
     if device not in models:
         models[device] = load_patch_encoder("random:0", device=device).model

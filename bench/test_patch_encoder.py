@@ -18,7 +18,7 @@ BATCH = 16
 def test_patch_encoder(compare, session, device, dtype, baseline_batch):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    session.need_time()
+    session.need_dtype(device, dtype)
     encoder = load_patch_encoder("random:0", device=device)
     state = {name.removeprefix("patch_encoder.backbone."): t for name, t in encoder.model.state_dict().items()}
     images = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
@@ -58,7 +58,6 @@ def test_last_block(compare, session, monkeypatch, device, dtype):
         pytest.skip("no CUDA device")
     if device == "cpu" and dtype != "float32" and not session.full:
         pytest.skip("EXAONEPATH_BENCH=full runs this case")
-    session.need_time()
     model = load_patch_encoder("random:0", device=device).model
     images = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
 

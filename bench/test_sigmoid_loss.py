@@ -140,7 +140,6 @@ def test_loss_and_gradients(device, n_rows, dim, large, peer, compare, benchmark
         pytest.skip("compiles for a minute: EXAONEPATH_BENCH=full runs it")
     if peer == "compiled" and device == "cuda" and importlib.util.find_spec("triton") is None:
         pytest.skip("torch.compile needs triton here")
-    session.need_time()
     # What a peer keeps: logits, labels, and what autograd saves of each, in float32 and all ten pairs at once.
     needed = 24 * n_rows**2 * len(PAIRS) if peer in ("naive", "compiled", "chunked") else 0
     if needed > free_bytes(device):

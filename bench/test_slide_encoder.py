@@ -27,7 +27,6 @@ def device(request) -> torch.device:
 def test_slide_encoder(compare, full, session, device, n, dtype):
     if n > 4_000 and not full:
         pytest.skip("EXAONEPATH_BENCH=full runs this size")
-    session.need_time()
     encoder = load_slide_encoder("random:0", device=device)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in encoder.model.state_dict().items()}
     periods = encoder.model.transformer.rope_embed().to(device)

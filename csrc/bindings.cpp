@@ -3,7 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
 
+#include "attention.h"
 #include "sigmoid_loss.h"
 #ifdef EXAONEPATH_WITH_CUDA
 #include "cublas.h"
@@ -15,7 +19,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised with every change of a function below, so that a module of an older build is recognised.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 py::dict build_info() {
   py::dict info;
@@ -61,6 +65,50 @@ void sigmoid_pass_cpu(std::uintptr_t dots, std::int64_t rows, std::int64_t cols,
   exaonepath::sigmoid_pass_cpu(pointer<float>(dots), rows, cols, ld, pointer<const std::int64_t>(row_ids),
                                pointer<const std::int64_t>(col_ids), scale, bias, pos_weight, pointer<double>(sums),
                                threads);
+}
+
+// A tensor [tokens, heads, dim]: address, stride of tokens, stride of heads.
+using Tensor = std::tuple<std::uintptr_t, std::int64_t, std::int64_t>;
+
+template <typename T>
+exaonepath::Tokens<T> tokens(const Tensor& tensor) {
+  return {pointer<T>(std::get<0>(tensor)), std::get<1>(tensor), std::get<2>(tensor)};
+}
+
+// Cosines and sines of queries or keys; 0 without a rotation.
+using Angles = std::pair<std::uintptr_t, std::uintptr_t>;
+
+exaonepath::Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Angles& q_angles,
+                                const Angles& k_angles, std::uintptr_t pieces, std::int64_t count, std::int64_t heads,
+                                std::int64_t dim, double scale) {
+  return {tokens<const float>(q),
+          tokens<const float>(k),
+          tokens<const float>(v),
+          pointer<const float>(q_angles.first),
+          pointer<const float>(q_angles.second),
+          pointer<const float>(k_angles.first),
+          pointer<const float>(k_angles.second),
+          pointer<const std::int64_t>(pieces),
+          count,
+          heads,
+          dim,
+          scale};
+}
+
+void attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Angles& q_angles, const Angles& k_angles,
+                   std::uintptr_t pieces, std::int64_t count, std::int64_t heads, std::int64_t dim, double scale,
+                   const Tensor& out, int threads, const std::string& isa) {
+  exaonepath::attention_cpu(attention(q, k, v, q_angles, k_angles, pieces, count, heads, dim, scale),
+                            tokens<float>(out), threads, isa);
+}
+
+void attention_backward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Angles& q_angles,
+                            const Angles& k_angles, std::uintptr_t pieces, std::int64_t count, std::int64_t heads,
+                            std::int64_t dim, double scale, const Tensor& dout, const Tensor& dq, const Tensor& dk,
+                            const Tensor& dv, int threads, const std::string& isa) {
+  exaonepath::attention_backward_cpu(attention(q, k, v, q_angles, k_angles, pieces, count, heads, dim, scale),
+                                     tokens<const float>(dout), tokens<float>(dq), tokens<float>(dk),
+                                     tokens<float>(dv), threads, isa);
 }
 
 #ifdef EXAONEPATH_WITH_CUDA
@@ -136,6 +184,15 @@ PYBIND11_MODULE(_C, m) {
         arg("col_ids"), arg("scale"), arg("bias"), arg("pos_weight"), arg("sums"), arg("threads"),
         py::call_guard<py::gil_scoped_release>(),
         "Fused pass over a float32 tile [rows, cols], in place; see csrc/sigmoid_loss.h. ValueError on bad sizes.");
+  m.def("attention_cpu", &attention_cpu, arg("q"), arg("k"), arg("v"), arg("q_angles"), arg("k_angles"), arg("pieces"),
+        arg("count"), arg("heads"), arg("dim"), arg("scale"), arg("out"), arg("threads"), arg("isa") = "",
+        py::call_guard<py::gil_scoped_release>(),
+        "Attention of segments, float32; see csrc/attention.h. A tensor is (address, token stride, head stride), angles "
+        "are the addresses of (cos, sin). ValueError on bad sizes.");
+  m.def("attention_backward_cpu", &attention_backward_cpu, arg("q"), arg("k"), arg("v"), arg("q_angles"),
+        arg("k_angles"), arg("pieces"), arg("count"), arg("heads"), arg("dim"), arg("scale"), arg("dout"), arg("dq"),
+        arg("dk"), arg("dv"), arg("threads"), arg("isa") = "", py::call_guard<py::gil_scoped_release>(),
+        "Its gradients; see csrc/attention.h. ValueError on bad sizes.");
 #ifdef EXAONEPATH_WITH_CUDA
   m.def("cublas_reason", &cublas_reason, "Why cuBLAS cannot be called in this process, or an empty string if it can.");
   m.def("sigmoid_sweep_workspace_cuda", &sigmoid_sweep_workspace_cuda, arg("rows"), arg("cols"), arg("tile_rows"),

@@ -3,8 +3,8 @@
 The public API of both wings; importing it is cheap, since each name is imported when it is first used.
 
 Slides (`exaonepath.slides`): `encode_slide`, `encode_slides`, and their stages `patchfy`, `extract_features`,
-`embed_features_file`; `read_patches`, `read_features`, `read_embedding` read what they wrote; `load_patch_encoder` and
-`load_slide_encoder` give the encoders.
+`embed_features_file`; `read_patches`, `read_contours`, `read_features`, `read_embedding` read what they wrote;
+`load_patch_encoder` and `load_slide_encoder` give the encoders.
 
 Alignment (`exaonepath.alignment`): `load_cohort`, `train`, `load_alignment`, `evaluate`, and the loss
 `PairwiseSigmoidLoss`.

@@ -34,7 +34,9 @@ from .files.embeddings import SlideEmbedding as SlideEmbedding
 from .files.embeddings import read_embedding as read_embedding
 from .files.features import FeatureSet as FeatureSet
 from .files.features import read_features as read_features
+from .files.outlines import Outlines as Outlines
 from .files.patches import PatchSet as PatchSet
+from .files.patches import read_contours as read_contours
 from .files.patches import read_patches as read_patches
 from .ops.attention.fragment_attention import fragment_attention as fragment_attention
 from .slides.embed import embed_features_file as embed_features_file

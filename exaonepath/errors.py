@@ -62,6 +62,10 @@ class SlideSkippedError(SlideError):
     """The slide exceeds a limit that the caller set (`max_seg_pixels`); the reason is also stored on disk."""
 
 
+class MaskError(ExaonePathError, ValueError):
+    """A file of tissue regions or excluded regions cannot be read, selects nothing, or does not fit the slide."""
+
+
 class OutputError(ExaonePathError, OSError):
     """An output folder or file cannot be written (permissions, disk full, not a folder)."""
 

@@ -137,3 +137,25 @@ def test_import_paths_of_0_1_still_work(path, names):
     for name in names.split():
         value = getattr(module, name)
         assert getattr(exaonepath, name, value) is value
+
+
+@pytest.mark.parametrize("module", ["models", "models.loading", "models.multimodal"])
+def test_deprecated_import_paths_warn_once_with_the_replacement(module):
+    code = f"""
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import exaonepath.{module}
+caught = [w for w in caught if "exaonepath.models" in str(w.message)]
+assert len(caught) == 1 and caught[0].category is DeprecationWarning, caught
+assert caught[0].filename == "<string>" and "from exaonepath import" in str(caught[0].message), caught[0]
+"""
+    run(code)
+
+
+@pytest.mark.parametrize("module", ["patches", "feature_extraction"])
+def test_import_paths_of_the_original_are_not_deprecated(module):
+    run(
+        f"import warnings; warnings.simplefilter('error', DeprecationWarning); import exaonepath; "
+        f"import exaonepath.{module}"
+    )

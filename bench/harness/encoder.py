@@ -1,4 +1,4 @@
-"""The whole slide encoder on made-up slides: ours, ours compiled, and the same arithmetic with a dense mask."""
+"""The whole slide encoder on synthetic slides: ours, ours compiled, and the same arithmetic with a dense mask."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SLOW_SECONDS = 10.0
 
 @dataclass
 class Slide:
-    """A made-up slide and the encoder that reads it, on one device."""
+    """A synthetic slide and the encoder that reads it, on one device."""
 
     problem: Problem
     training: bool

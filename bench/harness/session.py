@@ -15,7 +15,7 @@ from exaonepath.errors import ExaonePathError
 
 from . import table
 from .clock import clock_name
-from .machine import facts, source_hash
+from .machine import computes_bfloat16, facts, source_hash
 
 try:
     from triton.errors import TritonError
@@ -45,6 +45,7 @@ FAILURES = (
 LOST_DEVICE = 86  # exit status: the CUDA context is gone, run again without the candidate that was named
 
 _SHOWN = 200
+_SECONDS = 280  # the case that is running then ends within five minutes
 
 
 def reason(error: BaseException) -> str:
@@ -56,7 +57,8 @@ def reason(error: BaseException) -> str:
 class Session:
     """Rows measured so far; with EXAONEPATH_BENCH_SAVE=1 each is appended to its table at once.
 
-    EXAONEPATH_BENCH_SECONDS ends the session softly: what would start later skips. EXAONEPATH_BENCH_RESUME=1 skips what
+    EXAONEPATH_BENCH_SECONDS ends the session softly: what would start later skips; with the small sizes it is five
+    minutes, which a fast machine does not need. EXAONEPATH_BENCH_RESUME=1 skips what
     rows of the same code and device already answer. EXAONEPATH_BENCH_WITHOUT names candidates to leave out, by commas.
     EXAONEPATH_BENCH=full asks for the large sizes; "short" for them too, with the strongest peers and few repetitions.
     """
@@ -64,11 +66,11 @@ class Session:
     def __init__(self) -> None:
         self.rows: list[tuple[str, dict[str, Any]]] = []
         self._start = time.monotonic()
-        self._seconds = float(os.environ.get("EXAONEPATH_BENCH_SECONDS", "inf"))
         self._save = os.environ.get("EXAONEPATH_BENCH_SAVE") == "1"
         asked = os.environ.get("EXAONEPATH_BENCH")
         self.full = asked in ("full", "short")
         self.short = asked == "short"
+        self._seconds = float(os.environ.get("EXAONEPATH_BENCH_SECONDS", "inf" if self.full else _SECONDS))
         self.without = set(filter(None, os.environ.get("EXAONEPATH_BENCH_WITHOUT", "").split(",")))
 
     @staticmethod
@@ -89,6 +91,11 @@ class Session:
         """Skip the test where the session's time is up."""
         if time.monotonic() - self._start > self._seconds:
             pytest.skip("out of time: EXAONEPATH_BENCH_SECONDS is spent")
+
+    def need_dtype(self, device: str, dtype: str) -> None:
+        """Skip half precision on a CPU without instructions for it, unless all sizes are asked for."""
+        if dtype != "float32" and not self.full and not computes_bfloat16(device):
+            pytest.skip(f"this CPU emulates {dtype}; EXAONEPATH_BENCH=full runs this case")
 
     def skip_if_done(self, name: str, **columns: Any) -> None:
         """Skip the test where EXAONEPATH_BENCH_RESUME=1 and saved rows have these columns, this code, this device."""

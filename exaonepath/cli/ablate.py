@@ -28,9 +28,9 @@ def ablate(
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
 ) -> None:
-    """Answer an open question by training variants side by side: JSON and a figure each.
+    """Train variants of a model to answer an open question; one JSON file and one figure each.
 
-    Runs are kept in <out>/runs by the hash of their settings: what is there is not trained again, what was stopped goes
+    Runs are kept in <out>/runs by the hash of their settings: finished runs are not trained again, interrupted ones are
     on. Writes <out>/<study>.json and <out>/ablation-<study>.png.
     Example: exaonepath ablate all --out ablations
     """

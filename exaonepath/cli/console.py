@@ -33,7 +33,7 @@ def say_unreadable(count: int, total: int, slide: Path, listed_in: Path) -> None
 def note_random(is_random: bool, weights: str, quiet: bool) -> None:
     """Note that the results have no meaning if the weights are random."""
     if is_random and not quiet:
-        say(f"note: {weights} are random weights, for trying out: the embeddings carry no pathology")
+        say(f"note: {weights} are random weights, for tests: the embeddings contain no information about pathology")
 
 
 @contextmanager

@@ -19,12 +19,12 @@ def demo(
     ] = None,
     device: options.Device = "auto",
     offline: Annotated[
-        bool, typer.Option("--offline", help="Do not ask the package index; use a made-up slide.")
+        bool, typer.Option("--offline", help="Do not ask the package index; use a synthetic slide.")
     ] = False,
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
 ) -> None:
-    """Encode a real slide and draw what came out."""
+    """Encode a real slide and draw the results."""
     from exaonepath.demo import run_demo
 
     def report(line: str) -> None:

@@ -6,7 +6,7 @@ from exaonepath.cli import options
 
 
 def doctor(verbose: options.Verbose = 0, quiet: options.Quiet = False) -> None:
-    """Versions, devices, and which backends serve here and why."""
+    """Versions, devices, and the available backends with reasons."""
     from rich.console import Console
     from rich.markup import escape
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from exaonepath.cli import options
 from exaonepath.cli.console import note_random, progress_bar, say_result, say_unreadable, status
-from exaonepath.cli.guard import EXIT_UNREADABLE, each
+from exaonepath.cli.guard import EXIT_UNREADABLE, EmptySlides, each
 from exaonepath.errors import SlideOpenError
 
 
@@ -19,15 +19,22 @@ def encode(
     patch_size: options.PatchSize = 256,
     step_size: options.StepSize = None,
     patch_level: options.PatchLevel = 0,
+    segmenter: options.Segmenter = None,
     otsu: options.Otsu = False,
-    seg_downsample: options.SegDownsample = 1.0,
+    seg_downsample: options.SegDownsample = "1",
     strict_scale: options.StrictScale = False,
     reader: options.Reader = "auto",
+    mask: options.Mask = None,
+    mask_class: options.MaskClass = None,
+    exclude: options.Exclude = None,
+    exclude_class: options.ExcludeClass = None,
+    contours: options.Contours = True,
     resize: options.Resize = 256,
     batch_size: options.BatchSize = "32",
     num_workers: options.Workers = None,
     compile: options.Compile = False,
     max_memory: options.MaxMemory = None,
+    fail_on_empty: options.FailOnEmpty = False,
     overwrite: options.Overwrite = False,
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
@@ -46,11 +53,25 @@ def encode(
 
     problems: list[SlideOpenError] = []
     files = find_slides(slides, problems)
+    options.one_mask_per_slide(files, mask, exclude)
     target = resolve_device(device)
     resolve_dtype(dtype, target)
     limit = None if max_memory is None else parse_memory(max_memory)
     preprocessing = PreprocessingConfig(resize=resize)
-    settings = options.patching(patch_size, step_size, patch_level, otsu, seg_downsample, strict_scale)
+    settings = options.patching(
+        patch_size,
+        step_size,
+        patch_level=patch_level,
+        segmenter=segmenter,
+        use_otsu=otsu,
+        seg_downsample=options.seg_downsample(seg_downsample),
+        strict_scale=strict_scale,
+        mask=mask,
+        mask_class=mask_class or (),
+        exclude=exclude,
+        exclude_class=exclude_class or (),
+        save_contours=contours,
+    )
     if not files:
         raise problems[0]
     if not out.is_dir():  # fail before the weights are loaded; a folder of finished results may be read-only
@@ -59,6 +80,8 @@ def encode(
         patch_encoder = loading.load_patch_encoder(weights, device=target)
         slide_encoder = loading.load_slide_encoder(weights, device=target)
     note_random(patch_encoder.is_random, weights, quiet)
+
+    empty = EmptySlides(fail_on_empty, quiet)
 
     def encode_one(file: Path) -> int:
         with progress_bar(file.name, disable=quiet) as progress:
@@ -79,8 +102,10 @@ def encode(
                 progress=progress,
             )
         say_result(result.embedding_path, f"{result.n_patches} patches", "slide" in result.reused, quiet)
+        if result.no_patch:
+            empty.add(file, result.no_patch)
         if result.n_failed:
             say_unreadable(result.n_failed, result.n_patches + result.n_failed, file, result.features_path)
         return EXIT_UNREADABLE if result.n_failed else 0
 
-    each(files, encode_one, problems, verbose)
+    each(files, encode_one, problems, verbose, empty)

@@ -25,8 +25,12 @@ def evaluate(
     event: Annotated[str, typer.Option(help="Column that is 1 where the event was seen.")] = "event",
     missing: Annotated[bool, typer.Option(help="Curves over modalities missing at inference.")] = True,
     figures: Annotated[bool, typer.Option(help="Draw figures (matplotlib).")] = True,
-    export: Annotated[bool, typer.Option("--export", help="Also write embeddings as Patho-Bench reads them.")] = False,
-    by_name: Annotated[bool, typer.Option("--by-name", help="Take a cohort that lacks features of the model.")] = False,
+    export: Annotated[
+        bool, typer.Option("--export", help="Also write embeddings in the format that Patho-Bench reads.")
+    ] = False,
+    by_name: Annotated[
+        bool, typer.Option("--by-name", help="Accept a cohort that lacks some features of the model.")
+    ] = False,
     device: options.Device = "auto",
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,

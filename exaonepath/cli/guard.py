@@ -75,7 +75,39 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def each(files: list[Path], work: Callable[[Path], int], problems: list[SlideOpenError], verbose: int) -> None:
+class EmptySlides:
+    """The slides without a patch, with their reasons; reported when all slides are done.
+
+    Args:
+        fail: they are errors (`--fail-on-empty`).
+        quiet: they are not listed if they are no errors.
+    """
+
+    def __init__(self, fail: bool, quiet: bool) -> None:
+        self._fail, self._quiet = fail, quiet
+        self._found: list[tuple[Path, str]] = []
+
+    def add(self, slide: Path, reason: str) -> None:
+        """Note a slide without a patch."""
+        self._found.append((slide, reason))
+
+    def report(self, total: int) -> int:
+        """List the slides, and return the exit code."""
+        # Of a single slide, a warning with the same text was logged just before.
+        if self._found and (self._fail or (total > 1 and not self._quiet)):
+            say(f"{'error: ' if self._fail else ''}{len(self._found)} of {total} slides have no patch:")
+            for slide, reason in self._found:
+                say(f"  {slide}: {reason}")
+        return EXIT_ERROR if self._found and self._fail else EXIT_OK
+
+
+def each(
+    files: list[Path],
+    work: Callable[[Path], int],
+    problems: list[SlideOpenError],
+    verbose: int,
+    empty: EmptySlides | None = None,
+) -> None:
     """Process files one after another; an error in one does not stop the others. Exits with the worst exit code.
 
     Args:
@@ -83,6 +115,7 @@ def each(files: list[Path], work: Callable[[Path], int], problems: list[SlideOpe
         work: processes one slide and returns its exit code.
         problems: errors of paths that cannot be processed, found beforehand.
         verbose: if at least 1, errors are printed with their tracebacks.
+        empty: filled by `work`, and reported at the end.
     """
     from exaonepath.slides.encode import each_slide
 
@@ -97,6 +130,8 @@ def each(files: list[Path], work: Callable[[Path], int], problems: list[SlideOpe
         codes.add(EXIT_ERROR if isinstance(code, Exception) else code)
     if failed and len(files) + len(problems) > 1:
         say(f"{failed} of {len(files) + len(problems)} slides failed")
+    if empty is not None:
+        codes.add(empty.report(len(files) + len(problems)))
     for worst in (EXIT_ERROR, EXIT_UNREADABLE):
         if worst in codes:
             raise typer.Exit(worst)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from exaonepath.encoders.published import DEFAULT_WEIGHTS
+from exaonepath.errors import SettingsError
 
 __all__ = ["DEFAULT_WEIGHTS"]
 
@@ -18,6 +20,20 @@ def _batch_size(value: str) -> str:
     return value
 
 
+def _seg_downsample(value: str) -> str:
+    if value != "auto":
+        try:
+            float(value)
+        except ValueError as exc:
+            raise typer.BadParameter(f"{value!r} is neither a number nor auto") from exc
+    return value
+
+
+def seg_downsample(value: str) -> float | Literal["auto"]:
+    """The value of `--seg-downsample` as the argument of `patchfy`."""
+    return "auto" if value == "auto" else float(value)
+
+
 def batch_size(value: str) -> int | Literal["auto"]:
     """The value of `--batch-size` as the argument of `extract_features`."""
     return "auto" if value == "auto" else int(value)
@@ -25,7 +41,7 @@ def batch_size(value: str) -> int | Literal["auto"]:
 
 Slides = Annotated[list[Path], typer.Argument(help="Slide files, or folders of slides.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
-Weights = Annotated[str, typer.Option(help="Hub id, directory, or random:SEED (for trying out).")]
+Weights = Annotated[str, typer.Option(help="Hub id, directory, or random:SEED (random weights, for tests).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16.")]
 Resize = Annotated[int, typer.Option(help="Shorter side of a patch before the centre crop, in pixels.")]
@@ -44,11 +60,19 @@ Workers = Annotated[int | None, typer.Option("--num-workers", min=0, help="Readi
 PatchSize = Annotated[int, typer.Option(help="Side of a patch, in pixels at 0.5 um per pixel.")]
 StepSize = Annotated[int | None, typer.Option(help="Distance between patches; default: the patch size.")]
 PatchLevel = Annotated[
-    int, typer.Option(help="Pyramid level the grid is laid for; the original's option, 0 for nearly everyone.")
+    int, typer.Option(help="Pyramid level that the grid is computed for; an option of the original, rarely needed.")
 ]
-Otsu = Annotated[bool, typer.Option("--otsu", help="Otsu's threshold in place of a fixed one.")]
+Otsu = Annotated[bool, typer.Option("--otsu", help="Use Otsu's threshold instead of a fixed one: --segmenter otsu.")]
 SegDownsample = Annotated[
-    float, typer.Option(help="Shrink the image that is segmented: for flat (single-level) slides, 4 to 16.")
+    str,
+    typer.Option(
+        metavar="N|auto",
+        callback=_seg_downsample,
+        help="Shrink the image that is segmented. auto: to about 64x, on slides without a level near it (flat slides).",
+    ),
+]
+FailOnEmpty = Annotated[
+    bool, typer.Option("--fail-on-empty", help="A slide without a patch is an error (exit status 1, after all slides).")
 ]
 StrictScale = Annotated[
     bool, typer.Option("--strict-scale", help="An assumed or implausible pixel size is an error, not a warning.")
@@ -61,28 +85,55 @@ Reader = Annotated[
         "reader where it gives the same bytes, and others for what OpenSlide does not read.",
     ),
 ]
+Segmenter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="How tissue is found: exaone (default), otsu, mask, or the name of an installed plug-in."
+    ),
+]
+Mask = Annotated[
+    Path | None,
+    typer.Option(
+        help="Tissue to use: GeoJSON (QuPath, TRIDENT) or an image of the slide's shape (PNG, TIFF); or a folder of "
+        "such files, named by slide."
+    ),
+]
+MaskClass = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="Class of the mask that is tissue; may be repeated.")
+]
+Exclude = Annotated[
+    Path | None,
+    typer.Option(help="Regions to leave out, as for --mask; a patch is left out if its centre lies in one."),
+]
+ExcludeClass = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Class to leave out, of --exclude or of --mask; may be repeated."),
+]
+Contours = Annotated[
+    bool, typer.Option("--contours/--no-contours", help="Store the contours, also as GeoJSON for QuPath.")
+]
 MaxMemory = Annotated[
     str | None,
     typer.Option(
-        help="What the slide encoder may use on its device, as 12GB or 800MB; a slide that needs more is refused "
+        help="Memory that the slide encoder may use on its device, such as 12GB; a slide that needs more is refused "
         "beforehand. Default: what is free on a GPU, no limit on a CPU."
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo finished work.")]
-Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: everything.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Compute finished results again.")]
+Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More output; repeat for debug output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
-Labels = Annotated[list[str] | None, typer.Option("--label", help="Column to probe; may be given again.")]
+Labels = Annotated[list[str] | None, typer.Option("--label", help="Column to probe; may be repeated.")]
 
 
-def patching(
-    patch_size: int, step_size: int | None, patch_level: int, otsu: bool, seg_downsample: float, strict_scale: bool
-) -> dict[str, Any]:
-    """The options as keyword arguments of `patchfy`."""
-    return {
-        "patch_size": patch_size,
-        "step_size": patch_size if step_size is None else step_size,
-        "patch_level": patch_level,
-        "use_otsu": otsu,
-        "seg_downsample": seg_downsample,
-        "strict_scale": strict_scale,
-    }
+def patching(patch_size: int, step_size: int | None, **others: Any) -> dict[str, Any]:
+    """The options as keyword arguments of `patchfy`; without a step, patches are adjacent."""
+    return {"patch_size": patch_size, "step_size": patch_size if step_size is None else step_size, **others}
+
+
+def one_mask_per_slide(slides: Sequence[Path], *files: Path | None) -> None:
+    """Raise `SettingsError` if one file of regions would be used for several slides."""
+    for file in files:
+        if file is not None and len(slides) > 1 and not file.is_dir():
+            raise SettingsError(
+                f"{file} is one file for {len(slides)} slides; name a folder with a file for each slide"
+            )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from exaonepath.cli import options
 from exaonepath.cli.console import say_result
-from exaonepath.cli.guard import each
+from exaonepath.cli.guard import EmptySlides, each
 from exaonepath.errors import SlideOpenError
 
 
@@ -16,27 +16,53 @@ def patch(
     patch_size: options.PatchSize = 256,
     step_size: options.StepSize = None,
     patch_level: options.PatchLevel = 0,
+    segmenter: options.Segmenter = None,
     otsu: options.Otsu = False,
-    seg_downsample: options.SegDownsample = 1.0,
+    seg_downsample: options.SegDownsample = "1",
     strict_scale: options.StrictScale = False,
     reader: options.Reader = "auto",
+    mask: options.Mask = None,
+    mask_class: options.MaskClass = None,
+    exclude: options.Exclude = None,
+    exclude_class: options.ExcludeClass = None,
+    contours: options.Contours = True,
+    fail_on_empty: options.FailOnEmpty = False,
     overwrite: options.Overwrite = False,
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
 ) -> None:
-    """Find tissue and lay the patch grid: <out>/patches/<id>.h5 and <out>/masks/<id>.jpg."""
-    from exaonepath.slides.encode import find_slides
+    """Find tissue and compute the patch grid: <out>/patches/<id>.h5, masks/<id>.jpg and contours/<id>.geojson."""
+    from exaonepath.slides.encode import find_slides, why_no_patch
     from exaonepath.slides.image import SlideImage
     from exaonepath.slides.patches.pipeline import patchfy
 
-    arguments = options.patching(patch_size, step_size, patch_level, otsu, seg_downsample, strict_scale)
+    arguments = options.patching(
+        patch_size,
+        step_size,
+        patch_level=patch_level,
+        segmenter=segmenter,
+        use_otsu=otsu,
+        seg_downsample=options.seg_downsample(seg_downsample),
+        strict_scale=strict_scale,
+        mask=mask,
+        mask_class=mask_class or (),
+        exclude=exclude,
+        exclude_class=exclude_class or (),
+        save_contours=contours,
+    )
+
+    empty = EmptySlides(fail_on_empty, quiet)
 
     def patch_one(file: Path) -> int:
         with SlideImage(file, reader) as slide:
             path, coords, _ = patchfy(slide, out, **arguments, overwrite=overwrite)
         assert path is not None
         say_result(path, f"{len(coords)} patches", False, quiet)
+        if not len(coords):
+            empty.add(file, why_no_patch(path))
         return 0
 
     problems: list[SlideOpenError] = []
-    each(find_slides(slides, problems), patch_one, problems, verbose)
+    files = find_slides(slides, problems)
+    options.one_mask_per_slide(files, mask, exclude)
+    each(files, patch_one, problems, verbose, empty)

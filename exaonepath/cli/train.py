@@ -33,14 +33,18 @@ def train(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; run.device.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16; run.precision.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Any setting: section.key=value; may be given again.")
+        list[str] | None, typer.Option("--set", help="Any setting: section.key=value; may be repeated.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be trained.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over where the folder holds a run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all inputs and print what would be trained.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start again if the folder already holds a run.")
+    ] = False,
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
 ) -> None:
-    """Align slides with molecular profiles; flags go over the settings file, and the same command resumes.
+    """Align slides with molecular profiles; options override the settings file, and the same command resumes.
 
     Writes <out>/model, <out>/best, <out>/checkpoints, <out>/metrics.jsonl, <out>/tensorboard.
     Example: exaonepath train settings.toml --out run

@@ -6,13 +6,14 @@ backward pass, the wide hidden activations of all rows never exist at the same t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import get_device_states, set_device_states
+
+from exaonepath.random_state import RandomState
 
 
 def by_rows(
@@ -64,7 +65,7 @@ class _RowCheckpoint(torch.autograd.Function):
         total = inputs[0].shape[0]
         for first in range(0, max(1, total), rows):
             # Stored per chunk, so that dropout draws the same numbers again in the backward pass.
-            ctx.random.append(_RandomState(inputs))
+            ctx.random.append(RandomState(*inputs))
             part = _call(function, [t[first : first + rows] for t in inputs], ctx.needs_input_grad[3:])[0].detach()
             if total <= rows:
                 return part
@@ -123,18 +124,3 @@ class _Ambient:
         if not self.known:
             return nullcontext()
         return torch.autocast(self.device, self.dtype, enabled=self.enabled)
-
-
-class _RandomState:
-    """States of the random generators of the CPU and of the inputs' devices."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.cpu = torch.get_rng_state()
-        self.devices, self.states = get_device_states(*tensors)
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        with torch.random.fork_rng(self.devices):
-            torch.set_rng_state(self.cpu)
-            set_device_states(self.devices, self.states)
-            yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -210,7 +210,7 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
         batch, n, channels = features.shape
         flat = features.reshape(batch * n, channels)
         layout = build_fragment_layout(transformer.n_prefix, mask, contour)
-        order = TokenOrder.of(layout, batch * n)
+        order = TokenOrder.of(layout)
         rotation = transformer.rotation(order, coords)
         layout, rotation = _to_device(layout, rotation, device)
 
@@ -266,7 +266,7 @@ class ExaonePathSlideEncoderModel(ExaonePathPreTrainedModel):
             encoded, all_valid = encode_padded(self.transformer, features, mask, coords, contour), False
         else:
             layout = build_fragment_layout(self.transformer.n_prefix, mask, contour)
-            order = TokenOrder.of(layout, mask.numel())
+            order = TokenOrder.of(layout)
             packed = self.slide_encoder(features.flatten(0, 1), layout, coords, self.config._attn_implementation)
             encoded = packed.index_select(0, order.positions().clamp(min=0)).unflatten(0, mask.shape)
             del packed
@@ -370,7 +370,7 @@ def _to_device(
     fragments = slides
     if layout.fragments is not layout.slides:
         fragments = Segments(layout.fragments.offsets.to(device), layout.fragments.lengths)
-    layout = FragmentLayout(layout.source, slides, fragments, layout.batch, layout.n_prefix, layout.n_patches)
+    layout = replace(layout, slides=slides, fragments=fragments)
     if rotation is not None:
         rotation = Rotation(rotation.positions.to(device), rotation.periods.to(device))
     return layout, rotation

@@ -53,7 +53,7 @@ class TokenOrder:
     n_rows: int
 
     @staticmethod
-    def of(layout: FragmentLayout, n_rows: int) -> TokenOrder:
+    def of(layout: FragmentLayout) -> TokenOrder:
         """The order of a layout.
 
         A stable sort by kind replaces a boolean index: the size of its result is known beforehand, so the host does not
@@ -62,8 +62,7 @@ class TokenOrder:
         n_patches = layout.source.numel() - layout.batch * layout.n_prefix
         by_kind = torch.argsort(layout.is_prefix.to(torch.uint8), stable=True)
         patches, prefix = by_kind[:n_patches], by_kind[n_patches:]
-        kinds = layout.source[prefix] % (layout.n_prefix + layout.n_patches)
-        return TokenOrder(patches, layout.patch_rows[patches], prefix, kinds, n_rows)
+        return TokenOrder(patches, layout.patch_rows[patches], prefix, layout.prefix_kinds[prefix], layout.n_rows)
 
     @property
     def n_tokens(self) -> int:
@@ -144,7 +143,7 @@ class SlideTransformer(nn.Module):
         Returns:
             The encoder's output over packed tokens, [T, E] (`layout.unpack_patches` restores the caller's order).
         """
-        order = TokenOrder.of(layout, features.shape[0])
+        order = TokenOrder.of(layout)
         rotation = self.rotation(order, coords)
         unmodified = is_unmodified(self)
         if unmodified and not torch.is_grad_enabled():

@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("resize", type=int, default=256, metavar="PX", help="shorter side before the crop of 224 (256)")
     flag("num_workers", type=int, default=None, metavar="N", help="reading threads (one per core)")
     flag("overwrite", action="store_true", help="start over, whatever is stored")
-    parser.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice: everything")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="more output; repeat for debug output")
     parser.add_argument("--quiet", action="store_true", help="only errors")
     return parser
 

@@ -106,7 +106,7 @@ def _why_not(path: Path, file: StoredFile, kind: Kind, made_from: MadeFrom, over
                 f"{path} was made by {writer or 'another program'}, whose files are not replaced; name another output, "
                 f"or move the file away{'' if writer else ', or ask to overwrite it'}"
             )
-        return "" if overwrite else "does not say which slide and settings made it"
+        return "" if overwrite else "does not state which slide and settings it was made from"
     if not is_of_this_slide(path, attrs, made_from, overwrite=overwrite):
         return "was made from other content of the slide"
     if overwrite:
@@ -121,7 +121,7 @@ def _why_not(path: Path, file: StoredFile, kind: Kind, made_from: MadeFrom, over
     if same_place and now is not None and then is not None and now != then:
         logger.warning(
             "%s is used again, but %s was written to since it was made; its sampled content is the same. If more of it "
-            "has changed (a copy that was not finished, say), ask to overwrite",
+            "has changed (for example, a copy that was not finished), ask to overwrite",
             path,
             made_from.slide_path,
         )

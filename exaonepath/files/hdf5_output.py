@@ -18,6 +18,8 @@ from exaonepath.files.atomic import atomic_path, output_error
 from exaonepath.files.raw_file import RawFile
 from exaonepath.files.signals import signals_held
 
+CHUNK_ROWS = 1 << 16  # rows of a chunk of a compressed dataset
+
 
 @contextmanager
 def atomic_h5(target: str | os.PathLike[str]) -> Iterator[Hdf5Output]:
@@ -68,10 +70,17 @@ class Hdf5Output:
         rows.append(values)
         rows.finish()
 
-    def rows(self, name: str, shape: tuple[int, ...], dtype: np.dtype | str) -> RowsOutput:
-        """Create a dataset whose rows are appended in order; `RowsOutput.finish` must be called on the result."""
+    def rows(self, name: str, shape: tuple[int, ...], dtype: np.dtype | str, *, compress: bool = False) -> RowsOutput:
+        """Create a dataset whose rows are appended in order; `RowsOutput.finish` must be called on the result.
+
+        With `compress`, the values are packed without loss, in chunks of rows; appending whole chunks is fastest.
+        """
         self._names.setdefault(name, [])
-        return RowsOutput(self._file.create_dataset(name, shape, np.dtype(dtype)), name, self._checks)
+        packed: dict[str, Any] = {}
+        if compress and shape[0]:  # HDF5 has no chunks of zero rows
+            chunks = (min(shape[0], CHUNK_ROWS), *shape[1:])
+            packed = {"chunks": chunks, "compression": "gzip", "compression_opts": 1, "shuffle": True}
+        return RowsOutput(self._file.create_dataset(name, shape, np.dtype(dtype), **packed), name, self._checks)
 
     def strings(self, name: str, values: Sequence[str]) -> None:
         """Write a dataset of variable-length UTF-8 strings."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +15,45 @@ from exaonepath.errors import DataFileError, UnfinishedFileError
 from exaonepath.files.artifact import Kind, canonical_json, settings_hash
 from exaonepath.files.hdf5 import StoredFile, open_h5
 from exaonepath.files.hdf5_output import atomic_h5
+from exaonepath.files.outlines import Outlines, has_outlines, parse_outlines, write_outlines
 from exaonepath.version import __version__
 
 EXAONE_PATH = "EXAONE Path"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the tissue of a slide was found, as stored with its patches.
+
+    Attributes:
+        segmenter: "exaone", "otsu", "mask", or the name of a plug-in.
+        level: the pyramid level that was segmented.
+        shrink: factor by which that level was reduced before.
+        contours: number of contours.
+        tries: (level, shrink, contours found) of each segmentation that was tried.
+        no_patch: the reason why there is no patch; empty if there are patches.
+        notes: the warnings that were logged, phrases that follow the name of the slide.
+    """
+
+    segmenter: str
+    level: int
+    shrink: float
+    contours: int
+    tries: tuple[tuple[int, float, int], ...] = ()
+    no_patch: str = ""
+    notes: tuple[str, ...] = ()
+
+    def attributes(self) -> dict[str, Any]:
+        """The file attributes that state it."""
+        return {
+            "segmenter": self.segmenter,
+            "seg_level": self.level,
+            "seg_shrink": float(self.shrink),
+            "n_contours": self.contours,
+            "seg_tries": json.dumps(self.tries),
+            **({"no_patch": self.no_patch} if self.no_patch else {}),
+            **({"notes": json.dumps(self.notes)} if self.notes else {}),
+        }
 
 
 @dataclass(frozen=True)
@@ -32,6 +69,8 @@ class PatchSet:
         slide_fingerprint: `SlideImage.fingerprint()` of the slide; None in a file made by EXAONE Path itself.
         settings_hash: hash of the settings that produced the patches; None in a file made by EXAONE Path itself.
         missing: fraction of the segmented level for which the slide file held no data.
+        outcome: how the tissue was found; None in files that do not state it.
+        has_outlines: whether the file holds the contours (see `read_contours`).
     """
 
     coords: np.ndarray
@@ -42,6 +81,8 @@ class PatchSet:
     slide_fingerprint: str | None
     settings_hash: str | None
     missing: float = 0.0
+    has_outlines: bool = False
+    outcome: Outcome | None = None
 
     def __len__(self) -> int:
         return len(self.coords)
@@ -74,6 +115,8 @@ def write_patches(
     patch_level: int,
     settings: Mapping[str, Any],
     missing: float = 0.0,
+    outlines: Outlines | None = None,
+    outcome: Outcome | None = None,
 ) -> None:
     """Write a patch file, whole or not at all.
 
@@ -85,6 +128,8 @@ def write_patches(
         patch_level: level that the grid was computed for.
         settings: the settings that produced the patches, plain JSON values.
         missing: fraction of the segmented level for which the slide file holds no data; stored if it is not 0.
+        outlines: the contours that the patches were computed from; None: they are not stored.
+        outcome: how the tissue was found.
 
     Raises:
         OutputError: the file cannot be written.
@@ -103,6 +148,8 @@ def write_patches(
         file.attributes(attributes, of="coords")
         file.array("contour_index", np.asarray(contour_index, np.int32))
         file.attributes({"name": slide.name}, of="contour_index")
+        if outlines is not None:
+            write_outlines(file, outlines)
         made_by = {
             "n_coords": len(coords),
             "settings": canonical_json(settings),
@@ -111,6 +158,7 @@ def write_patches(
             "slide_path": str(slide.path.resolve()),
             **({} if slide.mtime_ns is None else {"slide_mtime_ns": slide.mtime_ns}),
             **({"missing_share": float(missing)} if missing else {}),
+            **({} if outcome is None else outcome.attributes()),
             "mpp": slide.mpp,
             "mpp_source": slide.mpp_source,
             "reader": slide.reader,
@@ -130,6 +178,18 @@ def read_patches(path: str | os.PathLike[str]) -> PatchSet:
     path = Path(path)
     with open_h5(path, required=["coords"]) as file:
         return parse_patches(path, file)
+
+
+def read_contours(path: str | os.PathLike[str]) -> Outlines:
+    """The contours, holes and excluded regions that the patches in a file were computed from, in level-0 pixels.
+
+    Raises:
+        DataFileError: the file is missing, damaged or incomplete; it holds no contours, as files of EXAONE Path and of
+            versions that did not store them; or its outlines contradict each other.
+    """
+    path = Path(path)
+    with open_h5(path, required=["coords"]) as file:
+        return parse_outlines(file)
 
 
 def parse_patches(path: Path, file: StoredFile) -> PatchSet:
@@ -161,7 +221,27 @@ def parse_patches(path: Path, file: StoredFile) -> PatchSet:
         slide_fingerprint=file.attribute("slide_fingerprint"),
         settings_hash=file.attribute("settings_hash"),
         missing=_share(file.attribute("missing_share", 0.0)),
+        has_outlines=has_outlines(file),
+        outcome=_outcome(file),
     )
+
+
+def _outcome(file: StoredFile) -> Outcome | None:
+    segmenter = file.attribute("segmenter")
+    if not isinstance(segmenter, str):
+        return None
+    try:
+        return Outcome(
+            segmenter,
+            int(file.attribute("seg_level", 0)),
+            float(file.attribute("seg_shrink", 1.0)),
+            int(file.attribute("n_contours", 0)),
+            tuple((int(a), float(b), int(c)) for a, b, c in json.loads(file.attribute("seg_tries", "[]"))),
+            str(file.attribute("no_patch", "")),
+            tuple(str(note) for note in json.loads(file.attribute("notes", "[]"))),
+        )
+    except (ValueError, TypeError) as exc:
+        raise DataFileError(f"{file.path}: its attributes do not say how the tissue was found ({exc})") from exc
 
 
 def _share(value: object) -> float:

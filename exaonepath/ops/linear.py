@@ -12,9 +12,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
 from torch.nn import functional as F
+
+from exaonepath.ops.plain import are_plain_float32
 
 logger = logging.getLogger(__name__)
 
@@ -35,26 +35,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _use_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        # The operator supports plain tensors only: tensor subclasses, tracing and function transforms do not know it.
-        all(_is_plain(tensor) for tensor in (x, weight, bias) if tensor is not None)
+        are_plain_float32(*(tensor for tensor in (x, weight, bias) if tensor is not None))
         and x.numel() > 0
         and weight.numel() > 0
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if t is not None))
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
-        and torch._C._functorch.maybe_current_level() is None
-        and forward_ad._current_level < 0
         and onednn_available()
-    )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return (
-        type(tensor) in (Tensor, Parameter)
-        and tensor.device.type == "cpu"
-        and tensor.dtype == torch.float32
-        and tensor.layout == torch.strided
     )
 
 

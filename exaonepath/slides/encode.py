@@ -18,6 +18,7 @@ from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
 from exaonepath.encoders.published import DEFAULT_WEIGHTS
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.errors import OutputCollisionError, SettingsError, SlideOpenError
+from exaonepath.files.patches import read_patches
 from exaonepath.slides.dicom import is_dicom, series_identity
 from exaonepath.slides.embed import embed_features_file
 from exaonepath.slides.features.extract import extract_features
@@ -32,7 +33,8 @@ Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
 # The arguments of `patchfy` that decide the position of the patches.
-_FIELDS = [f.name for kind in (PatchSettings, SegmentationSettings) for f in fields(kind) if f.name != "segmentation"]
+_FIELDS = {f.name for kind in (PatchSettings, SegmentationSettings) for f in fields(kind)} - {"segmentation", "source"}
+_SOURCES = {"segmenter", "mask", "mask_class", "exclude", "exclude_class"}
 
 SLIDE_SUFFIXES = frozenset(
     {
@@ -78,6 +80,7 @@ class EncodeResult:
         patches_path, features_path, embedding_path: the files of the three stages.
         n_patches: patches with an embedding.
         n_failed: patches that could not be read (listed in the features file).
+        no_patch: the reason why the slide has no patch, and its embedding is zero; empty if it has patches.
         reused: stages ("features", "slide") that were finished before and were left unchanged.
     """
 
@@ -89,6 +92,7 @@ class EncodeResult:
     n_patches: int
     n_failed: int
     reused: tuple[str, ...] = field(default=())
+    no_patch: str = ""
 
 
 def output_paths(out: str | os.PathLike[str], name: str) -> OutputPaths:
@@ -120,7 +124,8 @@ def encode_slide(
 
     Args:
         slide: slide file, or an open slide (which stays open).
-        out: output folder: `patches/<id>.h5`, `patches/<id>_features.h5`, `embeddings/<id>.h5`, `masks/<id>.jpg`.
+        out: output folder: `patches/<id>.h5`, `patches/<id>_features.h5`, `embeddings/<id>.h5`, `masks/<id>.jpg`,
+            `contours/<id>.geojson`.
         patch_encoder, slide_encoder: from `exaonepath.encoders.loading`, or the weights to load (a Hub id, a directory,
             "random:SEED"); to encode many slides, load the encoders once and pass them.
         patching: keyword arguments of `patchfy` (patch_size, step_size, ...); without step_size, patches are adjacent.
@@ -183,7 +188,16 @@ def encode_slide(
         extraction.n_features,
         len(extraction.failures),
         tuple(reused),
+        "" if extraction.n_features or extraction.failures else why_no_patch(paths.patches),
     )
+
+
+def why_no_patch(patches_path: str | os.PathLike[str]) -> str:
+    """The reason why a slide has no patch, from its patches file; empty if it has patches."""
+    patches = read_patches(patches_path)
+    if len(patches):
+        return ""
+    return (patches.outcome and patches.outcome.no_patch) or "the reason is not stored (made by an earlier version)"
 
 
 @dataclass(frozen=True)
@@ -251,7 +265,7 @@ def each_slide(files: Iterable[Path], work: Callable[[Path], T]) -> Iterator[tup
 
 
 def _patching(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    known = {*_FIELDS, "save_mask", "line_thickness", "strict_scale"}
+    known = {*_FIELDS, *_SOURCES, "save_mask", "save_contours", "line_thickness", "strict_scale"}
     unknown = sorted(set(arguments) - known)
     if unknown:
         raise SettingsError(f"patching: {', '.join(unknown)} cannot be set here; known: {', '.join(sorted(known))}")

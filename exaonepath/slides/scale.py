@@ -1,8 +1,8 @@
 """The pixel size of a slide: its source, and checks of its plausibility.
 
-The original uses the first positive number that it finds. This package does the same, bit for bit. But a slide that
-states 85 micrometres (the resolution of a print) gives patches of one pixel, and the vectors do not show that. Doubts
-about the pixel size are therefore reported.
+The original uses the first positive number that it finds. This package does the same, bit for bit, unless the user
+states the pixel size. But a slide that states 85 micrometres (the resolution of a print) gives patches of one pixel,
+and the vectors do not show that. Doubts about the pixel size are therefore reported.
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from xml.etree import ElementTree
+
+from exaonepath.errors import SettingsError
 
 DEFAULT_MPP = 0.5
 ASSUMED = "assumed"
+GIVEN = "given"  # by the user, with --mpp or mpp=
 _OME = "OME PhysicalSizeX"
 _STATED = ("openslide.mpp-x", "aperio.MPP")
 SMALLEST, LARGEST = 0.05, 10.0  # micrometres; oil immersion at 100x has 0.1, a macro camera 10
@@ -61,6 +65,42 @@ class OmeScale:
     doubts: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class PixelSize:
+    """The pixel size of a slide at level 0.
+
+    Attributes:
+        x, y: micrometres per pixel; y equals x if the source states one number for both axes. Only x is used.
+        source: the property that x was read from, "given" or "assumed".
+        doubts: the reasons to doubt it, a phrase each.
+        overridden: what the file states, if the user stated another value; otherwise empty.
+    """
+
+    x: float
+    y: float
+    source: str
+    doubts: tuple[str, ...]
+    overridden: str = ""
+
+
+def slide_pixel_size(properties: Mapping[str, str], given: float | None = None) -> PixelSize:
+    """The pixel size of a slide with these properties, or the one that the user gives.
+
+    Raises:
+        SettingsError: `given` is not a positive number.
+    """
+    stated, source = pixel_size(properties)
+    if given is None:
+        y = _other_axis(properties, source)
+        return PixelSize(stated, stated if y is None else y, source, tuple(doubts(properties, stated, source)))
+    if isinstance(given, bool) or not isinstance(given, Real) or not 0 < given < math.inf:
+        raise SettingsError(f"mpp is the pixel size in micrometres and must be a positive number, not {given!r}")
+    value = float(given)
+    found = () if SMALLEST <= value <= LARGEST else (_implausible(value, GIVEN, "correct it"),)
+    differs = source != ASSUMED and abs(stated - value) > _TOLERANCE * max(stated, value)
+    return PixelSize(value, value, GIVEN, found, f"{stated:g} um ({source})" if differs else "")
+
+
 def pixel_size(properties: Mapping[str, str]) -> tuple[float, str]:
     """(micrometres per pixel at level 0, the source of that value).
 
@@ -84,12 +124,11 @@ def doubts(properties: Mapping[str, str], mpp: float, source: str) -> list[str]:
     """The reasons to doubt this pixel size, a phrase each; empty for a plausible one."""
     found = []
     if source == ASSUMED:
-        found.append(f"states neither MPP nor objective power; assuming {mpp:.2f} um per pixel")
-    elif not SMALLEST <= mpp <= LARGEST:
         found.append(
-            f"has an implausible pixel size, {mpp:g} um ({source}): outside {SMALLEST:g} to {LARGEST:g} um, patches "
-            "will be of a wrong size; correct the file's metadata"
+            f"states neither MPP nor objective power; assuming {mpp:.2f} um per pixel (mpp =, or --mpp states it)"
         )
+    elif not SMALLEST <= mpp <= LARGEST:
+        found.append(_implausible(mpp, source, "correct the file's metadata, or state it (mpp =, or --mpp)"))
     ome = ome_scale(properties)
     if ome is not None:
         found += ome.doubts
@@ -111,6 +150,13 @@ def doubts(properties: Mapping[str, str], mpp: float, source: str) -> list[str]:
             f"has pixels of {mpp:g} um by its OME-XML, which is used, and of {tags:g} um by its resolution tags"
         )
     return found
+
+
+def _implausible(mpp: float, source: str, advice: str) -> str:
+    return (
+        f"has an implausible pixel size, {mpp:g} um ({source}): outside {SMALLEST:g} to {LARGEST:g} um, patches will "
+        f"be of a wrong size; {advice}"
+    )
 
 
 def ome_scale(properties: Mapping[str, str]) -> OmeScale | None:

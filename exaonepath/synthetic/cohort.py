@@ -262,7 +262,7 @@ def _write_omics(
 def _truth(patients: list[str], latents: Latents, settings: SyntheticCohortSettings, key: str) -> dict[str, Any]:
     return {
         "format": _FORMAT,
-        "about": "A made-up cohort; no person, no tissue. `truth` is what was planted.",
+        "about": "A synthetic cohort: no real patients, no real tissue. `truth` holds the planted values.",
         "settings_hash": key,
         "settings": settings.as_dict(),
         "truth": {

@@ -1,4 +1,4 @@
-"""The benchmarks' helpers live beside the benchmarks, outside any package."""
+"""The benchmarks' helpers are in the folder of the benchmarks, outside any package."""
 
 import sys
 from pathlib import Path

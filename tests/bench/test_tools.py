@@ -21,7 +21,7 @@ CARD = {"device": "cuda", "gpu": "NVIDIA Test 100", "dtype": "bfloat16"}
 
 @pytest.fixture
 def results(measured, encoded, tmp_path, monkeypatch):
-    """A folder of rows of a made-up card."""
+    """A folder of rows of a synthetic card."""
     monkeypatch.setenv("OUT", str(tmp_path))
     for impl, rotation in (("exaonepath", "own"), ("flash_varlen", "separate"), ("dense_mask", "none")):
         for n, fragments, spread in [(1000, 1, "equal"), (4000, 1, "equal"), (4000, 9, "lognormal")]:

@@ -46,7 +46,7 @@ def make_slide_encoder():
 
 @pytest.fixture
 def make_slide():
-    """A batch of made-up slides: features, mask, coords, contour_index."""
+    """A batch of synthetic slides: features, mask, coords, contour_index."""
 
     def make(batch=2, n=40, contours=4, dtype=torch.float64, seed=0, masked=True):
         generator = torch.Generator().manual_seed(seed)

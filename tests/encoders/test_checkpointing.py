@@ -102,5 +102,5 @@ def test_training_fits_its_target(live_memory, monkeypatch, n, target):
     assert all(gradient is not None for gradient in gradients)
     assert live.peak > forward
     # All gradients and the optimiser's two moments, and a twentieth for what the allocator loses between blocks.
-    beside = 3 * sum(p.nbytes for p in model.parameters())
-    assert 1.05 * live.peak + beside <= target
+    other = 3 * sum(p.nbytes for p in model.parameters())
+    assert 1.05 * live.peak + other <= target

@@ -87,7 +87,7 @@ def test_published_encoder_stays_within_its_plan(published, live_memory, monkeyp
     live = live_memory("meta", *weights)
     with torch.no_grad(), live:
         layout, rotation = meta_layout(n + 8, n, 8)
-        order = TokenOrder.of(layout, n)
+        order = TokenOrder.of(layout)
         x = published.transformer.encode(
             HostFeatures(), layout, order, rotation, backend, plan.rows, plan.attention_rows
         )

@@ -29,7 +29,7 @@ def encoder(_card):
 
 
 def slide(n, seed=0, fragments=8):
-    """Features, coordinates and fragments of a made-up slide on the host, batch of one."""
+    """Features, coordinates and fragments of a synthetic slide on the host, batch of one."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(1, n, 768, generator=generator)
     side = int(n**0.5) + 1

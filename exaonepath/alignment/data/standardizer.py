@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -21,6 +22,7 @@ from exaonepath.alignment.data.manifest import FeatureManifest
 from exaonepath.alignment.data.report import CohortReport
 from exaonepath.alignment.data.tables import ModalityTable
 from exaonepath.alignment.modalities import OMICS
+from exaonepath.alignment.standardization import standardized, transformed
 from exaonepath.errors import DataFileError, SettingsError
 from exaonepath.files.atomic import atomic_path
 from exaonepath.text import few
@@ -232,24 +234,15 @@ class OmicsRows:
 
     def rows(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """float32 [len(rows), F] of table rows: standardised, 0 if the value or the feature is missing."""
-        values = _transformed(self.table.rows(rows), self.scaling.transform)
-        out = (values[:, self.columns] - self.scaling.mean) / self.scaling.std
+        values = _transformed(self.table.rows(rows), self.scaling.transform)[:, self.columns]
+        mean, std = torch.from_numpy(self.scaling.mean), torch.from_numpy(self.scaling.std)
+        out = standardized(torch.from_numpy(values), mean, std, self.clip).numpy().astype(np.float32, copy=False)
         out[:, self.columns < 0] = 0
-        np.nan_to_num(out, copy=False, nan=0.0)
-        if self.clip is not None:
-            np.clip(out, -self.clip, self.clip, out=out)
-        return out.astype(np.float32, copy=False)
+        return out
 
 
 def _transformed(values: np.ndarray, transform: str) -> np.ndarray:
-    if transform == "none":
-        return values
-    # A warning about a wrong scale was already reported for negative values. log1p of values below -1 would be NaN.
-    values = np.maximum(values, 0)
-    if transform == "cpm_log1p":
-        total = np.nansum(values, axis=1, keepdims=True, dtype=np.float64)
-        values = values * (1e6 / np.maximum(total, 1)).astype(np.float32)
-    return np.log1p(values)
+    return transformed(torch.from_numpy(values), transform).numpy()
 
 
 def _blocks(table: ModalityTable, transform: str) -> Iterator[np.ndarray]:

@@ -26,7 +26,7 @@ from exaonepath.encoders.base import ExaonePathPreTrainedModel
 from exaonepath.encoders.configuration import ExaonePathSlideEncoderConfig
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.errors import ConfigError, SettingsError
-from exaonepath.ops.attention.ragged import build_ragged_layout
+from exaonepath.ops.attention.layout import build_ragged_layout
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class ExaonePathAlignmentModel(ExaonePathPreTrainedModel):
         )
         backend = encoder.config._attn_implementation
         coords = None if coords is None else coords[None]
-        encoded = layout.unpack_patches(encoder.slide_encoder(slides.features, layout, coords, backend))[0]
+        encoded = layout.unpack_patches(encoder.slide_encoder(slides.features, layout, coords, backend))
         both = torch.cat([slides.features.to(encoded.dtype), encoded], -1)
         embeddings = torch.stack([part.mean(0) for part in both.split(slides.lengths)])
         # A product with a small matrix instead of index_add: on a GPU, index_add adds in an arbitrary order, so its

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from exaonepath.errors import SettingsError
+from exaonepath.random_state import RandomState
 
 Chunk = TypeVar("Chunk")
 Output = TypeVar("Output")
@@ -53,10 +54,10 @@ def cached_gradient_step(
     """
     if not chunks:
         raise SettingsError("a cached-gradient step needs at least one chunk")
-    states: list[_RandomState] = []
+    states: list[RandomState] = []
     parts: list[dict[str, Tensor]] = []
     for chunk in chunks:
-        states.append(_RandomState())
+        states.append(RandomState())
         with torch.no_grad():
             parts.append(dict(encode(chunk)))
         # Autocast caches the half-precision copies of weights. They have no graph here, so the second pass must not use
@@ -74,8 +75,6 @@ def cached_gradient_step(
     if not isinstance(value, Tensor) or value.ndim != 0:
         raise SettingsError("loss must return a scalar, or an output with a scalar `loss`")
     (backward or torch.Tensor.backward)(value)
-    # Restored at the end, so that later random numbers are the same as after a plain step.
-    after = _RandomState()
     starts = dict.fromkeys(cached, 0)
     for index, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
         gradients = {}
@@ -84,8 +83,8 @@ def cached_gradient_step(
             if gradient is not None:
                 gradients[name] = gradient[starts[name] : starts[name] + length]
             starts[name] += length
-        state.restore()
-        with _synchronised_by(no_sync, last=index == len(chunks) - 1):
+        # Later random numbers are the same as after a plain step.
+        with state.restored(), _synchronised_by(no_sync, last=index == len(chunks) - 1):
             embeddings = encode(chunk)
             wanted = [name for name in gradients if embeddings[name].requires_grad]
             if wanted:
@@ -94,21 +93,7 @@ def cached_gradient_step(
                     [gradients[name].to(embeddings[name].dtype) for name in wanted],
                 )
         del embeddings
-    after.restore()
     return output
-
-
-class _RandomState:
-    """The current state of the random generators of the CPU and of all CUDA devices in use."""
-
-    def __init__(self) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from exaonepath.alignment.model.configuration import ExaonePathOmicsEncoderConfig
+from exaonepath.alignment.standardization import missing_as_mean, standardized, transformed
 from exaonepath.encoders.base import ExaonePathPreTrainedModel
 from exaonepath.encoders.block import LayerNorm, Linear, SwiGLU, compute_dtype, stream_dtype
 from exaonepath.encoders.loading import weights_fingerprint
@@ -92,15 +93,8 @@ class OmicsEncoder(nn.Module):
         """
         if self.foundation_cfg is not None:
             return values
-        x = values.to(torch.promote_types(values.dtype, torch.float32))
-        if self.transform != "none":
-            x = x.clamp(min=0)
-            if self.transform == "cpm_log1p":
-                totals = x.nansum(1) if totals is None else totals
-                x = x * (1e6 / totals.clamp(min=1))[:, None]
-            x = x.log1p()
-        x = _missing_as_mean((x - self.mean) / self.std)
-        return x if self.clip is None else x.clamp(-self.clip, self.clip)
+        x = transformed(values.to(torch.promote_types(values.dtype, torch.float32)), self.transform, totals)
+        return standardized(x, self.mean, self.std, self.clip)
 
     def attach_foundation(self, module: nn.Module) -> None:
         """Attach the frozen foundation model; `module` maps profiles [B, F] to [B, dim].
@@ -143,7 +137,7 @@ class OmicsEncoder(nn.Module):
         weight = self.proj.weight
         stream = stream_dtype(weight)
         if self.foundation_cfg is None:
-            x = _missing_as_mean(profiles.to(stream))
+            x = missing_as_mean(profiles.to(stream))
         else:
             x = self.foundation_norm(self._through_foundation(profiles).to(stream))
         z: Tensor = self.drop(self.proj(self.input_drop(x).to(compute_dtype(weight)))).to(stream)
@@ -167,11 +161,6 @@ class OmicsEncoder(nn.Module):
                 f"[{profiles.shape[0]}, {self.foundation_cfg['dim']}]"
             )
         return out
-
-
-def _missing_as_mean(x: Tensor) -> Tensor:
-    """Replace NaN by 0, the mean of standardised values. Infinity is kept, so that it stays visible in the loss."""
-    return torch.where(torch.isnan(x), 0, x)
 
 
 class ExaonePathOmicsEncoderModel(ExaonePathPreTrainedModel):

@@ -18,6 +18,7 @@ from exaonepath.errors import SettingsError
 from exaonepath.kernels.launch_config import attention_config
 from exaonepath.log_once import warn_once
 from exaonepath.ops.attention import cpu as cpu_attention
+from exaonepath.ops.attention import cpu_kernel
 from exaonepath.ops.attention.layout import Segments
 from exaonepath.ops.attention.rotary import Rotation, apply_rotation, rotate_inplace
 from exaonepath.ops.attention.segments import ATTEND, sdpa_attention
@@ -137,6 +138,8 @@ def fragment_attention(
     if backend == "triton":
         return triton_attention(qkv, segments, rotation, scale, overwrite_qkv)
     q, k, v = qkv.unbind(1)
+    if backend == "sdpa" and _cpu_kernel_can_attend(q, k, v, segments):
+        return cpu_kernel.attend_segments((qkv,), segments, rotation, scale)
     return attend_by_segment(q, k, v, segments, rotation, backend, scale, in_place=overwrite_qkv and not training)
 
 
@@ -163,6 +166,8 @@ def attend_by_segment(
 
     `in_place` rotates q and k themselves, without autograd.
     """
+    if backend == "sdpa" and _cpu_kernel_can_attend(q, k, v, segments):
+        return cpu_kernel.attend_segments((q, k, v), segments, rotation, scale)
     if rotation is not None:
         cos, sin = rotation.cos_sin(torch.promote_types(q.dtype, torch.float32))
         if in_place:
@@ -178,9 +183,21 @@ def attend_by_segment(
     return _without_grad(q, k, v, segments, scale, attend)
 
 
+def _cpu_kernel_can_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> bool:
+    return cpu_kernel.can_attend(q, k, v) and segments.longest <= cpu_kernel.max_length()
+
+
 def _without_grad(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, attend: _Attend) -> Tensor:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    in_kernel = 0
+    if attend is sdpa_attention and cpu_kernel.can_attend(q, k, v):
+        # All but the longest segments at once.
+        in_kernel = cpu_kernel.max_length()
+        pieces = segments.pieces[segments.pieces[:, 3] <= in_kernel]
+        cpu_kernel.attend_pieces(q, k, v, pieces, scale, out)
     for rows, count, length in segments.equal_length_groups:
+        if length <= in_kernel:
+            continue
         if attend is sdpa_attention and count == 1 and cpu_attention.can_attend(q, length):
             cpu_attention.attend_segment(q[rows], k[rows], v[rows], scale, out[rows])
         else:

@@ -1,14 +1,15 @@
 """Packs the tokens of a batch of slides so that every fragment is one contiguous segment.
 
-Padding is dropped, and the other tokens, prefix tokens (contour -1) included, are stably sorted by (slide, contour).
+The general layout is that of concatenated slides (`build_ragged_layout`); a padded batch is the same without its
+padding (`build_fragment_layout`). Tokens, prefix tokens (contour -1) included, are stably sorted by (slide, contour).
 Attention restricted to fragments is then block diagonal over segments, so no mask tensor is needed. Every layer of the
-encoder uses the same order, so each forward pass sorts only once, in `build_fragment_layout`.
+encoder uses the same order, so each forward pass sorts only once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -125,13 +126,37 @@ class Segments:
         return torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
 
     @cached_property
+    def pieces(self) -> Tensor:
+        """int64 [S, 4] on the CPU: first query, queries, first key, keys of each segment. Computed once."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int64)
+        first = lengths.cumsum(0) - lengths
+        return torch.stack([first, lengths, first, lengths], 1)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest segment, 0 without any."""
+        return max(self.lengths, default=0)
+
+    @property
     def equal_length_members(self) -> list[list[int]]:
         """Every segment's number once, see `equal_length_batches`. Computed once, used by every layer."""
+        # A graph computes it itself: it cannot contain the lock of a cached property.
+        return equal_length_batches(self.lengths) if torch.compiler.is_compiling() else self._members
+
+    @property
+    def equal_length_groups(self) -> list[tuple[slice | Tensor, int, int]]:
+        """The same batches as (rows, count, length): a slice for one segment, an index [count * length] for several."""
+        return self._group() if torch.compiler.is_compiling() else self._groups
+
+    @cached_property
+    def _members(self) -> list[list[int]]:
         return equal_length_batches(self.lengths)
 
     @cached_property
-    def equal_length_groups(self) -> list[tuple[slice | Tensor, int, int]]:
-        """The same batches as (rows, count, length): a slice for one segment, an index [count * length] for several."""
+    def _groups(self) -> list[tuple[slice | Tensor, int, int]]:
+        return self._group()
+
+    def _group(self) -> list[tuple[slice | Tensor, int, int]]:
         starts = [0, *accumulate(self.lengths)]
         return [
             (
@@ -147,13 +172,15 @@ class Segments:
 class FragmentLayout:
     """The origin of every packed token, and which tokens attend to each other.
 
-    The caller's tokens are [B, P + N, ...]: P prefix tokens, then N patches, per slide.
+    The caller's tokens are numbered as if they were concatenated: first the P prefix tokens of each of the B slides,
+    then the rows of the caller's patches. No tensor of that size exists.
 
     Attributes:
-        source: int64 [T], row of packed token t in the caller's tokens flattened to [B * (P + N), ...].
+        source: int64 [T], number of each packed token among the caller's tokens.
         slides: one segment per slide (NoPE blocks).
         fragments: one segment per (slide, contour) (RoPE blocks).
-        batch: B. n_prefix: P. n_patches: N.
+        batch: B. n_prefix: P.
+        n_rows: rows of the caller's patches, those of padding included.
     """
 
     source: Tensor
@@ -161,85 +188,118 @@ class FragmentLayout:
     fragments: Segments
     batch: int
     n_prefix: int
-    n_patches: int
+    n_rows: int
 
     @property
     def is_prefix(self) -> Tensor:
         """bool [T]: packed tokens that are prefix tokens."""
-        return self.source % self._row < self.n_prefix
+        return self.source < self.batch * self.n_prefix
 
     @property
-    def slide_index(self) -> Tensor:
-        """int64 [T]: slide of every packed token."""
-        return self.source // self._row
+    def prefix_kinds(self) -> Tensor:
+        """int64 [T]: which of the P prefix tokens a packed token is (use with `is_prefix`)."""
+        return self.source % max(self.n_prefix, 1)
 
     @property
     def patch_rows(self) -> Tensor:
-        """int64 [T]: row in [B * N] of every packed patch; 0 at prefix tokens (use with `is_prefix`)."""
-        return (self.slide_index * self.n_patches + self.source % self._row - self.n_prefix).clamp_(min=0)
-
-    @property
-    def _row(self) -> int:
-        return self.n_prefix + self.n_patches
+        """int64 [T]: row of every packed patch; 0 at prefix tokens (use with `is_prefix`)."""
+        return (self.source - self.batch * self.n_prefix).clamp_(min=0)
 
     def unpack_patches(self, packed: Tensor) -> Tensor:
-        """Packed tokens [T, E] in the caller's order: [B, N, E], without prefix tokens, 0 for masked patches."""
-        out = packed.new_zeros((self.batch * self._row, packed.shape[-1]))
-        out = out.index_copy(0, self.source, packed)
-        return out.view(self.batch, self._row, packed.shape[-1])[:, self.n_prefix :]
+        """Packed tokens [T, E] in the caller's order: [rows, E], without prefix tokens, 0 for rows of padding."""
+        # Prefix tokens are written to rows in front of the patches, which are then cut off.
+        out = packed.new_zeros((self.batch * self.n_prefix + self.n_rows, packed.shape[-1]))
+        return out.index_copy(0, self.source, packed)[self.batch * self.n_prefix :]
 
 
-def build_fragment_layout(
-    n_prefix: int,
-    mask: Tensor,
-    contour_index: Tensor | None = None,
+def build_ragged_layout(
+    n_prefix: int, lengths: Sequence[int], contour_index: Tensor | None, device: torch.device | None = None
 ) -> FragmentLayout:
-    """Sort the tokens of a batch once, for every layer.
+    """Sort the tokens of concatenated slides once, for every layer.
 
     Args:
-        n_prefix: number of prefix tokens (CLS and storage tokens) in front of each slide's patches; never masked.
+        n_prefix: number of prefix tokens (CLS and storage tokens) of each slide; never masked.
+        lengths: patches of each slide, in order; 0 is a slide without tissue.
+        contour_index: integer [sum N], the tissue fragment of each patch; -1 joins the prefix tokens. None: no fragment
+            restriction, the prefix tokens included.
+        device: device of the layout; default: that of `contour_index`, else the CPU.
+
+    Returns:
+        The layout of patches [sum N, ...]; tokens of one segment keep the caller's order.
+
+    Raises:
+        SettingsError: lengths and contour_index do not match.
+    """
+    if any(length < 0 for length in lengths):
+        raise SettingsError(f"lengths of slides must not be negative, got {list(lengths)}")
+    total = sum(lengths)
+    if contour_index is not None:
+        if contour_index.is_floating_point() or contour_index.is_complex() or contour_index.dtype == torch.bool:
+            raise SettingsError(f"contour_index must be an integer tensor, got {contour_index.dtype}")
+        if contour_index.shape != (total,):
+            raise SettingsError(f"contour_index is {list(contour_index.shape)}, but the slides hold {total} patches")
+        device = contour_index.device if device is None else device
+        contour_index = contour_index.to(device, torch.int64)
+    counts = torch.tensor(lengths, dtype=torch.int64, device=device)
+    return _sorted_layout(n_prefix, counts, total, contour_index)
+
+
+def build_fragment_layout(n_prefix: int, mask: Tensor, contour_index: Tensor | None = None) -> FragmentLayout:
+    """Sort the tokens of a padded batch once, for every layer: the ragged layout of its valid patches.
+
+    Args:
+        n_prefix: number of prefix tokens (CLS and storage tokens) of each slide; never masked.
         mask: bool [B, N], True for valid patches.
         contour_index: integer [B, N], the tissue fragment of each patch; -1 joins the prefix tokens. None: no
             fragment restriction, the prefix tokens included.
 
     Returns:
-        The layout; tokens of one segment keep the caller's order.
+        The layout of patches [B * N, ...]; tokens of one segment keep the caller's order.
 
     Raises:
         SettingsError: shapes or dtypes do not match.
     """
     if mask.ndim != 2 or mask.dtype != torch.bool:
         raise SettingsError(f"mask must be bool [B, N], got {mask.dtype} {list(mask.shape)}")
-    batch, n_patches = mask.shape
-    device = mask.device
-    row = n_prefix + n_patches
-    prefix_valid = torch.ones((batch, n_prefix), dtype=torch.bool, device=device)
-    valid = torch.cat([prefix_valid, mask], 1)
-    slide_lengths = valid.sum(1)
-    rows = torch.arange(batch * row, device=device).view(batch, row)
+    if contour_index is not None:
+        if contour_index.shape != mask.shape:
+            raise SettingsError(f"contour_index is {list(contour_index.shape)}, but mask is {list(mask.shape)}")
+        contour_index = _as_integer(contour_index, mask)[mask]
+    rows = mask.flatten().nonzero().view(-1)
+    layout = _sorted_layout(n_prefix, mask.sum(1), rows.numel(), contour_index)
+    n_all_prefix = layout.batch * n_prefix
+    if rows.numel() == mask.numel():
+        return layout
+    # The same order, with the patches numbered by their rows in the padded batch.
+    numbers = torch.cat([torch.arange(n_all_prefix, device=mask.device), n_all_prefix + rows])
+    return replace(layout, source=numbers[layout.source], n_rows=mask.numel())
 
-    if contour_index is None:
-        source = rows[valid]
-        slides = Segments.from_lengths(slide_lengths)
-        return FragmentLayout(source, slides, slides, batch, n_prefix, n_patches)
 
-    if contour_index.shape != mask.shape:
-        raise SettingsError(f"contour_index is {list(contour_index.shape)}, but mask is {list(mask.shape)}")
-    prefix_contour = torch.full((batch, n_prefix), PREFIX_CONTOUR, dtype=torch.int64, device=device)
-    contour = torch.cat([prefix_contour, _as_integer(contour_index, mask)], 1)
-    # Each row is sorted by itself, so slides stay contiguous. `stable` keeps the caller's order inside a fragment.
-    contour, order = torch.sort(contour, dim=1, stable=True)
-    valid = valid.gather(1, order)
-    source = (order + rows[:, :1])[valid] if row else rows.view(-1)
-    packed_contour = contour[valid]
-    packed_slide = source // row if row else source
-    # A fragment starts at each token whose contour or slide differs from that of the previous token.
-    starts = torch.ones_like(source, dtype=torch.bool)
-    starts[1:] = (packed_contour.diff() != 0) | (packed_slide.diff() != 0)
-    bounds = torch.cat([starts.nonzero().view(-1), torch.tensor([source.numel()], device=device)])
-    return FragmentLayout(
-        source, Segments.from_lengths(slide_lengths), Segments.from_lengths(bounds.diff()), batch, n_prefix, n_patches
-    )
+def _sorted_layout(n_prefix: int, counts: Tensor, total: int, contour: Tensor | None) -> FragmentLayout:
+    """The layout of slides with int64 [B] patches each, `total` in all, and int64 [total] contours or None."""
+    device, batch = counts.device, counts.numel()
+    slides = fragments = Segments.from_lengths(counts + n_prefix)
+    # Two stable sorts, the less important key first: the result is sorted by slide, inside a slide by contour, and
+    # inside a contour in the caller's order, prefix tokens first. A single slide needs no sort by slide.
+    source = torch.arange(batch * n_prefix + total, device=device)
+    if contour is not None:
+        contour = torch.cat([contour.new_full((batch * n_prefix,), PREFIX_CONTOUR), contour])
+        contour, source = torch.sort(contour, stable=True)
+    if batch > 1:
+        of_slides = torch.arange(batch, device=device)
+        of_patches = of_slides.repeat_interleave(counts, output_size=total)
+        slide, order = torch.sort(torch.cat([of_slides.repeat_interleave(n_prefix), of_patches])[source], stable=True)
+        source = source[order]
+        contour = None if contour is None else contour[order]
+    if contour is not None:
+        # A fragment starts at each token whose contour or slide differs from that of the previous token.
+        starts = torch.ones_like(source, dtype=torch.bool)
+        starts[1:] = contour.diff() != 0
+        if batch > 1:
+            starts[1:] |= slide.diff() != 0
+        bounds = torch.cat([starts.nonzero().view(-1), torch.tensor([source.numel()], device=device)])
+        fragments = Segments.from_lengths(bounds.diff())
+    return FragmentLayout(source, slides, fragments, batch, n_prefix, total)
 
 
 def _as_integer(contour_index: Tensor, mask: Tensor) -> Tensor:

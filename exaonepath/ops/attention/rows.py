@@ -16,6 +16,7 @@ from torch import Tensor
 
 from exaonepath.errors import SettingsError
 from exaonepath.ops.attention import cpu as cpu_attention
+from exaonepath.ops.attention import cpu_kernel
 from exaonepath.ops.attention.layout import Segments, batch_rows, equal_length_batches
 from exaonepath.ops.attention.rotary import Rotation, apply_rotation
 from exaonepath.ops.attention.segments import ATTEND
@@ -42,6 +43,7 @@ class RowChunk:
     first: int
     count: int
     pieces: tuple[_Piece, ...]
+    segment_pieces: Tensor  # int64 [S, 4] on the CPU, segment by segment: first query, queries, first key, keys
 
 
 def cut_rows(segments: Segments, rows: int) -> list[RowChunk]:
@@ -59,8 +61,11 @@ def cut_rows(segments: Segments, rows: int) -> list[RowChunk]:
         stop = int(ends[within - 1]) if within and ends[within - 1] > first else first + rows
         since = int(np.searchsorted(ends, first, side="right"))
         until = int(np.searchsorted(ends, stop, side="left")) + 1
-        pieces = _pieces(first, stop, lengths[since:until], ends[since:until], segments.offsets.device)
-        chunks.append(RowChunk(first, stop - first, tuple(pieces)))
+        some_lengths, some_ends = lengths[since:until], ends[since:until]
+        pieces = _pieces(first, stop, some_lengths, some_ends, segments.offsets.device)
+        begin, end = np.maximum(some_ends - some_lengths, first), np.minimum(some_ends, stop)
+        by_segment = np.stack([begin - first, end - begin, some_ends - some_lengths, some_lengths], 1)
+        chunks.append(RowChunk(first, stop - first, tuple(pieces), torch.from_numpy(by_segment)))
         first = stop
     return chunks
 
@@ -139,9 +144,23 @@ def attend_rows(
     attend = ATTEND.get(backend)
     if attend is None:
         raise SettingsError(f"unknown attention backend {backend!r}; choose sdpa, eager, cudnn or triton")
-    if rotation is not None:
+    in_kernel = 0
+    if backend == "sdpa" and not (torch.is_grad_enabled() and q.requires_grad) and cpu_kernel.can_attend(q, k, v):
+        in_kernel = cpu_kernel.max_length()
+        pieces = chunk.segment_pieces[chunk.segment_pieces[:, 3] <= in_kernel]
+        angles = None
+        if rotation is not None:
+            cos, sin = rotation.cos_sin(torch.float32)
+            angles = cos[chunk.first :], sin[chunk.first :]
+        cpu_kernel.attend_pieces(q, k, v, pieces, scale, q, q_angles=angles)
+    elif rotation is not None:
         rotate_rows(q, rotation, chunk.first, backend=backend)
     for piece in chunk.pieces:
+        if piece.length <= in_kernel:
+            continue
+        if in_kernel and rotation is not None:
+            assert isinstance(piece.rows, slice)  # such long segments are never gathered
+            rotate_rows(q[piece.rows], rotation, chunk.first + piece.rows.start, backend=backend)
         queries, keys, values = q[piece.rows], k[piece.keys], v[piece.keys]
         if backend == "sdpa" and piece.count == 1 and cpu_attention.can_attend(q, piece.length):
             cpu_attention.attend_segment(queries, keys, values, scale, queries)

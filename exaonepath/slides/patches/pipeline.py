@@ -5,27 +5,32 @@ from __future__ import annotations
 import logging
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from exaonepath.errors import ScaleError, SettingsError, SlideSkippedError
-from exaonepath.files.artifact import MadeFrom, reuse, settings_hash
+from exaonepath.files.artifact import MadeFrom, refuse_input_as_output, reuse, settings_hash
 from exaonepath.files.atomic import ensure_folder, write_text
-from exaonepath.files.patches import KIND, PatchSet, parse_patches, write_patches
+from exaonepath.files.geojson import geojson_made_from, refuse_changed_geojson, write_outlines_geojson
+from exaonepath.files.patches import KIND, Outcome, PatchSet, parse_patches, read_contours, write_patches
+from exaonepath.log_once import warn_once
 from exaonepath.slides.image import SlideImage, opened
+from exaonepath.slides.patches.exclusion import region_of_patches
 from exaonepath.slides.patches.grid import PatchGrid, patch_grid
 from exaonepath.slides.patches.picture import draw_tissue, write_picture
 from exaonepath.slides.patches.segmentation import (
+    AUTO,
     MAX_SEG_PIXELS,
     SegmentationSettings,
     Tissue,
     about_missing,
-    segment_tissue,
 )
+from exaonepath.slides.patches.tissue import TissueSource, find_tissue, tissue_source
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +46,14 @@ class PatchSettings:
         patch_size, step_size: side of a patch and distance between patches, in pixels at 0.5 micrometres per pixel.
         patch_level: pyramid level that the grid is computed for.
         segmentation: settings of the tissue segmentation.
+        source: where the tissue of the slide comes from.
     """
 
     patch_size: int = 256
     step_size: int = 256
     patch_level: int = 0
     segmentation: SegmentationSettings = field(default_factory=SegmentationSettings)
+    source: TissueSource = field(default_factory=TissueSource)
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "step_size"):
@@ -65,7 +72,8 @@ class PatchSettings:
         # 1, 1.0 and numpy's scalars must give equal settings, so each value is converted to the type of its default.
         kinds = {name: type(value) for name, value in asdict(SegmentationSettings()).items()}
         kinds |= {"a_t": float, "a_h": float}
-        return values | {name: kinds[name](value) for name, value in seg.items()}
+        values |= {name: value if value == AUTO else kinds[name](value) for name, value in seg.items()}
+        return values | {"use_otsu": values["use_otsu"] or self.source.segmenter == "otsu"} | self.source.as_json()
 
     def effective(self, slide: SlideImage) -> tuple[int, int]:
         """(patch size, step) in level-0 pixels of this slide.
@@ -101,16 +109,22 @@ def patchfy(
     a_h: float = 1,
     max_n_holes: int = 100,
     line_thickness: int = 100,
-    seg_downsample: float = 1.0,
+    seg_downsample: float | Literal["auto"] = 1.0,
     max_seg_pixels: int | None = MAX_SEG_PIXELS,
     overwrite: bool = False,
     strict_scale: bool = False,
+    save_contours: bool | None = None,
+    segmenter: str | None = None,
+    mask: str | os.PathLike[str] | None = None,
+    mask_class: str | Sequence[str] = (),
+    exclude: str | os.PathLike[str] | None = None,
+    exclude_class: str | Sequence[str] = (),
 ) -> tuple[Path | None, np.ndarray, np.ndarray]:
     """Find the tissue of a slide and compute the patches on it.
 
-    Writes `<out>/patches/<id>.h5` and `<out>/masks/<id>.jpg`, where the id is the slide's file stem; each is written
-    whole or not at all. If a finished result with the same settings exists, its stored patches are returned. The slide
-    is processed again if the settings or the content of the slide have changed.
+    Writes `<out>/patches/<id>.h5`, `<out>/masks/<id>.jpg` and `<out>/contours/<id>.geojson`, where the id is the
+    slide's file stem; each is written whole or not at all. If a finished result with the same settings exists, its
+    stored patches are returned. The slide is processed again if the settings or the content of the slide have changed.
 
     Args:
         wsi: slide file, or an opened slide (which stays open).
@@ -126,6 +140,16 @@ def patchfy(
         overwrite: process finished slides again, and replace the result of a different slide of the same name.
         strict_scale: raise an error if the pixel size is assumed, implausible or differs between the axes; otherwise a
             warning is logged.
+        save_contours: store the contours in the HDF5 file (see `read_contours`), and write them as GeoJSON for QuPath;
+            None: as `save_h5`.
+        segmenter: "exaone", "otsu" (as `use_otsu`), "mask", or the name of an installed plug-in; None: "mask" with a
+            mask, otherwise "exaone".
+        mask: tissue to use in place of a segmentation, as GeoJSON or as an image of the slide's shape; or a folder of
+            such files, named by the id of the slide. The order of the regions is that of the contours. See
+            docs/masks.md.
+        mask_class: class or classes of the mask's annotations that are tissue; default: all.
+        exclude: regions whose patches are left out, in the same forms. A patch is left out if its centre lies in one.
+        exclude_class: class or classes to exclude, of `exclude` if it is given, otherwise of `mask`.
 
     Returns:
         The path of the HDF5 file (None without `save_h5`), coords int32 [N, 2] as (x, y) at level 0, and contour_index
@@ -133,6 +157,7 @@ def patchfy(
 
     Raises:
         SettingsError: a setting is invalid, in general or for this slide. Nothing has been written.
+        MaskError: a file of regions is missing or damaged, selects no tissue, or does not fit the slide.
         SlideOpenError, SlideReadError: the slide cannot be opened or read.
         SlideSkippedError: the slide exceeds `max_seg_pixels`; the reason is in `<out>/skipped/<id>.txt`.
         ScaleError: the pixel size is doubtful and `strict_scale` is set; or a patch of this size would be too large.
@@ -147,6 +172,7 @@ def patchfy(
     settings = PatchSettings(patch_size, step_size, patch_level, segmentation)
     if not isinstance(line_thickness, Real) or not 0 < line_thickness < math.inf:
         raise SettingsError(f"line_thickness must be a positive number, not {line_thickness!r}")
+    save_contours = save_h5 if save_contours is None else save_contours
     with opened(wsi) as slide:
         if not 0 <= patch_level < len(slide.level_dimensions):
             raise SettingsError(
@@ -155,29 +181,43 @@ def patchfy(
         if strict_scale and slide.scale_doubts:
             raise ScaleError(f"{slide.path} {'; '.join(slide.scale_doubts)} (strict_scale)")
         settings.effective(slide)
+        source = tissue_source(slide, segmenter, mask, mask_class, exclude, exclude_class)
+        settings = replace(settings, source=source)
         folder = Path(out)
         h5_path = folder / "patches" / f"{slide.name}.h5"
         mask_path = folder / "masks" / f"{slide.name}.jpg"
-        stored = _stored(h5_path, slide, settings, overwrite) if save_h5 or save_mask else None
+        geojson_path = folder / "contours" / f"{slide.name}.geojson"
+        made_from = {"slide_fingerprint": slide.fingerprint(), "settings_hash": settings_hash(settings.as_json())}
+        stored = _stored(h5_path, slide, settings, overwrite) if save_h5 or save_mask or save_contours else None
         if stored is not None and auto_skip and save_h5 and not overwrite:
             if not save_mask or mask_path.is_file():
                 logger.info("%s: %d patches taken from %s", slide.path, len(stored), h5_path)
-                if stored.missing:
-                    logger.warning("%s %s", slide.path, about_missing(stored.missing))
+                _repeat_warnings(slide, stored)
+                if save_contours:
+                    _complete_geojson(geojson_path, h5_path, stored, made_from)
                 return h5_path, stored.coords, stored.contour_index
             logger.info("%s: finished, but %s is missing: patching again", slide.path, mask_path)
+        if save_contours:
+            refuse_input_as_output(geojson_path, [file.path for file in (source.mask, source.exclude) if file])
+        if save_contours and not overwrite:
+            refuse_changed_geojson(geojson_path)
         ensure_folder(folder)
-        for path in ([h5_path] if save_h5 else []) + ([mask_path] if save_mask else []):
+        outputs = ((h5_path, save_h5), (mask_path, save_mask), (geojson_path, save_contours))
+        for path in (path for path, wanted in outputs if wanted):
             ensure_folder(path.parent)
-        tissue = _segment(slide, segmentation, folder)
-        grid = plan_grid(slide, tissue, settings)
+        tissue = _segment(slide, settings, folder)
+        grid, left_out = _grid(slide, tissue, settings)
         slide.check_unchanged()
-        if not len(grid.coords):
-            reason = tissue.nothing or f"no patch of the grid lies on the {len(tissue.contours)} contours"
-            logger.warning("%s has no patch: %s", slide.path, reason)
+        if left_out:
+            logger.info("%s: %d patches lie in excluded regions", slide.path, left_out)
+        no_patch = "" if len(grid.coords) else _why_no_patch(tissue, left_out)
+        if no_patch:
+            logger.warning("%s has no patch: %s", slide.path, no_patch)
         # The HDF5 file is written last: if it exists, all other outputs exist too.
         if save_mask:
             write_picture(mask_path, draw_tissue(slide, tissue, line_thickness))
+        if save_contours:
+            write_outlines_geojson(geojson_path, tissue.outlines, made_from)
         if save_h5:
             size, _ = settings.effective(slide)
             write_patches(
@@ -188,6 +228,16 @@ def patchfy(
                 patch_level=int(patch_level),
                 settings=settings.as_json(),
                 missing=tissue.missing,
+                outlines=tissue.outlines if save_contours else None,
+                outcome=Outcome(
+                    tissue.segmenter,
+                    tissue.seg_level,
+                    tissue.shrink,
+                    len(tissue.contours),
+                    tissue.tries,
+                    no_patch,
+                    tissue.notes,
+                ),
             )
         logger.info("%s: %d patches on %d contours", slide.path, len(grid.coords), len(tissue.contours))
         return (h5_path if save_h5 else None), grid.coords, grid.contour_index
@@ -200,10 +250,43 @@ def _stored(path: Path, slide: SlideImage, settings: PatchSettings, overwrite: b
     return reuse(path, KIND, made_from, lambda file: parse_patches(path, file), overwrite=overwrite)
 
 
-def _segment(slide: SlideImage, settings: SegmentationSettings, folder: Path) -> Tissue:
+def _why_no_patch(tissue: Tissue, left_out: int) -> str:
+    if left_out:
+        return f"all {left_out} patches on its {len(tissue.contours)} contours lie in excluded regions"
+    return tissue.nothing or f"no patch of the grid lies on the {len(tissue.contours)} contours"
+
+
+def _repeat_warnings(slide: SlideImage, stored: PatchSet) -> None:
+    """Log what was logged when a stored result was made: it still holds."""
+    if stored.missing:
+        logger.warning("%s %s", slide.path, about_missing(stored.missing))
+    if stored.outcome is not None:
+        for note in stored.outcome.notes:
+            logger.warning("%s %s", slide.path, note)
+        if stored.outcome.no_patch:
+            logger.warning("%s has no patch: %s", slide.path, stored.outcome.no_patch)
+
+
+def _complete_geojson(path: Path, h5_path: Path, stored: PatchSet, made_from: Mapping[str, str]) -> None:
+    """Write the GeoJSON of a stored result if it is missing or belongs to an earlier one; its contours are stored."""
+    if not stored.has_outlines:
+        warn_once(
+            logger,
+            "results of earlier runs hold no contours, such as %s; they are used all the same (ask to overwrite them "
+            "to get their contours)",
+            h5_path,
+        )
+        return
+    written = geojson_made_from(path)
+    if written != made_from and (written is not None or not path.exists()):  # a file that the user changed is left
+        ensure_folder(path.parent)
+        write_outlines_geojson(path, read_contours(h5_path), made_from)
+
+
+def _segment(slide: SlideImage, settings: PatchSettings, folder: Path) -> Tissue:
     reason = folder / "skipped" / f"{slide.name}.txt"
     try:
-        tissue = segment_tissue(slide, settings)
+        tissue = find_tissue(slide, settings.segmentation, settings.source)
     except SlideSkippedError as exc:
         ensure_folder(reason.parent)
         write_text(reason, f"{exc}\n")
@@ -214,6 +297,13 @@ def _segment(slide: SlideImage, settings: SegmentationSettings, folder: Path) ->
 
 def plan_grid(slide: SlideImage, tissue: Tissue, settings: PatchSettings) -> PatchGrid:
     """The patches that `patchfy` computes for tissue that was found already; nothing is written."""
+    return _grid(slide, tissue, settings)[0]
+
+
+def _grid(slide: SlideImage, tissue: Tissue, settings: PatchSettings) -> tuple[PatchGrid, int]:
+    """The patches, and how many were left out because they lie in excluded regions."""
     patch, step = settings.effective(slide)
     scale_x, scale_y = (int(d) for d in slide.level_downsamples[settings.patch_level])
-    return patch_grid(tissue.contours, tissue.holes, patch * scale_x, (step * scale_x, step * scale_y))
+    grid = patch_grid(tissue.contours, tissue.holes, patch * scale_x, (step * scale_x, step * scale_y))
+    kept = region_of_patches(grid.coords, patch * scale_x, tissue.excluded) < 0
+    return PatchGrid(grid.coords[kept], grid.contour_index[kept]), int(len(kept) - kept.sum())

@@ -9,30 +9,40 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
 
 from exaonepath.errors import MemoryLimitError, SettingsError, SlideReadError, SlideSkippedError
+from exaonepath.files.outlines import Excluded, Outlines
 from exaonepath.memory import available_host_memory
 from exaonepath.slides.image import SlideImage, leaves_out_background
-from exaonepath.slides.patches.levels import Band, LevelReader, Piece
+from exaonepath.slides.patches.levels import LevelReader
+from exaonepath.slides.patches.saturation import (
+    WHITE_BAND,
+    Overview,
+    erase_frame,
+    median_in_place,
+    textured_saturation,
+)
+from exaonepath.slides.patches.shrinking import (
+    NEARLY_FULL,
+    WANTED_DOWNSAMPLE,
+    automatic_shrink,
+    further_shrink,
+    is_much_finer,
+)
 
 logger = logging.getLogger(__name__)
 
 MAX_SEG_PIXELS = 40_000_000_000
-WANTED_DOWNSAMPLE = 64
-_WHITE_BAND = 20
-_SMALLEST_SHRUNK = 8 * _WHITE_BAND
-_FLAT_LAPLACIAN = 15
+AUTO: Literal["auto"] = "auto"
 _UNIT_SIDE = 512
-_NEARLY_FULL = WANTED_DOWNSAMPLE / 8  # a level with a smaller downsample is checked for overlooked tissue
 _MUCH_MORE = 1.5  # factor of the area; on slides with much texture, the result at full resolution differs by a third
-_BAND_PIXELS = 1 << 20
 _SMALL_CACHE = 1 << 20
 
 
@@ -48,7 +58,8 @@ class SegmentationSettings:
         a_t: smallest tissue area, in units of 512 x 512 level-0 pixels.
         a_h: smallest hole area (exclusive), in the same units.
         max_n_holes: holes kept per contour, largest first.
-        seg_downsample: reduce the segmentation level further by this factor, >= 1.
+        seg_downsample: reduce the segmentation level further by this factor, >= 1; "auto": to about 64x, if the slide
+            has no level near it.
         max_seg_pixels: largest number of pixels of the segmentation level; None or <= 0: no limit.
     """
 
@@ -59,13 +70,13 @@ class SegmentationSettings:
     a_t: float = 1
     a_h: float = 1
     max_n_holes: int = 100
-    seg_downsample: float = 1.0
+    seg_downsample: float | Literal["auto"] = 1.0
     max_seg_pixels: int | None = MAX_SEG_PIXELS
 
     def __post_init__(self) -> None:
         for name in ("sthresh", "mthresh", "close", "a_t", "a_h", "max_n_holes", "seg_downsample", "max_seg_pixels"):
             value = getattr(self, name)
-            if name == "max_seg_pixels" and value is None:
+            if (name == "max_seg_pixels" and value is None) or (name == "seg_downsample" and value == AUTO):
                 continue
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise SettingsError(f"{name} must be a finite number, not {value!r}")
@@ -86,8 +97,15 @@ class SegmentationSettings:
                 raise SettingsError(f"{name} is an area and must be a number >= 0, not {value}")
         if self.max_n_holes < 0:
             raise SettingsError(f"max_n_holes must be >= 0, not {self.max_n_holes}")
-        if self.seg_downsample < 1:
-            raise SettingsError(f"seg_downsample must be a number >= 1, not {self.seg_downsample}")
+        if self.seg_downsample != AUTO and self.shrink < 1:
+            raise SettingsError(f'seg_downsample must be a number >= 1 or "{AUTO}", not {self.seg_downsample}')
+
+    @property
+    def shrink(self) -> float:
+        """`seg_downsample` as a number; the automatic one is not known without the slide."""
+        if isinstance(self.seg_downsample, str):
+            raise SettingsError(f'seg_downsample = "{AUTO}" is a number only for a given slide')
+        return self.seg_downsample
 
 
 class Tissue(NamedTuple):
@@ -100,6 +118,10 @@ class Tissue(NamedTuple):
         shrink: factor by which that level was reduced before segmentation.
         nothing: the reason why there is no contour; empty if there is one.
         missing: fraction of that level for which the file holds no data, in formats in which that is a fault.
+        excluded: regions whose patches are left out.
+        segmenter: what found the tissue: "exaone", "otsu", "mask", or the name of a plug-in.
+        tries: (level, shrink, contours found) of each segmentation that was tried; the last one with contours is used.
+        notes: warnings about the segmentation, phrases that follow the name of the slide; they were logged already.
     """
 
     contours: list[np.ndarray]
@@ -108,6 +130,15 @@ class Tissue(NamedTuple):
     shrink: float = 1.0
     nothing: str = ""
     missing: float = 0.0
+    excluded: Sequence[Excluded] = ()
+    segmenter: str = "exaone"
+    tries: tuple[tuple[int, float, int], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def outlines(self) -> Outlines:
+        """The outlines as they are stored with the patches."""
+        return Outlines(self.contours, self.holes, list(self.excluded))
 
 
 def segment_tissue(slide: SlideImage, settings: SegmentationSettings | None = None) -> Tissue:
@@ -125,6 +156,8 @@ def segment_tissue(slide: SlideImage, settings: SegmentationSettings | None = No
         SlideReadError: neither level can be read.
     """
     settings = settings or SegmentationSettings()
+    if settings.seg_downsample == AUTO:
+        settings = replace(settings, seg_downsample=automatic_shrink(slide))
     tissue = _segment_or_shrink(slide, settings)
     if tissue.missing:
         logger.warning("%s %s", slide.path, about_missing(tissue.missing))
@@ -141,37 +174,23 @@ def about_missing(share: float) -> str:
 
 def _segment_or_shrink(slide: SlideImage, settings: SegmentationSettings) -> Tissue:
     tissue = _segment(slide, settings)
-    factor = max(slide.level_downsamples[tissue.seg_level]) * settings.seg_downsample
-    if tissue.contours or factor >= WANTED_DOWNSAMPLE / 2:
+    factor = max(slide.level_downsamples[tissue.seg_level]) * settings.shrink
+    if tissue.contours or not is_much_finer(factor):
         return tissue
-    # Laplacian and median are designed for a coarse image: at full resolution they find no texture in stained tissue.
-    more = _further_shrink(slide, tissue.seg_level, settings)
+    more = further_shrink(slide, tissue.seg_level, settings.shrink)
     if more == 1:
         return tissue
-    shrink = settings.seg_downsample * more
-    again = _segment(slide, replace(settings, seg_downsample=shrink))
-    if again.contours:
-        logger.warning(
-            "%s has no level near %dx: 0 contours were found at %.3gx, and after shrinking to %.3gx %d, which are used",
-            slide.path,
-            WANTED_DOWNSAMPLE,
-            factor,
-            factor * shrink / settings.seg_downsample,
-            len(again.contours),
-        )
-        return again
-    return tissue
-
-
-def _further_shrink(slide: SlideImage, level: int, settings: SegmentationSettings) -> int:
-    """The power of 2 by which a level must be shrunk further to come near the wanted downsample.
-
-    It is limited, so that the white frame, measured in pixels of the shrunk image, stays a small part of the image.
-    """
-    factor = max(slide.level_downsamples[level]) * settings.seg_downsample
-    side = min(slide.level_dimensions[level]) / settings.seg_downsample
-    powers = [2**n for n in range(1, 7) if 2**n * factor <= WANTED_DOWNSAMPLE and side / 2**n >= _SMALLEST_SHRUNK]
-    return powers[-1] if powers else 1
+    again = _segment(slide, replace(settings, seg_downsample=settings.shrink * more))
+    tries = (*tissue.tries, *again.tries)
+    if not again.contours:
+        nothing = f"{tissue.nothing}. After shrinking to {factor * more:.3g}x: {again.nothing}"
+        return tissue._replace(tries=tries, nothing=nothing)
+    note = (
+        f"has no level near {WANTED_DOWNSAMPLE}x: 0 contours were found at {factor:.3g}x, and after shrinking to "
+        f"{factor * more:.3g}x {len(again.contours)}, which are used (as with --seg-downsample auto)"
+    )
+    logger.warning("%s %s", slide.path, note)
+    return again._replace(tries=tries, notes=(*again.notes, note))
 
 
 def _segment(slide: SlideImage, settings: SegmentationSettings) -> Tissue:
@@ -187,13 +206,15 @@ def _segment(slide: SlideImage, settings: SegmentationSettings) -> Tissue:
                 raise
             logger.warning("%s; segmenting level %d in place of level %d", exc, fallback, level)
             _check_size(slide, fallback, settings)
-            return _segment_level(slide, fallback, settings)
+            tissue = _segment_level(slide, fallback, settings)
+            note = f"has an unreadable level {level}; level {fallback} was segmented in its place"
+            return tissue._replace(notes=(note, *tissue.notes))
 
 
 def _check_size(slide: SlideImage, level: int, settings: SegmentationSettings) -> None:
     w, h = slide.level_dimensions[level]
     limit = settings.max_seg_pixels
-    needed, free = LevelReader(slide, level, settings.seg_downsample).peak_bytes(), available_host_memory()
+    needed, free = LevelReader(slide, level, settings.shrink).peak_bytes(), available_host_memory()
     if free is not None and needed > free:
         raise MemoryLimitError(
             f"{slide.path}: segmenting level {level} of {w} x {h} pixels takes {needed / 1e9:.1f} GB, and "
@@ -207,40 +228,84 @@ def _check_size(slide: SlideImage, level: int, settings: SegmentationSettings) -
 
 
 def _segment_level(slide: SlideImage, level: int, settings: SegmentationSettings) -> Tissue:
-    reader = LevelReader(slide, level, settings.seg_downsample)
+    reader = LevelReader(slide, level, settings.shrink)
     if min(reader.size) < 1:
         raise SettingsError(
-            f"{slide.path}: seg_downsample = {settings.seg_downsample:g} leaves nothing of level {level}, which has "
+            f"{slide.path}: seg_downsample = {settings.shrink:g} leaves nothing of level {level}, which has "
             f"{slide.level_dimensions[level]} pixels"
         )
-    flat = max(slide.level_downsamples[level]) * settings.seg_downsample < _NEARLY_FULL
-    shrink = _further_shrink(slide, level, settings) if flat else 1
-    overview = Overview(reader.size, shrink) if shrink > 1 else None
+    flat = max(slide.level_downsamples[level]) * settings.shrink < NEARLY_FULL
+    further = further_shrink(slide, level, settings.shrink) if flat else 1
+    overview = Overview(reader.size, further) if further > 1 else None
     mask = textured_saturation(reader, overview)
+    frame = erase_frame(mask)
     outlines, hierarchy, coloured = _outline(mask, settings)
     del mask
     missing = 0.0
     if not leaves_out_background(slide.properties):
         missing = reader.empty_pixels / math.prod(slide.level_dimensions[level])
-    scale = tuple(d * settings.seg_downsample for d in slide.level_downsamples[level])
+    scale = tuple(d * settings.shrink for d in slide.level_downsamples[level])
     kept = _keep(outlines, hierarchy, settings, scale)
+    notes: tuple[str, ...] = ()
     if kept and overview is not None:
-        _warn_if_overlooked(slide, overview, settings, scale, _area(outlines, kept))
+        notes = _overlooked(overview, settings, scale, _area(outlines, kept))
+        for note in notes:
+            logger.warning("%s %s", slide.path, note)
     contours = [_scaled(outlines[index], scale) for index, _ in kept]
     holes = [[_scaled(outlines[hole], scale) for hole in inside] for _, inside in kept]
     nothing = ""
     if not contours:
         # Pixels without data are black, with no texture and no saturation, so they are not tissue.
         empty = f"the file holds no data for {100 * missing:.3g} % of level {level}; " if missing else ""
-        where = f"level {level}" + (f" shrunk {settings.seg_downsample:g}x" if settings.seg_downsample > 1 else "")
-        if not coloured:
-            nothing = (
-                f"{empty}no textured pixel of {where} has a saturation above the threshold of {settings.sthresh}; the "
-                f"outer {_WHITE_BAND} pixels are not looked at"
-            )
-        else:
-            nothing = f"{empty}all {len(outlines)} outlines on {where} are smaller than a_t = {settings.a_t:g} allows"
-    return Tissue(contours, holes, level, settings.seg_downsample, nothing, missing)
+        where = f"level {level}" + (f" shrunk {settings.shrink:g}x" if settings.shrink > 1 else "")
+        nothing = empty + _why_nothing(where, reader.size, coloured, len(outlines), frame, settings)
+    tries = ((level, settings.shrink, len(contours)),)
+    return Tissue(contours, holes, level, settings.shrink, nothing, missing, tries=tries, notes=notes)
+
+
+def _why_nothing(
+    where: str,
+    size: tuple[int, int],
+    coloured: bool,
+    outlines: int,
+    frame: list[np.ndarray],
+    settings: SegmentationSettings,
+) -> str:
+    """The reason why a level has no contour. `frame`: the sides that the white frame covered, in full saturation."""
+    for side in frame:
+        median_in_place(side, settings.mthresh | 1)
+    in_frame = any((side > settings.sthresh).any() for side in frame)
+    if coloured:
+        reason = f"all {outlines} outlines on {where} are smaller than a_t = {settings.a_t:g} allows"
+        return reason + (f"; more lies in its outer {WHITE_BAND} pixels, which are not looked at" if in_frame else "")
+    if in_frame:
+        return (
+            f"all textured, saturated pixels of {where}, which has {size[0]} x {size[1]} pixels, lie in its outer "
+            f"{WHITE_BAND} pixels, which are not looked at; give the tissue as a mask (--mask)"
+        )
+    return f"no textured pixel of {where} has a saturation above the threshold of {settings.sthresh}"
+
+
+def _overlooked(
+    overview: Overview, settings: SegmentationSettings, scale: tuple[float, ...], found: float
+) -> tuple[str, ...]:
+    """A warning if much more tissue would be found on the shrunk level; the result is not changed.
+
+    At full resolution, the algorithm finds only spots of strong texture. If it finds none at all, the level is shrunk
+    automatically.
+    """
+    mask = textured_saturation(overview)
+    erase_frame(mask)
+    outlines, hierarchy, _ = _outline(mask, settings)
+    shrunk = tuple(factor * overview.shrink for factor in scale)
+    more = _area(outlines, _keep(outlines, hierarchy, settings, shrunk)) * overview.shrink**2
+    if more <= _MUCH_MORE * found:
+        return ()
+    return (
+        f"has no level near {WANTED_DOWNSAMPLE}x and was segmented at {max(scale):.3g}x, where tissue has little "
+        f"texture: {more / found:.2g} times as much tissue would be found after shrinking it (seg_downsample = "
+        f'"{AUTO}", or --seg-downsample {AUTO})',
+    )
 
 
 def _outline(mask: np.ndarray, settings: SegmentationSettings) -> tuple[Sequence[np.ndarray], np.ndarray | None, bool]:
@@ -257,131 +322,11 @@ def _outline(mask: np.ndarray, settings: SegmentationSettings) -> tuple[Sequence
     return outlines, hierarchy, bool(mask.any())
 
 
-class Overview:
-    """A small copy of a level, built from the pieces that are read of it anyway.
-
-    Its outlines are accurate to one pixel of the copy, which is enough to detect that much tissue was overlooked.
-
-    Args:
-        size: (width, height) of the level as it is read.
-        shrink: reduction factor, an integer.
-    """
-
-    def __init__(self, size: tuple[int, int], shrink: int) -> None:
-        self.size = (size[0] // shrink, size[1] // shrink)
-        self.shrink = shrink
-        self._pixels = np.full((self.size[1], self.size[0], 3), 255, np.uint8)
-
-    def add(self, x: int, y: int, pixels: np.ndarray) -> None:
-        """Add a piece, uint8 [h, w, 3 or 4], whose top left corner is at (x, y) of the level as it is read."""
-        h, w = pixels.shape[:2]
-        left, top = x // self.shrink, y // self.shrink
-        right, bottom = (min(-(-end // self.shrink), full) for end, full in zip((x + w, y + h), self.size, strict=True))
-        if right > left and bottom > top:
-            small = cv2.resize(pixels, (right - left, bottom - top), interpolation=cv2.INTER_AREA)
-            self._pixels[top:bottom, left:right] = small[..., :3]
-
-    def bands(self) -> Iterator[Band]:
-        """The whole overview as one band."""
-        yield Band(0, self.size[1], iter([Piece(0, 0, self._pixels)]))
-
-
-def _warn_if_overlooked(
-    slide: SlideImage, overview: Overview, settings: SegmentationSettings, scale: tuple[float, ...], found: float
-) -> None:
-    """Log a warning if much more tissue would be found on the shrunk level; the result is not changed.
-
-    At full resolution, the algorithm finds only spots of strong texture. If it finds none at all, the level is shrunk
-    automatically.
-    """
-    outlines, hierarchy, _ = _outline(textured_saturation(overview), settings)
-    scale = tuple(factor * overview.shrink for factor in scale)
-    more = _area(outlines, _keep(outlines, hierarchy, settings, scale)) * overview.shrink**2
-    if more > _MUCH_MORE * found:
-        wanted = settings.seg_downsample * overview.shrink
-        logger.warning(
-            "%s has no level near %dx and was segmented at %.3gx, where tissue has little texture: %.2g times as much "
-            "tissue would be found after shrinking it (seg_downsample = %g, or --seg-downsample %g)",
-            slide.path,
-            WANTED_DOWNSAMPLE,
-            max(slide.level_downsamples[0]) * settings.seg_downsample,
-            more / found,
-            wanted,
-            wanted,
-        )
-
-
 def _area(outlines: Sequence[np.ndarray], kept: Sequence[tuple[int, list[int]]]) -> float:
     """Area of the kept contours minus that of their kept holes, in pixels."""
     return sum(
         cv2.contourArea(outlines[i]) - sum(cv2.contourArea(outlines[hole]) for hole in inside) for i, inside in kept
     )
-
-
-def textured_saturation(reader: LevelReader | Overview, overview: Overview | None = None) -> np.ndarray:
-    """uint8 [h, w]: HSV saturation of each pixel; 0 where |Laplacian| <= 15 and in the white frame of 20-21 pixels.
-
-    The original paints those pixels white, and white has saturation 0. The pixels read are also added to `overview`.
-    """
-    width, height = reader.size
-    saturation = np.empty((height, width), np.uint8)
-    grey = np.empty((0, width), np.uint8)  # rows [top - len(carry), bottom): the Laplacian needs one row on each side
-    for top, bottom, pieces in reader.bands():
-        carried = len(grey)
-        grey = np.concatenate([grey, np.empty((bottom - top, width), np.uint8)])
-        for x, y, pixels in pieces:
-            if overview is not None:
-                overview.add(x, y, pixels)
-            h, w = pixels.shape[:2]
-            row = y - top + carried
-            cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY, dst=grey[row : row + h, x : x + w])
-            cv2.extractChannel(cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV), 1, dst=saturation[y : y + h, x : x + w])
-        first = top - carried
-        _erase_flat(saturation, grey, first, top - (carried > 0), bottom if bottom == height else bottom - 1)
-        grey = grey[-2:].copy()
-    # Filled cv2 rectangles include their far corners: 21 rows at the top, 20 at the bottom.
-    saturation[: _WHITE_BAND + 1] = 0
-    saturation[max(0, height - _WHITE_BAND) :] = 0
-    saturation[:, : _WHITE_BAND + 1] = 0
-    saturation[:, max(0, width - _WHITE_BAND) :] = 0
-    return saturation
-
-
-def _erase_flat(saturation: np.ndarray, grey: np.ndarray, first: int, start: int, stop: int) -> None:
-    """Zero the saturation of rows [start, stop) where the grey image, which starts at row `first`, has no texture."""
-    height, width = saturation.shape
-    # 128 + Laplacian, saturated to a byte, decides |Laplacian| <= 15 exactly, in an eighth of the memory of float64.
-    values = np.arange(256)
-    keep = np.where(np.abs(values - 128) <= _FLAT_LAPLACIAN, 0, 255).astype(np.uint8)
-    rows = max(1, _BAND_PIXELS // (4 * width))
-    for top in range(start, stop, rows):
-        bottom = min(top + rows, stop)
-        above, below = int(top > 0), int(bottom < height)
-        laplacian = cv2.Laplacian(grey[top - above - first : bottom + below - first], cv2.CV_8U, delta=128)
-        textured = cv2.LUT(laplacian[above : above + bottom - top], keep)
-        cv2.bitwise_and(saturation[top:bottom], textured, dst=saturation[top:bottom])
-
-
-def median_in_place(image: np.ndarray, side: int) -> None:
-    """cv2.medianBlur of a uint8 image [h, w] by an odd `side`, in bands; the image border is replicated, as in cv2."""
-    if side == 1:
-        return
-    height, width = image.shape
-    reach = side // 2
-    rows, columns = max(4 * side, _BAND_PIXELS // width), 512
-    above = np.empty((0, width), np.uint8)
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        source = np.concatenate([above, image[top : bottom + reach]])
-        offset = len(above)
-        above = source[max(0, offset + bottom - top - reach) : offset + bottom - top].copy()
-        for x in range(0, width, columns):
-            x0, x1 = max(0, x - reach), min(x + columns + reach, width)
-            block = source[:, x0:x1]
-            # Most of a slide is empty, and the median of zeros is zero: empty blocks are skipped.
-            if cv2.countNonZero(block):
-                blurred = cv2.medianBlur(block, side)
-                image[top:bottom, x : x + columns] = blurred[offset : offset + bottom - top, x - x0 : x - x0 + columns]
 
 
 def _keep(

@@ -108,8 +108,8 @@ def test_every_problem_is_told_at_once(write_csv, write_slide, tmp_path):
         ("slides", "empty-cell"),
     }
     text = str(caught.value)
-    for told in ("s2 (patient p2)", "missing.h5", "s3 (patient p3)", "s4 (7)", "none.csv", "p1", "line 7"):
-        assert told in text
+    for part in ("s2 (patient p2)", "missing.h5", "s3 (patient p3)", "s4 (7)", "none.csv", "p1", "line 7"):
+        assert part in text
     again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - an error comes back from a worker process so
     assert str(again) == text
     assert len(again.report.as_dict()) == len(caught.value.report.findings)

@@ -50,8 +50,8 @@ def test_genes_that_two_tables_share_are_not_taken_for_patients(patients):
         ("rna", "unknown-orientation"),
         ("cnv", "unknown-orientation"),
     ]
-    for told in ("p0, p1, p2", "G0, G1, G2", "30 rows", "8 columns", "set its `orientation`"):
-        assert told in report.errors[0].message
+    for part in ("p0, p1, p2", "G0, G1, G2", "30 rows", "8 columns", "set its `orientation`"):
+        assert part in report.errors[0].message
 
 
 def test_a_third_table_tells_of_two_that_share_both_sides():

@@ -45,12 +45,12 @@ def test_a_matrix_is_read_either_way_round(tmp_path, ending, turned):
     path = tmp_path / f"m.{ending}"
     WRITERS[ending](frame().T if turned else frame(), path)
     for orientation in ("auto", "features_by_patients" if turned else "patients_by_features"):
-        table, told = read_matrix(path, orientation, PATIENTS)
+        table, reported = read_matrix(path, orientation, PATIENTS)
         assert table.patients == PATIENTS  # leading zeros kept: ids are text
         assert table.features == GENES
         np.testing.assert_array_equal(table.values, VALUES)
         assert table.values.dtype == np.float32
-        assert ("columns" if turned else "rows") in told
+        assert ("columns" if turned else "rows") in reported
 
 
 def test_a_parquet_file_whose_first_column_holds_the_ids(tmp_path):

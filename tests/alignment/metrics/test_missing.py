@@ -69,7 +69,7 @@ def test_probe_from_subsets(refit):
 
 
 def test_gain_over_single_modalities():
-    """The difference of two probes' balanced accuracies, with an interval of the pairs; nothing to gain is told so."""
+    """The difference of two probes' balanced accuracies, with an interval of the pairs; no gain is possible."""
     rng = np.random.default_rng(0)
     y = np.array(["a", "b", "c"], object)[rng.integers(0, 3, 500)]
     code = np.eye(3)[np.searchsorted(["a", "b", "c"], y.astype(str))]

@@ -57,7 +57,7 @@ def model():
 
 @pytest.fixture
 def batch():
-    """Four patients: two slides, none, one without patches beside a real one, one."""
+    """Four patients: two slides, none, one without patches and a real one, one."""
     slides = [[slide(9, 1), slide(4, 2)], [], [slide(0, 3), slide(6, 4)], [slide(5, 5)]]
     there = {"snp": torch.tensor([True, False, True, True])}
     return PatientBatch.build(4, slides, profiles(4), there)

@@ -92,7 +92,7 @@ def test_every_variant_holds_out_the_same_patients(base, tmp_path):
 
 
 def test_other_data_are_other_runs(base, cohort_folder, tmp_path):
-    """The files stand where they stood, with other values in them: nothing that was measured before is told again."""
+    """The same paths with other values in the files: no earlier measurement is reported again."""
     folder = tmp_path / "cohort"
     shutil.copytree(cohort_folder, folder)
     paths = {f"data.{key}": str(folder / name) for key, name in

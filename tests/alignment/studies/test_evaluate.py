@@ -164,7 +164,7 @@ def test_a_cohort_that_changed_under_its_run_is_refused(run, tmp_path):
 
 
 def with_labels(subject, **columns):
-    """The subject with other columns beside its own, by patient."""
+    """The subject with other columns added to its own, by patient."""
     new = {name: pd.Series(values, subject.cohort.patients) for name, values in columns.items()}
     labels = subject.cohort.labels.assign(**new)
     data = replace(subject.data, cohort=replace(subject.cohort, labels=labels))

@@ -49,7 +49,7 @@ def test_counts_of_the_runs_own_cohort_give_no_warning(tmp_path, caplog):
     assert sorted(found.measured) == sorted(f"gene{i}" for i in range(60))
     assert found.n_patients == len(subject.parts["train"])
 
-    # Another cohort's totals are still told from its own, and now the message knows both sides.
+    # Another cohort's totals are still distinguished from its own, and the message states both.
     (tmp_path / "other").mkdir()
     write_counts(tmp_path / "other", extra=60)
     (tmp_path / "other.toml").write_text(
@@ -60,7 +60,7 @@ def test_counts_of_the_runs_own_cohort_give_no_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="exaonepath"):
         other = open_subject(tmp_path / "run", tmp_path / "other.toml", split=tmp_path / "run" / "split.json")
         other.embed(other.held_out)
-    told = [r.getMessage() for r in caplog.records if "counts per million" in r.getMessage()]
-    assert told
-    assert "all 120 columns of the table, but over 60 in training" in told[0]
-    assert "top_variance" not in told[0]
+    messages = [r.getMessage() for r in caplog.records if "counts per million" in r.getMessage()]
+    assert messages
+    assert "all 120 columns of the table, but over 60 in training" in messages[0]
+    assert "top_variance" not in messages[0]

@@ -213,12 +213,12 @@ def test_a_slide_of_one_fragment_tells_nothing(encoder, slide):
 
 def test_a_warning_is_repeated_only_after_a_while(caplog):
     monitors = HealthMonitors(MonitorSettings(repeat_after=10))
-    told = []
+    steps = []
     for step in range(21):
         embeddings, gradients, losses = batch(step)
         embeddings["rna"] = torch.ones(64, 32)
-        told += [w.step for w in observe(monitors, embeddings, gradients, losses, step=step)]
-    assert told == [0, 10, 20]
+        steps += [w.step for w in observe(monitors, embeddings, gradients, losses, step=step)]
+    assert steps == [0, 10, 20]
     assert sum("rna" in record.message for record in caplog.records) == 3
 
 

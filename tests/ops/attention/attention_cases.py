@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import torch
 
+from exaonepath.ops.attention import cpu_kernel
 from exaonepath.ops.attention.layout import Segments
 from exaonepath.ops.attention.rotary import Rotation, rotary_periods
 from exaonepath.reference.fragment_attention import dense_fragment_attention, rotate
@@ -17,6 +21,19 @@ SHAPES = {
     "odd sizes": [1, 2, 3, 33, 65, 5, 31, 64],
     "prefix and giant": [8, 150, 8, 1],
 }
+
+
+SDPA_BY_TORCH = "sdpa by torch"
+
+
+@contextmanager
+def attending(backend):
+    """The name of a backend; SDPA_BY_TORCH is "sdpa" on a machine without the C++ extension."""
+    if backend != SDPA_BY_TORCH:
+        yield backend
+        return
+    with patch.object(cpu_kernel, "max_length", lambda: 0):
+        yield "sdpa"
 
 
 def inputs(lengths, dtype=torch.float32, heads=2, dim=32, rope=True, device="cpu", seed=0):

@@ -1,4 +1,4 @@
-"""Helper modules beside these tests: pytest imports by file here, so that no folder of tests is a package."""
+"""Makes the helper modules in this folder importable: in pytest's importlib mode, no folder of tests is a package."""
 
 import importlib.util
 import sys

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from attention_cases import inputs
+from attention_cases import SDPA_BY_TORCH, attending, inputs
 
 from exaonepath.ops.attention.fragment_attention import fragment_attention
 from exaonepath.ops.attention.rows import attend_rows, cut_rows
 
 LENGTHS = {"short": [5, 7, 6], "long": [3, 40, 33], "tiny": [1, 2, 1, 3, 2, 1]}
-BACKENDS = ("triton", "sdpa", "eager")
+BACKENDS = ("triton", "sdpa", SDPA_BY_TORCH, "eager")
 VALUES = (float("nan"), float("inf"), -float("inf"))
 QUERY, KEY, VALUE = range(3)
 
@@ -22,10 +22,11 @@ def runs(lengths, rope, spoil=None, backend="triton", device="cpu"):
     if spoil is not None:
         spoil(qkv, weight)
     leaf = qkv.clone().requires_grad_()
-    out = fragment_attention(leaf, segments, rotation, backend=backend)
-    out.backward(weight)
-    with torch.no_grad():
-        inferred = fragment_attention(qkv.clone(), segments, rotation, backend=backend, overwrite_qkv=True)
+    with attending(backend) as backend:
+        out = fragment_attention(leaf, segments, rotation, backend=backend)
+        out.backward(weight)
+        with torch.no_grad():
+            inferred = fragment_attention(qkv.clone(), segments, rotation, backend=backend, overwrite_qkv=True)
     return out.detach(), leaf.grad, inferred
 
 
@@ -114,9 +115,10 @@ def test_rows_in_chunks(backend, part, device):
         if spoil:
             qkv[8, part, :, 3] = float("nan")
         q, k, v = (t.contiguous() for t in qkv.unbind(1))
-        for chunk in cut_rows(segments, 16):
-            rows = q[chunk.first : chunk.first + chunk.count]
-            attend_rows(rows, k, v, segments, chunk, None, backend=backend)
+        with attending(backend) as name:
+            for chunk in cut_rows(segments, 16):
+                rows = q[chunk.first : chunk.first + chunk.count]
+                attend_rows(rows, k, v, segments, chunk, None, backend=name)
         return q
 
     clean, spoilt = run(False), run(True)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from exaonepath import log_once
 from exaonepath.errors import SettingsError
 from exaonepath.ops.attention import cpu as cpu_attention
+from exaonepath.ops.attention import cpu_kernel
 from exaonepath.ops.attention.fragment_attention import fragment_attention, resolve_backend
 from exaonepath.ops.attention.layout import Segments
 from exaonepath.ops.attention.rotary import Rotation, apply_rotation, rotary_periods
@@ -77,7 +78,8 @@ def test_error_is_within_twice_that_of_dense_torch(dtype, lengths, device):
         assert norm(ours.double() - truth) <= allowed
 
 
-def test_long_segments_take_the_tiled_path_and_stay_exact():
+def test_long_segments_take_the_tiled_path_and_stay_exact(monkeypatch):
+    monkeypatch.setattr(cpu_kernel, "max_length", lambda: 0)
     qkv, segs, rotation = inputs([1300, 8, 520], torch.float32, heads=2, dim=32)
     if not cpu_attention.can_attend(qkv[:, 0], 1300):
         pytest.skip("this torch has no float32 oneDNN product")
@@ -116,6 +118,14 @@ def test_no_token_at_all(requires_grad):
         assert qkv.grad.shape == qkv.shape
 
 
+@pytest.fixture(params=["extension", "torch"])
+def cpu_path(request, monkeypatch):
+    """The C++ kernel, and what replaces it without the extension."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_kernel, "max_length", lambda: 0)
+
+
+@pytest.mark.usefixtures("cpu_path")
 def test_nothing_leaks_between_segments(device):
     """Changing one segment, to NaN even, leaves every other segment bit for bit the same."""
     lengths = [5, 600, 3, 3, 130]
@@ -132,6 +142,7 @@ def test_nothing_leaks_between_segments(device):
         assert after[~rest].isnan().all()
 
 
+@pytest.mark.usefixtures("cpu_path")
 def test_result_of_a_segment_does_not_depend_on_its_neighbours():
     long, short = 600, 3
     qkv, _, rotation = inputs([long, short, short], torch.float32)
@@ -139,6 +150,7 @@ def test_result_of_a_segment_does_not_depend_on_its_neighbours():
     assert torch.equal(fragment_attention(qkv, segments([long, short, short]), rotation)[:long], alone)
 
 
+@pytest.mark.usefixtures("cpu_path")
 def test_non_contiguous_tokens_and_untouched_input():
     qkv, segs, rotation = inputs([40, 7, 520], torch.float32)
     strided = torch.empty(qkv.shape[0], 2, *qkv.shape[1:])[:, 0]
@@ -151,6 +163,7 @@ def test_non_contiguous_tokens_and_untouched_input():
     )
 
 
+@pytest.mark.usefixtures("cpu_path")
 def test_repeat_runs_are_bit_identical(device):
     qkv, segs, rotation = inputs([900, 3, 3, 140], torch.float32, device=device)
     first = fragment_attention(qkv, segs, rotation)
@@ -247,7 +260,7 @@ def test_cudnn_is_for_one_long_segment_and_never_breaks_the_promise_to_be_determ
         torch.use_deterministic_algorithms(False)
 
 
-def test_the_backward_pass_of_many_segments_writes_no_more_than_that_of_one():
+def test_the_backward_pass_of_many_segments_writes_no_more_than_that_of_one(monkeypatch):
     """A slice per segment would write one gradient of all tokens each: forty times the work for forty slides."""
 
     class Written(TorchDispatchMode):
@@ -267,4 +280,5 @@ def test_the_backward_pass_of_many_segments_writes_no_more_than_that_of_one():
             out.backward()
         return mode.elements
 
+    monkeypatch.setattr(cpu_kernel, "max_length", lambda: 0)
     assert written([130] * 40) < 2 * written([130 * 40])

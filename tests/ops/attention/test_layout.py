@@ -24,13 +24,13 @@ def test_segments_are_the_classes_of_equal_slide_and_contour(case, with_contour)
     prefix, mask, contour = case
     batch, n = mask.shape
     layout = build_fragment_layout(prefix, mask, contour if with_contour else None)
-    row = prefix + n
 
-    valid = torch.cat([torch.ones(batch, prefix, dtype=torch.bool), mask], 1).flatten()
+    valid = torch.cat([torch.ones(batch * prefix, dtype=torch.bool), mask.flatten()])
     assert sorted(layout.source.tolist()) == valid.nonzero().flatten().tolist()
 
-    labels = torch.cat([torch.full((batch, prefix), -1), contour], 1).flatten()
-    slides = (layout.source // row) if row else layout.source
+    labels = torch.cat([torch.full((batch * prefix,), -1), contour.flatten()])
+    of_slides = torch.arange(batch)
+    slides = torch.cat([of_slides.repeat_interleave(prefix), of_slides.repeat_interleave(n)])[layout.source]
     for segments, label in (
         (layout.slides, torch.zeros_like(labels)),
         (layout.fragments, labels if with_contour else torch.zeros_like(labels)),
@@ -53,7 +53,7 @@ def test_unpacking_restores_the_callers_order(case):
     layout = build_fragment_layout(prefix, mask, contour)
     tokens = torch.arange(batch * (prefix + n), dtype=torch.float64)[:, None] + 1
     unpacked = layout.unpack_patches(tokens[layout.source])
-    expected = tokens.view(batch, prefix + n, 1)[:, prefix:] * mask[:, :, None]
+    expected = tokens[batch * prefix :] * mask.view(-1, 1)
     assert torch.equal(unpacked, expected)
     rows = layout.patch_rows[~layout.is_prefix]
     assert torch.equal(rows.sort().values, mask.flatten().nonzero().flatten())

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from exaonepath.errors import SettingsError
-from exaonepath.ops.attention.layout import build_fragment_layout
-from exaonepath.ops.attention.ragged import build_ragged_layout
+from exaonepath.ops.attention.layout import build_fragment_layout, build_ragged_layout
 
 
 def padded(lengths, values):
@@ -24,9 +23,9 @@ def test_equals_the_padded_layout(lengths, n_prefix, fragments):
     grid, mask = padded(lengths, contour)
     ragged = build_ragged_layout(n_prefix, lengths, contour if fragments else None)
     dense = build_fragment_layout(n_prefix, mask, grid if fragments else None)
-    assert torch.equal(ragged.source, dense.source)
     assert torch.equal(ragged.is_prefix, dense.is_prefix)
-    assert torch.equal(ragged.slide_index, dense.slide_index)
+    assert torch.equal(ragged.source[ragged.is_prefix], dense.source[dense.is_prefix])
+    assert torch.equal(ragged.prefix_kinds[ragged.is_prefix], dense.prefix_kinds[dense.is_prefix])
     assert (ragged.slides.lengths, ragged.fragments.lengths) == (dense.slides.lengths, dense.fragments.lengths)
     # Both reach the same patches, each by its own row numbers.
     patch = ~ragged.is_prefix
@@ -40,7 +39,7 @@ def test_unpack_restores_the_callers_order():
     layout = build_ragged_layout(2, lengths, contour)
     tokens = torch.arange(10.0)[:, None].repeat(1, 3)
     packed = tokens[layout.patch_rows].masked_fill(layout.is_prefix[:, None], -7)
-    assert torch.equal(layout.unpack_patches(packed), tokens[None])
+    assert torch.equal(layout.unpack_patches(packed), tokens)
 
 
 @pytest.mark.parametrize(

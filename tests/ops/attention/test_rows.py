@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from exaonepath.errors import SettingsError
+from exaonepath.ops.attention import cpu_kernel
 from exaonepath.ops.attention.layout import Segments
 from exaonepath.ops.attention.rotary import Rotation, rotary_periods
 from exaonepath.ops.attention.rows import attend_rows, cut_rows, rotate_rows
+from exaonepath.ops.extension import load_extension
 from exaonepath.reference.fragment_attention import dense_fragment_attention, rotate
 
 STRUCTURES = {
@@ -79,8 +81,10 @@ def test_triton(rows, rotated, device):
 
 @pytest.mark.parametrize("rows", [300, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_long_segments_on_the_cpu(rows, dtype):
-    """The tiled products of `cpu_attention` with fewer queries than keys, and in place."""
+@pytest.mark.parametrize("longest", [8192, 600, 0])
+def test_long_segments_on_the_cpu(rows, dtype, longest, monkeypatch):
+    """The C++ kernel, the tiled products of `cpu_attention`, and both, with fewer queries than keys, and in place."""
+    monkeypatch.setattr(cpu_kernel, "max_length", lambda: longest if load_extension()[0] else 0)
     q, k, v, segments, rotation = make([8, 800, 530, 20], dim=64, dtype=dtype)
     out = run(q, k, v, segments, rotation, rows, "sdpa")
     exact = truth(q, k, v, segments, rotation)

@@ -133,7 +133,7 @@ def descriptors(monkeypatch):
 
 
 def test_loads_by_descriptors_give_the_same_bits(device, descriptors, monkeypatch):
-    """Long and short segments, a whole number of blocks and not; beside the long ones are rows that are NaN."""
+    """Long and short segments, a whole number of blocks and not; rows next to the long ones are NaN."""
     qkv, segments, rotation = inputs([8, 70, 3, 64, 5], heads=1, device=device)
     qkv[3] = qkv[78:81] = float("nan")
     weight = torch.randn(qkv[:, 0].shape, generator=torch.Generator().manual_seed(1)).to(qkv)

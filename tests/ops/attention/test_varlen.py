@@ -375,11 +375,12 @@ def test_segments_in_a_compiled_graph(backend, rope, device):
         q, k, v, coords = tokens(lengths, heads=1, device=device)
         segments = Segments.from_cu_seqlens(cumulative(lengths, device=device))
         rest = (segments, coords)
+        # The graph first: it must not need what an ordinary call left behind. On the CPU its kernels are others.
         runs = [
-            with_gradients(lambda *x, f=f, rest=rest: f(*x, *rest), q, k, v, torch.ones_like(q)) for f in (step, graph)
+            with_gradients(lambda *x, f=f, rest=rest: f(*x, *rest), q, k, v, torch.ones_like(q)) for f in (graph, step)
         ]
         for ours, theirs in zip(*runs, strict=True):
-            torch.testing.assert_close(ours, theirs)
+            assert relative(ours, theirs.double()) <= 3e-6
 
 
 @pytest.mark.parametrize("training", [True, False])

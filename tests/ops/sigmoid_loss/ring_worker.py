@@ -89,7 +89,7 @@ def without_gradients(group, cuts):
 
 
 def refusal(group, spoil):
-    """What this rank is told when `spoil` has changed something on one of them."""
+    """The error on this rank when `spoil` has changed something on one of them."""
     rank = dist.get_rank(group)
     embeddings, patient, available = make_batch(6)
     loss = make_loss(distributed=True, process_group=group, check_finite=True)

@@ -111,7 +111,7 @@ def no_work(monkeypatch):
     def forbidden(*args):
         pytest.fail("the slide was segmented again")
 
-    return lambda: monkeypatch.setattr(pipeline, "segment_tissue", forbidden)
+    return lambda: monkeypatch.setattr(pipeline, "find_tissue", forbidden)
 
 
 def files(folder: Path) -> list[str]:
@@ -120,7 +120,7 @@ def files(folder: Path) -> list[str]:
 
 def test_output_files(slide_path, tmp_path):
     h5_path, coords, contour_index = patchfy(wsi=slide_path, out=tmp_path)
-    assert files(tmp_path) == ["masks/case.jpg", "patches/case.h5"]
+    assert files(tmp_path) == ["contours/case.geojson", "masks/case.jpg", "patches/case.h5"]
     assert h5_path == tmp_path / "patches" / "case.h5"
     assert len(coords) == len(contour_index) > 20
     assert set(contour_index) == {0, 1}
@@ -224,9 +224,9 @@ def test_file_of_the_original_is_redone(slide_path, tmp_path, caplog):
 
 def test_missing_mask_is_made(slide_path, tmp_path):
     patchfy(slide_path, tmp_path, save_mask=False)
-    assert files(tmp_path) == ["patches/case.h5"]
+    assert files(tmp_path) == ["contours/case.geojson", "patches/case.h5"]
     patchfy(slide_path, tmp_path)
-    assert files(tmp_path) == ["masks/case.jpg", "patches/case.h5"]
+    assert files(tmp_path) == ["contours/case.geojson", "masks/case.jpg", "patches/case.h5"]
 
 
 def test_save_nothing(slide_path, tmp_path):
@@ -243,7 +243,7 @@ def test_empty_slide_is_a_result(tmp_path, no_work):
     with h5py.File(h5_path) as file:
         assert file.attrs["complete"]
         assert file.attrs["n_coords"] == 0
-    assert files(tmp_path / "out") == ["masks/empty.jpg", "patches/empty.h5"]
+    assert files(tmp_path / "out") == ["contours/empty.geojson", "masks/empty.jpg", "patches/empty.h5"]
     no_work()
     again = patchfy(slide, tmp_path / "out")
     assert again[0] == h5_path
@@ -274,7 +274,7 @@ def test_skipped_slide(slide_path, tmp_path):
     assert files(tmp_path) == ["skipped/case.txt"]
     assert "max_seg_pixels = 100" in (tmp_path / "skipped" / "case.txt").read_text()
     patchfy(slide_path, tmp_path)
-    assert files(tmp_path) == ["masks/case.jpg", "patches/case.h5"]
+    assert files(tmp_path) == ["contours/case.geojson", "masks/case.jpg", "patches/case.h5"]
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_full_disk(slide_path, tmp_path, monkeypatch, error):
         patch.setattr(h5py.File, "create_dataset", full)
         with pytest.raises(OutputError, match="disk"):
             patchfy(slide_path, tmp_path)
-    assert files(tmp_path) == ["masks/case.jpg"]
+    assert files(tmp_path) == ["contours/case.geojson", "masks/case.jpg"]
     assert len(patchfy(slide_path, tmp_path)[1])
 
 
@@ -425,7 +425,7 @@ def test_killed_while_writing_then_resumed(slide_path, tmp_path):
     np.testing.assert_array_equal(read_patches(h5_path).coords, coords)
 
 
-@pytest.mark.parametrize("step", ["segment_tissue", "patch_grid", "write_picture", "write_patches"])
+@pytest.mark.parametrize("step", ["find_tissue", "patch_grid", "write_picture", "write_patches"])
 def test_interrupted_anywhere_then_resumed(slide_path, tmp_path, monkeypatch, step):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -434,7 +434,7 @@ def test_interrupted_anywhere_then_resumed(slide_path, tmp_path, monkeypatch, st
         patch.setattr(pipeline, step, interrupt)
         with pytest.raises(KeyboardInterrupt):
             patchfy(slide_path, tmp_path)
-    assert set(files(tmp_path)) <= {"masks/case.jpg"}
+    assert set(files(tmp_path)) <= {"contours/case.geojson", "masks/case.jpg"}
     assert len(patchfy(slide_path, tmp_path)[1])
 
 

@@ -17,7 +17,7 @@ import pytest
 from exaonepath.errors import SettingsError, SlideReadError, SlideSkippedError
 from exaonepath.reference.patches import segment_at_once
 from exaonepath.slides.image import SlideImage
-from exaonepath.slides.patches import levels, segmentation
+from exaonepath.slides.patches import levels, saturation, segmentation
 from exaonepath.slides.patches.levels import LevelReader
 from exaonepath.slides.patches.segmentation import SegmentationSettings, segment_tissue
 from exaonepath.synthetic import make_slide
@@ -47,7 +47,7 @@ def tiny_bands(monkeypatch):
     monkeypatch.setattr(levels, "_PIECE_HEIGHT", 16)
     monkeypatch.setattr(levels, "_STRIP_PIXELS", 300)
     monkeypatch.setattr(levels, "CELL", 48)
-    monkeypatch.setattr(segmentation, "_BAND_PIXELS", 2000)
+    monkeypatch.setattr(saturation, "_BAND_PIXELS", 2000)
 
 
 def mottled(seed, h, w):

@@ -84,10 +84,10 @@ def test_a_flat_slide_on_which_one_spot_hides_the_rest_is_warned_about(tmp_path,
     with caplog.at_level(logging.WARNING):
         coords = patchfy(path, tmp_path / "out")[1]
     assert len(coords) < expected / 2  # the original's result stands
-    assert "tissue would be found after shrinking it (seg_downsample = 8, or --seg-downsample 8)" in caplog.text
+    assert 'tissue would be found after shrinking it (seg_downsample = "auto", or --seg-downsample auto)' in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        assert len(patchfy(path, tmp_path / "shrunk", seg_downsample=8)[1]) > 2 * len(coords)
+        assert len(patchfy(path, tmp_path / "shrunk", seg_downsample="auto")[1]) > 2 * len(coords)
     assert not caplog.text
 
 

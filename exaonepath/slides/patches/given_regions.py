@@ -1,0 +1,275 @@
+"""Regions that the user gives: tissue to use (`mask`) and areas to leave out (`exclude`), as GeoJSON or as an image."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from exaonepath.errors import MaskError
+from exaonepath.files.annotations import Polygon, read_polygons
+from exaonepath.files.geojson import EXCLUDED_CLASS
+from exaonepath.files.outlines import Excluded
+from exaonepath.slides.image import SlideImage
+from exaonepath.slides.patches.rings import clipped, is_degenerate
+
+logger = logging.getLogger(__name__)
+
+GEOJSON_SUFFIXES, IMAGE_SUFFIXES = (".geojson", ".json"), (".png", ".tif", ".tiff")
+_LOSSY = (".jpg", ".jpeg")
+_HASH_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class RegionFile:
+    """A file of regions of one slide.
+
+    Attributes:
+        path: GeoJSON or an image.
+        sha256: hash of its content, which is a part of the settings of a result.
+    """
+
+    path: Path
+    sha256: str
+
+
+class Region(NamedTuple):
+    """An area of a slide.
+
+    Attributes:
+        rings: int32 [P, 2] each, level-0 (x, y): the outline, then the outlines of the holes in it.
+        class_name: QuPath's classification, or empty.
+    """
+
+    rings: list[np.ndarray]
+    class_name: str
+
+
+def find_region_file(given: str | os.PathLike[str] | None, slide: SlideImage, *, required: bool) -> RegionFile | None:
+    """The file of regions for a slide: `given` itself, or the file in the folder `given` that has the slide's name.
+
+    In a folder, <id>.geojson, <id>.json, <id>.png, <id>.tif and <id>.tiff are looked for, and the same after the full
+    name of the slide file (slide.svs.geojson).
+
+    Raises:
+        MaskError: the file is missing (in a folder only if it is `required`), or there are several for the slide.
+    """
+    if given is None:
+        return None
+    path = Path(given)
+    try:
+        if path.is_dir():
+            path = _in_folder(path, slide, required) or path
+            if path.is_dir():
+                return None
+        return RegionFile(path, _sha256(path))
+    except FileNotFoundError as exc:
+        raise MaskError(f"{path}: no such file") from exc
+    except OSError as exc:
+        raise MaskError(f"{path} cannot be read: {exc.strerror}") from exc
+
+
+def _in_folder(folder: Path, slide: SlideImage, required: bool) -> Path | None:
+    stems = dict.fromkeys((slide.name, slide.path.name))
+    names = [stem + suffix for stem in stems for suffix in (*GEOJSON_SUFFIXES, *IMAGE_SUFFIXES)]
+    # The slide itself may lie in the same folder: a.tif is no mask of a.tif.
+    found = [folder / name for name in names if (folder / name).is_file()]
+    found = [path for path in found if not path.samefile(slide.path)]
+    if len(found) > 1:
+        raise MaskError(f"{folder} has several files for {slide.path}: {', '.join(path.name for path in found)}")
+    if not found:
+        looked_for = f"{slide.name}.geojson, .json, .png, .tif or .tiff"
+        if required:
+            raise MaskError(f"{folder} has no mask for {slide.path} ({looked_for})")
+        logger.warning("%s has no regions to exclude for %s (%s): none are excluded", folder, slide.path, looked_for)
+        return None
+    return found[0]
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file() and path.exists():
+        raise MaskError(f"{path} is not a regular file")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def mask_and_exclusions(
+    slide: SlideImage,
+    mask: RegionFile | None,
+    mask_classes: Sequence[str],
+    exclude: RegionFile | None,
+    exclude_classes: Sequence[str],
+) -> tuple[list[Region], list[Excluded]]:
+    """The regions of tissue (empty without a mask), and the regions to exclude.
+
+    In a mask, annotations of class "Excluded" (which this package writes), of QuPath's ignored classes (their names end
+    with *), and of `exclude_classes` if there is no file `exclude`, are regions to exclude. Everything else is tissue,
+    or, with `mask_classes`, what has one of these classes.
+
+    Raises:
+        MaskError: a file cannot be read, does not fit the slide, or holds no tissue to use.
+    """
+    excluded: list[Excluded] = []
+    tissue: list[Region] = []
+    if mask is not None:
+        regions = read_regions(mask.path, slide)
+        own_exclusions = exclude_classes if exclude is None else ()
+        left_out = [r for r in regions if _is_exclusion(r.class_name) or _named(r, own_exclusions)]
+        tissue = [r for r in regions if not any(r is other for other in left_out)]
+        if mask_classes:
+            tissue = [r for r in tissue if _named(r, mask_classes)]
+        if not tissue:
+            wanted = f" of class {', '.join(mask_classes)}" if mask_classes else ""
+            raise MaskError(f"{mask.path} has no region of tissue{wanted}; {_classes_of(regions)}")
+        _warn_missing(mask.path, regions, own_exclusions)
+        excluded += [Excluded(r.rings, "excluded") for r in left_out]
+    if exclude is not None:
+        regions = read_regions(exclude.path, slide)
+        _warn_missing(exclude.path, regions, exclude_classes)
+        if exclude_classes:
+            regions = [r for r in regions if _named(r, exclude_classes)]
+        excluded += [Excluded(r.rings, "excluded") for r in regions]
+    return tissue, excluded
+
+
+def _is_exclusion(class_name: str) -> bool:
+    return class_name.partition(":")[0] == EXCLUDED_CLASS or class_name.endswith("*")
+
+
+def _named(region: Region, classes: Iterable[str]) -> bool:
+    return region.class_name.casefold() in {name.casefold() for name in classes}
+
+
+def _classes_of(regions: Sequence[Region]) -> str:
+    counts = {name: sum(r.class_name == name for r in regions) for name in dict.fromkeys(r.class_name for r in regions)}
+    return "its classes are " + ", ".join(f"{name or '(none)'} ({count})" for name, count in counts.items())
+
+
+def _warn_missing(path: Path, regions: Sequence[Region], classes: Sequence[str]) -> None:
+    missing = [name for name in classes if not any(_named(r, [name]) for r in regions)]
+    if missing:
+        logger.warning("%s has no region of class %s to exclude; %s", path, ", ".join(missing), _classes_of(regions))
+
+
+def read_regions(path: Path, slide: SlideImage) -> list[Region]:
+    """The regions of a GeoJSON file or an image, in level-0 pixels of a slide; never an empty list.
+
+    Raises:
+        MaskError: the file cannot be read, holds no area, or does not fit the slide.
+    """
+    suffix = path.suffix.lower()
+    if suffix in _LOSSY:
+        raise MaskError(f"{path} is a JPEG, whose compression changes the values at every border; use PNG or TIFF")
+    if suffix not in (*GEOJSON_SUFFIXES, *IMAGE_SUFFIXES):
+        raise MaskError(f"{path} is neither GeoJSON (.geojson, .json) nor an image (.png, .tif, .tiff)")
+    regions = _of_image(path, slide) if suffix in IMAGE_SUFFIXES else _of_polygons(path, read_polygons(path), slide)
+    if not regions:
+        raise MaskError(f"{path} holds no area; regions smaller than a pixel do not count")
+    return regions
+
+
+def _of_polygons(path: Path, polygons: list[Polygon], slide: SlideImage) -> list[Region]:
+    size = slide.dimensions
+    polygons = [polygon for polygon in polygons if polygon.rings and len(polygon.rings[0])]
+    low, high = _extent(polygons)
+    if polygons and (high < 0).any() | (low > np.array(size)).any():
+        raise MaskError(
+            f"{path} does not fit {slide.path}: its regions lie at x {low[0]:.6g} to {high[0]:.6g}, y {low[1]:.6g} to "
+            f"{high[1]:.6g}, and the slide has {size[0]} x {size[1]} pixels. Is it the file of another slide, or in "
+            "other units than level-0 pixels?"
+        )
+    regions: list[Region] = []
+    cut = outside = empty = 0
+    for polygon in polygons:
+        rings = [np.rint(clipped(ring, size)).astype(np.int32) for ring in polygon.rings]
+        # QuPath's outline of a whole slide reaches one pixel further than the last pixel's position.
+        cut += any((ring < -1).any() or (ring > size).any() for ring in polygon.rings)
+        if is_degenerate(rings[0]):
+            lost = is_degenerate(np.rint(polygon.rings[0]))
+            empty, outside = empty + lost, outside + (not lost)
+            continue
+        regions.append(Region([rings[0], *(ring for ring in rings[1:] if not is_degenerate(ring))], polygon.class_name))
+    if polygons and not regions and outside:
+        raise MaskError(
+            f"{path} does not fit {slide.path}: none of its regions lies on the {size[0]} x {size[1]} pixels"
+        )
+    for count, what in (
+        (cut, "reach beyond the slide and are cut at its border"),
+        (outside, "lie outside the slide and are ignored"),
+        (empty, "have no area (fewer than three points, or all on one line) and are ignored"),
+    ):
+        if count:
+            logger.warning("%s: %d of %d regions %s", path, count, len(polygons), what)
+    return regions
+
+
+def _extent(polygons: list[Polygon]) -> tuple[np.ndarray, np.ndarray]:
+    if not polygons:
+        return np.zeros(2), np.zeros(2)
+    outer = [polygon.rings[0] for polygon in polygons]
+    return np.min([ring.min(0) for ring in outer], 0), np.max([ring.max(0) for ring in outer], 0)
+
+
+def _of_image(path: Path, slide: SlideImage) -> list[Region]:
+    mask = _read_image(path)
+    height, width = mask.shape
+    full_width, full_height = slide.dimensions
+    # A reduced image has the slide's sides divided by one factor, each rounded up or down.
+    least = max(full_width / (width + 1), full_height / (height + 1))
+    most = min(full_width / max(width - 1, 1e-9), full_height / max(height - 1, 1e-9))
+    if least > most:
+        raise MaskError(
+            f"{path} does not fit {slide.path}: it has {width} x {height} pixels (ratio {width / height:.4g}), and the "
+            f"slide {full_width} x {full_height} (ratio {full_width / full_height:.4g}); a mask covers the whole slide"
+        )
+    scale = np.array([full_width / width, full_height / height])
+    outlines, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    if hierarchy is None:
+        return []
+    rings = [(outline.reshape(-1, 2) * scale).astype(np.int32) for outline in outlines]
+    parents = hierarchy[0, :, 3].tolist()
+    regions = {i: Region([ring], "") for i, ring in enumerate(rings) if parents[i] < 0 and not is_degenerate(ring)}
+    for ring, parent in zip(rings, parents, strict=True):
+        if parent in regions and not is_degenerate(ring):
+            regions[parent].rings.append(ring)
+    empty = sum(parent < 0 for parent in parents) - len(regions)
+    if empty:
+        logger.warning("%s: %d specks, one pixel wide, have no area and are ignored", path, empty)
+    return list(regions.values())
+
+
+def _read_image(path: Path) -> np.ndarray:
+    """uint8 [h, w]: 1 where any colour channel is not 0 and the pixel is not transparent, else 0."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of size and of harmless tags
+            with Image.open(path) as file:
+                image: Image.Image = file
+                if image.mode == "P" and "transparency" in image.info:
+                    image = image.convert("RGBA")
+                elif image.mode in ("1", "CMYK", "YCbCr", "LAB", "HSV", "PA", "La", "RGBa"):
+                    image = image.convert({"1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}.get(image.mode, "RGB"))
+                values: np.ndarray[Any, Any] = np.asarray(image)
+    except Image.DecompressionBombError as exc:
+        raise MaskError(
+            f"{path} is too large ({exc}); a mask at 1/16 of the slide's resolution is accurate enough"
+        ) from exc
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as exc:
+        raise MaskError(f"{path} cannot be read as an image: {' '.join(str(exc).split())}") from exc
+    if values.ndim == 2:
+        return (values != 0).astype(np.uint8)
+    if values.shape[2] in (2, 4):
+        return ((values[..., :-1] != 0).any(2) & (values[..., -1] != 0)).astype(np.uint8)
+    return (values != 0).any(2).astype(np.uint8)

@@ -1,0 +1,194 @@
+"""Where the tissue of a slide comes from: the segmentation, a mask that the user gives, or a plug-in."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import numpy as np
+
+from exaonepath.errors import MissingDependencyError, SettingsError
+from exaonepath.slides.image import SlideImage
+from exaonepath.slides.patches.given_regions import RegionFile, find_region_file, mask_and_exclusions
+from exaonepath.slides.patches.rings import is_degenerate
+from exaonepath.slides.patches.segmentation import SegmentationSettings, Tissue, segment_tissue
+from exaonepath.slides.patches.shrinking import WANTED_DOWNSAMPLE
+
+logger = logging.getLogger(__name__)
+
+GROUP = "exaonepath.segmenters"
+BUILT_IN = ("exaone", "otsu", "mask")
+
+Segmenter = Callable[[SlideImage, SegmentationSettings], Tissue]
+
+
+@dataclass(frozen=True)
+class TissueSource:
+    """Where the tissue of one slide comes from.
+
+    Attributes:
+        segmenter: "exaone", "otsu", "mask", or the name of a plug-in.
+        plugin: name and version of the package that a plug-in comes from; empty for the others.
+        mask, mask_classes: regions of tissue, and the classes of them that are used; none: all.
+        exclude, exclude_classes: regions to leave out, in the same way.
+    """
+
+    segmenter: str = "exaone"
+    plugin: str = ""
+    mask: RegionFile | None = None
+    mask_classes: tuple[str, ...] = ()
+    exclude: RegionFile | None = None
+    exclude_classes: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values of what decides the result, without the defaults: files count by their content."""
+        values: dict[str, Any] = {}
+        if self.plugin:
+            values["segmenter"] = f"{self.segmenter} ({self.plugin})"
+        for name, file, classes in (
+            ("mask", self.mask, self.mask_classes),
+            ("exclude", self.exclude, self.exclude_classes),
+        ):
+            if file is not None:
+                values[name] = file.sha256
+            if classes:
+                values[f"{name}_classes"] = sorted({text.casefold() for text in classes})
+        return values
+
+
+def tissue_source(
+    slide: SlideImage,
+    segmenter: str | None = None,
+    mask: str | os.PathLike[str] | None = None,
+    mask_class: str | Iterable[str] = (),
+    exclude: str | os.PathLike[str] | None = None,
+    exclude_class: str | Iterable[str] = (),
+) -> TissueSource:
+    """The source that the arguments of `patchfy` describe; files are found and hashed, and not yet read.
+
+    Raises:
+        SettingsError: the segmenter is not known, or the arguments contradict each other.
+        MaskError: a file is missing.
+    """
+    if segmenter is None:
+        segmenter = "exaone" if mask is None else "mask"
+    if (segmenter == "mask") != (mask is not None):
+        raise SettingsError(
+            f"segmenter {segmenter!r} takes no mask"
+            if mask is not None
+            else 'segmenter "mask" needs a mask (mask=..., or --mask FILE)'
+        )
+    plugin = "" if segmenter in BUILT_IN else _package(_entry_point(segmenter))
+    classes, excluded_classes = _names(mask_class, "mask_class"), _names(exclude_class, "exclude_class")
+    if classes and mask is None:
+        raise SettingsError("mask_class selects regions of a mask, and there is none (mask=..., or --mask FILE)")
+    if excluded_classes and exclude is None and mask is None:
+        raise SettingsError("exclude_class selects regions of a file, and there is none (exclude=... or mask=...)")
+    return TissueSource(
+        segmenter,
+        plugin,
+        find_region_file(mask, slide, required=True),
+        classes,
+        find_region_file(exclude, slide, required=False),
+        excluded_classes,
+    )
+
+
+def _names(value: str | Iterable[str], argument: str) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else tuple(value or ())
+    if not all(isinstance(name, str) for name in names):
+        raise SettingsError(f"{argument} must be a class name or several, not {value!r}")
+    return names
+
+
+def find_tissue(slide: SlideImage, settings: SegmentationSettings, source: TissueSource) -> Tissue:
+    """The tissue of a slide, with the regions to leave out.
+
+    Raises:
+        The errors of `segment_tissue` and `mask_and_exclusions`; SettingsError if a plug-in returns no tissue of the
+        expected form, and whatever error it raises itself.
+    """
+    regions, excluded = mask_and_exclusions(
+        slide, source.mask, source.mask_classes, source.exclude, source.exclude_classes
+    )
+    if source.mask is not None:
+        level = slide.get_best_level_for_downsample(WANTED_DOWNSAMPLE)
+        tissue = Tissue([region.rings[0] for region in regions], [region.rings[1:] for region in regions], level)
+    elif source.plugin:
+        tissue = _checked(source.segmenter, _load(source.segmenter)(slide, settings), slide)
+    else:
+        otsu = settings.use_otsu or source.segmenter == "otsu"
+        tissue = segment_tissue(slide, replace(settings, use_otsu=otsu))
+    segmenter = "otsu" if settings.use_otsu and source.segmenter == "exaone" else source.segmenter
+    return tissue._replace(excluded=[*tissue.excluded, *excluded], segmenter=segmenter)
+
+
+def segmenter_plugins() -> list[str]:
+    """Names of the installed plug-ins (entry points of the group `exaonepath.segmenters`)."""
+    return sorted({point.name for point in entry_points(group=GROUP)} - set(BUILT_IN))
+
+
+def _entry_point(name: str) -> EntryPoint:
+    found = [point for point in entry_points(group=GROUP) if point.name == name]
+    if not found:
+        known = ", ".join((*BUILT_IN, *segmenter_plugins()))
+        raise SettingsError(
+            f"there is no segmenter {name!r}; known: {known} (others are entry points of the group {GROUP})"
+        )
+    if len({point.value for point in found}) > 1:
+        packages = ", ".join(sorted(map(_package, found)))
+        raise SettingsError(f"several packages have a segmenter {name!r}: {packages}; uninstall all but one")
+    return found[0]
+
+
+def _package(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else point.value
+
+
+def _load(name: str) -> Segmenter:
+    point = _entry_point(name)
+    try:
+        segmenter = point.load()
+    except (ImportError, AttributeError) as exc:
+        raise MissingDependencyError(f"segmenter {name!r} of {_package(point)} cannot be imported: {exc}") from exc
+    if not callable(segmenter):
+        raise SettingsError(f"segmenter {name!r} of {_package(point)} is no function: {point.value}")
+    return segmenter
+
+
+def _checked(name: str, tissue: Any, slide: SlideImage) -> Tissue:
+    """The tissue of a plug-in, with rings as int32 arrays; every part of it is checked."""
+
+    def wrong(what: str) -> SettingsError:
+        return SettingsError(f"segmenter {name!r} returned {what} for {slide.path}")
+
+    def rings(value: Any, where: str) -> list[np.ndarray]:
+        checked = []
+        for ring in _listed(value, where):
+            points = np.asarray(ring)
+            if points.ndim != 2 or points.shape[1] != 2 or points.dtype.kind not in "iu":
+                raise wrong(f"{where} that are not integers [P, 2]")
+            if (points < 0).any() or (points >= slide.dimensions).any() or is_degenerate(points):
+                raise wrong(f"{where} that reach beyond the slide or have no area")
+            checked.append(points.astype(np.int32))
+        return checked
+
+    def _listed(value: Any, where: str) -> Sequence[Any]:
+        if not isinstance(value, list | tuple):
+            raise wrong(f"{where} that are not a list")
+        return value
+
+    if not isinstance(tissue, Tissue):
+        raise wrong(f"{type(tissue).__name__} in place of exaonepath.patches.Tissue")
+    contours = rings(tissue.contours, "contours")
+    holes = [rings(group, "holes") for group in _listed(tissue.holes, "holes")]
+    if len(holes) != len(contours):
+        raise wrong(f"{len(contours)} contours with {len(holes)} lists of holes")
+    if tissue.seg_level not in range(len(slide.level_dimensions)):
+        raise wrong(f"the level {tissue.seg_level!r}")
+    nothing = tissue.nothing if contours else tissue.nothing or f"segmenter {name!r} found no tissue"
+    return tissue._replace(contours=contours, holes=holes, nothing=nothing)
