@@ -210,12 +210,19 @@ class TiffTiles:
                         f"{self.path}: a tile is stated to lie at bytes {offset} to {offset + length}, and the file "
                         f"ends at byte {size}"
                     )
-                data = _pread(file, length, offset)
+                data = self._bytes(file, length, offset)
             except OSError as exc:
                 raise SlideReadError(f"{self.path}: {length} bytes at byte {offset} cannot be read: {exc}") from exc
         if len(data) < length:
             raise SlideReadError(f"{self.path}: the file ends inside the {length} bytes at byte {offset}")
         return data
+
+    def _bytes(self, file: int, length: int, offset: int) -> bytes:
+        if hasattr(os, "pread"):
+            return _pread(file, length, offset)
+        with self._lock:  # Windows
+            os.lseek(file, offset, os.SEEK_SET)
+            return os.read(file, length)
 
     @contextmanager
     def _reading(self) -> Iterator[int]:
