@@ -13,10 +13,10 @@ from pathlib import Path
 
 from exaonepath.errors import SlideOpenError
 from exaonepath.slides import tiff
-from exaonepath.slides.formats import CONVERT, needs_a_library, why_not_a_slide, why_not_readable, wrong_pixels
+from exaonepath.slides.formats import CONVERT, needs_a_library, why_not_readable, wrong_pixels
 from exaonepath.slides.readers.base import SlideReader
 from exaonepath.slides.readers.fast import fast_reader
-from exaonepath.slides.readers.openslide import OpenSlideReader
+from exaonepath.slides.readers.openslide import OpenSlideReader, UnsupportedSlideError
 from exaonepath.slides.readers.plain import PlainImageReader, is_plain_image
 from exaonepath.slides.readers.plugins import GROUP, plugin_reader
 from exaonepath.slides.readers.tiff import TiffReader, main_image
@@ -70,8 +70,10 @@ def open_reader(path: Path, check_unchanged: Callable[[], None], reader: str = A
 def _automatic(path: Path, check_unchanged: Callable[[], None]) -> SlideReader:
     try:
         slide = _openslide(path, check_unchanged)
-    except SlideOpenError as exc:
+    except UnsupportedSlideError as exc:
         return _without_openslide(path, exc)
+    except SlideOpenError as exc:  # a format that OpenSlide knows, and a file that it rejects
+        return _plugin_or_reason(path, exc)
     if wrong_pixels(path, slide.properties) is not None:
         slide.close()
         return _tiff_or_reason(path, slide)
@@ -158,14 +160,19 @@ def _without_openslide(path: Path, refused: SlideOpenError) -> SlideReader:
             raise SlideOpenError(f"{exc}; {CONVERT}") from exc
     if found is None and path.is_file() and is_plain_image(path):
         return PlainImageReader(path)
+    return _plugin_or_reason(path, refused)
+
+
+def _plugin_or_reason(path: Path, refused: SlideOpenError) -> SlideReader:
+    """The reader of a plug-in; if there is none, the error of OpenSlide is raised, or one that says what to install."""
     plugin = plugin_reader(path)
     if plugin is not None:
         return plugin
     library = needs_a_library(path)
-    if library is not None and why_not_a_slide(path).startswith("is not a slide"):
+    if library is not None:
         raise SlideOpenError(
-            f"{path} {library}; no installed plug-in reads it (entry points in the group {GROUP}): install one, or "
-            "convert the file to a pyramidal TIFF"
+            f"{path} {library}, and no installed plug-in reads it (entry points in the group {GROUP}): install one, or "
+            f"convert the file to a pyramidal TIFF. OpenSlide says: {refused}"
         ) from refused
     raise refused
 

@@ -77,16 +77,12 @@ class TiffReader(SlideReader):
 
     def read_image(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
         """See `SlideReader.read_image`."""
-        region = self._region(location, level, size)
-        rgba = np.empty((size[1], size[0], 4), np.uint8)
-        rgba[..., :3] = region.pixels
-        rgba[..., 3] = 255 if region.alpha is None else region.alpha
-        return Image.fromarray(rgba)
+        return self._region(location, level, size).image()
 
     def read_rgb(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> tuple[np.ndarray, float]:
         """See `SlideReader.read_rgb`."""
         region = self._region(location, level, size)
-        return region.pixels, region.empty / region.inside if region.empty else 0.0
+        return region.pixels, region.missing
 
     def tile_size(self, level: int) -> tuple[int, int] | None:
         """See `SlideReader.tile_size`."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from exaonepath.errors import SlideReadError
 from exaonepath.slides.readers.base import DEFAULT_CACHE
@@ -57,6 +58,18 @@ class Region(NamedTuple):
     alpha: np.ndarray | None
     empty: int
     inside: int
+
+    @property
+    def missing(self) -> float:
+        """Fraction of the pixels inside the image without data."""
+        return self.empty / self.inside if self.empty else 0.0
+
+    def image(self) -> Image.Image:
+        """As a Pillow image, RGBA."""
+        rgba = np.empty((*self.pixels.shape[:2], 4), np.uint8)
+        rgba[..., :3] = self.pixels
+        rgba[..., 3] = 255 if self.alpha is None else self.alpha
+        return Image.fromarray(rgba)
 
 
 _EMPTY = Cell(np.zeros((0, 0), np.uint8), None, True)
