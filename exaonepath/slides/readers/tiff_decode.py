@@ -14,11 +14,8 @@ from typing import Any
 import numpy as np
 
 from exaonepath.errors import MissingDependencyError
+from exaonepath.slides.readers.jpeg_stream import is_complete, why_truncated
 from exaonepath.slides.readers.tiff_image import Codec, Colour, TiffImage
-
-_START_OF_SCAN, _END_OF_JPEG = b"\xff\xda", b"\xff\xd9"
-_MORE_BYTES = bytes([0x55]) * 64
-_END_SLACK = 256  # bytes that may follow the end mark; some writers pad tiles
 
 
 class DecodeError(Exception):
@@ -95,12 +92,9 @@ def _samples(data: bytes, image: TiffImage, rows: int, samples: int) -> np.ndarr
 
 
 def _jpeg(imagecodecs: Any, data: bytes, image: TiffImage, shape: tuple[int, int, int]) -> np.ndarray:
-    end = data.rfind(_END_OF_JPEG, max(0, len(data) - _END_SLACK))
-    if end < 0:
-        raise DecodeError(f"is truncated: its JPEG stream of {len(data)} bytes has no end mark")
-    first_end = data.find(_END_OF_JPEG, max(0, data.find(_START_OF_SCAN)))
-    if first_end < len(data) - _END_SLACK:
-        raise DecodeError(f"is damaged: its JPEG stream of {len(data)} bytes has an end mark at byte {first_end}")
+    reason = why_truncated(data)
+    if reason is not None:
+        raise DecodeError(reason)
     # As in OpenSlide, the TIFF tag decides about the colours, not the JPEG stream.
     stored = "YCBCR" if image.colour is Colour.YCBCR else "RGB"
     colours = {} if shape[2] == 1 else {"colorspace": stored, "outcolorspace": "RGB"}
@@ -111,16 +105,8 @@ def _jpeg(imagecodecs: Any, data: bytes, image: TiffImage, shape: tuple[int, int
         return out.reshape(shape)
 
     pixels = decoded(data)
-    # Where the stream ends too early, the decoder fills the rest of the tile with one colour, without an error. A tile
-    # whose last block has one colour is therefore decoded again, with more bytes at the end: they change nothing if the
-    # stream is complete, and they are used if it is not.
-    rows, columns = ((side - 1) % 8 + 1 for side in shape[:2])
-    last_block = pixels[-rows:, -columns:]
-    if (last_block == last_block[-1, -1]).all():
-        while data[end - 1] == 0xFF:  # a mark may begin with any number of these
-            end -= 1
-        if not np.array_equal(pixels, decoded(data[:end] + _MORE_BYTES + data[end:])):
-            raise DecodeError("is damaged: its JPEG stream ends before the tile is complete")
+    if not is_complete(data, pixels, decoded):
+        raise DecodeError("is damaged: its JPEG stream ends before the tile is complete")
     return pixels
 
 
