@@ -74,6 +74,10 @@ SegDownsample = Annotated[
 FailOnEmpty = Annotated[
     bool, typer.Option("--fail-on-empty", help="A slide without a patch is an error (exit status 1, after all slides).")
 ]
+Mpp = Annotated[
+    float | None,
+    typer.Option(metavar="UM", help="Pixel size of level 0 in micrometres, in place of what the slide files state."),
+]
 StrictScale = Annotated[
     bool, typer.Option("--strict-scale", help="An assumed or implausible pixel size is an error, not a warning.")
 ]

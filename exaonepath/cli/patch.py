@@ -19,6 +19,7 @@ def patch(
     segmenter: options.Segmenter = None,
     otsu: options.Otsu = False,
     seg_downsample: options.SegDownsample = "1",
+    mpp: options.Mpp = None,
     strict_scale: options.StrictScale = False,
     reader: options.Reader = "auto",
     mask: options.Mask = None,
@@ -43,6 +44,7 @@ def patch(
         segmenter=segmenter,
         use_otsu=otsu,
         seg_downsample=options.seg_downsample(seg_downsample),
+        mpp=mpp,
         strict_scale=strict_scale,
         mask=mask,
         mask_class=mask_class or (),
@@ -54,7 +56,7 @@ def patch(
     empty = EmptySlides(fail_on_empty, quiet)
 
     def patch_one(file: Path) -> int:
-        with SlideImage(file, reader) as slide:
+        with SlideImage(file, reader, mpp) as slide:
             path, coords, _ = patchfy(slide, out, **arguments, overwrite=overwrite)
         assert path is not None
         say_result(path, f"{len(coords)} patches", False, quiet)

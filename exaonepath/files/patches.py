@@ -94,6 +94,7 @@ class Slide(Protocol):
     name: str
     path: Path
     mpp: float
+    mpp_y: float
     mpp_source: str
     reader: str
     level_dimensions: tuple[tuple[int, int], ...]
@@ -160,6 +161,7 @@ def write_patches(
             **({"missing_share": float(missing)} if missing else {}),
             **({} if outcome is None else outcome.attributes()),
             "mpp": slide.mpp,
+            "mpp_y": slide.mpp_y,
             "mpp_source": slide.mpp_source,
             "reader": slide.reader,
             "exaonepath_version": __version__,

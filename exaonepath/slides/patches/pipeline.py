@@ -31,6 +31,7 @@ from exaonepath.slides.patches.segmentation import (
     about_missing,
 )
 from exaonepath.slides.patches.tissue import TissueSource, find_tissue, tissue_source
+from exaonepath.slides.scale import GIVEN
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class PatchSettings:
         patch_level: pyramid level that the grid is computed for.
         segmentation: settings of the tissue segmentation.
         source: where the tissue of the slide comes from.
+        mpp: the pixel size if the user states it, in micrometres.
     """
 
     patch_size: int = 256
@@ -54,6 +56,7 @@ class PatchSettings:
     patch_level: int = 0
     segmentation: SegmentationSettings = field(default_factory=SegmentationSettings)
     source: TissueSource = field(default_factory=TissueSource)
+    mpp: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "step_size"):
@@ -73,7 +76,9 @@ class PatchSettings:
         kinds = {name: type(value) for name, value in asdict(SegmentationSettings()).items()}
         kinds |= {"a_t": float, "a_h": float}
         values |= {name: value if value == AUTO else kinds[name](value) for name, value in seg.items()}
-        return values | {"use_otsu": values["use_otsu"] or self.source.segmenter == "otsu"} | self.source.as_json()
+        values |= {"use_otsu": values["use_otsu"] or self.source.segmenter == "otsu"} | self.source.as_json()
+        # The file's own pixel size follows from its content. So the settings of earlier results stay equal.
+        return values if self.mpp is None else values | {"mpp": float(self.mpp)}
 
     def effective(self, slide: SlideImage) -> tuple[int, int]:
         """(patch size, step) in level-0 pixels of this slide.
@@ -86,7 +91,7 @@ class PatchSettings:
         if not largest <= _MAX_PATCH:
             raise ScaleError(
                 f"{slide.path}: with pixels of {slide.mpp:g} um ({slide.mpp_source}) a patch would be {largest:.3g} "
-                "pixels wide; the pixel size in the file's metadata is wrong"
+                "pixels wide; the pixel size is wrong, state the right one (mpp =, or --mpp)"
             )
         patch, step = int(self.patch_size * factor), int(self.step_size * factor)
         return patch if patch > 0 else int(self.patch_size), step if step > 0 else int(self.step_size)
@@ -113,6 +118,7 @@ def patchfy(
     max_seg_pixels: int | None = MAX_SEG_PIXELS,
     overwrite: bool = False,
     strict_scale: bool = False,
+    mpp: float | None = None,
     save_contours: bool | None = None,
     segmenter: str | None = None,
     mask: str | os.PathLike[str] | None = None,
@@ -140,6 +146,7 @@ def patchfy(
         overwrite: process finished slides again, and replace the result of a different slide of the same name.
         strict_scale: raise an error if the pixel size is assumed, implausible or differs between the axes; otherwise a
             warning is logged.
+        mpp: micrometres per pixel at level 0, in place of what the file states; None: as the file states.
         save_contours: store the contours in the HDF5 file (see `read_contours`), and write them as GeoJSON for QuPath;
             None: as `save_h5`.
         segmenter: "exaone", "otsu" (as `use_otsu`), "mask", or the name of an installed plug-in; None: "mask" with a
@@ -173,7 +180,7 @@ def patchfy(
     if not isinstance(line_thickness, Real) or not 0 < line_thickness < math.inf:
         raise SettingsError(f"line_thickness must be a positive number, not {line_thickness!r}")
     save_contours = save_h5 if save_contours is None else save_contours
-    with opened(wsi) as slide:
+    with opened(wsi, mpp=mpp) as slide:
         if not 0 <= patch_level < len(slide.level_dimensions):
             raise SettingsError(
                 f"{slide.path} has no level {patch_level}: levels are 0 to {len(slide.level_dimensions) - 1}"
@@ -182,7 +189,7 @@ def patchfy(
             raise ScaleError(f"{slide.path} {'; '.join(slide.scale_doubts)} (strict_scale)")
         settings.effective(slide)
         source = tissue_source(slide, segmenter, mask, mask_class, exclude, exclude_class)
-        settings = replace(settings, source=source)
+        settings = replace(settings, source=source, mpp=slide.mpp if slide.mpp_source == GIVEN else None)
         folder = Path(out)
         h5_path = folder / "patches" / f"{slide.name}.h5"
         mask_path = folder / "masks" / f"{slide.name}.jpg"
