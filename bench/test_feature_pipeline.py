@@ -39,6 +39,7 @@ class SleepingSlide:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
+        self.properties: dict[str, str] = {}
 
     @contextmanager
     def tile_cache(self, size: int) -> Iterator[None]:

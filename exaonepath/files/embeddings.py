@@ -30,6 +30,7 @@ ATTRIBUTES = (
     "slide_fingerprint",
     "slide_path",
     "slide_mtime_ns",
+    "reader",
     "complete",
 )
 

@@ -36,6 +36,7 @@ ATTRIBUTES = (
     "slide_path",
     "slide_mtime_ns",
     "weights",
+    "reader",
     "exaonepath_version",
     "n_features",
     "n_failed",

@@ -26,9 +26,9 @@ from exaonepath.slides.image import SlideImage
 
 logger = logging.getLogger(__name__)
 
-# Decoded tiles kept for the next row of patches: two rows of 256 px tiles across 65,000 px of tissue. The gain is small
-# for JPEG (8 % on a slide 60,000 px wide), but a second decoding costs ten times as much for JPEG 2000.
-_CACHE_BYTES = 128 << 20
+# Decoded tiles kept for the next row of patches: two rows of 256 px tiles across 85,000 px of tissue. Larger tiles need
+# more: without it, each row of patches would decode its tiles again.
+_CACHE_BYTES, _LARGEST_CACHE = 128 << 20, 512 << 20
 _RUN = 8  # consecutive patches that one thread reads
 _MAX_DEFAULT_WORKERS = 16  # with more threads, storage is the limit, not decoding
 
@@ -123,8 +123,18 @@ class PatchReader:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Generator[PatchBatch, None, None]:
-        with self.slide.tile_cache(_CACHE_BYTES):
+        with self.slide.tile_cache(self._cache_bytes()):
             yield from self._batches()
+
+    def _cache_bytes(self) -> int:
+        """Bytes for the decoded tiles that one row of patches lies on, which are needed for the next row."""
+        height = self.slide.properties.get("openslide.level[0].tile-height", "")
+        if not height.isdecimal() or not len(self.indices):
+            return _CACHE_BYTES
+        across = self.coords[self.indices, 0]
+        rows = (-(-self._window.size // int(height)) + 1) * int(height)
+        needed = 3 * rows * (int(across.max()) - int(across.min()) + 2 * self._window.size)
+        return max(_CACHE_BYTES, min(needed * 9 // 8, _LARGEST_CACHE))
 
     def _batches(self) -> Generator[PatchBatch, None, None]:
         batches = (self.indices[at : at + self.batch_size] for at in range(0, len(self.indices), self.batch_size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 
 import numpy as np
 import pytest
@@ -220,3 +221,37 @@ def test_what_is_not_read_says_why(write, values, options, says, order):
     if order == ">":
         with pytest.raises(SlideOpenError, match="vips tiffsave"):
             SlideImage(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tile": None, "rowsperstrip": 64}, "in strips"),
+        ({"compression": "jpeg2000"}, "JPEG 2000, which OpenSlide does not read"),
+        ({"compression": "webp"}, "WebP, which OpenSlide does not read"),
+        ({"byteorder": ">"}, "big-endian byte order"),
+        ({"dtype": np.uint16}, "16 bits a channel"),
+    ],
+    ids=["strips", "JPEG 2000", "WebP", "big-endian", "16 bits"],
+)
+def test_what_only_the_tiff_reader_reads_is_refused_by_openslide_with_the_reason(write, pixels, options, says):
+    options = {**options}
+    path = write("a.tif", pixels.astype(options.pop("dtype", np.uint8)), **options)
+    with pytest.raises(SlideOpenError, match=says):
+        SlideImage(path, reader="openslide")
+    SlideImage(path).close()
+
+
+def test_a_flat_slide_of_huge_tiles_is_compared_in_moderation(tmp_path):
+    """100,000 x 100,000 pixels in tiles of 4096: one of them takes longer to decode than all samples elsewhere."""
+    side, tile = 100_000, zlib.compress(bytes(4096 * 4096 * 3))
+    count = (-(-side // 4096)) ** 2
+    path = tmp_path / "huge.tif"
+    tifffile.imwrite(
+        path, (tile for _ in range(count)), shape=(side, side, 3), dtype="u1", tile=(4096, 4096), compression="zlib",
+        photometric="rgb", bigtiff=True, resolution=(20_000, 20_000), resolutionunit="CENTIMETER", metadata=None,
+    )  # fmt: skip
+    with SlideImage(path) as slide:
+        assert slide.reader == "tiff"
+        assert slide._reader.tiles.cache.decoded <= 2
+        assert slide.read_rgb((99_990, 99_990), 0, (20, 20))[0].shape == (20, 20, 3)

@@ -1,0 +1,170 @@
+"""Reading and preprocessing patches: the TIFF reader against OpenSlide, and against decoding each tile once.
+
+All three do the same file in the same round, so a busy machine slows all of them down. `of_raw` is the time of reading
+and preprocessing over that of decoding each stored tile once, one after the other, and nothing else. The patches do not
+fall together with the tiles, so each tile is needed by several patches. Both readers give the same bytes, which is
+checked before anything is timed; formats that OpenSlide does not read are compared with raw decoding only.
+
+EXAONEPATH_BENCH=full takes a slide of 12,000 x 9,000 pixels in place of 3,600 x 2,600.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from exaonepath.slides.features.preprocessing import PreprocessingConfig
+from exaonepath.slides.features.reader import PatchReader
+from exaonepath.slides.image import SlideImage
+from exaonepath.slides.readers.tiff_tiles import TiffTiles
+from exaonepath.synthetic import make_slide
+
+ROUNDS = 5
+APERIO = "Aperio Image Library v12\n{0}x{1} [0,0 {0}x{1}] (256x256) J2K|AppMag = 20|MPP = 0.5"
+
+# compression: (options of tifffile, whether OpenSlide reads it too)
+FORMATS = {
+    "JPEG": ({}, True),
+    "deflate": ({"compression": "zlib"}, True),
+    "LZW": ({"compression": "lzw", "predictor": True}, True),
+    "uncompressed": ({}, True),
+    "JPEG 2000": ({"compression": "jpeg2000", "compressionargs": {"level": 40}}, True),
+    "WebP": ({"compression": "webp", "compressionargs": {"level": 80}}, False),
+}
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory, full) -> dict[str, Path]:
+    """The same tissue in every compression, by name."""
+    folder = tmp_path_factory.mktemp("slides")
+    size = (12_000, 9_000) if full else (3_600, 2_600)
+    found = {"JPEG": make_slide(folder / "JPEG.tif", *size, levels="flat", vendor="generic", fragments=1, holes=False)}
+    with SlideImage(found["JPEG"]) as slide:
+        pixels = slide.read_rgb((0, 0), 0, slide.dimensions)[0]
+    for name, (options, _) in list(FORMATS.items())[1:]:
+        scale = {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}
+        found[name] = folder / f"{name}.tif"
+        part = pixels if name != "JPEG 2000" else pixels[:1400, :1400]  # ten times as slow as the others
+        text = {"description": APERIO.format(*part.shape[1::-1])} if name == "JPEG 2000" else {}
+        arguments = {"tile": (256, 256), "photometric": "rgb", "metadata": None, **scale, **options, **text}
+        tifffile.imwrite(found[name], part, **arguments)
+    with tifffile.TiffFile(found["JPEG 2000"], mode="r+b") as file:
+        file.pages[0].tags["Compression"].overwrite(33005)  # Aperio's: the only JPEG 2000 that OpenSlide reads
+    return found
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Only the reading is to run in parallel."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def grid(slide: SlideImage, patch: int) -> np.ndarray:
+    """Adjacent patches that do not fall together with tiles, as in practice: int32 [N, 2]."""
+    xs, ys = (range(77, side - patch, patch) for side in slide.dimensions)
+    return np.array([(x, y) for y in ys for x in xs], np.int32)
+
+
+def patches(slide: SlideImage, patch: int, workers: int) -> Iterator[np.ndarray]:
+    """Preprocessed patches, by batches; no tile is in a cache at the beginning."""
+    slide.set_cache_bytes(0)
+    for batch in PatchReader(slide, grid(slide, patch), patch, PreprocessingConfig(), num_workers=workers):
+        yield batch.images
+
+
+def exhaust(slide: SlideImage, patch: int, workers: int) -> None:
+    """Take every batch and keep none, as a model would."""
+    deque(patches(slide, patch, workers), maxlen=0)
+
+
+def decode_each_tile_once(slide: SlideImage, patch: int) -> None:
+    """What the codec takes for the tiles that the patches lie on, and nothing else: no cache, no patches."""
+    tiles: TiffTiles = slide._reader.tiles
+    image, coords = tiles.images[0], grid(slide, patch)
+    # Of a patch of 256 px that is not resized, 16 px at each side are cropped and not read.
+    last = coords.max(axis=0) + patch - 17
+    for row in range(93 // image.cell_height, last[1] // image.cell_height + 1):
+        for column in range(93 // image.cell_width, last[0] // image.cell_width + 1):
+            tiles._segment(0, column, row)
+
+
+def _seconds(work, *arguments) -> float:
+    start = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("patch", [256, 506])
+@pytest.mark.parametrize("name", FORMATS)
+def test_readers(benchmark, compare, slides, name, patch):
+    """One thread."""
+    path, both = slides[name], FORMATS[name][1]
+    raw: list[float] = []
+    with ExitStack() as stack:
+        fast = stack.enter_context(SlideImage(path))
+        assert fast.reader == "tiff"
+        openslide = stack.enter_context(SlideImage(path, "openslide")) if both else None
+        if openslide:
+            pairs = zip(patches(fast, patch, 0), patches(openslide, patch, 0), strict=True)
+            assert all(np.array_equal(one, two) for one, two in pairs)
+
+        def theirs() -> None:
+            raw.append(_seconds(decode_each_tile_once, fast, patch))
+            if openslide:
+                exhaust(openslide, patch, 0)
+
+        cache = fast._reader.tiles.cache
+        decoded = cache.decoded
+        exhaust(fast, patch, 0)
+        decoded = cache.decoded - decoded
+        compare(f"reader {name} {patch} px", lambda: exhaust(fast, patch, 0), theirs, rounds=ROUNDS, threads=1)
+        count = len(grid(fast, patch))
+    seconds, decoding = benchmark.stats.stats.median, statistics.median(raw[:ROUNDS])
+    # The time of the baseline includes the raw decoding, which is not a part of it.
+    before = benchmark.extra_info["baseline_seconds"] - decoding if both else decoding
+    benchmark.extra_info.update(
+        baseline_seconds=round(before, 4),
+        ratio=round(before / seconds, 3),
+        of_raw=round(seconds / decoding, 3),
+        patches=count,
+        patches_per_second=round(count / seconds),
+        cache_peak_mb=round(cache.peak / 2**20, 1),
+        tiles_decoded=decoded,
+    )
+    against = f"{before / seconds:.2f} times as fast as through OpenSlide, " if both else ""
+    print(
+        f"\n{name}, {patch} px: {count / seconds:.0f} patches/s, {against}{seconds / decoding:.2f} times the time of "
+        f"decoding each tile once ({decoded} tiles decoded, cache {cache.peak / 2**20:.0f} MB)"
+    )
+
+
+@pytest.mark.parametrize("patch", [256, 506])
+@pytest.mark.parametrize("name", ["JPEG", "JPEG 2000"])
+def test_threads(compare, slides, name, patch):
+    """Two threads against one."""
+    with SlideImage(slides[name]) as slide:
+        two, one = (lambda threads=threads: exhaust(slide, patch, threads) for threads in (2, 1))
+        compare(f"reader {name} {patch} px, 2 threads against 1", two, one, rounds=ROUNDS, threads=2)
+
+
+@pytest.mark.parametrize("reader", ["auto", "openslide"])
+def test_opening(compare, slides, reader):
+    """Opening a slide, with and without the comparison of the two readers; without it is the baseline."""
+    path = slides["JPEG"]
+
+    def ours() -> None:
+        SlideImage(path, reader).close()
+
+    compare(f"opening, {reader}", ours, lambda: SlideImage(path, "openslide").close(), rounds=ROUNDS)
