@@ -27,6 +27,7 @@ def encode(
     mask_class: options.MaskClass = None,
     exclude: options.Exclude = None,
     exclude_class: options.ExcludeClass = None,
+    remove: options.Remove = None,
     contours: options.Contours = True,
     resize: options.Resize = 256,
     batch_size: options.BatchSize = "32",
@@ -69,6 +70,7 @@ def encode(
         mask_class=mask_class or (),
         exclude=exclude,
         exclude_class=exclude_class or (),
+        remove=remove or (),
         save_contours=contours,
     )
     if not files:

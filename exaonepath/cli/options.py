@@ -101,6 +101,12 @@ ExcludeClass = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="Class to leave out, of --exclude or of --mask; may be given again."),
 ]
+Remove = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="pen|blur", help="Leave out pen marks, or areas out of focus; may be given again. See docs/masks.md."
+    ),
+]
 Contours = Annotated[
     bool, typer.Option("--contours/--no-contours", help="Store the contours, also as GeoJSON for QuPath.")
 ]

@@ -24,6 +24,7 @@ def patch(
     mask_class: options.MaskClass = None,
     exclude: options.Exclude = None,
     exclude_class: options.ExcludeClass = None,
+    remove: options.Remove = None,
     contours: options.Contours = True,
     fail_on_empty: options.FailOnEmpty = False,
     overwrite: options.Overwrite = False,
@@ -46,6 +47,7 @@ def patch(
         mask_class=mask_class or (),
         exclude=exclude,
         exclude_class=exclude_class or (),
+        remove=remove or (),
         save_contours=contours,
     )
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from exaonepath.errors import MissingDependencyError, SettingsError
 from exaonepath.slides.image import SlideImage
+from exaonepath.slides.patches.artefacts import check_kinds, find_artefacts
 from exaonepath.slides.patches.given_regions import RegionFile, find_region_file, mask_and_exclusions
 from exaonepath.slides.patches.rings import is_degenerate
 from exaonepath.slides.patches.segmentation import SegmentationSettings, Tissue, segment_tissue
@@ -35,6 +36,7 @@ class TissueSource:
         plugin: name and version of the package that a plug-in comes from; empty for the others.
         mask, mask_classes: regions of tissue, and the classes of them that are used; none: all.
         exclude, exclude_classes: regions to leave out, in the same way.
+        remove: kinds of artefacts to look for and to leave out, "pen" and "blur".
     """
 
     segmenter: str = "exaone"
@@ -43,6 +45,7 @@ class TissueSource:
     mask_classes: tuple[str, ...] = ()
     exclude: RegionFile | None = None
     exclude_classes: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain values of what decides the result, without the defaults: files count by their content."""
@@ -57,6 +60,8 @@ class TissueSource:
                 values[name] = file.sha256
             if classes:
                 values[f"{name}_classes"] = sorted({text.casefold() for text in classes})
+        if self.remove:
+            values["remove"] = sorted(set(self.remove))
         return values
 
 
@@ -67,6 +72,7 @@ def tissue_source(
     mask_class: str | Iterable[str] = (),
     exclude: str | os.PathLike[str] | None = None,
     exclude_class: str | Iterable[str] = (),
+    remove: str | Iterable[str] = (),
 ) -> TissueSource:
     """The source that the arguments of `patchfy` describe; files are found and hashed, and not yet read.
 
@@ -88,6 +94,8 @@ def tissue_source(
         raise SettingsError("mask_class selects regions of a mask, and there is none (mask=..., or --mask FILE)")
     if excluded_classes and exclude is None and mask is None:
         raise SettingsError("exclude_class selects regions of a file, and there is none (exclude=... or mask=...)")
+    kinds = _names(remove, "remove")
+    check_kinds(kinds)
     return TissueSource(
         segmenter,
         plugin,
@@ -95,13 +103,14 @@ def tissue_source(
         classes,
         find_region_file(exclude, slide, required=False),
         excluded_classes,
+        kinds,
     )
 
 
 def _names(value: str | Iterable[str], argument: str) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else tuple(value or ())
     if not all(isinstance(name, str) for name in names):
-        raise SettingsError(f"{argument} must be a class name or several, not {value!r}")
+        raise SettingsError(f"{argument} must be a name or several, not {value!r}")
     return names
 
 
@@ -123,6 +132,8 @@ def find_tissue(slide: SlideImage, settings: SegmentationSettings, source: Tissu
     else:
         otsu = settings.use_otsu or source.segmenter == "otsu"
         tissue = segment_tissue(slide, replace(settings, use_otsu=otsu))
+    if source.remove and tissue.contours:
+        excluded += find_artefacts(slide, tissue.seg_level, tissue.shrink, source.remove)
     segmenter = "otsu" if settings.use_otsu and source.segmenter == "exaone" else source.segmenter
     return tissue._replace(excluded=[*tissue.excluded, *excluded], segmenter=segmenter)
 

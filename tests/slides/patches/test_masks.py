@@ -362,7 +362,7 @@ def test_settings_that_existed_before_keep_their_hash():
         ({"segmenter": "nobody"}, "known: exaone, otsu, mask"),
         ({"mask_class": "Tumor"}, "there is none"),
         ({"exclude_class": "Pen"}, "there is none"),
-        ({"mask": "x.geojson", "mask_class": [3]}, "class name"),
+        ({"mask": "x.geojson", "mask_class": [3]}, "must be a name"),
     ],
 )
 def test_arguments_that_contradict_each_other(slide, tmp_path, options, says):
