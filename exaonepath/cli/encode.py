@@ -28,6 +28,7 @@ def encode(
     exclude: options.Exclude = None,
     exclude_class: options.ExcludeClass = None,
     remove: options.Remove = None,
+    geojson_origin: options.GeojsonOrigin = "slide",
     contours: options.Contours = True,
     resize: options.Resize = 256,
     batch_size: options.BatchSize = "32",
@@ -71,6 +72,7 @@ def encode(
         exclude=exclude,
         exclude_class=exclude_class or (),
         remove=remove or (),
+        geojson_origin=geojson_origin,
         save_contours=contours,
     )
     if not files:

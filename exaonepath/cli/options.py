@@ -101,6 +101,13 @@ ExcludeClass = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="Class to leave out, of --exclude or of --mask; may be given again."),
 ]
+GeojsonOrigin = Annotated[
+    str,
+    typer.Option(
+        metavar="slide|bounds",
+        help="Where GeoJSON counts from: the slide's corner, or (QuPath, for MIRAX and Leica) the recorded area.",
+    ),
+]
 Remove = Annotated[
     list[str] | None,
     typer.Option(

@@ -25,6 +25,7 @@ def patch(
     exclude: options.Exclude = None,
     exclude_class: options.ExcludeClass = None,
     remove: options.Remove = None,
+    geojson_origin: options.GeojsonOrigin = "slide",
     contours: options.Contours = True,
     fail_on_empty: options.FailOnEmpty = False,
     overwrite: options.Overwrite = False,
@@ -48,6 +49,7 @@ def patch(
         exclude=exclude,
         exclude_class=exclude_class or (),
         remove=remove or (),
+        geojson_origin=geojson_origin,
         save_contours=contours,
     )
 

@@ -22,7 +22,7 @@ from exaonepath.memory import available_host_memory
 logger = logging.getLogger(__name__)
 
 _LARGEST_FILE = 1 << 30
-_MEMORY_PER_BYTE = 12  # Python's objects for a file of coordinates; measured: 9 for QuPath's, 11 for integers in pairs
+_MEMORY_PER_BYTE = 28  # mostly Python's objects; measured: 7 (indented) to 27 (pairs of short integers)
 _FARTHEST = float(1 << 30)  # pixels; the largest slides have 2^18 along a side
 _NO_AREAS = ("Point", "MultiPoint", "LineString", "MultiLineString")
 

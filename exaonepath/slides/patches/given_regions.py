@@ -17,7 +17,7 @@ from PIL import Image
 
 from exaonepath.errors import MaskError
 from exaonepath.files.annotations import Polygon, read_polygons
-from exaonepath.files.geojson import EXCLUDED_CLASS
+from exaonepath.files.geojson import EXCLUDED_CLASS, geojson_made_from, stated_origin
 from exaonepath.files.outlines import Excluded
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.rings import clipped, is_degenerate
@@ -68,9 +68,10 @@ def find_region_file(given: str | os.PathLike[str] | None, slide: SlideImage, *,
     path = Path(given)
     try:
         if path.is_dir():
-            path = _in_folder(path, slide, required) or path
-            if path.is_dir():
+            found = _in_folder(path, slide, required)
+            if found is None:
                 return None
+            path = found
         return RegionFile(path, _sha256(path))
     except FileNotFoundError as exc:
         raise MaskError(f"{path}: no such file") from exc
@@ -111,12 +112,13 @@ def mask_and_exclusions(
     mask_classes: Sequence[str],
     exclude: RegionFile | None,
     exclude_classes: Sequence[str],
+    origin: tuple[int, int] = (0, 0),
 ) -> tuple[list[Region], list[Excluded]]:
     """The regions of tissue (empty without a mask), and the regions to exclude.
 
     In a mask, annotations of class "Excluded" (which this package writes), of QuPath's ignored classes (their names end
     with *), and of `exclude_classes` if there is no file `exclude`, are regions to exclude. Everything else is tissue,
-    or, with `mask_classes`, what has one of these classes.
+    or, with `mask_classes`, what has one of these classes. `origin`: see `read_regions`.
 
     Raises:
         MaskError: a file cannot be read, does not fit the slide, or holds no tissue to use.
@@ -124,19 +126,21 @@ def mask_and_exclusions(
     excluded: list[Excluded] = []
     tissue: list[Region] = []
     if mask is not None:
-        regions = read_regions(mask.path, slide)
+        regions = read_regions(mask.path, slide, origin)
         own_exclusions = exclude_classes if exclude is None else ()
-        left_out = [r for r in regions if _is_exclusion(r.class_name) or _named(r, own_exclusions)]
-        tissue = [r for r in regions if not any(r is other for other in left_out)]
+        for region in regions:
+            if _is_exclusion(region.class_name) or _named(region, own_exclusions):
+                excluded.append(Excluded(region.rings, "excluded"))
+            else:
+                tissue.append(region)
         if mask_classes:
             tissue = [r for r in tissue if _named(r, mask_classes)]
         if not tissue:
             wanted = f" of class {', '.join(mask_classes)}" if mask_classes else ""
             raise MaskError(f"{mask.path} has no region of tissue{wanted}; {_classes_of(regions)}")
         _warn_missing(mask.path, regions, own_exclusions)
-        excluded += [Excluded(r.rings, "excluded") for r in left_out]
     if exclude is not None:
-        regions = read_regions(exclude.path, slide)
+        regions = read_regions(exclude.path, slide, origin)
         _warn_missing(exclude.path, regions, exclude_classes)
         if exclude_classes:
             regions = [r for r in regions if _named(r, exclude_classes)]
@@ -163,8 +167,22 @@ def _warn_missing(path: Path, regions: Sequence[Region], classes: Sequence[str])
         logger.warning("%s has no region of class %s to exclude; %s", path, ", ".join(missing), _classes_of(regions))
 
 
-def read_regions(path: Path, slide: SlideImage) -> list[Region]:
+def bounds_origin(slide: SlideImage) -> tuple[int, int]:
+    """Where the area that the scanner recorded begins, (x, y) in level-0 pixels: QuPath counts from there.
+
+    MIRAX and Leica slides are larger than that area; for other formats it is (0, 0).
+    """
+    x, y = (slide.properties.get(f"openslide.bounds-{axis}", "0") for axis in "xy")
+    return (int(x), int(y)) if x.isdecimal() and y.isdecimal() else (0, 0)
+
+
+def read_regions(path: Path, slide: SlideImage, origin: tuple[int, int] = (0, 0)) -> list[Region]:
     """The regions of a GeoJSON file or an image, in level-0 pixels of a slide; never an empty list.
+
+    Args:
+        path: the file.
+        slide: the slide that it belongs to.
+        origin: level-0 position from which GeoJSON of other programs counts; files of this package state their own.
 
     Raises:
         MaskError: the file cannot be read, holds no area, or does not fit the slide.
@@ -174,10 +192,27 @@ def read_regions(path: Path, slide: SlideImage) -> list[Region]:
         raise MaskError(f"{path} is a JPEG, whose compression changes the values at every border; use PNG or TIFF")
     if suffix not in (*GEOJSON_SUFFIXES, *IMAGE_SUFFIXES):
         raise MaskError(f"{path} is neither GeoJSON (.geojson, .json) nor an image (.png, .tif, .tiff)")
-    regions = _of_image(path, slide) if suffix in IMAGE_SUFFIXES else _of_polygons(path, read_polygons(path), slide)
+    if suffix in IMAGE_SUFFIXES:
+        regions = _of_image(path, slide)
+    else:
+        ours = geojson_made_from(path)
+        if ours is None and bounds_origin(slide) != (0, 0) and origin == (0, 0):
+            logger.warning(
+                "%s: its coordinates are taken to count from the corner of %s. QuPath counts from the recorded area, "
+                "which begins at %s: for its files, set geojson_origin to bounds (--geojson-origin bounds)",
+                path,
+                slide.path,
+                bounds_origin(slide),
+            )
+        shift = origin if ours is None else stated_origin(ours)
+        regions = _of_polygons(path, [_shifted(polygon, shift) for polygon in read_polygons(path)], slide)
     if not regions:
         raise MaskError(f"{path} holds no area; regions smaller than a pixel do not count")
     return regions
+
+
+def _shifted(polygon: Polygon, by: tuple[int, int]) -> Polygon:
+    return polygon._replace(rings=[ring + by for ring in polygon.rings]) if by != (0, 0) else polygon
 
 
 def _of_polygons(path: Path, polygons: list[Polygon], slide: SlideImage) -> list[Region]:

@@ -18,7 +18,7 @@ _SMALL_CACHE = 8 << 20
 _GREEN, _BLUE = (0, 255, 0), (0, 0, 255)
 _LEFT_OUT = {
     "excluded": ((230, 90, 0), "left out: excluded by the user"),
-    "pen": ((200, 0, 200), "left out: pen mark"),
+    "pen": ((0, 180, 200), "left out: pen mark"),
     "blur": ((235, 190, 0), "left out: out of focus"),
 }
 _TINT = 0.45  # weight of the colour of a region that was left out

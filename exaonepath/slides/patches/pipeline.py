@@ -121,6 +121,7 @@ def patchfy(
     exclude: str | os.PathLike[str] | None = None,
     exclude_class: str | Sequence[str] = (),
     remove: str | Sequence[str] = (),
+    geojson_origin: Literal["slide", "bounds"] = "slide",
 ) -> tuple[Path | None, np.ndarray, np.ndarray]:
     """Find the tissue of a slide and compute the patches on it.
 
@@ -154,6 +155,8 @@ def patchfy(
         exclude_class: class or classes to exclude, of `exclude` if it is given, otherwise of `mask`.
         remove: "pen", "blur" or both: pen marks and areas that are out of focus are looked for and left out, by simple
             rules with limits (docs/masks.md).
+        geojson_origin: from where GeoJSON counts, in and out: "slide", level-0 pixels as everywhere in this package; or
+            "bounds", as in QuPath, which shows only the recorded area of MIRAX and Leica slides.
 
     Returns:
         The path of the HDF5 file (None without `save_h5`), coords int32 [N, 2] as (x, y) at level 0, and contour_index
@@ -185,13 +188,15 @@ def patchfy(
         if strict_scale and slide.scale_doubts:
             raise ScaleError(f"{slide.path} {'; '.join(slide.scale_doubts)} (strict_scale)")
         settings.effective(slide)
-        source = tissue_source(slide, segmenter, mask, mask_class, exclude, exclude_class, remove)
+        source = tissue_source(slide, segmenter, mask, mask_class, exclude, exclude_class, remove, geojson_origin)
         settings = replace(settings, source=source)
         folder = Path(out)
         h5_path = folder / "patches" / f"{slide.name}.h5"
         mask_path = folder / "masks" / f"{slide.name}.jpg"
         geojson_path = folder / "contours" / f"{slide.name}.geojson"
         made_from = {"slide_fingerprint": slide.fingerprint(), "settings_hash": settings_hash(settings.as_json())}
+        if source.origin != (0, 0):
+            made_from["origin"] = f"{source.origin[0]},{source.origin[1]}"
         stored = _stored(h5_path, slide, settings, overwrite) if save_h5 or save_mask or save_contours else None
         if stored is not None and auto_skip and save_h5 and not overwrite:
             if not save_mask or mask_path.is_file():

@@ -14,7 +14,12 @@ import numpy as np
 from exaonepath.errors import MissingDependencyError, SettingsError
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.artefacts import check_kinds, find_artefacts
-from exaonepath.slides.patches.given_regions import RegionFile, find_region_file, mask_and_exclusions
+from exaonepath.slides.patches.given_regions import (
+    RegionFile,
+    bounds_origin,
+    find_region_file,
+    mask_and_exclusions,
+)
 from exaonepath.slides.patches.rings import is_degenerate
 from exaonepath.slides.patches.segmentation import SegmentationSettings, Tissue, segment_tissue
 from exaonepath.slides.patches.shrinking import WANTED_DOWNSAMPLE
@@ -37,6 +42,7 @@ class TissueSource:
         mask, mask_classes: regions of tissue, and the classes of them that are used; none: all.
         exclude, exclude_classes: regions to leave out, in the same way.
         remove: kinds of artefacts to look for and to leave out, "pen" and "blur".
+        origin: level-0 position from which the coordinates of GeoJSON files count.
     """
 
     segmenter: str = "exaone"
@@ -46,6 +52,7 @@ class TissueSource:
     exclude: RegionFile | None = None
     exclude_classes: tuple[str, ...] = ()
     remove: tuple[str, ...] = ()
+    origin: tuple[int, int] = (0, 0)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values of what decides the result, without the defaults: files count by their content."""
@@ -60,6 +67,8 @@ class TissueSource:
                 values[name] = file.sha256
             if classes:
                 values[f"{name}_classes"] = sorted({text.casefold() for text in classes})
+        if self.origin != (0, 0) and (self.mask or self.exclude):
+            values["geojson_origin"] = list(self.origin)
         if self.remove:
             values["remove"] = sorted(set(self.remove))
         return values
@@ -73,6 +82,7 @@ def tissue_source(
     exclude: str | os.PathLike[str] | None = None,
     exclude_class: str | Iterable[str] = (),
     remove: str | Iterable[str] = (),
+    geojson_origin: str = "slide",
 ) -> TissueSource:
     """The source that the arguments of `patchfy` describe; files are found and hashed, and not yet read.
 
@@ -94,6 +104,8 @@ def tissue_source(
         raise SettingsError("mask_class selects regions of a mask, and there is none (mask=..., or --mask FILE)")
     if excluded_classes and exclude is None and mask is None:
         raise SettingsError("exclude_class selects regions of a file, and there is none (exclude=... or mask=...)")
+    if geojson_origin not in ("slide", "bounds"):
+        raise SettingsError(f'geojson_origin must be "slide" or "bounds", not {geojson_origin!r}')
     kinds = _names(remove, "remove")
     check_kinds(kinds)
     return TissueSource(
@@ -104,6 +116,7 @@ def tissue_source(
         find_region_file(exclude, slide, required=False),
         excluded_classes,
         kinds,
+        bounds_origin(slide) if geojson_origin == "bounds" else (0, 0),
     )
 
 
@@ -122,7 +135,7 @@ def find_tissue(slide: SlideImage, settings: SegmentationSettings, source: Tissu
         expected form, and whatever error it raises itself.
     """
     regions, excluded = mask_and_exclusions(
-        slide, source.mask, source.mask_classes, source.exclude, source.exclude_classes
+        slide, source.mask, source.mask_classes, source.exclude, source.exclude_classes, source.origin
     )
     if source.mask is not None:
         level = slide.get_best_level_for_downsample(WANTED_DOWNSAMPLE)

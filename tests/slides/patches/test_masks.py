@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -325,6 +327,28 @@ def test_our_own_output_is_not_overwritten_while_it_is_read(slide, ours, tmp_pat
     assert path.read_bytes() == before
 
 
+def test_qupath_counts_from_the_recorded_area(slide, tmp_path, caplog, monkeypatch):
+    """MIRAX and Leica slides: QuPath shows the area within openslide.bounds-*, and its coordinates begin there."""
+    shifted = write(tmp_path / "qupath.geojson", polygon(box(0, 0, 600, 600)))
+    with SlideImage(slide) as image:
+        image.properties |= {"openslide.bounds-x": "1000", "openslide.bounds-y": "500"}
+        with caplog.at_level(logging.WARNING):
+            patchfy(image, tmp_path / "1", mask=shifted)
+        assert "QuPath counts from the recorded area, which begins at (1000, 500)" in caplog.text
+        assert read_contours(tmp_path / "1" / "patches" / "case.h5").contours[0].min(0).tolist() == [0, 0]
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            coords = patchfy(image, tmp_path / "2", mask=shifted, geojson_origin="bounds")[1]
+        assert read_contours(tmp_path / "2" / "patches" / "case.h5").contours[0].min(0).tolist() == [1000, 500]
+        written = tmp_path / "2" / "contours" / "case.geojson"
+        assert json.loads(written.read_text())["features"][0]["geometry"]["coordinates"][0][0] == [0, 0]
+        again = patchfy(image, tmp_path / "3", mask=written)[1]  # our own file states where it counts from
+        np.testing.assert_array_equal(again, coords)
+        assert not caplog.text
+        with pytest.raises(SettingsError, match="geojson_origin"):
+            patchfy(image, tmp_path / "4", geojson_origin="QuPath")
+
+
 def test_a_result_is_used_again_only_with_the_same_mask(slide, apply, tmp_path, monkeypatch, caplog):
     path = write(tmp_path / "a.geojson", polygon(box(0, 0, 600, 600)))
     first = apply(mask=path)[0]
@@ -452,6 +476,19 @@ def test_a_plugin_segments(apply, monkeypatch):
     apply(segmenter="deep", sthresh=20)
     assert len(seen) == 2  # another version of the plug-in may give another result
     assert tissue.segmenter_plugins() == ["deep"]
+
+
+def test_the_plugin_of_the_documentation(slide, apply, monkeypatch, tmp_path):
+    text = (Path(__file__).parents[3] / "docs" / "masks.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "def segment(" in block]
+    shutil.copy(slide, tmp_path / "slide.svs")
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "example"}
+    exec(code, names)
+    fake_plugin(monkeypatch, names["segment"], "dark")
+    coords, _, outlines = apply(segmenter="dark")
+    assert len(outlines.contours) == 2
+    assert len(coords) > 20
 
 
 @pytest.mark.parametrize(
