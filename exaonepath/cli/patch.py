@@ -39,17 +39,19 @@ def patch(
     arguments = options.patching(
         patch_size,
         step_size,
+        {
+            "segmenter": segmenter,
+            "mask": mask,
+            "mask_class": mask_class or (),
+            "exclude": exclude,
+            "exclude_class": exclude_class or (),
+            "remove": remove or (),
+            "geojson_origin": geojson_origin,
+        },
         patch_level=patch_level,
-        segmenter=segmenter,
         use_otsu=otsu,
         seg_downsample=options.seg_downsample(seg_downsample),
         strict_scale=strict_scale,
-        mask=mask,
-        mask_class=mask_class or (),
-        exclude=exclude,
-        exclude_class=exclude_class or (),
-        remove=remove or (),
-        geojson_origin=geojson_origin,
         save_contours=contours,
     )
 

@@ -229,7 +229,7 @@ def parse_patches(path: Path, file: StoredFile) -> PatchSet:
 
 def _outcome(file: StoredFile) -> Outcome | None:
     segmenter = file.attribute("segmenter")
-    if not isinstance(segmenter, str):
+    if not isinstance(segmenter, str) or file.attribute("exaonepath_version") is None:
         return None
     try:
         return Outcome(

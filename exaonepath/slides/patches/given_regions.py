@@ -54,6 +54,12 @@ class Region(NamedTuple):
     class_name: str
 
 
+def check_exists(given: str | os.PathLike[str] | None) -> None:
+    """Raise `MaskError` if a file or folder of regions does not exist."""
+    if given is not None and not Path(given).exists():
+        raise MaskError(f"{given}: no such file")
+
+
 def find_region_file(given: str | os.PathLike[str] | None, slide: SlideImage, *, required: bool) -> RegionFile | None:
     """The file of regions for a slide: `given` itself, or the file in the folder `given` that has the slide's name.
 

@@ -188,7 +188,16 @@ def patchfy(
         if strict_scale and slide.scale_doubts:
             raise ScaleError(f"{slide.path} {'; '.join(slide.scale_doubts)} (strict_scale)")
         settings.effective(slide)
-        source = tissue_source(slide, segmenter, mask, mask_class, exclude, exclude_class, remove, geojson_origin)
+        source = tissue_source(
+            slide,
+            segmenter=segmenter,
+            mask=mask,
+            mask_class=mask_class,
+            exclude=exclude,
+            exclude_class=exclude_class,
+            remove=remove,
+            geojson_origin=geojson_origin,
+        )
         settings = replace(settings, source=source)
         folder = Path(out)
         h5_path = folder / "patches" / f"{slide.name}.h5"

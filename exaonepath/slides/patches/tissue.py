@@ -17,6 +17,7 @@ from exaonepath.slides.patches.artefacts import check_kinds, find_artefacts
 from exaonepath.slides.patches.given_regions import (
     RegionFile,
     bounds_origin,
+    check_exists,
     find_region_file,
     mask_and_exclusions,
 )
@@ -74,8 +75,7 @@ class TissueSource:
         return values
 
 
-def tissue_source(
-    slide: SlideImage,
+def check_source(
     segmenter: str | None = None,
     mask: str | os.PathLike[str] | None = None,
     mask_class: str | Iterable[str] = (),
@@ -84,11 +84,11 @@ def tissue_source(
     remove: str | Iterable[str] = (),
     geojson_origin: str = "slide",
 ) -> TissueSource:
-    """The source that the arguments of `patchfy` describe; files are found and hashed, and not yet read.
+    """The source that the arguments of `patchfy` describe, as far as it does not depend on the slide: without files.
 
     Raises:
         SettingsError: the segmenter is not known, or the arguments contradict each other.
-        MaskError: a file is missing.
+        MaskError: a file or folder does not exist.
     """
     if segmenter is None:
         segmenter = "exaone" if mask is None else "mask"
@@ -108,15 +108,30 @@ def tissue_source(
         raise SettingsError(f'geojson_origin must be "slide" or "bounds", not {geojson_origin!r}')
     kinds = _names(remove, "remove")
     check_kinds(kinds)
-    return TissueSource(
-        segmenter,
-        plugin,
-        find_region_file(mask, slide, required=True),
-        classes,
-        find_region_file(exclude, slide, required=False),
-        excluded_classes,
-        kinds,
-        bounds_origin(slide) if geojson_origin == "bounds" else (0, 0),
+    for path in (mask, exclude):
+        check_exists(path)
+    return TissueSource(segmenter, plugin, None, classes, None, excluded_classes, kinds)
+
+
+def tissue_source(
+    slide: SlideImage,
+    *,
+    mask: str | os.PathLike[str] | None = None,
+    exclude: str | os.PathLike[str] | None = None,
+    geojson_origin: str = "slide",
+    **others: Any,
+) -> TissueSource:
+    """The source for a slide: files are found and hashed, and not yet read.
+
+    Raises:
+        SettingsError, MaskError: as `check_source`; or there is no mask for the slide.
+    """
+    source = check_source(mask=mask, exclude=exclude, geojson_origin=geojson_origin, **others)
+    return replace(
+        source,
+        mask=find_region_file(mask, slide, required=True),
+        exclude=find_region_file(exclude, slide, required=False),
+        origin=bounds_origin(slide) if geojson_origin == "bounds" else (0, 0),
     )
 
 
