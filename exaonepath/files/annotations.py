@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,10 +39,14 @@ class Polygon(NamedTuple):
     class_name: str
 
 
-def read_polygons(path: str | os.PathLike[str]) -> list[Polygon]:
+def read_polygons(path: str | os.PathLike[str], warn: Callable[[str], None] = logger.warning) -> list[Polygon]:
     """The polygons of a GeoJSON file, in the order of the file; a MultiPolygon is several polygons.
 
     Of the objects of QuPath, only annotations count: detections, cells and tiles are ignored with a warning.
+
+    Args:
+        path: the file.
+        warn: called with the text of a warning.
 
     Raises:
         MaskError: the file is missing or too large, is not GeoJSON, or has coordinates that are no finite numbers.
@@ -58,7 +62,7 @@ def read_polygons(path: str | os.PathLike[str]) -> list[Polygon]:
     ]
     if ignored:
         what = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
-        logger.warning("%s: only annotations that are areas are used; ignored: %s", path, what)
+        warn(f"{path}: only annotations that are areas are used; ignored: {what}")
     return polygons
 
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 GEOJSON_SUFFIXES, IMAGE_SUFFIXES = (".geojson", ".json"), (".png", ".tif", ".tiff")
 _LOSSY = (".jpg", ".jpeg")
 _HASH_BYTES = 1 << 24
+
+Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ def mask_and_exclusions(
     exclude: RegionFile | None,
     exclude_classes: Sequence[str],
     origin: tuple[int, int] = (0, 0),
-) -> tuple[list[Region], list[Excluded]]:
-    """The regions of tissue (empty without a mask), and the regions to exclude.
+) -> tuple[list[Region], list[Excluded], tuple[str, ...]]:
+    """The regions of tissue (empty without a mask), the regions to exclude, and the warnings that were logged.
 
     In a mask, annotations of class "Excluded" (which this package writes), of QuPath's ignored classes (their names end
     with *), and of `exclude_classes` if there is no file `exclude`, are regions to exclude. Everything else is tissue,
@@ -131,8 +133,14 @@ def mask_and_exclusions(
     """
     excluded: list[Excluded] = []
     tissue: list[Region] = []
+    notes: list[str] = []
+
+    def warn(text: str) -> None:
+        notes.append(f"has given regions: {text}")
+        logger.warning("%s %s", slide.path, notes[-1])
+
     if mask is not None:
-        regions = read_regions(mask.path, slide, origin)
+        regions = read_regions(mask.path, slide, origin, warn)
         own_exclusions = exclude_classes if exclude is None else ()
         for region in regions:
             if _is_exclusion(region.class_name) or _named(region, own_exclusions):
@@ -144,14 +152,14 @@ def mask_and_exclusions(
         if not tissue:
             wanted = f" of class {', '.join(mask_classes)}" if mask_classes else ""
             raise MaskError(f"{mask.path} has no region of tissue{wanted}; {_classes_of(regions)}")
-        _warn_missing(mask.path, regions, own_exclusions)
+        _warn_missing(mask.path, regions, own_exclusions, warn)
     if exclude is not None:
-        regions = read_regions(exclude.path, slide, origin)
-        _warn_missing(exclude.path, regions, exclude_classes)
+        regions = read_regions(exclude.path, slide, origin, warn)
+        _warn_missing(exclude.path, regions, exclude_classes, warn)
         if exclude_classes:
             regions = [r for r in regions if _named(r, exclude_classes)]
         excluded += [Excluded(r.rings, "excluded") for r in regions]
-    return tissue, excluded
+    return tissue, excluded, tuple(notes)
 
 
 def _is_exclusion(class_name: str) -> bool:
@@ -167,10 +175,10 @@ def _classes_of(regions: Sequence[Region]) -> str:
     return "its classes are " + ", ".join(f"{name or '(none)'} ({count})" for name, count in counts.items())
 
 
-def _warn_missing(path: Path, regions: Sequence[Region], classes: Sequence[str]) -> None:
+def _warn_missing(path: Path, regions: Sequence[Region], classes: Sequence[str], warn: Warn) -> None:
     missing = [name for name in classes if not any(_named(r, [name]) for r in regions)]
     if missing:
-        logger.warning("%s has no region of class %s to exclude; %s", path, ", ".join(missing), _classes_of(regions))
+        warn(f"{path} has no region of class {', '.join(missing)} to exclude; {_classes_of(regions)}")
 
 
 def bounds_origin(slide: SlideImage) -> tuple[int, int]:
@@ -182,13 +190,16 @@ def bounds_origin(slide: SlideImage) -> tuple[int, int]:
     return (int(x), int(y)) if x.isdecimal() and y.isdecimal() else (0, 0)
 
 
-def read_regions(path: Path, slide: SlideImage, origin: tuple[int, int] = (0, 0)) -> list[Region]:
+def read_regions(
+    path: Path, slide: SlideImage, origin: tuple[int, int] = (0, 0), warn: Warn = logger.warning
+) -> list[Region]:
     """The regions of a GeoJSON file or an image, in level-0 pixels of a slide; never an empty list.
 
     Args:
         path: the file.
         slide: the slide that it belongs to.
         origin: level-0 position from which GeoJSON of other programs counts; files of this package state their own.
+        warn: called with the text of a warning.
 
     Raises:
         MaskError: the file cannot be read, holds no area, or does not fit the slide.
@@ -199,19 +210,17 @@ def read_regions(path: Path, slide: SlideImage, origin: tuple[int, int] = (0, 0)
     if suffix not in (*GEOJSON_SUFFIXES, *IMAGE_SUFFIXES):
         raise MaskError(f"{path} is neither GeoJSON (.geojson, .json) nor an image (.png, .tif, .tiff)")
     if suffix in IMAGE_SUFFIXES:
-        regions = _of_image(path, slide)
+        regions = _of_image(path, slide, warn)
     else:
         ours = geojson_made_from(path)
         if ours is None and bounds_origin(slide) != (0, 0) and origin == (0, 0):
-            logger.warning(
-                "%s: its coordinates are taken to count from the corner of %s. QuPath counts from the recorded area, "
-                "which begins at %s: for its files, set geojson_origin to bounds (--geojson-origin bounds)",
-                path,
-                slide.path,
-                bounds_origin(slide),
+            warn(
+                f"the coordinates of {path} are taken to count from the corner of the slide. QuPath counts from the "
+                f"recorded area, which begins at {bounds_origin(slide)}: for its files, set geojson_origin to bounds "
+                "(--geojson-origin bounds)"
             )
         shift = origin if ours is None else stated_origin(ours)
-        regions = _of_polygons(path, [_shifted(polygon, shift) for polygon in read_polygons(path)], slide)
+        regions = _of_polygons(path, [_shifted(polygon, shift) for polygon in read_polygons(path, warn)], slide, warn)
     if not regions:
         raise MaskError(f"{path} holds no area; regions smaller than a pixel do not count")
     return regions
@@ -221,7 +230,7 @@ def _shifted(polygon: Polygon, by: tuple[int, int]) -> Polygon:
     return polygon._replace(rings=[ring + by for ring in polygon.rings]) if by != (0, 0) else polygon
 
 
-def _of_polygons(path: Path, polygons: list[Polygon], slide: SlideImage) -> list[Region]:
+def _of_polygons(path: Path, polygons: list[Polygon], slide: SlideImage, warn: Warn) -> list[Region]:
     size = slide.dimensions
     polygons = [polygon for polygon in polygons if polygon.rings and len(polygon.rings[0])]
     low, high = _extent(polygons)
@@ -252,7 +261,7 @@ def _of_polygons(path: Path, polygons: list[Polygon], slide: SlideImage) -> list
         (empty, "have no area (fewer than three points, or all on one line) and are ignored"),
     ):
         if count:
-            logger.warning("%s: %d of %d regions %s", path, count, len(polygons), what)
+            warn(f"{count} of {len(polygons)} regions of {path} {what}")
     return regions
 
 
@@ -263,7 +272,7 @@ def _extent(polygons: list[Polygon]) -> tuple[np.ndarray, np.ndarray]:
     return np.min([ring.min(0) for ring in outer], 0), np.max([ring.max(0) for ring in outer], 0)
 
 
-def _of_image(path: Path, slide: SlideImage) -> list[Region]:
+def _of_image(path: Path, slide: SlideImage, warn: Warn) -> list[Region]:
     mask = _read_image(path)
     height, width = mask.shape
     full_width, full_height = slide.dimensions
@@ -287,7 +296,7 @@ def _of_image(path: Path, slide: SlideImage) -> list[Region]:
             regions[parent].rings.append(ring)
     empty = sum(parent < 0 for parent in parents) - len(regions)
     if empty:
-        logger.warning("%s: %d specks, one pixel wide, have no area and are ignored", path, empty)
+        warn(f"{empty} specks of {path}, one pixel wide, have no area and are ignored")
     return list(regions.values())
 
 

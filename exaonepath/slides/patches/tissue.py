@@ -149,7 +149,7 @@ def find_tissue(slide: SlideImage, settings: SegmentationSettings, source: Tissu
         The errors of `segment_tissue` and `mask_and_exclusions`; SettingsError if a plug-in returns no tissue of the
         expected form, and whatever error it raises itself.
     """
-    regions, excluded = mask_and_exclusions(
+    regions, excluded, notes = mask_and_exclusions(
         slide, source.mask, source.mask_classes, source.exclude, source.exclude_classes, source.origin
     )
     if source.mask is not None:
@@ -163,7 +163,7 @@ def find_tissue(slide: SlideImage, settings: SegmentationSettings, source: Tissu
     if source.remove and tissue.contours:
         excluded += find_artefacts(slide, tissue.seg_level, tissue.shrink, source.remove)
     segmenter = "otsu" if settings.use_otsu and source.segmenter == "exaone" else source.segmenter
-    return tissue._replace(excluded=[*tissue.excluded, *excluded], segmenter=segmenter)
+    return tissue._replace(excluded=[*tissue.excluded, *excluded], segmenter=segmenter, notes=(*notes, *tissue.notes))
 
 
 def segmenter_plugins() -> list[str]:

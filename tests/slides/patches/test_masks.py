@@ -136,7 +136,7 @@ def test_degenerate_polygons_are_counted_and_ignored(apply, tmp_path, caplog):
         _, _, outlines = apply(mask=path)
     assert len(outlines.contours) == 1
     assert outlines.holes == [[]]
-    assert "3 of 4 regions have no area" in caplog.text
+    assert "has given regions: 3 of 4 regions of " in caplog.text
 
 
 def test_polygons_are_rounded_and_cut_at_the_border(apply, tmp_path, caplog):
@@ -151,10 +151,17 @@ def test_polygons_are_rounded_and_cut_at_the_border(apply, tmp_path, caplog):
     assert outlines.contours[0].min(0).tolist() == [0, 0]
     assert outlines.contours[0].max(0).tolist() == [201, 300]
     assert outlines.contours[1].max(0).tolist() == [SIZE[0] - 1, SIZE[1] - 1]
-    assert "2 of 3 regions reach beyond" in caplog.text  # the whole slide, as QuPath draws it, does not
-    assert "1 of 3 regions lie outside" in caplog.text
+    assert "2 of 3 regions of " in caplog.text
+    assert "a.geojson reach beyond" in caplog.text  # the whole slide, as QuPath draws it, does not
+    assert "1 of 3 regions of " in caplog.text
+    assert "lie outside the slide" in caplog.text
     assert (coords >= 0).all()
     assert (coords < SIZE).all()
+    first = [record.message for record in caplog.records]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        apply(mask=path)  # the stored result is used, and the warnings still hold
+    assert [record.message for record in caplog.records] == first
 
 
 @pytest.mark.parametrize(
