@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 # The arguments of `patchfy` that decide the position of the patches.
 _FIELDS = {f.name for kind in (PatchSettings, SegmentationSettings) for f in fields(kind)} - {"segmentation", "source"}
-_SOURCES = {"segmenter", "mask", "mask_class", "exclude", "exclude_class"}
+_SOURCES = {"segmenter", "mask", "mask_class", "exclude", "exclude_class", "remove", "geojson_origin"}
 
 SLIDE_SUFFIXES = frozenset(
     {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
@@ -125,6 +126,8 @@ def patchfy(
     mask_class: str | Sequence[str] = (),
     exclude: str | os.PathLike[str] | None = None,
     exclude_class: str | Sequence[str] = (),
+    remove: str | Sequence[str] = (),
+    geojson_origin: Literal["slide", "bounds"] = "slide",
 ) -> tuple[Path | None, np.ndarray, np.ndarray]:
     """Find the tissue of a slide and compute the patches on it.
 
@@ -157,6 +160,10 @@ def patchfy(
         mask_class: class or classes of the mask's annotations that are tissue; default: all.
         exclude: regions whose patches are left out, in the same forms. A patch is left out if its centre lies in one.
         exclude_class: class or classes to exclude, of `exclude` if it is given, otherwise of `mask`.
+        remove: "pen", "blur" or both: pen marks and areas that are out of focus are looked for and left out, by simple
+            rules with limits (docs/masks.md).
+        geojson_origin: from where GeoJSON counts, in and out: "slide", level-0 pixels as everywhere in this package; or
+            "bounds", as in QuPath, which shows only the recorded area of MIRAX and Leica slides.
 
     Returns:
         The path of the HDF5 file (None without `save_h5`), coords int32 [N, 2] as (x, y) at level 0, and contour_index
@@ -188,13 +195,24 @@ def patchfy(
         if strict_scale and slide.scale_doubts:
             raise ScaleError(f"{slide.path} {'; '.join(slide.scale_doubts)} (strict_scale)")
         settings.effective(slide)
-        source = tissue_source(slide, segmenter, mask, mask_class, exclude, exclude_class)
+        source = tissue_source(
+            slide,
+            segmenter=segmenter,
+            mask=mask,
+            mask_class=mask_class,
+            exclude=exclude,
+            exclude_class=exclude_class,
+            remove=remove,
+            geojson_origin=geojson_origin,
+        )
         settings = replace(settings, source=source, mpp=slide.mpp if slide.mpp_source == GIVEN else None)
         folder = Path(out)
         h5_path = folder / "patches" / f"{slide.name}.h5"
         mask_path = folder / "masks" / f"{slide.name}.jpg"
         geojson_path = folder / "contours" / f"{slide.name}.geojson"
         made_from = {"slide_fingerprint": slide.fingerprint(), "settings_hash": settings_hash(settings.as_json())}
+        if source.origin != (0, 0):
+            made_from["origin"] = f"{source.origin[0]},{source.origin[1]}"
         stored = _stored(h5_path, slide, settings, overwrite) if save_h5 or save_mask or save_contours else None
         if stored is not None and auto_skip and save_h5 and not overwrite:
             if not save_mask or mask_path.is_file():
@@ -216,7 +234,7 @@ def patchfy(
         grid, left_out = _grid(slide, tissue, settings)
         slide.check_unchanged()
         if left_out:
-            logger.info("%s: %d patches lie in excluded regions", slide.path, left_out)
+            logger.info("%s: patches left out: %s", slide.path, _counts(left_out))
         no_patch = "" if len(grid.coords) else _why_no_patch(tissue, left_out)
         if no_patch:
             logger.warning("%s has no patch: %s", slide.path, no_patch)
@@ -244,6 +262,7 @@ def patchfy(
                     tissue.tries,
                     no_patch,
                     tissue.notes,
+                    left_out,
                 ),
             )
         logger.info("%s: %d patches on %d contours", slide.path, len(grid.coords), len(tissue.contours))
@@ -257,9 +276,16 @@ def _stored(path: Path, slide: SlideImage, settings: PatchSettings, overwrite: b
     return reuse(path, KIND, made_from, lambda file: parse_patches(path, file), overwrite=overwrite)
 
 
-def _why_no_patch(tissue: Tissue, left_out: int) -> str:
+def _counts(left_out: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in left_out.items())
+
+
+def _why_no_patch(tissue: Tissue, left_out: Mapping[str, int]) -> str:
     if left_out:
-        return f"all {left_out} patches on its {len(tissue.contours)} contours lie in excluded regions"
+        total = sum(left_out.values())
+        return (
+            f"all {total} patches on its {len(tissue.contours)} contours lie in excluded regions ({_counts(left_out)})"
+        )
     return tissue.nothing or f"no patch of the grid lies on the {len(tissue.contours)} contours"
 
 
@@ -307,10 +333,12 @@ def plan_grid(slide: SlideImage, tissue: Tissue, settings: PatchSettings) -> Pat
     return _grid(slide, tissue, settings)[0]
 
 
-def _grid(slide: SlideImage, tissue: Tissue, settings: PatchSettings) -> tuple[PatchGrid, int]:
-    """The patches, and how many were left out because they lie in excluded regions."""
+def _grid(slide: SlideImage, tissue: Tissue, settings: PatchSettings) -> tuple[PatchGrid, dict[str, int]]:
+    """The patches, and how many were left out because they lie in excluded regions, for each reason."""
     patch, step = settings.effective(slide)
     scale_x, scale_y = (int(d) for d in slide.level_downsamples[settings.patch_level])
     grid = patch_grid(tissue.contours, tissue.holes, patch * scale_x, (step * scale_x, step * scale_y))
-    kept = region_of_patches(grid.coords, patch * scale_x, tissue.excluded) < 0
-    return PatchGrid(grid.coords[kept], grid.contour_index[kept]), int(len(kept) - kept.sum())
+    region = region_of_patches(grid.coords, patch * scale_x, tissue.excluded)
+    left_out = Counter(tissue.excluded[index].reason for index in region[region >= 0])
+    kept = region < 0
+    return PatchGrid(grid.coords[kept], grid.contour_index[kept]), dict(sorted(left_out.items()))
