@@ -74,6 +74,10 @@ SegDownsample = Annotated[
 FailOnEmpty = Annotated[
     bool, typer.Option("--fail-on-empty", help="A slide without a patch is an error (exit status 1, after all slides).")
 ]
+Mpp = Annotated[
+    float | None,
+    typer.Option(metavar="UM", help="Pixel size of level 0 in micrometres, in place of what the slide files state."),
+]
 StrictScale = Annotated[
     bool, typer.Option("--strict-scale", help="An assumed or implausible pixel size is an error, not a warning.")
 ]
@@ -109,6 +113,19 @@ ExcludeClass = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="Class to leave out, of --exclude or of --mask; may be repeated."),
 ]
+GeojsonOrigin = Annotated[
+    str,
+    typer.Option(
+        metavar="slide|bounds",
+        help="Where GeoJSON counts from: the slide's corner, or (QuPath, for MIRAX and Leica) the recorded area.",
+    ),
+]
+Remove = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="pen|blur", help="Leave out pen marks, or areas out of focus; may be given again. See docs/masks.md."
+    ),
+]
 Contours = Annotated[
     bool, typer.Option("--contours/--no-contours", help="Store the contours, also as GeoJSON for QuPath.")
 ]
@@ -125,9 +142,16 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
 Labels = Annotated[list[str] | None, typer.Option("--label", help="Column to probe; may be repeated.")]
 
 
-def patching(patch_size: int, step_size: int | None, **others: Any) -> dict[str, Any]:
-    """The options as keyword arguments of `patchfy`; without a step, patches are adjacent."""
-    return {"patch_size": patch_size, "step_size": patch_size if step_size is None else step_size, **others}
+def patching(patch_size: int, step_size: int | None, tissue: dict[str, Any], **others: Any) -> dict[str, Any]:
+    """The options as keyword arguments of `patchfy`; without a step, patches are adjacent.
+
+    Those in `tissue`, which say where tissue comes from, are checked here: before any slide is opened.
+    """
+    from exaonepath.slides.patches.tissue import check_source
+
+    check_source(**tissue)
+    step_size = patch_size if step_size is None else step_size
+    return {"patch_size": patch_size, "step_size": step_size, **tissue, **others}
 
 
 def one_mask_per_slide(slides: Sequence[Path], *files: Path | None) -> None:

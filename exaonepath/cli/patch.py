@@ -19,12 +19,15 @@ def patch(
     segmenter: options.Segmenter = None,
     otsu: options.Otsu = False,
     seg_downsample: options.SegDownsample = "1",
+    mpp: options.Mpp = None,
     strict_scale: options.StrictScale = False,
     reader: options.Reader = "auto",
     mask: options.Mask = None,
     mask_class: options.MaskClass = None,
     exclude: options.Exclude = None,
     exclude_class: options.ExcludeClass = None,
+    remove: options.Remove = None,
+    geojson_origin: options.GeojsonOrigin = "slide",
     contours: options.Contours = True,
     fail_on_empty: options.FailOnEmpty = False,
     overwrite: options.Overwrite = False,
@@ -39,22 +42,27 @@ def patch(
     arguments = options.patching(
         patch_size,
         step_size,
+        {
+            "segmenter": segmenter,
+            "mask": mask,
+            "mask_class": mask_class or (),
+            "exclude": exclude,
+            "exclude_class": exclude_class or (),
+            "remove": remove or (),
+            "geojson_origin": geojson_origin,
+        },
         patch_level=patch_level,
-        segmenter=segmenter,
         use_otsu=otsu,
         seg_downsample=options.seg_downsample(seg_downsample),
+        mpp=mpp,
         strict_scale=strict_scale,
-        mask=mask,
-        mask_class=mask_class or (),
-        exclude=exclude,
-        exclude_class=exclude_class or (),
         save_contours=contours,
     )
 
     empty = EmptySlides(fail_on_empty, quiet)
 
     def patch_one(file: Path) -> int:
-        with SlideImage(file, reader) as slide:
+        with SlideImage(file, reader, mpp) as slide:
             path, coords, _ = patchfy(slide, out, **arguments, overwrite=overwrite)
         assert path is not None
         say_result(path, f"{len(coords)} patches", False, quiet)

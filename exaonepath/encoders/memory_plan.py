@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from exaonepath.errors import MemoryLimitError, SettingsError
+from exaonepath.ops.attention import cpu_kernel
 
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -245,11 +246,14 @@ def _attention(work: Workload, queries: int) -> int:
     result = 2 * queries * width * small
     if work.device != "cpu":
         return max(rotation, gathered, result)
-    # `cpu_attention`: keys and values of one head in float32, also their transposed copies, and two blocks of scores.
     head = width // work.heads
+    kernel = cpu_kernel.workspace_bytes(work.compute, head, work.longest)
+    if kernel and work.longest <= cpu_kernel.max_length():
+        return max(rotation, kernel)  # that of the keys
+    # `cpu_attention`: keys and values of one head in float32, also their transposed copies, and two blocks of scores.
     scores = 2 * 4 * max(10 << 20, 64 * 4 * work.longest) // 4
     tiled = 4 * head * (2 * queries + 4 * work.longest) + scores
-    return max(rotation, gathered, result, tiled)
+    return max(rotation, gathered, result, tiled, kernel)
 
 
 def _refusal(work: Workload, plan: MemoryPlan, limit: int, where: str) -> str:

@@ -15,7 +15,7 @@ from exaonepath.files.atomic import atomic_path
 from exaonepath.files.outlines import Outlines
 
 TISSUE_CLASS, EXCLUDED_CLASS = "Tissue", "Excluded"
-_COLOURS = {"tissue": (0, 170, 0), "excluded": (220, 60, 0), "pen": (200, 0, 200), "blur": (230, 180, 0)}
+_COLOURS = {"tissue": (0, 170, 0), "excluded": (220, 60, 0), "pen": (0, 180, 200), "blur": (230, 180, 0)}
 # The first bytes of every file that this package writes; QuPath's own files never begin so.
 _OURS = b'{"type":"FeatureCollection","exaonepath":'
 _LARGEST_MARK = 1 << 12
@@ -30,6 +30,12 @@ def refuse_changed_geojson(path: str | os.PathLike[str]) -> None:
         )
 
 
+def stated_origin(made_from: Mapping[str, str]) -> tuple[int, int]:
+    """The level-0 position from which the coordinates of a file of this package count."""
+    x, _, y = made_from.get("origin", "0,0").partition(",")
+    return (int(x), int(y)) if x.isdecimal() and y.isdecimal() else (0, 0)
+
+
 def write_outlines_geojson(path: str | os.PathLike[str], outlines: Outlines, made_from: Mapping[str, str]) -> None:
     """Write the outlines as a FeatureCollection of polygons with holes, whole or not at all.
 
@@ -39,7 +45,8 @@ def write_outlines_geojson(path: str | os.PathLike[str], outlines: Outlines, mad
     Args:
         path: the file to write, in an existing folder.
         outlines: in level-0 pixels.
-        made_from: hashes that `geojson_made_from` returns; QuPath ignores them.
+        made_from: hashes that `geojson_made_from` returns, and "origin" ("x,y") if the coordinates are to count from
+            another position than (0, 0); QuPath ignores them.
 
     Raises:
         OutputError: the file cannot be written.
@@ -47,7 +54,7 @@ def write_outlines_geojson(path: str | os.PathLike[str], outlines: Outlines, mad
     with atomic_path(path) as temporary, temporary.open("w", encoding="ascii") as file:
         file.write(f"{_OURS.decode()}{canonical_json(made_from)},\n")
         file.write('"features":[')
-        for at, feature in enumerate(_features(outlines)):
+        for at, feature in enumerate(_features(outlines, np.array(stated_origin(made_from)))):
             file.write(f"{',' if at else ''}\n{feature}")
         file.write("]}\n")
 
@@ -65,12 +72,12 @@ def geojson_made_from(path: str | os.PathLike[str]) -> dict[str, str] | None:
     return None
 
 
-def _features(outlines: Outlines) -> Iterator[str]:
+def _features(outlines: Outlines, origin: np.ndarray) -> Iterator[str]:
     for index, (contour, holes) in enumerate(zip(outlines.contours, outlines.holes, strict=True)):
-        yield _feature([contour, *holes], f"Contour {index}", TISSUE_CLASS, "tissue")
+        yield _feature([ring - origin for ring in (contour, *holes)], f"Contour {index}", TISSUE_CLASS, "tissue")
     for index, (rings, reason) in enumerate(outlines.excluded):
         name = EXCLUDED_CLASS if reason == "excluded" else f"{EXCLUDED_CLASS}: {reason}"
-        yield _feature(rings, f"Excluded {index}", name, reason)
+        yield _feature([ring - origin for ring in rings], f"Excluded {index}", name, reason)
 
 
 def _feature(rings: list[np.ndarray], name: str, class_name: str, colour: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,7 @@ class Outcome:
         tries: (level, shrink, contours found) of each segmentation that was tried.
         no_patch: the reason why there is no patch; empty if there are patches.
         notes: the warnings that were logged, phrases that follow the name of the slide.
+        left_out: number of patches that were left out for each reason ("excluded", "pen", "blur").
     """
 
     segmenter: str
@@ -42,6 +43,7 @@ class Outcome:
     tries: tuple[tuple[int, float, int], ...] = ()
     no_patch: str = ""
     notes: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def attributes(self) -> dict[str, Any]:
         """The file attributes that state it."""
@@ -53,6 +55,7 @@ class Outcome:
             "seg_tries": json.dumps(self.tries),
             **({"no_patch": self.no_patch} if self.no_patch else {}),
             **({"notes": json.dumps(self.notes)} if self.notes else {}),
+            **({"left_out": json.dumps(self.left_out)} if self.left_out else {}),
         }
 
 
@@ -94,6 +97,7 @@ class Slide(Protocol):
     name: str
     path: Path
     mpp: float
+    mpp_y: float
     mpp_source: str
     reader: str
     level_dimensions: tuple[tuple[int, int], ...]
@@ -160,6 +164,7 @@ def write_patches(
             **({"missing_share": float(missing)} if missing else {}),
             **({} if outcome is None else outcome.attributes()),
             "mpp": slide.mpp,
+            "mpp_y": slide.mpp_y,
             "mpp_source": slide.mpp_source,
             "reader": slide.reader,
             "exaonepath_version": __version__,
@@ -228,7 +233,7 @@ def parse_patches(path: Path, file: StoredFile) -> PatchSet:
 
 def _outcome(file: StoredFile) -> Outcome | None:
     segmenter = file.attribute("segmenter")
-    if not isinstance(segmenter, str):
+    if not isinstance(segmenter, str) or file.attribute("exaonepath_version") is None:
         return None
     try:
         return Outcome(
@@ -239,8 +244,9 @@ def _outcome(file: StoredFile) -> Outcome | None:
             tuple((int(a), float(b), int(c)) for a, b, c in json.loads(file.attribute("seg_tries", "[]"))),
             str(file.attribute("no_patch", "")),
             tuple(str(note) for note in json.loads(file.attribute("notes", "[]"))),
+            {str(reason): int(count) for reason, count in json.loads(file.attribute("left_out", "{}")).items()},
         )
-    except (ValueError, TypeError) as exc:
+    except (ValueError, TypeError, AttributeError) as exc:
         raise DataFileError(f"{file.path}: its attributes do not say how the tissue was found ({exc})") from exc
 
 

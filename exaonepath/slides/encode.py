@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 # The arguments of `patchfy` that decide the position of the patches.
 _FIELDS = {f.name for kind in (PatchSettings, SegmentationSettings) for f in fields(kind)} - {"segmentation", "source"}
-_SOURCES = {"segmenter", "mask", "mask_class", "exclude", "exclude_class"}
+_SOURCES = {"segmenter", "mask", "mask_class", "exclude", "exclude_class", "remove", "geojson_origin"}
 
 SLIDE_SUFFIXES = frozenset(
     {
@@ -150,7 +150,7 @@ def encode_slide(
         patch_encoder = load_patch_encoder(patch_encoder, device="auto")
     if isinstance(slide_encoder, str):
         slide_encoder = load_slide_encoder(slide_encoder, device="auto")
-    with opened(slide, reader) as image:
+    with opened(slide, reader, arguments.pop("mpp", None)) as image:
         paths = output_paths(out, image.name)
         patchfy(image, out, **arguments, overwrite=overwrite)
         extraction = extract_features(

@@ -18,7 +18,7 @@ from exaonepath.slides.companions import companion_files
 from exaonepath.slides.dicom import dicom_slide_in, lacks_full_resolution
 from exaonepath.slides.readers.base import leaves_out_background as leaves_out_background
 from exaonepath.slides.readers.choose import open_reader
-from exaonepath.slides.scale import doubts, pixel_size
+from exaonepath.slides.scale import GIVEN, check_given, slide_pixel_size
 
 logger = logging.getLogger(__name__)
 
@@ -39,23 +39,28 @@ class SlideImage:
         level_downsamples: (W0 / Wl, H0 / Hl) of each level: the exact pair, not OpenSlide's rounded scalar.
         scalar_downsamples: OpenSlide's own factor of each level, by which OpenSlide divides the locations of a read.
         mpp: micrometres per pixel at level 0.
-        mpp_source: the property that `mpp` was read from, or "assumed".
+        mpp_y: the same for the vertical axis; only a warning depends on it.
+        mpp_source: the property that `mpp` was read from, "given" or "assumed".
         reader: name of the reader in use: "openslide", "tiff", "image", or that of a plug-in.
         scale_doubts: the reasons to doubt `mpp`, a phrase each; each was logged as a warning.
 
     Args:
         path: the slide file; or a folder that holds the DICOM files of one slide.
         reader: "auto": whatever reads the file best (see docs/slides.md); or the reader to use.
+        mpp: micrometres per pixel at level 0, if the file does not state it or states a wrong one; None: as the file
+            states.
 
     Raises:
         SlideOpenError: the file is missing, unreadable, truncated, has no level, or is not a slide.
         MemoryLimitError: the file has to be decoded whole (a plain image), and does not fit into the memory.
-        SettingsError: there is no such reader.
+        SettingsError: there is no such reader, or `mpp` is not a positive number.
     """
 
-    def __init__(self, path: str | os.PathLike[str], reader: str = "auto") -> None:
+    def __init__(self, path: str | os.PathLike[str], reader: str = "auto", mpp: float | None = None) -> None:
+        check_given(mpp)  # before anything is opened
         self.path = dicom_slide_in(Path(path)) or Path(path)
         self._wanted_reader = reader
+        self._given_mpp = mpp
         self.name = slide_id(self.path)
         self._companions = companion_files(self.path)
         self._identity = self._current_identity()
@@ -66,8 +71,10 @@ class SlideImage:
         w0, h0 = self.level_dimensions[0]
         self.level_downsamples = tuple((w0 / w, h0 / h) for w, h in self.level_dimensions)
         self.scalar_downsamples = self._reader.scalar_downsamples
-        self.mpp, self.mpp_source = pixel_size(self.properties)
-        self.scale_doubts = tuple(doubts(self.properties, self.mpp, self.mpp_source))
+        scale = slide_pixel_size(self.properties, mpp)
+        self.mpp, self.mpp_y, self.mpp_source, self.scale_doubts = scale.x, scale.y, scale.source, scale.doubts
+        stated = f"; the file states {scale.overridden}" if scale.overridden else ""
+        logger.info("%s: pixels of %g x %g um (%s)%s", self.path, self.mpp, self.mpp_y, self.mpp_source, stated)
         for doubt in self.scale_doubts:
             logger.warning("%s %s", self.path, doubt)
         if lacks_full_resolution(self.properties):
@@ -260,7 +267,7 @@ class SlideImage:
 
     def __reduce__(self) -> tuple[object, ...]:
         # Only the path is sent to another process or a copy: handles and locks belong to one process.
-        return _reopened, (self.path, self._wanted_reader, self._identity)
+        return _reopened, (self.path, self._wanted_reader, self._given_mpp, self._identity)
 
     def close(self) -> None:
         """Close the file as soon as no other thread reads it. A later read raises `SlideReadError`."""
@@ -278,14 +285,21 @@ class SlideImage:
 
 
 @contextmanager
-def opened(slide: str | os.PathLike[str] | SlideImage, reader: str = "auto") -> Iterator[SlideImage]:
+def opened(
+    slide: str | os.PathLike[str] | SlideImage, reader: str = "auto", mpp: float | None = None
+) -> Iterator[SlideImage]:
     """The slide itself if it is open already (it stays open), otherwise the file, opened for the `with` block."""
     if isinstance(slide, SlideImage):
+        if mpp is not None and (mpp != slide.mpp or slide.mpp_source != GIVEN):
+            raise SettingsError(
+                f"{slide.path} is already open with pixels of {slide.mpp:g} um ({slide.mpp_source}); open it with "
+                f"SlideImage(path, mpp={mpp!r})"
+            )
         yield slide
         return
     if not isinstance(slide, str | os.PathLike):
         raise SettingsError(f"a slide is given by its path or as a SlideImage, not as {type(slide).__name__}")
-    with SlideImage(slide, reader) as image:
+    with SlideImage(slide, reader, mpp) as image:
         yield image
 
 
@@ -325,8 +339,8 @@ def _identity(path: Path) -> FileIdentity | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _reopened(path: Path, reader: str, identity: tuple[FileIdentity | None, ...]) -> SlideImage:
-    slide = SlideImage(path, reader)
+def _reopened(path: Path, reader: str, mpp: float | None, identity: tuple[FileIdentity | None, ...]) -> SlideImage:
+    slide = SlideImage(path, reader, mpp)
     slide._identity = identity
     slide.check_unchanged()
     return slide

@@ -89,16 +89,21 @@ def slide_pixel_size(properties: Mapping[str, str], given: float | None = None) 
     Raises:
         SettingsError: `given` is not a positive number.
     """
+    check_given(given)
     stated, source = pixel_size(properties)
     if given is None:
         y = _other_axis(properties, source)
         return PixelSize(stated, stated if y is None else y, source, tuple(doubts(properties, stated, source)))
-    if isinstance(given, bool) or not isinstance(given, Real) or not 0 < given < math.inf:
-        raise SettingsError(f"mpp is the pixel size in micrometres and must be a positive number, not {given!r}")
     value = float(given)
     found = () if SMALLEST <= value <= LARGEST else (_implausible(value, GIVEN, "correct it"),)
     differs = source != ASSUMED and abs(stated - value) > _TOLERANCE * max(stated, value)
     return PixelSize(value, value, GIVEN, found, f"{stated:g} um ({source})" if differs else "")
+
+
+def check_given(mpp: float | None) -> None:
+    """Raise `SettingsError` unless a pixel size that the user gives is a positive number, or None."""
+    if mpp is not None and (isinstance(mpp, bool) or not isinstance(mpp, Real) or not 0 < mpp < math.inf):
+        raise SettingsError(f"mpp is the pixel size in micrometres and must be a positive number, not {mpp!r}")
 
 
 def pixel_size(properties: Mapping[str, str]) -> tuple[float, str]:

@@ -322,3 +322,13 @@ def test_ctrl_c_then_resume(slide, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "resuming after" in done.stderr
     assert not part.exists()
+
+
+def test_the_pixel_size_can_be_given(run, tmp_path, slide):
+    done = run("patch", slide, "--out", tmp_path, "--mpp", "0.25")
+    assert done.exit_code == 0, done.output
+    with h5py.File(tmp_path / "patches" / "one.h5") as file:
+        assert (file.attrs["mpp"], file.attrs["mpp_source"]) == (0.25, "given")
+    wrong = run("patch", slide, "--out", tmp_path, "--mpp", "-1")
+    assert wrong.exit_code == 1
+    assert "positive number" in wrong.output

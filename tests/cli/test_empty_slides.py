@@ -78,6 +78,9 @@ def test_masks_and_their_options(run, folder, tmp_path):
     assert (done.exit_code, "its classes are Tissue (1)" in done.stderr) == (1, True)
     assert run("patch", good, "--out", tmp_path / "5", "--segmenter", "none").exit_code == 1
     assert run("patch", good, "--out", tmp_path / "5", "--seg-downsample", "much").exit_code == 2
+    for wrong in (["--segmenter", "none"], ["--remove", "dust"], ["--mask", "none.png"], ["--geojson-origin", "x"]):
+        done = run("encode", good, "--out", tmp_path / "never", *wrong)
+        assert (done.exit_code, done.stderr.count("error:"), (tmp_path / "never").exists()) == (1, 1, False)
     done = run("patch", good, "--out", tmp_path / "5", "--segmenter", "otsu", "--seg-downsample", "auto")
     assert done.exit_code == 0
     done = run("patch", good, "--out", tmp_path / "6", "--no-contours")

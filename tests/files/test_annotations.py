@@ -157,6 +157,30 @@ def test_a_file_that_does_not_fit_into_memory_is_refused_beforehand(tmp_path, mo
         read_polygons(path)
 
 
+def test_damaged_files_raise_nothing_else(tmp_path):
+    """Bytes changed, removed and doubled anywhere: polygons, or one error."""
+    text = json.dumps([QUPATH, QUPATH_0_3, feature(MULTI), TRIDENT]).encode()
+    rng = np.random.default_rng(0)
+    path, refused = tmp_path / "a.geojson", 0
+    for _ in range(600):
+        data = bytearray(text)
+        for at in rng.integers(0, len(text), rng.integers(1, 4)):
+            kind = rng.integers(0, 3)
+            part = data[at : at + rng.integers(1, 30)]
+            if kind == 0:
+                data[at % len(data)] = int(rng.choice(list(b'0{}[]",:eE-.\\nu\xff\x00')))
+            else:
+                data[at : at + len(part)] = part * (2 * (kind - 1))
+        path.write_bytes(data)
+        try:
+            polygons = read_polygons(path)
+        except MaskError:
+            refused += 1
+        else:
+            assert all(np.isfinite(ring).all() for polygon in polygons for ring in polygon.rings)
+    assert 100 < refused < 600
+
+
 def test_depth_is_exact_across_parts(tmp_path, monkeypatch):
     from exaonepath.files import strict_json
 

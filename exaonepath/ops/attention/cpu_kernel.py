@@ -47,6 +47,19 @@ def can_attend(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
+def workspace_bytes(dtype: torch.dtype, dim: int, length: int) -> int:
+    """Memory of all threads while segments of up to `length` tokens are computed without gradients; 0 if they are not.
+
+    It is freed at the end of a call, and torch does not count it.
+    """
+    if dtype != torch.float32 or dim % _DIMS or not max_length():
+        return 0
+    padded = min(length, max_length()) + 31
+    # `attention_workspace` in csrc/attention_kernel.h: keys and values, then a block of queries and its scores.
+    floats = 2 * padded * dim + max(36_000, 12 * padded) + 128 * dim
+    return 4 * floats * torch.get_num_threads()
+
+
 def attend_pieces(
     q: Tensor,
     k: Tensor,

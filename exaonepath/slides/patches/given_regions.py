@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from PIL import Image
 
 from exaonepath.errors import MaskError
 from exaonepath.files.annotations import Polygon, read_polygons
-from exaonepath.files.geojson import EXCLUDED_CLASS
+from exaonepath.files.geojson import EXCLUDED_CLASS, geojson_made_from, stated_origin
 from exaonepath.files.outlines import Excluded
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.rings import clipped, is_degenerate
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 GEOJSON_SUFFIXES, IMAGE_SUFFIXES = (".geojson", ".json"), (".png", ".tif", ".tiff")
 _LOSSY = (".jpg", ".jpeg")
 _HASH_BYTES = 1 << 24
+
+Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ class Region(NamedTuple):
     class_name: str
 
 
+def check_exists(given: str | os.PathLike[str] | None) -> None:
+    """Raise `MaskError` if a file or folder of regions does not exist."""
+    if given is not None and not Path(given).exists():
+        raise MaskError(f"{given}: no such file")
+
+
 def find_region_file(given: str | os.PathLike[str] | None, slide: SlideImage, *, required: bool) -> RegionFile | None:
     """The file of regions for a slide: `given` itself, or the file in the folder `given` that has the slide's name.
 
@@ -68,9 +76,10 @@ def find_region_file(given: str | os.PathLike[str] | None, slide: SlideImage, *,
     path = Path(given)
     try:
         if path.is_dir():
-            path = _in_folder(path, slide, required) or path
-            if path.is_dir():
+            found = _in_folder(path, slide, required)
+            if found is None:
                 return None
+            path = found
         return RegionFile(path, _sha256(path))
     except FileNotFoundError as exc:
         raise MaskError(f"{path}: no such file") from exc
@@ -111,37 +120,46 @@ def mask_and_exclusions(
     mask_classes: Sequence[str],
     exclude: RegionFile | None,
     exclude_classes: Sequence[str],
-) -> tuple[list[Region], list[Excluded]]:
-    """The regions of tissue (empty without a mask), and the regions to exclude.
+    origin: tuple[int, int] = (0, 0),
+) -> tuple[list[Region], list[Excluded], tuple[str, ...]]:
+    """The regions of tissue (empty without a mask), the regions to exclude, and the warnings that were logged.
 
     In a mask, annotations of class "Excluded" (which this package writes), of QuPath's ignored classes (their names end
     with *), and of `exclude_classes` if there is no file `exclude`, are regions to exclude. Everything else is tissue,
-    or, with `mask_classes`, what has one of these classes.
+    or, with `mask_classes`, what has one of these classes. `origin`: see `read_regions`.
 
     Raises:
         MaskError: a file cannot be read, does not fit the slide, or holds no tissue to use.
     """
     excluded: list[Excluded] = []
     tissue: list[Region] = []
+    notes: list[str] = []
+
+    def warn(text: str) -> None:
+        notes.append(f"has given regions: {text}")
+        logger.warning("%s %s", slide.path, notes[-1])
+
     if mask is not None:
-        regions = read_regions(mask.path, slide)
+        regions = read_regions(mask.path, slide, origin, warn)
         own_exclusions = exclude_classes if exclude is None else ()
-        left_out = [r for r in regions if _is_exclusion(r.class_name) or _named(r, own_exclusions)]
-        tissue = [r for r in regions if not any(r is other for other in left_out)]
+        for region in regions:
+            if _is_exclusion(region.class_name) or _named(region, own_exclusions):
+                excluded.append(Excluded(region.rings, "excluded"))
+            else:
+                tissue.append(region)
         if mask_classes:
             tissue = [r for r in tissue if _named(r, mask_classes)]
         if not tissue:
             wanted = f" of class {', '.join(mask_classes)}" if mask_classes else ""
             raise MaskError(f"{mask.path} has no region of tissue{wanted}; {_classes_of(regions)}")
-        _warn_missing(mask.path, regions, own_exclusions)
-        excluded += [Excluded(r.rings, "excluded") for r in left_out]
+        _warn_missing(mask.path, regions, own_exclusions, warn)
     if exclude is not None:
-        regions = read_regions(exclude.path, slide)
-        _warn_missing(exclude.path, regions, exclude_classes)
+        regions = read_regions(exclude.path, slide, origin, warn)
+        _warn_missing(exclude.path, regions, exclude_classes, warn)
         if exclude_classes:
             regions = [r for r in regions if _named(r, exclude_classes)]
         excluded += [Excluded(r.rings, "excluded") for r in regions]
-    return tissue, excluded
+    return tissue, excluded, tuple(notes)
 
 
 def _is_exclusion(class_name: str) -> bool:
@@ -157,14 +175,31 @@ def _classes_of(regions: Sequence[Region]) -> str:
     return "its classes are " + ", ".join(f"{name or '(none)'} ({count})" for name, count in counts.items())
 
 
-def _warn_missing(path: Path, regions: Sequence[Region], classes: Sequence[str]) -> None:
+def _warn_missing(path: Path, regions: Sequence[Region], classes: Sequence[str], warn: Warn) -> None:
     missing = [name for name in classes if not any(_named(r, [name]) for r in regions)]
     if missing:
-        logger.warning("%s has no region of class %s to exclude; %s", path, ", ".join(missing), _classes_of(regions))
+        warn(f"{path} has no region of class {', '.join(missing)} to exclude; {_classes_of(regions)}")
 
 
-def read_regions(path: Path, slide: SlideImage) -> list[Region]:
+def bounds_origin(slide: SlideImage) -> tuple[int, int]:
+    """Where the area that the scanner recorded begins, (x, y) in level-0 pixels: QuPath counts from there.
+
+    MIRAX and Leica slides are larger than that area; for other formats it is (0, 0).
+    """
+    x, y = (slide.properties.get(f"openslide.bounds-{axis}", "0") for axis in "xy")
+    return (int(x), int(y)) if x.isdecimal() and y.isdecimal() else (0, 0)
+
+
+def read_regions(
+    path: Path, slide: SlideImage, origin: tuple[int, int] = (0, 0), warn: Warn = logger.warning
+) -> list[Region]:
     """The regions of a GeoJSON file or an image, in level-0 pixels of a slide; never an empty list.
+
+    Args:
+        path: the file.
+        slide: the slide that it belongs to.
+        origin: level-0 position from which GeoJSON of other programs counts; files of this package state their own.
+        warn: called with the text of a warning.
 
     Raises:
         MaskError: the file cannot be read, holds no area, or does not fit the slide.
@@ -174,13 +209,28 @@ def read_regions(path: Path, slide: SlideImage) -> list[Region]:
         raise MaskError(f"{path} is a JPEG, whose compression changes the values at every border; use PNG or TIFF")
     if suffix not in (*GEOJSON_SUFFIXES, *IMAGE_SUFFIXES):
         raise MaskError(f"{path} is neither GeoJSON (.geojson, .json) nor an image (.png, .tif, .tiff)")
-    regions = _of_image(path, slide) if suffix in IMAGE_SUFFIXES else _of_polygons(path, read_polygons(path), slide)
+    if suffix in IMAGE_SUFFIXES:
+        regions = _of_image(path, slide, warn)
+    else:
+        ours = geojson_made_from(path)
+        if ours is None and bounds_origin(slide) != (0, 0) and origin == (0, 0):
+            warn(
+                f"the coordinates of {path} are taken to count from the corner of the slide. QuPath counts from the "
+                f"recorded area, which begins at {bounds_origin(slide)}: for its files, set geojson_origin to bounds "
+                "(--geojson-origin bounds)"
+            )
+        shift = origin if ours is None else stated_origin(ours)
+        regions = _of_polygons(path, [_shifted(polygon, shift) for polygon in read_polygons(path, warn)], slide, warn)
     if not regions:
         raise MaskError(f"{path} holds no area; regions smaller than a pixel do not count")
     return regions
 
 
-def _of_polygons(path: Path, polygons: list[Polygon], slide: SlideImage) -> list[Region]:
+def _shifted(polygon: Polygon, by: tuple[int, int]) -> Polygon:
+    return polygon._replace(rings=[ring + by for ring in polygon.rings]) if by != (0, 0) else polygon
+
+
+def _of_polygons(path: Path, polygons: list[Polygon], slide: SlideImage, warn: Warn) -> list[Region]:
     size = slide.dimensions
     polygons = [polygon for polygon in polygons if polygon.rings and len(polygon.rings[0])]
     low, high = _extent(polygons)
@@ -211,7 +261,7 @@ def _of_polygons(path: Path, polygons: list[Polygon], slide: SlideImage) -> list
         (empty, "have no area (fewer than three points, or all on one line) and are ignored"),
     ):
         if count:
-            logger.warning("%s: %d of %d regions %s", path, count, len(polygons), what)
+            warn(f"{count} of {len(polygons)} regions of {path} {what}")
     return regions
 
 
@@ -222,7 +272,7 @@ def _extent(polygons: list[Polygon]) -> tuple[np.ndarray, np.ndarray]:
     return np.min([ring.min(0) for ring in outer], 0), np.max([ring.max(0) for ring in outer], 0)
 
 
-def _of_image(path: Path, slide: SlideImage) -> list[Region]:
+def _of_image(path: Path, slide: SlideImage, warn: Warn) -> list[Region]:
     mask = _read_image(path)
     height, width = mask.shape
     full_width, full_height = slide.dimensions
@@ -246,7 +296,7 @@ def _of_image(path: Path, slide: SlideImage) -> list[Region]:
             regions[parent].rings.append(ring)
     empty = sum(parent < 0 for parent in parents) - len(regions)
     if empty:
-        logger.warning("%s: %d specks, one pixel wide, have no area and are ignored", path, empty)
+        warn(f"{empty} specks of {path}, one pixel wide, have no area and are ignored")
     return list(regions.values())
 
 

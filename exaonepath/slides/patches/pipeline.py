@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
@@ -31,6 +32,7 @@ from exaonepath.slides.patches.segmentation import (
     about_missing,
 )
 from exaonepath.slides.patches.tissue import TissueSource, find_tissue, tissue_source
+from exaonepath.slides.scale import GIVEN
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class PatchSettings:
         patch_level: pyramid level that the grid is computed for.
         segmentation: settings of the tissue segmentation.
         source: where the tissue of the slide comes from.
+        mpp: the pixel size if the user states it, in micrometres.
     """
 
     patch_size: int = 256
@@ -54,6 +57,7 @@ class PatchSettings:
     patch_level: int = 0
     segmentation: SegmentationSettings = field(default_factory=SegmentationSettings)
     source: TissueSource = field(default_factory=TissueSource)
+    mpp: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "step_size"):
@@ -73,7 +77,9 @@ class PatchSettings:
         kinds = {name: type(value) for name, value in asdict(SegmentationSettings()).items()}
         kinds |= {"a_t": float, "a_h": float}
         values |= {name: value if value == AUTO else kinds[name](value) for name, value in seg.items()}
-        return values | {"use_otsu": values["use_otsu"] or self.source.segmenter == "otsu"} | self.source.as_json()
+        values |= {"use_otsu": values["use_otsu"] or self.source.segmenter == "otsu"} | self.source.as_json()
+        # The file's own pixel size follows from its content. So the settings of earlier results stay equal.
+        return values if self.mpp is None else values | {"mpp": float(self.mpp)}
 
     def effective(self, slide: SlideImage) -> tuple[int, int]:
         """(patch size, step) in level-0 pixels of this slide.
@@ -86,7 +92,7 @@ class PatchSettings:
         if not largest <= _MAX_PATCH:
             raise ScaleError(
                 f"{slide.path}: with pixels of {slide.mpp:g} um ({slide.mpp_source}) a patch would be {largest:.3g} "
-                "pixels wide; the pixel size in the file's metadata is wrong"
+                "pixels wide; the pixel size is wrong, state the right one (mpp =, or --mpp)"
             )
         patch, step = int(self.patch_size * factor), int(self.step_size * factor)
         return patch if patch > 0 else int(self.patch_size), step if step > 0 else int(self.step_size)
@@ -113,12 +119,15 @@ def patchfy(
     max_seg_pixels: int | None = MAX_SEG_PIXELS,
     overwrite: bool = False,
     strict_scale: bool = False,
+    mpp: float | None = None,
     save_contours: bool | None = None,
     segmenter: str | None = None,
     mask: str | os.PathLike[str] | None = None,
     mask_class: str | Sequence[str] = (),
     exclude: str | os.PathLike[str] | None = None,
     exclude_class: str | Sequence[str] = (),
+    remove: str | Sequence[str] = (),
+    geojson_origin: Literal["slide", "bounds"] = "slide",
 ) -> tuple[Path | None, np.ndarray, np.ndarray]:
     """Find the tissue of a slide and compute the patches on it.
 
@@ -140,6 +149,7 @@ def patchfy(
         overwrite: process finished slides again, and replace the result of a different slide of the same name.
         strict_scale: raise an error if the pixel size is assumed, implausible or differs between the axes; otherwise a
             warning is logged.
+        mpp: micrometres per pixel at level 0, in place of what the file states; None: as the file states.
         save_contours: store the contours in the HDF5 file (see `read_contours`), and write them as GeoJSON for QuPath;
             None: as `save_h5`.
         segmenter: "exaone", "otsu" (as `use_otsu`), "mask", or the name of an installed plug-in; None: "mask" with a
@@ -150,6 +160,10 @@ def patchfy(
         mask_class: class or classes of the mask's annotations that are tissue; default: all.
         exclude: regions whose patches are left out, in the same forms. A patch is left out if its centre lies in one.
         exclude_class: class or classes to exclude, of `exclude` if it is given, otherwise of `mask`.
+        remove: "pen", "blur" or both: pen marks and areas that are out of focus are looked for and left out, by simple
+            rules with limits (docs/masks.md).
+        geojson_origin: from where GeoJSON counts, in and out: "slide", level-0 pixels as everywhere in this package; or
+            "bounds", as in QuPath, which shows only the recorded area of MIRAX and Leica slides.
 
     Returns:
         The path of the HDF5 file (None without `save_h5`), coords int32 [N, 2] as (x, y) at level 0, and contour_index
@@ -173,7 +187,7 @@ def patchfy(
     if not isinstance(line_thickness, Real) or not 0 < line_thickness < math.inf:
         raise SettingsError(f"line_thickness must be a positive number, not {line_thickness!r}")
     save_contours = save_h5 if save_contours is None else save_contours
-    with opened(wsi) as slide:
+    with opened(wsi, mpp=mpp) as slide:
         if not 0 <= patch_level < len(slide.level_dimensions):
             raise SettingsError(
                 f"{slide.path} has no level {patch_level}: levels are 0 to {len(slide.level_dimensions) - 1}"
@@ -181,13 +195,24 @@ def patchfy(
         if strict_scale and slide.scale_doubts:
             raise ScaleError(f"{slide.path} {'; '.join(slide.scale_doubts)} (strict_scale)")
         settings.effective(slide)
-        source = tissue_source(slide, segmenter, mask, mask_class, exclude, exclude_class)
-        settings = replace(settings, source=source)
+        source = tissue_source(
+            slide,
+            segmenter=segmenter,
+            mask=mask,
+            mask_class=mask_class,
+            exclude=exclude,
+            exclude_class=exclude_class,
+            remove=remove,
+            geojson_origin=geojson_origin,
+        )
+        settings = replace(settings, source=source, mpp=slide.mpp if slide.mpp_source == GIVEN else None)
         folder = Path(out)
         h5_path = folder / "patches" / f"{slide.name}.h5"
         mask_path = folder / "masks" / f"{slide.name}.jpg"
         geojson_path = folder / "contours" / f"{slide.name}.geojson"
         made_from = {"slide_fingerprint": slide.fingerprint(), "settings_hash": settings_hash(settings.as_json())}
+        if source.origin != (0, 0):
+            made_from["origin"] = f"{source.origin[0]},{source.origin[1]}"
         stored = _stored(h5_path, slide, settings, overwrite) if save_h5 or save_mask or save_contours else None
         if stored is not None and auto_skip and save_h5 and not overwrite:
             if not save_mask or mask_path.is_file():
@@ -209,7 +234,7 @@ def patchfy(
         grid, left_out = _grid(slide, tissue, settings)
         slide.check_unchanged()
         if left_out:
-            logger.info("%s: %d patches lie in excluded regions", slide.path, left_out)
+            logger.info("%s: patches left out: %s", slide.path, _counts(left_out))
         no_patch = "" if len(grid.coords) else _why_no_patch(tissue, left_out)
         if no_patch:
             logger.warning("%s has no patch: %s", slide.path, no_patch)
@@ -237,6 +262,7 @@ def patchfy(
                     tissue.tries,
                     no_patch,
                     tissue.notes,
+                    left_out,
                 ),
             )
         logger.info("%s: %d patches on %d contours", slide.path, len(grid.coords), len(tissue.contours))
@@ -250,9 +276,16 @@ def _stored(path: Path, slide: SlideImage, settings: PatchSettings, overwrite: b
     return reuse(path, KIND, made_from, lambda file: parse_patches(path, file), overwrite=overwrite)
 
 
-def _why_no_patch(tissue: Tissue, left_out: int) -> str:
+def _counts(left_out: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in left_out.items())
+
+
+def _why_no_patch(tissue: Tissue, left_out: Mapping[str, int]) -> str:
     if left_out:
-        return f"all {left_out} patches on its {len(tissue.contours)} contours lie in excluded regions"
+        total = sum(left_out.values())
+        return (
+            f"all {total} patches on its {len(tissue.contours)} contours lie in excluded regions ({_counts(left_out)})"
+        )
     return tissue.nothing or f"no patch of the grid lies on the {len(tissue.contours)} contours"
 
 
@@ -300,10 +333,12 @@ def plan_grid(slide: SlideImage, tissue: Tissue, settings: PatchSettings) -> Pat
     return _grid(slide, tissue, settings)[0]
 
 
-def _grid(slide: SlideImage, tissue: Tissue, settings: PatchSettings) -> tuple[PatchGrid, int]:
-    """The patches, and how many were left out because they lie in excluded regions."""
+def _grid(slide: SlideImage, tissue: Tissue, settings: PatchSettings) -> tuple[PatchGrid, dict[str, int]]:
+    """The patches, and how many were left out because they lie in excluded regions, for each reason."""
     patch, step = settings.effective(slide)
     scale_x, scale_y = (int(d) for d in slide.level_downsamples[settings.patch_level])
     grid = patch_grid(tissue.contours, tissue.holes, patch * scale_x, (step * scale_x, step * scale_y))
-    kept = region_of_patches(grid.coords, patch * scale_x, tissue.excluded) < 0
-    return PatchGrid(grid.coords[kept], grid.contour_index[kept]), int(len(kept) - kept.sum())
+    region = region_of_patches(grid.coords, patch * scale_x, tissue.excluded)
+    left_out = Counter(tissue.excluded[index].reason for index in region[region >= 0])
+    kept = region < 0
+    return PatchGrid(grid.coords[kept], grid.contour_index[kept]), dict(sorted(left_out.items()))

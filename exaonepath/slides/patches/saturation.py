@@ -32,12 +32,15 @@ class Overview:
     Args:
         size: (width, height) of the level as it is read.
         shrink: reduction factor, an integer.
+
+    Attributes:
+        pixels: uint8 [h, w, 3], RGB; white where nothing was added.
     """
 
     def __init__(self, size: tuple[int, int], shrink: int) -> None:
         self.size = (size[0] // shrink, size[1] // shrink)
         self.shrink = shrink
-        self._pixels = np.full((self.size[1], self.size[0], 3), 255, np.uint8)
+        self.pixels = np.full((self.size[1], self.size[0], 3), 255, np.uint8)
 
     def add(self, x: int, y: int, pixels: np.ndarray) -> None:
         """Add a piece, uint8 [h, w, 3 or 4], whose top left corner is at (x, y) of the level as it is read."""
@@ -46,11 +49,11 @@ class Overview:
         right, bottom = (min(-(-end // self.shrink), full) for end, full in zip((x + w, y + h), self.size, strict=True))
         if right > left and bottom > top:
             small = cv2.resize(pixels, (right - left, bottom - top), interpolation=cv2.INTER_AREA)
-            self._pixels[top:bottom, left:right] = small[..., :3]
+            self.pixels[top:bottom, left:right] = small[..., :3]
 
     def bands(self) -> Iterator[Band]:
         """The whole overview as one band."""
-        yield Band(0, self.size[1], iter([Piece(0, 0, self._pixels)]))
+        yield Band(0, self.size[1], iter([Piece(0, 0, self.pixels)]))
 
 
 def textured_saturation(reader: Bands, overview: Overview | None = None) -> np.ndarray:

@@ -13,7 +13,14 @@ import numpy as np
 
 from exaonepath.errors import MissingDependencyError, SettingsError
 from exaonepath.slides.image import SlideImage
-from exaonepath.slides.patches.given_regions import RegionFile, find_region_file, mask_and_exclusions
+from exaonepath.slides.patches.artefacts import check_kinds, find_artefacts
+from exaonepath.slides.patches.given_regions import (
+    RegionFile,
+    bounds_origin,
+    check_exists,
+    find_region_file,
+    mask_and_exclusions,
+)
 from exaonepath.slides.patches.rings import is_degenerate
 from exaonepath.slides.patches.segmentation import SegmentationSettings, Tissue, segment_tissue
 from exaonepath.slides.patches.shrinking import WANTED_DOWNSAMPLE
@@ -35,6 +42,8 @@ class TissueSource:
         plugin: name and version of the package that a plug-in comes from; empty for the others.
         mask, mask_classes: regions of tissue, and the classes of them that are used; none: all.
         exclude, exclude_classes: regions to leave out, in the same way.
+        remove: kinds of artefacts to look for and to leave out, "pen" and "blur".
+        origin: level-0 position from which the coordinates of GeoJSON files count.
     """
 
     segmenter: str = "exaone"
@@ -43,6 +52,8 @@ class TissueSource:
     mask_classes: tuple[str, ...] = ()
     exclude: RegionFile | None = None
     exclude_classes: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
+    origin: tuple[int, int] = (0, 0)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values of what decides the result, without the defaults: files count by their content."""
@@ -57,22 +68,27 @@ class TissueSource:
                 values[name] = file.sha256
             if classes:
                 values[f"{name}_classes"] = sorted({text.casefold() for text in classes})
+        if self.origin != (0, 0) and (self.mask or self.exclude):
+            values["geojson_origin"] = list(self.origin)
+        if self.remove:
+            values["remove"] = sorted(set(self.remove))
         return values
 
 
-def tissue_source(
-    slide: SlideImage,
+def check_source(
     segmenter: str | None = None,
     mask: str | os.PathLike[str] | None = None,
     mask_class: str | Iterable[str] = (),
     exclude: str | os.PathLike[str] | None = None,
     exclude_class: str | Iterable[str] = (),
+    remove: str | Iterable[str] = (),
+    geojson_origin: str = "slide",
 ) -> TissueSource:
-    """The source that the arguments of `patchfy` describe; files are found and hashed, and not yet read.
+    """The source that the arguments of `patchfy` describe, as far as it does not depend on the slide: without files.
 
     Raises:
         SettingsError: the segmenter is not known, or the arguments contradict each other.
-        MaskError: a file is missing.
+        MaskError: a file or folder does not exist.
     """
     if segmenter is None:
         segmenter = "exaone" if mask is None else "mask"
@@ -88,20 +104,41 @@ def tissue_source(
         raise SettingsError("mask_class selects regions of a mask, and there is none (mask=..., or --mask FILE)")
     if excluded_classes and exclude is None and mask is None:
         raise SettingsError("exclude_class selects regions of a file, and there is none (exclude=... or mask=...)")
-    return TissueSource(
-        segmenter,
-        plugin,
-        find_region_file(mask, slide, required=True),
-        classes,
-        find_region_file(exclude, slide, required=False),
-        excluded_classes,
+    if geojson_origin not in ("slide", "bounds"):
+        raise SettingsError(f'geojson_origin must be "slide" or "bounds", not {geojson_origin!r}')
+    kinds = _names(remove, "remove")
+    check_kinds(kinds)
+    for path in (mask, exclude):
+        check_exists(path)
+    return TissueSource(segmenter, plugin, None, classes, None, excluded_classes, kinds)
+
+
+def tissue_source(
+    slide: SlideImage,
+    *,
+    mask: str | os.PathLike[str] | None = None,
+    exclude: str | os.PathLike[str] | None = None,
+    geojson_origin: str = "slide",
+    **others: Any,
+) -> TissueSource:
+    """The source for a slide: files are found and hashed, and not yet read.
+
+    Raises:
+        SettingsError, MaskError: as `check_source`; or there is no mask for the slide.
+    """
+    source = check_source(mask=mask, exclude=exclude, geojson_origin=geojson_origin, **others)
+    return replace(
+        source,
+        mask=find_region_file(mask, slide, required=True),
+        exclude=find_region_file(exclude, slide, required=False),
+        origin=bounds_origin(slide) if geojson_origin == "bounds" else (0, 0),
     )
 
 
 def _names(value: str | Iterable[str], argument: str) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else tuple(value or ())
     if not all(isinstance(name, str) for name in names):
-        raise SettingsError(f"{argument} must be a class name or several, not {value!r}")
+        raise SettingsError(f"{argument} must be a name or several, not {value!r}")
     return names
 
 
@@ -112,8 +149,8 @@ def find_tissue(slide: SlideImage, settings: SegmentationSettings, source: Tissu
         The errors of `segment_tissue` and `mask_and_exclusions`; SettingsError if a plug-in returns no tissue of the
         expected form, and whatever error it raises itself.
     """
-    regions, excluded = mask_and_exclusions(
-        slide, source.mask, source.mask_classes, source.exclude, source.exclude_classes
+    regions, excluded, notes = mask_and_exclusions(
+        slide, source.mask, source.mask_classes, source.exclude, source.exclude_classes, source.origin
     )
     if source.mask is not None:
         level = slide.get_best_level_for_downsample(WANTED_DOWNSAMPLE)
@@ -123,8 +160,10 @@ def find_tissue(slide: SlideImage, settings: SegmentationSettings, source: Tissu
     else:
         otsu = settings.use_otsu or source.segmenter == "otsu"
         tissue = segment_tissue(slide, replace(settings, use_otsu=otsu))
+    if source.remove and tissue.contours:
+        excluded += find_artefacts(slide, tissue.seg_level, tissue.shrink, source.remove)
     segmenter = "otsu" if settings.use_otsu and source.segmenter == "exaone" else source.segmenter
-    return tissue._replace(excluded=[*tissue.excluded, *excluded], segmenter=segmenter)
+    return tissue._replace(excluded=[*tissue.excluded, *excluded], segmenter=segmenter, notes=(*notes, *tissue.notes))
 
 
 def segmenter_plugins() -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -134,7 +136,7 @@ def test_degenerate_polygons_are_counted_and_ignored(apply, tmp_path, caplog):
         _, _, outlines = apply(mask=path)
     assert len(outlines.contours) == 1
     assert outlines.holes == [[]]
-    assert "3 of 4 regions have no area" in caplog.text
+    assert "has given regions: 3 of 4 regions of " in caplog.text
 
 
 def test_polygons_are_rounded_and_cut_at_the_border(apply, tmp_path, caplog):
@@ -149,10 +151,17 @@ def test_polygons_are_rounded_and_cut_at_the_border(apply, tmp_path, caplog):
     assert outlines.contours[0].min(0).tolist() == [0, 0]
     assert outlines.contours[0].max(0).tolist() == [201, 300]
     assert outlines.contours[1].max(0).tolist() == [SIZE[0] - 1, SIZE[1] - 1]
-    assert "2 of 3 regions reach beyond" in caplog.text  # the whole slide, as QuPath draws it, does not
-    assert "1 of 3 regions lie outside" in caplog.text
+    assert "2 of 3 regions of " in caplog.text
+    assert "a.geojson reach beyond" in caplog.text  # the whole slide, as QuPath draws it, does not
+    assert "1 of 3 regions of " in caplog.text
+    assert "lie outside the slide" in caplog.text
     assert (coords >= 0).all()
     assert (coords < SIZE).all()
+    first = [record.message for record in caplog.records]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        apply(mask=path)  # the stored result is used, and the warnings still hold
+    assert [record.message for record in caplog.records] == first
 
 
 @pytest.mark.parametrize(
@@ -325,6 +334,28 @@ def test_our_own_output_is_not_overwritten_while_it_is_read(slide, ours, tmp_pat
     assert path.read_bytes() == before
 
 
+def test_qupath_counts_from_the_recorded_area(slide, tmp_path, caplog, monkeypatch):
+    """MIRAX and Leica slides: QuPath shows the area within openslide.bounds-*, and its coordinates begin there."""
+    shifted = write(tmp_path / "qupath.geojson", polygon(box(0, 0, 600, 600)))
+    with SlideImage(slide) as image:
+        image.properties |= {"openslide.bounds-x": "1000", "openslide.bounds-y": "500"}
+        with caplog.at_level(logging.WARNING):
+            patchfy(image, tmp_path / "1", mask=shifted)
+        assert "QuPath counts from the recorded area, which begins at (1000, 500)" in caplog.text
+        assert read_contours(tmp_path / "1" / "patches" / "case.h5").contours[0].min(0).tolist() == [0, 0]
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            coords = patchfy(image, tmp_path / "2", mask=shifted, geojson_origin="bounds")[1]
+        assert read_contours(tmp_path / "2" / "patches" / "case.h5").contours[0].min(0).tolist() == [1000, 500]
+        written = tmp_path / "2" / "contours" / "case.geojson"
+        assert json.loads(written.read_text())["features"][0]["geometry"]["coordinates"][0][0] == [0, 0]
+        again = patchfy(image, tmp_path / "3", mask=written)[1]  # our own file states where it counts from
+        np.testing.assert_array_equal(again, coords)
+        assert not caplog.text
+        with pytest.raises(SettingsError, match="geojson_origin"):
+            patchfy(image, tmp_path / "4", geojson_origin="QuPath")
+
+
 def test_a_result_is_used_again_only_with_the_same_mask(slide, apply, tmp_path, monkeypatch, caplog):
     path = write(tmp_path / "a.geojson", polygon(box(0, 0, 600, 600)))
     first = apply(mask=path)[0]
@@ -362,7 +393,7 @@ def test_settings_that_existed_before_keep_their_hash():
         ({"segmenter": "nobody"}, "known: exaone, otsu, mask"),
         ({"mask_class": "Tumor"}, "there is none"),
         ({"exclude_class": "Pen"}, "there is none"),
-        ({"mask": "x.geojson", "mask_class": [3]}, "class name"),
+        ({"mask": "x.geojson", "mask_class": [3]}, "must be a name"),
     ],
 )
 def test_arguments_that_contradict_each_other(slide, tmp_path, options, says):
@@ -452,6 +483,19 @@ def test_a_plugin_segments(apply, monkeypatch):
     apply(segmenter="deep", sthresh=20)
     assert len(seen) == 2  # another version of the plug-in may give another result
     assert tissue.segmenter_plugins() == ["deep"]
+
+
+def test_the_plugin_of_the_documentation(slide, apply, monkeypatch, tmp_path):
+    text = (Path(__file__).parents[3] / "docs" / "masks.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "def segment(" in block]
+    shutil.copy(slide, tmp_path / "slide.svs")
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "example"}
+    exec(code, names)
+    fake_plugin(monkeypatch, names["segment"], "dark")
+    coords, _, outlines = apply(segmenter="dark")
+    assert len(outlines.contours) == 2
+    assert len(coords) > 20
 
 
 @pytest.mark.parametrize(
