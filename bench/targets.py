@@ -145,6 +145,18 @@ def pipeline_targets(rows: Sequence[Row]) -> Iterator[Target]:
     joined = [row["of_slower"] for row in on_gpu if row.get("of_slower") is not None and not row.get("compiled")]
     value = max(joined, default=None)
     yield Target("patches to features: rate over that of the slower part", 0.95, True, "", value)
+    yield from reader_targets(rows)
+
+
+def reader_targets(rows: Sequence[Row]) -> Iterator[Target]:
+    """Reading and preprocessing patches of JPEG tiles, on the CPU."""
+    for patch, limit in ((256, 2.2), (506, 2.0)):
+        found = [row for row in rows if row.get("group") == f"reader JPEG {patch} px"]
+        ratio, of_raw = (found[-1][key] if found else None for key in ("ratio", "of_raw"))
+        yield Target(f"reading {patch} px, one thread, speed over OpenSlide", limit, True, "x", ratio)
+        yield Target(f"reading {patch} px, time over decoding each tile once", 2, False, "x", of_raw)
+        threads = [row["ratio"] for row in rows if row.get("group") == f"reader JPEG {patch} px, 2 threads against 1"]
+        yield Target(f"reading {patch} px, 2 threads over 1", 1.8, True, "x", threads[-1] if threads else None)
 
 
 def correctness(folders: Sequence[Path]) -> Iterator[Target]:

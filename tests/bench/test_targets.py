@@ -45,6 +45,16 @@ def test_rows_of_a_cpu_and_failed_rows_answer_nothing(measured):
     assert found["backward, 16k, one segment, deterministic"].verdict == "unmeasured"
 
 
+def test_the_newest_measurement_of_reading_counts():
+    rows = [{"group": "reader JPEG 256 px", "ratio": ratio, "of_raw": 1.5} for ratio in (1.0, 3.0)]
+    rows.append({"group": "reader JPEG 256 px, 2 threads against 1", "ratio": 1.5})
+    found = by_name(targets.reader_targets(rows))
+    assert found["reading 256 px, one thread, speed over OpenSlide"].verdict == "green"
+    assert found["reading 256 px, time over decoding each tile once"].verdict == "green"
+    assert found["reading 256 px, 2 threads over 1"].verdict == "RED"
+    assert found["reading 506 px, one thread, speed over OpenSlide"].verdict == "unmeasured"
+
+
 def test_the_last_outcome_of_a_test_counts(tmp_path):
     rows = [{"test": "a", "outcome": "failed"}, {"test": "b", "outcome": "passed"}, {"test": "a", "outcome": "passed"}]
     (tmp_path / "tests.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from exaonepath.errors import SlideOpenError
 from exaonepath.slides import tiff
-from exaonepath.slides.formats import CONVERT, needs_a_library, why_not_a_slide, why_not_readable, wrong_pixels
+from exaonepath.slides.formats import CONVERT, needs_a_library, why_not_readable, wrong_pixels
 from exaonepath.slides.readers.base import SlideReader
 from exaonepath.slides.readers.fast import fast_reader
-from exaonepath.slides.readers.openslide import OpenSlideReader
+from exaonepath.slides.readers.openslide import OpenSlideReader, UnsupportedSlideError
 from exaonepath.slides.readers.plain import PlainImageReader, is_plain_image
 from exaonepath.slides.readers.plugins import GROUP, plugin_reader
-from exaonepath.slides.readers.tiff import TiffReader
+from exaonepath.slides.readers.tiff import TiffReader, main_image
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,8 @@ def open_reader(path: Path, check_unchanged: Callable[[], None], reader: str = A
     if not found.level_dimensions or min(found.level_dimensions[0]) <= 0:
         found.close()
         raise SlideOpenError(f"{path} has no image level; it cannot be used as a slide")
+    if path.is_file() and found.properties.get("openslide.vendor") == "generic-tiff":
+        _warn_of_planes(path, found.level_dimensions[0])
     logger.info("%s: reader %s", path, found.name)
     return found
 
@@ -68,16 +70,24 @@ def open_reader(path: Path, check_unchanged: Callable[[], None], reader: str = A
 def _automatic(path: Path, check_unchanged: Callable[[], None]) -> SlideReader:
     try:
         slide = _openslide(path, check_unchanged)
-    except SlideOpenError as exc:
+    except UnsupportedSlideError as exc:
         return _without_openslide(path, exc)
+    except SlideOpenError as exc:  # a format that OpenSlide knows, and a file that it rejects
+        return _plugin_or_reason(path, exc)
     if wrong_pixels(path, slide.properties) is not None:
         slide.close()
         return _tiff_or_reason(path, slide)
+    hidden = _what_openslide_does_not_see(slide)
+    if hidden == "level 0":
+        try:
+            return TiffReader(path, slide.properties)
+        finally:
+            slide.close()
     fast = fast_reader(slide)
     if isinstance(fast, str):
         logger.info("%s is read through OpenSlide: %s", path, fast)
         return slide
-    if _has_hidden_pyramid(slide):
+    if hidden is not None:
         # The comparison of level 0 holds for the TIFF reader too: it decodes the same tiles.
         fast.close()
         return TiffReader(path, slide.properties)
@@ -93,7 +103,7 @@ def _tiff(path: Path, check_unchanged: Callable[[], None]) -> SlideReader:
         slide = _openslide(path, check_unchanged)
     except SlideOpenError:
         return TiffReader(path)
-    if wrong_pixels(path, slide.properties) is None and not _has_hidden_pyramid(slide):
+    if wrong_pixels(path, slide.properties) is None and _what_openslide_does_not_see(slide) is None:
         fast = fast_reader(slide, compare=False)
         if not isinstance(fast, str):
             return fast
@@ -108,12 +118,31 @@ def _tiff_or_reason(path: Path, slide: OpenSlideReader) -> TiffReader:
         raise SlideOpenError(f"{path} {wrong_pixels(path, slide.properties)} (without OpenSlide: {exc})") from exc
 
 
-def _has_hidden_pyramid(slide: OpenSlideReader) -> bool:
-    """Whether the smaller versions of level 0 lie in sub-directories, where OpenSlide does not look for them."""
-    if len(slide.level_dimensions) > 1 or slide.properties.get("openslide.vendor") != "generic-tiff":
-        return False
-    found = tiff.read_tiff(slide.path, tags={tiff.WIDTH, tiff.SUB_DIRECTORIES})
-    return bool(found and found.children and found.children[0])
+def _what_openslide_does_not_see(slide: OpenSlideReader) -> str | None:
+    """What only the TIFF reader finds in an OME-TIFF; None if there is nothing.
+
+    "level 0": OpenSlide takes an overview for it. "levels": they lie in sub-directories, where OpenSlide does not look.
+    """
+    if slide.properties.get("openslide.vendor") != "generic-tiff":
+        return None
+    wanted = {tiff.WIDTH, tiff.LENGTH, tiff.SUBFILE_TYPE, tiff.DESCRIPTION, tiff.SUB_DIRECTORIES}
+    found = tiff.read_tiff(slide.path, tags=wanted)
+    if found is None or not found.images:
+        return None
+    if main_image(found):
+        return "level 0"
+    return "levels" if len(slide.level_dimensions) == 1 and found.children and found.children[0] else None
+
+
+def _warn_of_planes(path: Path, size: tuple[int, int]) -> None:
+    """Log a warning if a TIFF has several images of the size of level 0: channels of fluorescence, or focal planes."""
+    found = tiff.read_tiff(path, tags={tiff.WIDTH, tiff.LENGTH})
+    sizes = [(image.number(tiff.WIDTH, 0), image.number(tiff.LENGTH, 0)) for image in (found.images if found else [])]
+    if sizes.count(size) > 1:
+        logger.warning(
+            "%s has %d images of %d x %d pixels (focal planes, channels or times); only the first is read",
+            path, sizes.count(size), *size,
+        )  # fmt: skip
 
 
 def _without_openslide(path: Path, refused: SlideOpenError) -> SlideReader:
@@ -131,14 +160,19 @@ def _without_openslide(path: Path, refused: SlideOpenError) -> SlideReader:
             raise SlideOpenError(f"{exc}; {CONVERT}") from exc
     if found is None and path.is_file() and is_plain_image(path):
         return PlainImageReader(path)
+    return _plugin_or_reason(path, refused)
+
+
+def _plugin_or_reason(path: Path, refused: SlideOpenError) -> SlideReader:
+    """The reader of a plug-in; if there is none, the error of OpenSlide is raised, or one that says what to install."""
     plugin = plugin_reader(path)
     if plugin is not None:
         return plugin
     library = needs_a_library(path)
-    if library is not None and why_not_a_slide(path).startswith("is not a slide"):
+    if library is not None:
         raise SlideOpenError(
-            f"{path} {library}; no installed plug-in reads it (entry points in the group {GROUP}): install one, or "
-            "convert the file to a pyramidal TIFF"
+            f"{path} {library}, and no installed plug-in reads it (entry points in the group {GROUP}): install one, or "
+            f"convert the file to a pyramidal TIFF. OpenSlide says: {refused}"
         ) from refused
     raise refused
 

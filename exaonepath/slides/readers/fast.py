@@ -1,7 +1,7 @@
 """A faster way to read what OpenSlide reads, used only after it gave the same bytes on samples of that very slide.
 
 OpenSlide stays responsible for the slide: its levels, its properties, and every region that it would interpolate. The
-TIFF reader serves regions of RGB pixels that are copies of stored tiles.
+TIFF reader serves regions whose pixels are copies of stored tiles.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
-from exaonepath.errors import SlideError
+from exaonepath.errors import MissingDependencyError, SlideError
 from exaonepath.slides import tiff
 from exaonepath.slides.readers.base import SlideReader
 from exaonepath.slides.readers.openslide import OpenSlideReader
+from exaonepath.slides.readers.tiff_decode import image_codecs
 from exaonepath.slides.readers.tiff_image import NotReadable, TiffImage, tiff_image
-from exaonepath.slides.readers.tiff_tiles import TiffTiles
+from exaonepath.slides.readers.tiff_tiles import Region, TiffTiles
 
 logger = logging.getLogger(__name__)
 
@@ -48,20 +49,28 @@ class FastReader(SlideReader):
         self.scalar_downsamples = slide.scalar_downsamples
 
     def read_image(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
-        """See `SlideReader.read_image`; through OpenSlide."""
-        return self.slide.read_image(location, level, size)
+        """See `SlideReader.read_image`; through the TIFF reader, unless OpenSlide would interpolate."""
+        region = self._copied(location, level, size)
+        return self.slide.read_image(location, level, size) if region is None else region.image()
 
     def read_rgb(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> tuple[np.ndarray, float]:
         """See `SlideReader.read_rgb`; through the TIFF reader, unless OpenSlide would interpolate."""
+        region = self._copied(location, level, size)
+        return self.slide.read_rgb(location, level, size) if region is None else (region.pixels, region.missing)
+
+    def _copied(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Region | None:
+        """A region whose pixels are those of stored tiles; None if OpenSlide would return something else."""
+        if not 0 <= level < len(self._images):
+            return None
         image = self._images[level]
         scale = self.scalar_downsamples[level]
-        if image is None or location[0] % scale or location[1] % scale:
-            return self.slide.read_rgb(location, level, size)
+        if image is None or location[0] % scale or location[1] % scale or min(size) <= 0:
+            return None
         region = self.tiles.region(image, int(location[0] // scale), int(location[1] // scale), *size)
         if (region.empty and level) or (region.alpha is not None and self.tiles.images[image].alpha):
             # OpenSlide may fill a gap in a smaller level from another level, and it blends what is partly covered.
-            return self.slide.read_rgb(location, level, size)
-        return region.pixels, region.empty / region.inside if region.empty else 0.0
+            return None
+        return region
 
     def best_level(self, downsample: float) -> int:
         """See `SlideReader.best_level`."""
@@ -128,6 +137,10 @@ def fast_reader(slide: OpenSlideReader, *, compare: bool = True) -> FastReader |
             chosen.append(image)
     if numbers[0] is None:
         return why
+    try:
+        image_codecs()
+    except MissingDependencyError as exc:
+        return str(exc)
     try:
         reader = FastReader(slide, TiffTiles(slide.path, chosen), numbers)
     except OSError as exc:

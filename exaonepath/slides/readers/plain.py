@@ -19,6 +19,7 @@ from exaonepath.errors import MemoryLimitError, SlideOpenError
 from exaonepath.memory import available_host_memory
 from exaonepath.slides.readers import depth
 from exaonepath.slides.readers.base import SlideReader
+from exaonepath.slides.readers.tiff_decode import image_codecs
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +103,7 @@ class PlainImageReader(SlideReader):
 
     def _decoded(self, header: _Header) -> np.ndarray:
         """uint8 [h, w, 3 or 4]."""
-        import imagecodecs
-
+        imagecodecs = image_codecs()
         try:
             if header.kind == "JPEG":
                 if header.channels == 4:

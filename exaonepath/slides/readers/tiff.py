@@ -32,8 +32,9 @@ _APERIO = "Aperio"
 class TiffReader(SlideReader):
     """A TIFF file that is decoded tile by tile.
 
-    Level 0 is the image of the first directory. The other levels are its sub-directories, or else the directories that
-    are marked as reduced; images of another shape (labels, overviews) are left out.
+    Level 0 is the image of the first directory; in an OME-TIFF, the largest one (an overview may come first). The other
+    levels are its sub-directories, or else the directories that are marked as reduced; images of another shape (labels,
+    overviews) are left out.
 
     Args:
         path: the file.
@@ -51,9 +52,10 @@ class TiffReader(SlideReader):
         found = tiff.read_tiff(path, tags=tiff.ALL_TAGS)
         if found is None or not found.images:
             raise SlideOpenError(f"{path} is not a TIFF with an image")
-        first = found.images[0]
+        number = main_image(found)
+        first = found.images[number]
         try:
-            images = list(_levels(found))
+            images = list(_levels(found, number))
         except NotReadable as exc:
             raise SlideOpenError(f"{path} {exc}") from exc
         _check_memory(path, images)
@@ -61,24 +63,26 @@ class TiffReader(SlideReader):
         width, height = self.level_dimensions[0]
         self.scalar_downsamples = tuple((width / w + height / h) / 2 for w, h in self.level_dimensions)
         self.tiles = TiffTiles(path, images, None)
-        self.properties = dict(properties or _properties(first))
+        # OpenSlide's properties are those of the first directory.
+        self.properties = dict(properties if properties and not number else _properties(found, number))
         self.properties |= self._level_properties()
         if images[0].bits == 16:
             self._set_scale(first)
+        if first.number(tiff.ORIENTATION, 1) not in (0, 1):
+            logger.warning(
+                "%s states a rotation (TIFF orientation %d), which is not applied: coordinates are those of the stored "
+                "pixels", path, first.number(tiff.ORIENTATION, 1),
+            )  # fmt: skip
         logger.info("%s: level 0 is %s", path, images[0].describe())
 
     def read_image(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
         """See `SlideReader.read_image`."""
-        region = self._region(location, level, size)
-        rgba = np.empty((size[1], size[0], 4), np.uint8)
-        rgba[..., :3] = region.pixels
-        rgba[..., 3] = 255 if region.alpha is None else region.alpha
-        return Image.fromarray(rgba)
+        return self._region(location, level, size).image()
 
     def read_rgb(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> tuple[np.ndarray, float]:
         """See `SlideReader.read_rgb`."""
         region = self._region(location, level, size)
-        return region.pixels, region.empty / region.inside if region.empty else 0.0
+        return region.pixels, region.missing
 
     def tile_size(self, level: int) -> tuple[int, int] | None:
         """See `SlideReader.tile_size`."""
@@ -123,9 +127,23 @@ class TiffReader(SlideReader):
         )
 
 
-def _properties(first: tiff.Directory) -> dict[str, str]:
+def main_image(found: tiff.Tiff) -> int:
+    """Number of the directory that holds level 0: the first, or in an OME-TIFF the first of the largest ones."""
+    if "<OME" not in found.images[0].text(tiff.DESCRIPTION)[:4096]:
+        return 0
+
+    def size(number: int) -> int:
+        image = found.images[number]
+        reduced = image.number(tiff.SUBFILE_TYPE, 0) & _REDUCED
+        return 0 if reduced else image.number(tiff.WIDTH, 0) * image.number(tiff.LENGTH, 0)
+
+    return max(range(len(found.images)), key=size)
+
+
+def _properties(found_tiff: tiff.Tiff, number: int) -> dict[str, str]:
     """What OpenSlide would state about a generic TIFF or an Aperio slide."""
-    text = first.text(tiff.DESCRIPTION)
+    first = found_tiff.images[number]
+    text = found_tiff.images[0].text(tiff.DESCRIPTION)
     found = {"openslide.vendor": "generic-tiff"}
     if text:
         found["tiff.ImageDescription"] = text
@@ -136,7 +154,8 @@ def _properties(first: tiff.Directory) -> dict[str, str]:
             if equals:
                 found[f"aperio.{name.strip()}"] = value.strip()
         if "aperio.MPP" in found:
-            found["openslide.mpp-x"] = found["openslide.mpp-y"] = found["aperio.MPP"]
+            # As OpenSlide does, which also takes a decimal comma.
+            found["openslide.mpp-x"] = found["openslide.mpp-y"] = found["aperio.MPP"].replace(",", ".")
         if "aperio.AppMag" in found:
             found["openslide.objective-power"] = found["aperio.AppMag"]
         return found
@@ -148,16 +167,16 @@ def _properties(first: tiff.Directory) -> dict[str, str]:
     return found
 
 
-def _levels(found: tiff.Tiff) -> Iterator[TiffImage]:
-    first = tiff_image(found.images[0], found.order)
+def _levels(found: tiff.Tiff, number: int) -> Iterator[TiffImage]:
+    first = tiff_image(found.images[number], found.order)
     yield first
     # OME-TIFF keeps the smaller versions of an image in its sub-directories, other pyramids in further directories.
-    children = found.children[0] if found.children else []
-    candidates = children
+    candidates = found.children[number] if number < len(found.children) else []
     if not candidates:
         # Aperio's levels are all its tiled images; elsewhere a smaller version is marked as one.
         aperio = found.images[0].text(tiff.DESCRIPTION).startswith(_APERIO)
-        candidates = [image for image in found.images[1:] if aperio or image.number(tiff.SUBFILE_TYPE, 0) & _REDUCED]
+        others = found.images[number + 1 :]
+        candidates = [image for image in others if aperio or image.number(tiff.SUBFILE_TYPE, 0) & _REDUCED]
     levels = []
     for directory in candidates[:_MAX_LEVELS]:
         try:

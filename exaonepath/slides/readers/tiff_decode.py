@@ -8,18 +8,33 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from exaonepath.errors import MissingDependencyError
+from exaonepath.slides.readers.jpeg_stream import is_complete, why_truncated
 from exaonepath.slides.readers.tiff_image import Codec, Colour, TiffImage
-
-_END_OF_JPEG = b"\xff\xd9"
-_END_SLACK = 256  # bytes that may follow the end mark; some writers pad tiles
 
 
 class DecodeError(Exception):
     """A tile cannot be decoded; the text is a phrase that says why."""
+
+
+def image_codecs() -> ModuleType:
+    """The package imagecodecs, which is imported when the first tile is decoded.
+
+    Raises:
+        MissingDependencyError: it is not installed, or cannot be loaded.
+    """
+    try:
+        import imagecodecs
+    except ImportError as exc:
+        raise MissingDependencyError(
+            f"tiles cannot be decoded without imagecodecs ({exc}): pip install imagecodecs"
+        ) from exc
+    return imagecodecs
 
 
 def decode(stored: Sequence[bytes], image: TiffImage, rows: int, scale: np.ndarray | None = None) -> np.ndarray:
@@ -58,8 +73,7 @@ def stored_values(stored: Sequence[bytes], image: TiffImage, rows: int) -> np.nd
 
 def _samples(data: bytes, image: TiffImage, rows: int, samples: int) -> np.ndarray:
     """Stored values, uint8 or uint16 [rows, cell_width, samples]; of JPEG in colour, RGB."""
-    import imagecodecs
-
+    imagecodecs = image_codecs()
     shape = (rows, image.cell_width, samples)
     try:
         if image.codec is Codec.JPEG:
@@ -71,22 +85,29 @@ def _samples(data: bytes, image: TiffImage, rows: int, samples: int) -> np.ndarr
             out = np.empty(shape if samples > 1 else shape[:2], np.uint8 if image.bits == 8 else np.uint16)
             return decoder(data, out=out).reshape(shape)
         return _plain(imagecodecs, data, image, shape)
+    except ImportError as exc:  # a build of imagecodecs without this one
+        raise DecodeError(f"needs a decoder of {image.codec.value} that is not installed ({exc})") from exc
     except (ValueError, RuntimeError, TypeError) as exc:  # imagecodecs' errors are RuntimeErrors
         raise DecodeError(f"cannot be decoded as {image.codec.value}: {exc}") from exc
 
 
 def _jpeg(imagecodecs: Any, data: bytes, image: TiffImage, shape: tuple[int, int, int]) -> np.ndarray:
-    # libjpeg fills what is missing with grey, without an error.
-    if data.rfind(_END_OF_JPEG, max(0, len(data) - _END_SLACK)) < 0:
-        raise DecodeError(f"is truncated: its JPEG stream of {len(data)} bytes has no end mark")
-    out = np.empty(shape if shape[2] > 1 else shape[:2], np.uint8)
-    if shape[2] == 1:
-        imagecodecs.jpeg8_decode(data, tables=image.tables or None, out=out)
-    else:
-        # As in OpenSlide, the TIFF tag decides about the colours, not the JPEG stream.
-        stored = "YCBCR" if image.colour is Colour.YCBCR else "RGB"
-        imagecodecs.jpeg8_decode(data, tables=image.tables or None, colorspace=stored, outcolorspace="RGB", out=out)
-    return out.reshape(shape)
+    reason = why_truncated(data)
+    if reason is not None:
+        raise DecodeError(reason)
+    # As in OpenSlide, the TIFF tag decides about the colours, not the JPEG stream.
+    stored = "YCBCR" if image.colour is Colour.YCBCR else "RGB"
+    colours = {} if shape[2] == 1 else {"colorspace": stored, "outcolorspace": "RGB"}
+
+    def decoded(stream: bytes) -> np.ndarray:
+        out = np.empty(shape if shape[2] > 1 else shape[:2], np.uint8)
+        imagecodecs.jpeg8_decode(stream, tables=image.tables or None, out=out, **colours)
+        return out.reshape(shape)
+
+    pixels = decoded(data)
+    if not is_complete(data, pixels, decoded):
+        raise DecodeError("is damaged: its JPEG stream ends before the tile is complete")
+    return pixels
 
 
 def _check_jpeg2000(data: bytes, shape: tuple[int, int, int]) -> None:

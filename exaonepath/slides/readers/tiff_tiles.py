@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from exaonepath.errors import SlideReadError
 from exaonepath.slides.readers.base import DEFAULT_CACHE
@@ -57,6 +58,18 @@ class Region(NamedTuple):
     alpha: np.ndarray | None
     empty: int
     inside: int
+
+    @property
+    def missing(self) -> float:
+        """Fraction of the pixels inside the image without data."""
+        return self.empty / self.inside if self.empty else 0.0
+
+    def image(self) -> Image.Image:
+        """As a Pillow image, RGBA."""
+        rgba = np.empty((*self.pixels.shape[:2], 4), np.uint8)
+        rgba[..., :3] = self.pixels
+        rgba[..., 3] = 255 if self.alpha is None else self.alpha
+        return Image.fromarray(rgba)
 
 
 _EMPTY = Cell(np.zeros((0, 0), np.uint8), None, True)
@@ -210,12 +223,19 @@ class TiffTiles:
                         f"{self.path}: a tile is stated to lie at bytes {offset} to {offset + length}, and the file "
                         f"ends at byte {size}"
                     )
-                data = _pread(file, length, offset)
+                data = self._bytes(file, length, offset)
             except OSError as exc:
                 raise SlideReadError(f"{self.path}: {length} bytes at byte {offset} cannot be read: {exc}") from exc
         if len(data) < length:
             raise SlideReadError(f"{self.path}: the file ends inside the {length} bytes at byte {offset}")
         return data
+
+    def _bytes(self, file: int, length: int, offset: int) -> bytes:
+        if hasattr(os, "pread"):
+            return _pread(file, length, offset)
+        with self._lock:  # Windows
+            os.lseek(file, offset, os.SEEK_SET)
+            return os.read(file, length)
 
     @contextmanager
     def _reading(self) -> Iterator[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import shutil
+import sys
 
 import h5py
 import numpy as np
@@ -54,7 +55,9 @@ def compare(path, seed=0):
             (mine, missing), (other, missing_there) = (one.read_rgb(location, level, size) for one in (ours, theirs))
             assert np.array_equal(mine, other), (location, level, size)
             assert missing == pytest.approx(missing_there)
-            assert np.array_equal(other, theirs.read_region(location, level, size)[..., :3])
+            region, region_there = (one.read_region(location, level, size) for one in (ours, theirs))
+            assert np.array_equal(region, region_there)
+            assert np.array_equal(other, region_there[..., :3])
         return ours._reader.tiles.cache.decoded
 
 
@@ -145,6 +148,13 @@ def test_a_reader_that_differs_is_not_used(slides, monkeypatch, caplog, what):
     assert "is read through OpenSlide: " in caplog.text
 
 
+def test_without_imagecodecs_openslide_reads(slides, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    with caplog.at_level(logging.INFO), SlideImage(slides["aperio"]) as slide:
+        assert slide.reader == "openslide"
+    assert "tiles cannot be decoded without imagecodecs" in caplog.text
+
+
 def test_the_comparison_is_small_and_the_same_each_time(slides):
     with SlideImage(slides["aperio"]) as slide:
         for level, image in enumerate(slide._reader.tiles.images):
@@ -196,6 +206,43 @@ def test_a_truncated_tile_fails_its_patches_only(write, pixels):
             with pytest.raises(SlideReadError, match=f"tile in column {column}, row {row} of level 0 is truncated"):
                 slide.read_rgb((64 * column, 64 * row), 0, (100, 100))
         assert slide.read_rgb((0, 64 * row), 0, (64 * column, 64))[1] == 0
+
+
+@pytest.mark.parametrize("damage", ["zeros", "early end", "cut", "cut and ended"])
+def test_an_incomplete_jpeg_stream_is_found_as_openslide_finds_it(write, pixels, damage):
+    """libjpeg fills the rest of the tile with one colour, and says so only in a warning."""
+    path = write("a.tif", pixels, compression="jpeg", tile=(256, 256))
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[0]
+        data = bytearray(path.read_bytes())
+        for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
+            scan, middle = data.index(b"\xff\xda", offset) + 14, offset + count // 2
+            assert scan < middle
+            if damage == "zeros":
+                data[middle : middle + count // 4] = bytes(count // 4)
+            elif damage == "early end":
+                data[middle : middle + 2] = b"\xff\xd9"
+            else:
+                data[middle : offset + count - 2] = b"\xff" * (offset + count - 2 - middle)
+                if damage == "cut":
+                    data[offset + count - 2 : offset + count] = b"\xff\xff"
+    path.write_bytes(data)
+    for reader in ("tiff", "openslide"):
+        with SlideImage(path, reader) as slide:
+            assert slide.reader == reader
+            for corner in ((0, 0), (256, 256), (512, 0)):
+                with pytest.raises(SlideReadError):
+                    slide.read_rgb(corner, 0, (100, 100))
+
+
+@pytest.mark.parametrize("colour", [0, 128, 245, 255])
+@pytest.mark.parametrize("options", [{}, {"photometric": "minisblack"}], ids=["RGB", "grey"])
+def test_tiles_of_one_colour_are_complete(write, colour, options):
+    shape = (300, 300) if options else (300, 300, 3)
+    path = write("a.tif", np.full(shape, colour, np.uint8), compression="jpeg", **options)
+    with SlideImage(path) as slide, SlideImage(path, "openslide") as other:
+        assert slide.reader == "tiff"
+        assert np.array_equal(*(one.read_region((0, 0), 0, (300, 300)) for one in (slide, other)))
 
 
 def test_a_pickled_slide_keeps_its_reader(slides):

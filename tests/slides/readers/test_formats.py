@@ -167,6 +167,43 @@ def test_an_ome_tiff_with_its_pyramid_in_sub_directories(tmp_path, pixels, tile)
             assert slide.fingerprint() == fingerprint
 
 
+@pytest.mark.parametrize("pyramid", [True, False])
+def test_an_ome_tiff_that_begins_with_an_overview(tmp_path, pixels, pyramid):
+    """As converters write it: the overview is the first image, and OpenSlide takes it for the slide."""
+    path = tmp_path / "a.ome.tif"
+    options = {"tile": (64, 64), "photometric": "rgb", "compression": "zlib"}
+    with tifffile.TiffWriter(path, ome=True) as file:
+        coarse = {"axes": "YXS", "PhysicalSizeX": 8, "PhysicalSizeY": 8}
+        file.write(pixels[:100, :90].copy(), metadata=coarse, **options)
+        scale = {"axes": "YXS", "PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25}
+        file.write(pixels, metadata=scale, **options, **({"subifds": 1} if pyramid else {}))
+        if pyramid:
+            file.write(pixels[::2, ::2].copy(), subfiletype=1, metadata=None, **options)
+    with SlideImage(path) as slide:
+        assert slide.dimensions == (700, 520)
+        assert len(slide.level_dimensions) == 1 + pyramid
+        assert (slide.mpp, slide.scale_doubts) == (0.25, ())
+        assert np.array_equal(slide.read_rgb((0, 0), 0, slide.dimensions)[0], pixels)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_several_images_of_one_size_are_warned_about(tmp_path, pixels, caplog, order):
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path, byteorder=order) as file:
+        for channel in range(3):
+            file.write(pixels[..., channel].copy(), tile=(128, 128), photometric="minisblack", compression="zlib")
+    with caplog.at_level(logging.WARNING):
+        SlideImage(path).close()
+    assert "has 3 images of 700 x 520 pixels (focal planes, channels or times); only the first is read" in caplog.text
+
+
+def test_a_rotation_is_not_applied_and_said(write, pixels, caplog):
+    path = write("a.tif", pixels, byteorder=">", extratags=[(274, 3, 1, 3, True)])
+    with caplog.at_level(logging.WARNING), SlideImage(path) as slide:
+        assert np.array_equal(slide.read_rgb((0, 0), 0, slide.dimensions)[0], pixels)
+    assert "TIFF orientation 3" in caplog.text
+
+
 @pytest.mark.parametrize("step", [2, 3.7, 1.4])
 def test_a_level_is_read_in_pieces_as_in_one(tmp_path, pixels, step):
     """Levels that are not whole numbers smaller too: pieces meet without a gap or an overlap."""
