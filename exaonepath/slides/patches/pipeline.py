@@ -169,7 +169,7 @@ def patchfy(
         SlideSkippedError: the slide exceeds `max_seg_pixels`; the reason is in `<out>/skipped/<id>.txt`.
         ScaleError: the pixel size is doubtful and `strict_scale` is set; or a patch of this size would be too large.
         SlideChangedError: the file was replaced while it was read; nothing has been written.
-        MemoryLimitError: segmenting the slide needs more memory than is available.
+        MemoryLimitError: segmenting the slide, or reading a mask, needs more memory than is available.
         OutputError: the output cannot be written.
         OutputCollisionError: the output of a different slide with the same stem exists.
     """
