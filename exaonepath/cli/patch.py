@@ -33,7 +33,7 @@ def patch(
     quiet: options.Quiet = False,
 ) -> None:
     """Find tissue and lay the patch grid: <out>/patches/<id>.h5, <out>/masks/<id>.jpg, <out>/contours/<id>.geojson."""
-    from exaonepath.slides.encode import find_slides, why_no_patch
+    from exaonepath.slides.encode import find_slides, one_mask_per_slide, why_no_patch
     from exaonepath.slides.patches.pipeline import patchfy
 
     arguments = options.patching(
@@ -67,5 +67,5 @@ def patch(
 
     problems: list[SlideOpenError] = []
     files = find_slides(slides, problems)
-    options.one_mask_per_slide(files, mask, exclude)
+    one_mask_per_slide(files, mask, exclude)
     each(files, patch_one, problems, verbose, empty)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from exaonepath.errors import ScaleError, SettingsError, SlideSkippedError
+from exaonepath.errors import OutputError, ScaleError, SettingsError, SlideSkippedError
 from exaonepath.files.artifact import MadeFrom, refuse_input_as_output, reuse, settings_hash
 from exaonepath.files.atomic import ensure_folder, write_text
 from exaonepath.files.geojson import geojson_made_from, refuse_changed_geojson, write_outlines_geojson
@@ -305,8 +305,11 @@ def _complete_geojson(path: Path, h5_path: Path, stored: PatchSet, made_from: Ma
         return
     written = geojson_made_from(path)
     if written != made_from and (written is not None or not path.exists()):  # a file that the user changed is left
-        ensure_folder(path.parent)
-        write_outlines_geojson(path, read_contours(h5_path), made_from)
+        try:
+            ensure_folder(path.parent)
+            write_outlines_geojson(path, read_contours(h5_path), made_from)
+        except OutputError as exc:  # a folder of finished results may be read-only
+            logger.warning("%s; the contours are stored in %s all the same", exc, h5_path)
 
 
 def _segment(slide: SlideImage, settings: PatchSettings, folder: Path) -> Tissue:

@@ -105,7 +105,7 @@ class SegmentationSettings:
         """`seg_downsample` as a number; the automatic one is not known without the slide."""
         if isinstance(self.seg_downsample, str):
             raise SettingsError(f'seg_downsample = "{AUTO}" is a number only for a given slide')
-        return self.seg_downsample
+        return float(self.seg_downsample)
 
 
 class Tissue(NamedTuple):

@@ -509,12 +509,28 @@ def test_the_plugin_of_the_documentation(slide, apply, monkeypatch, tmp_path):
         (Tissue([np.array(box(0, 0, 9, 9))], [[np.array([[1, 1]])]], 0), "holes that reach beyond"),
         (Tissue([np.array(box(0, 0, 3000, 9))], [[]], 0), "contours that reach beyond"),
         (Tissue([], [], 7), "the level 7"),
+        (Tissue([], [], 0, excluded=[([], "pen")]), "an excluded region that is not"),
+        (Tissue([], [], 0, excluded=[Excluded([np.array(box(0, 0, 9, 9))], "dust")]), "an excluded region that is not"),
+        (Tissue([], [], 0, excluded=[Excluded([np.array(box(0, 0, 9999, 9))], "pen")]), "excluded regions that reach"),
     ],
 )
 def test_what_a_plugin_returns_is_checked(apply, monkeypatch, result, says):
     fake_plugin(monkeypatch, lambda slide, settings: result)
     with pytest.raises(SettingsError, match=says):
         apply(segmenter="deep")
+
+
+def test_a_plugin_may_exclude_regions(apply, monkeypatch):
+    excluded = [Excluded([np.array(box(0, 0, 300, 300))], "blur")]
+    fake_plugin(
+        monkeypatch,
+        lambda slide, settings: Tissue(
+            [np.array(box(0, 0, 600, 600))], [[]], np.int64(0), np.int64(2), excluded=excluded, tries=((0, None, 1),)
+        ),
+    )
+    coords, _, outlines = apply(segmenter="deep")
+    assert [0, 0] not in coords.tolist()
+    assert [region.reason for region in outlines.excluded] == ["blur"]
 
 
 def test_a_plugin_that_finds_nothing_gives_the_reason(apply, monkeypatch, caplog):

@@ -135,6 +135,13 @@ def test_auto_shrinks_levels_that_are_much_finer_only(tmp_path, soft, caplog):
     assert not caplog.text
 
 
+def test_numbers_of_numpy_are_settings(tmp_path, soft):
+    path = write(tmp_path / "a.tif", soft)
+    first = patchfy(path, tmp_path, seg_downsample=np.int64(4), sthresh=np.int32(8), save_mask=False)[1]
+    assert stored(tmp_path, "a").shrink == 4
+    np.testing.assert_array_equal(patchfy(path, tmp_path, seg_downsample=4.0, save_mask=False)[1], first)
+
+
 def test_auto_is_a_setting_of_its_own(tmp_path, soft):
     values = {
         PatchSettings(segmentation=SegmentationSettings(seg_downsample=s)).as_json()["seg_downsample"]
