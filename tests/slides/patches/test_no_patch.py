@@ -122,7 +122,7 @@ def test_overlooked_tissue_is_a_stored_warning(tmp_path, soft):
 
 def test_auto_shrinks_levels_that_are_much_finer_only(tmp_path, soft, caplog):
     flat = write(tmp_path / "flat.tif", soft)
-    pyramid = make_slide(tmp_path / "pyramid.svs", 9000, 7000, fragments=2, seed=1, levels=(1, 4, 32))
+    pyramid = make_slide(tmp_path / "pyramid.svs", 5000, 4000, fragments=2, seed=1, levels=(1, 4, 32))
     with caplog.at_level(logging.WARNING):
         for path, shrink in ((flat, 8), (pyramid, 1)):
             with SlideImage(path) as slide:
