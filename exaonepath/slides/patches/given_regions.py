@@ -233,6 +233,7 @@ def _shifted(polygon: Polygon, by: tuple[int, int]) -> Polygon:
 
 def _of_polygons(path: Path, polygons: list[Polygon], slide: SlideImage, warn: Warn) -> list[Region]:
     size = slide.dimensions
+    total = len(polygons)
     polygons = [polygon for polygon in polygons if polygon.rings and len(polygon.rings[0])]
     low, high = _extent(polygons)
     if polygons and (high < 0).any() | (low > np.array(size)).any():
@@ -242,7 +243,7 @@ def _of_polygons(path: Path, polygons: list[Polygon], slide: SlideImage, warn: W
             "other units than level-0 pixels?"
         )
     regions: list[Region] = []
-    cut = outside = empty = 0
+    cut, outside, empty = 0, 0, total - len(polygons)
     for polygon in polygons:
         rings = [np.rint(clipped(ring, size)).astype(np.int32) for ring in polygon.rings]
         # QuPath's outline of a whole slide reaches one pixel further than the last pixel's position.
@@ -262,7 +263,7 @@ def _of_polygons(path: Path, polygons: list[Polygon], slide: SlideImage, warn: W
         (empty, "have no area (fewer than three points, or all on one line) and are ignored"),
     ):
         if count:
-            warn(f"{count} of {len(polygons)} regions of {path} {what}")
+            warn(f"{count} of {total} regions of {path} {what}")
     return regions
 
 

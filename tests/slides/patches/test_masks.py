@@ -131,12 +131,13 @@ def test_degenerate_polygons_are_counted_and_ignored(apply, tmp_path, caplog):
     line, point = [[5, 5], [500, 500], [900, 900]], [[3, 3]]
     tiny = [[5.1, 5.1], [5.2, 5.1], [5.2, 5.2]]
     good = polygon(box(100, 100, 600, 600), line, point)
-    path = write(tmp_path / "a.geojson", polygon(line), polygon(point), polygon(tiny), good)
+    nothing = {"type": "Feature", "geometry": {"type": "MultiPolygon", "coordinates": [[], [[]]]}}
+    path = write(tmp_path / "a.geojson", polygon(line), polygon(point), nothing, polygon(tiny), good)
     with caplog.at_level(logging.WARNING):
         _, _, outlines = apply(mask=path)
     assert len(outlines.contours) == 1
     assert outlines.holes == [[]]
-    assert "has given regions: 3 of 4 regions of " in caplog.text
+    assert "has given regions: 5 of 6 regions of " in caplog.text
 
 
 def test_polygons_are_rounded_and_cut_at_the_border(apply, tmp_path, caplog):
