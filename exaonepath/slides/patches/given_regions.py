@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from exaonepath.errors import MaskError
+from exaonepath.errors import MaskError, SettingsError
 from exaonepath.files.annotations import Polygon, read_polygons
 from exaonepath.files.geojson import EXCLUDED_CLASS, geojson_made_from, stated_origin
 from exaonepath.files.outlines import Excluded
@@ -55,8 +55,16 @@ class Region(NamedTuple):
 
 
 def check_exists(given: str | os.PathLike[str] | None) -> None:
-    """Raise `MaskError` if a file or folder of regions does not exist."""
-    if given is not None and not Path(given).exists():
+    """Raise `MaskError` if a file or folder of regions does not exist, `SettingsError` if it is no path."""
+    if given is None:
+        return
+    if not isinstance(given, str | os.PathLike):
+        raise SettingsError(f"regions are given by the path of a file or folder, not as {type(given).__name__}")
+    try:
+        exists = Path(given).exists()
+    except (OSError, ValueError) as exc:
+        raise MaskError(f"{given} cannot be read: {exc}") from exc
+    if not exists:
         raise MaskError(f"{given}: no such file")
 
 

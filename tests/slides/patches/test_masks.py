@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from itertools import chain
@@ -320,6 +321,15 @@ def test_a_folder_of_masks(slide, apply, tmp_path, caplog):
         apply(mask=tmp_path / "none.geojson")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_mask_that_is_no_file(apply, tmp_path):
+    os.mkfifo(tmp_path / "a.geojson")
+    with pytest.raises(MaskError, match="not a regular file"):
+        apply(mask=tmp_path / "a.geojson")
+    with pytest.raises(MaskError, match=r"cannot be read|no such file"):
+        apply(mask="a\0.geojson")
+
+
 def test_the_slide_is_not_its_own_mask(tmp_path):
     path = make_slide(tmp_path / "case.tif", 1500, 1000, vendor="generic")
     with pytest.raises(MaskError, match="no mask for"):
@@ -395,6 +405,8 @@ def test_settings_that_existed_before_keep_their_hash():
         ({"mask_class": "Tumor"}, "there is none"),
         ({"exclude_class": "Pen"}, "there is none"),
         ({"mask": "x.geojson", "mask_class": [3]}, "must be a name"),
+        ({"mask": 3}, "not as int"),
+        ({"exclude": [polygon(box(0, 0, 9, 9))]}, "not as list"),
     ],
 )
 def test_arguments_that_contradict_each_other(slide, tmp_path, options, says):
