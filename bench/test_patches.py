@@ -22,7 +22,8 @@ from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.exclusion import region_of_patches
 from exaonepath.slides.patches.grid import patch_grid
 from exaonepath.slides.patches.pipeline import patchfy
-from exaonepath.slides.patches.segmentation import SegmentationSettings, segment_tissue
+from exaonepath.slides.patches.segmentation import segment_tissue
+from exaonepath.slides.patches.settings import SegmentationSettings
 from exaonepath.synthetic import make_slide
 
 SCALE = 16  # downsample of the level the outlines below come from

@@ -25,7 +25,7 @@ from exaonepath.slides.features.extract import extract_features
 from exaonepath.slides.features.preprocessing import PreprocessingConfig
 from exaonepath.slides.image import SlideImage, opened, slide_id
 from exaonepath.slides.patches.pipeline import PatchSettings, patchfy
-from exaonepath.slides.patches.segmentation import SegmentationSettings
+from exaonepath.slides.patches.settings import SegmentationSettings
 from exaonepath.slides.patches.tissue import check_source
 
 logger = logging.getLogger(__name__)

@@ -24,13 +24,8 @@ from exaonepath.slides.image import SlideImage, opened
 from exaonepath.slides.patches.exclusion import region_of_patches
 from exaonepath.slides.patches.grid import PatchGrid, patch_grid
 from exaonepath.slides.patches.picture import draw_tissue, write_picture
-from exaonepath.slides.patches.segmentation import (
-    AUTO,
-    MAX_SEG_PIXELS,
-    SegmentationSettings,
-    Tissue,
-    about_missing,
-)
+from exaonepath.slides.patches.segmentation import Tissue, about_missing
+from exaonepath.slides.patches.settings import AUTO, MAX_SEG_PIXELS, SegmentationSettings
 from exaonepath.slides.patches.tissue import TissueSource, find_tissue, tissue_source
 
 logger = logging.getLogger(__name__)

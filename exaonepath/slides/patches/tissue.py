@@ -23,7 +23,8 @@ from exaonepath.slides.patches.given_regions import (
     mask_and_exclusions,
 )
 from exaonepath.slides.patches.rings import is_degenerate
-from exaonepath.slides.patches.segmentation import SegmentationSettings, Tissue, segment_tissue
+from exaonepath.slides.patches.segmentation import Tissue, segment_tissue
+from exaonepath.slides.patches.settings import SegmentationSettings
 from exaonepath.slides.patches.shrinking import WANTED_DOWNSAMPLE
 
 logger = logging.getLogger(__name__)

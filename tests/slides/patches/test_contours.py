@@ -21,7 +21,8 @@ from exaonepath.log_once import forget
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches import pipeline
 from exaonepath.slides.patches.pipeline import PatchSettings, patchfy
-from exaonepath.slides.patches.segmentation import SegmentationSettings, segment_tissue
+from exaonepath.slides.patches.segmentation import segment_tissue
+from exaonepath.slides.patches.settings import SegmentationSettings
 from exaonepath.synthetic import make_slide
 
 OPTIONS = {"a_t": 0.2, "a_h": 0.01}

@@ -25,7 +25,8 @@ from exaonepath.slides.patches import pipeline, tissue
 from exaonepath.slides.patches.exclusion import region_of_patches
 from exaonepath.slides.patches.pipeline import PatchSettings, patchfy
 from exaonepath.slides.patches.rings import clipped, is_degenerate, strictly_inside
-from exaonepath.slides.patches.segmentation import SegmentationSettings, Tissue
+from exaonepath.slides.patches.segmentation import Tissue
+from exaonepath.slides.patches.settings import SegmentationSettings
 from exaonepath.slides.patches.tissue import TissueSource
 from exaonepath.synthetic import make_slide
 
