@@ -115,6 +115,24 @@ def attention_targets(rows: Sequence[Row]) -> Iterator[Target]:
             yield Target(f"speed over varlen_attn, {direction}, {what}", limit, True, "x", value)
     yield Target("speed over flex_attention, forward", 1.2, True, "x", known.ratio("flex", "forward", *skewed))
     yield Target("the same with building the mask", 3, True, "x", known.ratio_with_mask(*skewed))
+    for spread in ("lognormal", "equal"):
+        for direction in ("forward", "forward+backward"):
+            name = f"on the CPU, 64 {spread} fragments, speed over SDPA, both with rotation, {direction}"
+            yield Target(name, 1, True, "x", _ratio_on_the_cpu(rows, direction, spread))
+
+
+def _ratio_on_the_cpu(rows: Sequence[Row], direction: str, spread: str) -> float | None:
+    """The time of SDPA, a call a fragment, after a compiled rotation, over ours in the same run."""
+    wanted = {"device": "cpu", "dtype": "float32", "n": 4_000, "fragments": 64, "status": "ok"}
+    wanted |= {"spread": spread, "direction": direction}
+    usable = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    ours = [row for row in usable if (row["impl"], row["rotation"]) == (OURS, "own")]
+    theirs = [
+        row["ms"]
+        for row in usable
+        if ours and row["run"] == ours[-1]["run"] and (row["impl"], row["rotation"]) == ("sdpa_loop", "separate")
+    ]
+    return theirs[0] / ours[-1]["ms"] if theirs else None
 
 
 def encoder_targets(rows: Sequence[Row]) -> Iterator[Target]:

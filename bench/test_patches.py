@@ -15,10 +15,15 @@ import numpy as np
 import openslide
 import pytest
 
+from exaonepath.files.outlines import Excluded
+from exaonepath.files.patches import read_contours
 from exaonepath.reference.patches import grid_by_points, segment_at_once
 from exaonepath.slides.image import SlideImage
+from exaonepath.slides.patches.exclusion import region_of_patches
 from exaonepath.slides.patches.grid import patch_grid
-from exaonepath.slides.patches.segmentation import SegmentationSettings, segment_tissue
+from exaonepath.slides.patches.pipeline import patchfy
+from exaonepath.slides.patches.segmentation import segment_tissue
+from exaonepath.slides.patches.settings import SegmentationSettings
 from exaonepath.synthetic import make_slide
 
 SCALE = 16  # downsample of the level the outlines below come from
@@ -96,6 +101,59 @@ def test_segmentation(benchmark, compare, tmp_path, size, factor):
     if peaks["peak_mb"] is not None:
         benchmark.extra_info.update(bytes_per_pixel=round(peaks["peak_mb"] * 1e6 / pixels, 2))
         assert peaks["peak_mb"] * 1e6 <= 8 * pixels
+
+
+def test_storing_contours(compare, tmp_path):
+    """What it costs that the contours are stored, in the patches file and as GeoJSON."""
+    path = make_slide(tmp_path / "slide.svs", 60_000, 40_000, fragments=4)
+    with SlideImage(path) as slide:
+
+        def run(stored: bool) -> int:
+            out = tmp_path / str(stored)
+            return len(patchfy(slide, out, save_mask=False, overwrite=True, save_contours=stored)[1])
+
+        patches = run(True)
+        points = sum(map(len, read_contours(tmp_path / "True" / "patches" / "slide.h5").contours))
+        compare(
+            "patchfy with the contours stored, against without",
+            lambda: run(True),
+            lambda: run(False),
+            rounds=5,
+            patches=patches,
+            points=points,
+        )
+
+
+def test_exclusion(compare):
+    """Which of 60,000 patches lie in 200 regions, against one pointPolygonTest for each pair whose boxes meet."""
+    rng = np.random.default_rng(0)
+    coords = np.stack(np.meshgrid(np.arange(0, 76_800, 256), np.arange(0, 51_200, 256)), axis=-1).reshape(-1, 2)
+    angles = np.linspace(0, 2 * np.pi, 2000, endpoint=False)
+    excluded = []
+    for centre in rng.uniform((0, 0), (76_800, 51_200), (200, 2)):
+        radius = rng.uniform(300, 4000) * (1 + 0.2 * np.sin(rng.integers(3, 9) * angles))
+        ring = centre + radius[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        excluded.append(Excluded([ring.astype(np.int32)], "excluded"))
+
+    def theirs() -> np.ndarray:
+        centres = coords + 128.0
+        result = np.full(len(coords), -1)
+        for index, region in enumerate(excluded):
+            low, high = region.rings[0].min(0), region.rings[0].max(0)
+            for at in np.flatnonzero((result < 0) & ((centres >= low) & (centres <= high)).all(1)):
+                if cv2.pointPolygonTest(region.rings[0], tuple(centres[at]), False) > 0:
+                    result[at] = index
+        return result
+
+    np.testing.assert_array_equal(region_of_patches(coords, 256, excluded), theirs())
+    compare(
+        "patches in 200 excluded regions",
+        lambda: region_of_patches(coords, 256, excluded),
+        theirs,
+        rounds=3,
+        patches=len(coords),
+        left_out=int((theirs() >= 0).sum()),
+    )
 
 
 PREPARE = """

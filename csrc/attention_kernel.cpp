@@ -15,6 +15,7 @@ constexpr int kPanel = 2 * kWidth;
 // A tile of kRows x 2 vectors of results, two vectors of one operand and one number of the other fill the registers: 32
 // of AVX-512, 16 of the others.
 constexpr int kRows = EXAONEPATH_VECTOR_BYTES == 64 ? 12 : 6;
+constexpr int kChain = 128;
 
 typedef float Floats __attribute__((vector_size(EXAONEPATH_VECTOR_BYTES)));
 typedef std::int32_t Ints __attribute__((vector_size(EXAONEPATH_VECTOR_BYTES)));
@@ -74,12 +75,7 @@ struct Left {
 // M rows, N vectors of c (+)= a b, with b [depth, N vectors].
 template <int M, int N>
 void tile(Left a, const float* b, Index b_stride, Index depth, float* c, Index c_stride, bool add) {
-  Floats sums[M][N];
-#pragma GCC unroll 12
-  for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) sums[i][n] = add ? load(c + i * c_stride + n * kWidth) : Floats{};
-  }
+  Floats sums[M][N] = {};
   for (Index k = 0; k < depth; ++k) {
     Floats right[N];
 #pragma GCC unroll 2
@@ -94,7 +90,10 @@ void tile(Left a, const float* b, Index b_stride, Index depth, float* c, Index c
 #pragma GCC unroll 12
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) store(c + i * c_stride + n * kWidth, sums[i][n]);
+    for (int n = 0; n < N; ++n) {
+      float* to = c + i * c_stride + n * kWidth;
+      store(to, add ? load(to) + sums[i][n] : sums[i][n]);
+    }
   }
 }
 
@@ -118,11 +117,15 @@ void strip(Index rows, Left a, const float* b, Index b_stride, Index depth, floa
   last_rows<kRows - 1, N>(rows, a, b, b_stride, depth, c, c_stride, add);
 }
 
-// c [rows, dim] (+)= a b, with b [depth, dim].
+// c [rows, dim] (+)= a b, with b [depth, dim]. Sums are formed kChain terms at a time, and then added up: in one chain of
+// thousands of keys the rounding errors would exceed those of other libraries, which also work in blocks.
 void product(Index rows, Left a, const float* b, Index depth, Index dim, float* c, Index c_stride, bool add) {
-  Index d = 0;
-  for (; d + kPanel <= dim; d += kPanel) strip<2>(rows, a, b + d, dim, depth, c + d, c_stride, add);
-  if (d < dim) strip<1>(rows, a, b + d, dim, depth, c + d, c_stride, add);
+  for (Index k = 0; k < depth; k += kChain, a.data += kChain * a.column, b += kChain * dim, add = true) {
+    const Index terms = smaller(kChain, depth - k);
+    Index d = 0;
+    for (; d + kPanel <= dim; d += kPanel) strip<2>(rows, a, b + d, dim, terms, c + d, c_stride, add);
+    if (d < dim) strip<1>(rows, a, b + d, dim, terms, c + d, c_stride, add);
+  }
 }
 
 // c [rows, keys, padded to a vector] = a b^T, with b [keys, dim] packed by `pack_transposed`.

@@ -30,7 +30,8 @@ from exaonepath.plotting import require_matplotlib
 from exaonepath.slides.encode import encode_slide
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.pipeline import PatchSettings, plan_grid
-from exaonepath.slides.patches.segmentation import SegmentationSettings, Tissue, segment_tissue
+from exaonepath.slides.patches.segmentation import Tissue, segment_tissue
+from exaonepath.slides.patches.settings import SegmentationSettings
 from exaonepath.synthetic import make_slide
 from exaonepath.viz import draw_overview
 

@@ -22,6 +22,12 @@ DATA = Path(os.environ.get("EXAONEPATH_TEST_DATA", ROOT.parent / "shared" / "dat
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Parallel workers share the cores. With a thread for every core in each of them, threads that wait for each other take
+# two thirds of the processor time. Tests of parallel code set the number of threads themselves.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
 # No test may reach for a network, also by accident.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -1,5 +1,7 @@
 """The README's snippets run as they stand: ```python blocks in one process each, ```sh blocks in one shell, in order.
 
+A process for a python block is forked from one that has imported the package and has run nothing else.
+
 They run in an empty folder that holds `slide.svs`, a small synthetic slide, and a repository of random weights in a
 folder named like the Hub repository, which transformers prefers to the Hub. ```console blocks are set-up, not run.
 """
@@ -40,13 +42,70 @@ def test_the_readme_has_snippets_of_both_kinds():
     assert {kind for kind, _ in blocks(DOCUMENTS[0])} == {"python", "sh"}
 
 
+# Reads a file name a line, runs the file in a fork, and answers with the exit status.
+FORKS = """
+import os, runpy, sys, traceback
+import torch, transformers, exaonepath.slides.encode, exaonepath.alignment.training.run
+for line in sys.stdin:
+    path = line.rstrip()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            with open(path + ".log", "w") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            runpy.run_path(path, run_name="__main__")
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_python(workplace, tmp_path_factory):
+    """Run a snippet in a process of its own; returns its exit status and its output."""
+    folder = tmp_path_factory.mktemp("snippets")
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, cwd=workplace, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+
+        def run(text):
+            path = folder / f"snippet_{len(list(folder.iterdir()))}.py"
+            path.write_text(text, encoding="utf-8")
+            server.stdin.write(f"{path}\n")
+            server.stdin.flush()
+            status = server.stdout.readline()
+            assert status, "the process that runs the snippets has ended"
+            return int(status), Path(f"{path}.log").read_text(encoding="utf-8")
+
+        yield run
+
+
+def test_a_snippet_that_fails_is_noticed(run_python):
+    assert run_python("print('as it should')") == (0, "as it should\n")
+    status, output = run_python("import exaonepath\nexaonepath.no_such_name")
+    assert status == 1
+    assert "no_such_name" in output
+    assert run_python("import sys; sys.exit(3)")[0] != 0
+    assert run_python("import os; os.kill(os.getpid(), 9)")[0] != 0
+
+
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d)], ids=lambda d: d.name)
-def test_snippets_run(document, workplace):
+def test_snippets_run(document, workplace, run_python):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for kind, text in blocks(document):
-        command = [sys.executable, "-c", text] if kind == "python" else ["bash", "-euo", "pipefail", "-c", text]
-        done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{document.name}:\n{text}\n{done.stdout}\n{done.stderr}"
+        if kind == "python":
+            status, output = run_python(text)
+        else:
+            command = ["bash", "-euo", "pipefail", "-c", text]
+            done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, check=False)
+            status, output = done.returncode, done.stdout + done.stderr
+        assert status == 0, f"{document.name}:\n{text}\n{output}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)

@@ -51,12 +51,12 @@ def encode(
     from exaonepath.encoders import loading
     from exaonepath.encoders.memory_plan import parse_memory
     from exaonepath.files.atomic import ensure_folder
-    from exaonepath.slides.encode import encode_slide, find_slides
+    from exaonepath.slides.encode import encode_slide, find_slides, one_mask_per_slide
     from exaonepath.slides.features.preprocessing import PreprocessingConfig
 
     problems: list[SlideOpenError] = []
     files = find_slides(slides, problems)
-    options.one_mask_per_slide(files, mask, exclude)
+    one_mask_per_slide(files, mask, exclude)
     target = resolve_device(device)
     resolve_dtype(dtype, target)
     limit = None if max_memory is None else parse_memory(max_memory)

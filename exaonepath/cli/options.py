@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from exaonepath.encoders.published import DEFAULT_WEIGHTS
-from exaonepath.errors import SettingsError
 
 __all__ = ["DEFAULT_WEIGHTS"]
 
@@ -152,12 +150,3 @@ def patching(patch_size: int, step_size: int | None, tissue: dict[str, Any], **o
     check_source(**tissue)
     step_size = patch_size if step_size is None else step_size
     return {"patch_size": patch_size, "step_size": step_size, **tissue, **others}
-
-
-def one_mask_per_slide(slides: Sequence[Path], *files: Path | None) -> None:
-    """Raise `SettingsError` if one file of regions would be used for several slides."""
-    for file in files:
-        if file is not None and len(slides) > 1 and not file.is_dir():
-            raise SettingsError(
-                f"{file} is one file for {len(slides)} slides; name a folder with a file for each slide"
-            )

@@ -35,7 +35,7 @@ def patch(
     quiet: options.Quiet = False,
 ) -> None:
     """Find tissue and compute the patch grid: <out>/patches/<id>.h5, masks/<id>.jpg and contours/<id>.geojson."""
-    from exaonepath.slides.encode import find_slides, why_no_patch
+    from exaonepath.slides.encode import find_slides, one_mask_per_slide, why_no_patch
     from exaonepath.slides.image import SlideImage
     from exaonepath.slides.patches.pipeline import patchfy
 
@@ -72,5 +72,5 @@ def patch(
 
     problems: list[SlideOpenError] = []
     files = find_slides(slides, problems)
-    options.one_mask_per_slide(files, mask, exclude)
+    one_mask_per_slide(files, mask, exclude)
     each(files, patch_one, problems, verbose, empty)

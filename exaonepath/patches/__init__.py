@@ -3,7 +3,8 @@
 from exaonepath.files.patches import PatchSet, read_patches
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.pipeline import PatchSettings, patchfy
-from exaonepath.slides.patches.segmentation import SegmentationSettings, Tissue, segment_tissue
+from exaonepath.slides.patches.segmentation import Tissue, segment_tissue
+from exaonepath.slides.patches.settings import SegmentationSettings
 
 __all__ = [
     "PatchSet",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,7 +25,8 @@ from exaonepath.slides.features.extract import extract_features
 from exaonepath.slides.features.preprocessing import PreprocessingConfig
 from exaonepath.slides.image import SlideImage, opened, slide_id
 from exaonepath.slides.patches.pipeline import PatchSettings, patchfy
-from exaonepath.slides.patches.segmentation import SegmentationSettings
+from exaonepath.slides.patches.settings import SegmentationSettings
+from exaonepath.slides.patches.tissue import check_source
 
 logger = logging.getLogger(__name__)
 
@@ -228,6 +229,7 @@ def encode_slides(
 
     Raises:
         SlideOpenError: no slide was found.
+        SettingsError: `patching` is wrong, or has one mask for several slides.
         OutputCollisionError: two slides would write the same files.
         WeightsError, DeviceError: the encoders cannot be loaded.
     """
@@ -235,6 +237,8 @@ def encode_slides(
     files = find_slides([slides] if isinstance(slides, str | os.PathLike) else slides, problems)
     if not files:
         raise problems[0] if problems else SlideOpenError("no slide was named")
+    patching = _patching(arguments.get("patching") or {})
+    one_mask_per_slide(files, patching.get("mask"), patching.get("exclude"))
     if isinstance(patch_encoder, str):
         patch_encoder = load_patch_encoder(patch_encoder, device="auto")
     if isinstance(slide_encoder, str):
@@ -264,11 +268,21 @@ def each_slide(files: Iterable[Path], work: Callable[[Path], T]) -> Iterator[tup
             result.__traceback__ = None
 
 
+def one_mask_per_slide(slides: Sequence[Path], *given: str | os.PathLike[str] | None) -> None:
+    """Raise `SettingsError` if one file of regions would be used for several slides."""
+    for path in given:
+        if path is not None and len(slides) > 1 and not Path(path).is_dir():
+            raise SettingsError(
+                f"{path} is one file for {len(slides)} slides; name a folder with a file for each slide"
+            )
+
+
 def _patching(arguments: Mapping[str, Any]) -> dict[str, Any]:
     known = {*_FIELDS, *_SOURCES, "save_mask", "save_contours", "line_thickness", "strict_scale"}
     unknown = sorted(set(arguments) - known)
     if unknown:
         raise SettingsError(f"patching: {', '.join(unknown)} cannot be set here; known: {', '.join(sorted(known))}")
+    check_source(**{name: value for name, value in arguments.items() if name in _SOURCES})
     if "patch_size" in arguments and "step_size" not in arguments:
         return {**arguments, "step_size": arguments["patch_size"]}
     return dict(arguments)

@@ -35,6 +35,26 @@ def test_ours_is_compared_with_a_peer_of_the_same_run(measured):
     assert found["backward, 16k, one segment, deterministic"].verdict == "unmeasured"
 
 
+def test_fragments_on_the_cpu_are_compared_with_a_rotated_peer_of_the_same_run(measured):
+    problem = {"n": 4_000, "fragments": 64, "spread": "lognormal", "direction": "forward"}
+    rows = [
+        measured(
+            device="cpu", dtype="float32", impl=impl, rotation=rotation, run=run, ms=ms, ms_p20=ms, ms_p80=ms, **problem
+        )
+        for impl, rotation, run, ms in (
+            ("exaonepath", "own", "a", 9.0),
+            ("exaonepath", "own", "b", 2.0),
+            ("sdpa_loop", "separate", "a", 1.0),
+            ("sdpa_loop", "none", "b", 1.0),
+            ("sdpa_loop", "separate", "b", 3.0),
+        )
+    ]
+    found = by_name(targets.attention_targets(rows))
+    name = "on the CPU, 64 lognormal fragments, speed over SDPA, both with rotation, forward"
+    assert (found[name].measured, found[name].verdict) == (1.5, "green")
+    assert found[name.replace("lognormal", "equal")].verdict == "unmeasured"
+
+
 def test_rows_of_a_cpu_and_failed_rows_answer_nothing(measured):
     problem = {"n": 16_384, "fragments": 1, "spread": "equal", "direction": "backward", "impl": "exaonepath"}
     rows = [

@@ -18,14 +18,27 @@ class ColourEncoder(torch.nn.Module):
         return x.mean((2, 3)).repeat(1, 256)
 
 
+@pytest.fixture(scope="session")
+def slide_encoder():
+    """The real slide encoder with random weights, made once: making it takes longer than most commands here."""
+    return loading.load_slide_encoder("random:0", device="cpu")
+
+
 @pytest.fixture
-def run(monkeypatch):
+def run(monkeypatch, slide_encoder):
     """Run the command with these arguments; the result has exit_code, stdout and stderr."""
+    load = loading.load_slide_encoder
+
+    def loaded_once(weights="random:0", *, device="cpu", **arguments):
+        if weights == "random:0" and str(device) == "cpu" and not arguments:
+            return slide_encoder
+        return load(weights, device=device, **arguments)
 
     def fake(weights="random:0", *, device="cpu", **_):
         return loading.LoadedEncoder(ColourEncoder(), weights, f"colour:{weights}", weights.startswith("random:"))
 
     monkeypatch.setattr(loading, "load_patch_encoder", fake)
+    monkeypatch.setattr(loading, "load_slide_encoder", loaded_once)
     monkeypatch.setattr(loading.LoadedEncoder, "device", torch.device("cpu"))
     return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
 

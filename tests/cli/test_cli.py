@@ -186,17 +186,13 @@ def test_a_pipe_is_no_slide(run, tmp_path):
     assert "neither a file nor a folder" in done.stderr
 
 
-def test_a_full_disk_is_one_line_and_the_work_is_kept(slide, tmp_path):
+def test_a_full_disk_is_one_line_and_the_work_is_kept(run, slide, tmp_path):
     """A limit on the size of files stands for the full disk: the kernel refuses the write that passes it."""
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); "
     arguments = ["encode", str(slide), "--out", str(tmp_path / "o"), "--weights", "random:0", "--batch-size", "1"]
     code = f"import sys; sys.argv[1:] = {arguments!r}; from exaonepath.cli.app import main; {limit}main()"
-    assert subprocess.run(
-        [sys.executable, "-m", "exaonepath", "patch", str(slide), "--out", str(tmp_path / "o")],
-        cwd=tmp_path,
-        check=True,
-    )
+    assert run("patch", slide, "--out", tmp_path / "o").exit_code == 0
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line and not line.startswith("note:")]
@@ -305,7 +301,7 @@ def test_find_slides_keeps_order_and_drops_repeats(tmp_path):
 def test_ctrl_c_then_resume(slide, tmp_path):
     """The real command with a real patch encoder, interrupted in mid-slide; the second run finishes what is left."""
     command = [sys.executable, "-m", "exaonepath", "encode", str(slide), "--out", str(tmp_path / "out")]
-    command += ["--weights", "random:0", "--batch-size", "1"]
+    command += ["--weights", "random:0", "--batch-size", "1", "--step-size", "400"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     part = tmp_path / "out" / "patches" / ".one_features.h5.part"
     deadline = time.monotonic() + 120

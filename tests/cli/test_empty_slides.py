@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from exaonepath.errors import SettingsError
 from exaonepath.files.embeddings import read_embedding
-from exaonepath.slides.encode import encode_slide
+from exaonepath.slides.encode import encode_slide, encode_slides
 from exaonepath.synthetic import make_slide
 
 
@@ -52,6 +53,14 @@ def test_python_gets_the_reason(run, folder, tmp_path):
     assert (result.n_patches, result.n_failed) == (0, 0)
     assert "no textured pixel" in result.no_patch
     assert encode_slide(folder / "b_good.svs", tmp_path, patch, slide).no_patch == ""
+
+
+def test_one_mask_for_several_slides_is_refused_in_python_too(folder, tmp_path):
+    mask = square(tmp_path / "b_good.geojson", 0, 0, 600, 600, "Tissue")
+    with pytest.raises(SettingsError, match="one file for 2 slides"):
+        next(encode_slides(folder, tmp_path, patching={"mask": mask}))
+    with pytest.raises(SettingsError, match="known: exaone"):
+        next(encode_slides(folder, tmp_path, patching={"segmenter": "none"}))
 
 
 def square(path, x0, y0, x1, y1, name):

@@ -1,5 +1,7 @@
 """Attention of one long segment on the CPU, for inference: complete rows of scores for a few queries at a time.
 
+For what `cpu_kernel` does not compute: very long segments, half precision, and everything without the extension.
+
 torch's own CPU flash kernel reaches 170 GFLOP/s on two Zen 5 cores, in float32 and in bfloat16. Two oneDNN products
 around torch's softmax reach 240, because a block of rows stays in the cache. Scores and softmax are float32 for every
 input dtype. The flash kernel is used below `MIN_LENGTH`, where it is as fast; if oneDNN is not available; and for half

@@ -1,8 +1,9 @@
 """Attention over packed tokens, restricted to contiguous segments, including the 2D rotation of queries and keys.
 
 The operation has several backends with the same result. `eager` uses plain products, segment by segment (for tests).
-`sdpa` calls torch's attention, segment by segment (any device). `triton` is one fused kernel (CUDA). `cudnn` is cuDNN
-for one long segment, and otherwise the fused kernel (CUDA). Only `eager` stores all scores of a segment.
+`sdpa` calls torch's attention, segment by segment (any device), or in float32 on the CPU a kernel of ours for all of
+them. `triton` is one fused kernel (CUDA). `cudnn` is cuDNN for one long segment, and otherwise the fused kernel (CUDA).
+Only `eager` stores all scores of a segment.
 """
 
 from __future__ import annotations

@@ -5,21 +5,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import cv2
 import numpy as np
-from PIL import Image
 
-from exaonepath.errors import MaskError
+from exaonepath.errors import MaskError, SettingsError
 from exaonepath.files.annotations import Polygon, read_polygons
 from exaonepath.files.geojson import EXCLUDED_CLASS, geojson_made_from, stated_origin
 from exaonepath.files.outlines import Excluded
 from exaonepath.slides.image import SlideImage
+from exaonepath.slides.patches.mask_image import image_regions
 from exaonepath.slides.patches.rings import clipped, is_degenerate
 
 logger = logging.getLogger(__name__)
@@ -57,8 +55,16 @@ class Region(NamedTuple):
 
 
 def check_exists(given: str | os.PathLike[str] | None) -> None:
-    """Raise `MaskError` if a file or folder of regions does not exist."""
-    if given is not None and not Path(given).exists():
+    """Raise `MaskError` if a file or folder of regions does not exist, `SettingsError` if it is no path."""
+    if given is None:
+        return
+    if not isinstance(given, str | os.PathLike):
+        raise SettingsError(f"regions are given by the path of a file or folder, not as {type(given).__name__}")
+    try:
+        exists = Path(given).exists()
+    except (OSError, ValueError) as exc:
+        raise MaskError(f"{given} cannot be read: {exc}") from exc
+    if not exists:
         raise MaskError(f"{given}: no such file")
 
 
@@ -210,7 +216,10 @@ def read_regions(
     if suffix not in (*GEOJSON_SUFFIXES, *IMAGE_SUFFIXES):
         raise MaskError(f"{path} is neither GeoJSON (.geojson, .json) nor an image (.png, .tif, .tiff)")
     if suffix in IMAGE_SUFFIXES:
-        regions = _of_image(path, slide, warn)
+        found, specks = image_regions(path, slide)
+        regions = [Region(rings, "") for rings in found]
+        if specks:
+            warn(f"{specks} specks of {path}, one pixel wide, have no area and are ignored")
     else:
         ours = geojson_made_from(path)
         if ours is None and bounds_origin(slide) != (0, 0) and origin == (0, 0):
@@ -232,6 +241,7 @@ def _shifted(polygon: Polygon, by: tuple[int, int]) -> Polygon:
 
 def _of_polygons(path: Path, polygons: list[Polygon], slide: SlideImage, warn: Warn) -> list[Region]:
     size = slide.dimensions
+    total = len(polygons)
     polygons = [polygon for polygon in polygons if polygon.rings and len(polygon.rings[0])]
     low, high = _extent(polygons)
     if polygons and (high < 0).any() | (low > np.array(size)).any():
@@ -241,7 +251,7 @@ def _of_polygons(path: Path, polygons: list[Polygon], slide: SlideImage, warn: W
             "other units than level-0 pixels?"
         )
     regions: list[Region] = []
-    cut = outside = empty = 0
+    cut, outside, empty = 0, 0, total - len(polygons)
     for polygon in polygons:
         rings = [np.rint(clipped(ring, size)).astype(np.int32) for ring in polygon.rings]
         # QuPath's outline of a whole slide reaches one pixel further than the last pixel's position.
@@ -261,7 +271,7 @@ def _of_polygons(path: Path, polygons: list[Polygon], slide: SlideImage, warn: W
         (empty, "have no area (fewer than three points, or all on one line) and are ignored"),
     ):
         if count:
-            warn(f"{count} of {len(polygons)} regions of {path} {what}")
+            warn(f"{count} of {total} regions of {path} {what}")
     return regions
 
 
@@ -270,56 +280,3 @@ def _extent(polygons: list[Polygon]) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(2), np.zeros(2)
     outer = [polygon.rings[0] for polygon in polygons]
     return np.min([ring.min(0) for ring in outer], 0), np.max([ring.max(0) for ring in outer], 0)
-
-
-def _of_image(path: Path, slide: SlideImage, warn: Warn) -> list[Region]:
-    mask = _read_image(path)
-    height, width = mask.shape
-    full_width, full_height = slide.dimensions
-    # A reduced image has the slide's sides divided by one factor, each rounded up or down.
-    least = max(full_width / (width + 1), full_height / (height + 1))
-    most = min(full_width / max(width - 1, 1e-9), full_height / max(height - 1, 1e-9))
-    if least > most:
-        raise MaskError(
-            f"{path} does not fit {slide.path}: it has {width} x {height} pixels (ratio {width / height:.4g}), and the "
-            f"slide {full_width} x {full_height} (ratio {full_width / full_height:.4g}); a mask covers the whole slide"
-        )
-    scale = np.array([full_width / width, full_height / height])
-    outlines, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    if hierarchy is None:
-        return []
-    rings = [(outline.reshape(-1, 2) * scale).astype(np.int32) for outline in outlines]
-    parents = hierarchy[0, :, 3].tolist()
-    regions = {i: Region([ring], "") for i, ring in enumerate(rings) if parents[i] < 0 and not is_degenerate(ring)}
-    for ring, parent in zip(rings, parents, strict=True):
-        if parent in regions and not is_degenerate(ring):
-            regions[parent].rings.append(ring)
-    empty = sum(parent < 0 for parent in parents) - len(regions)
-    if empty:
-        warn(f"{empty} specks of {path}, one pixel wide, have no area and are ignored")
-    return list(regions.values())
-
-
-def _read_image(path: Path) -> np.ndarray:
-    """uint8 [h, w]: 1 where any colour channel is not 0 and the pixel is not transparent, else 0."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of size and of harmless tags
-            with Image.open(path) as file:
-                image: Image.Image = file
-                if image.mode == "P" and "transparency" in image.info:
-                    image = image.convert("RGBA")
-                elif image.mode in ("1", "CMYK", "YCbCr", "LAB", "HSV", "PA", "La", "RGBa"):
-                    image = image.convert({"1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}.get(image.mode, "RGB"))
-                values: np.ndarray[Any, Any] = np.asarray(image)
-    except Image.DecompressionBombError as exc:
-        raise MaskError(
-            f"{path} is too large ({exc}); a mask at 1/16 of the slide's resolution is accurate enough"
-        ) from exc
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as exc:
-        raise MaskError(f"{path} cannot be read as an image: {' '.join(str(exc).split())}") from exc
-    if values.ndim == 2:
-        return (values != 0).astype(np.uint8)
-    if values.shape[2] in (2, 4):
-        return ((values[..., :-1] != 0).any(2) & (values[..., -1] != 0)).astype(np.uint8)
-    return (values != 0).any(2).astype(np.uint8)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from exaonepath.errors import ScaleError, SettingsError, SlideSkippedError
+from exaonepath.errors import OutputError, ScaleError, SettingsError, SlideSkippedError
 from exaonepath.files.artifact import MadeFrom, refuse_input_as_output, reuse, settings_hash
 from exaonepath.files.atomic import ensure_folder, write_text
 from exaonepath.files.geojson import geojson_made_from, refuse_changed_geojson, write_outlines_geojson
@@ -24,13 +24,8 @@ from exaonepath.slides.image import SlideImage, opened
 from exaonepath.slides.patches.exclusion import region_of_patches
 from exaonepath.slides.patches.grid import PatchGrid, patch_grid
 from exaonepath.slides.patches.picture import draw_tissue, write_picture
-from exaonepath.slides.patches.segmentation import (
-    AUTO,
-    MAX_SEG_PIXELS,
-    SegmentationSettings,
-    Tissue,
-    about_missing,
-)
+from exaonepath.slides.patches.segmentation import Tissue, about_missing
+from exaonepath.slides.patches.settings import AUTO, MAX_SEG_PIXELS, SegmentationSettings
 from exaonepath.slides.patches.tissue import TissueSource, find_tissue, tissue_source
 from exaonepath.slides.scale import GIVEN
 
@@ -176,7 +171,7 @@ def patchfy(
         SlideSkippedError: the slide exceeds `max_seg_pixels`; the reason is in `<out>/skipped/<id>.txt`.
         ScaleError: the pixel size is doubtful and `strict_scale` is set; or a patch of this size would be too large.
         SlideChangedError: the file was replaced while it was read; nothing has been written.
-        MemoryLimitError: segmenting the slide needs more memory than is available.
+        MemoryLimitError: segmenting the slide, or reading a mask, needs more memory than is available.
         OutputError: the output cannot be written.
         OutputCollisionError: the output of a different slide with the same stem exists.
     """
@@ -312,8 +307,11 @@ def _complete_geojson(path: Path, h5_path: Path, stored: PatchSet, made_from: Ma
         return
     written = geojson_made_from(path)
     if written != made_from and (written is not None or not path.exists()):  # a file that the user changed is left
-        ensure_folder(path.parent)
-        write_outlines_geojson(path, read_contours(h5_path), made_from)
+        try:
+            ensure_folder(path.parent)
+            write_outlines_geojson(path, read_contours(h5_path), made_from)
+        except OutputError as exc:  # a folder of finished results may be read-only
+            logger.warning("%s; the contours are stored in %s all the same", exc, h5_path)
 
 
 def _segment(slide: SlideImage, settings: PatchSettings, folder: Path) -> Tissue:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from exaonepath.errors import MissingDependencyError, SettingsError
+from exaonepath.files.outlines import KINDS, Excluded
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.artefacts import check_kinds, find_artefacts
 from exaonepath.slides.patches.given_regions import (
@@ -22,7 +23,8 @@ from exaonepath.slides.patches.given_regions import (
     mask_and_exclusions,
 )
 from exaonepath.slides.patches.rings import is_degenerate
-from exaonepath.slides.patches.segmentation import SegmentationSettings, Tissue, segment_tissue
+from exaonepath.slides.patches.segmentation import Tissue, segment_tissue
+from exaonepath.slides.patches.settings import SegmentationSettings
 from exaonepath.slides.patches.shrinking import WANTED_DOWNSAMPLE
 
 logger = logging.getLogger(__name__)
@@ -229,5 +231,11 @@ def _checked(name: str, tissue: Any, slide: SlideImage) -> Tissue:
         raise wrong(f"{len(contours)} contours with {len(holes)} lists of holes")
     if tissue.seg_level not in range(len(slide.level_dimensions)):
         raise wrong(f"the level {tissue.seg_level!r}")
-    nothing = tissue.nothing if contours else tissue.nothing or f"segmenter {name!r} found no tissue"
-    return tissue._replace(contours=contours, holes=holes, nothing=nothing)
+    excluded = []
+    for region in _listed(tissue.excluded or [], "excluded regions"):
+        if not isinstance(region, Excluded) or region.reason not in KINDS[1:] or not region.rings:
+            raise wrong(f"an excluded region that is not Excluded(rings, reason), with a reason of {KINDS[1:]}")
+        excluded.append(Excluded(rings(region.rings, "excluded regions"), region.reason))
+    nothing = "" if contours else str(tissue.nothing) or f"segmenter {name!r} found no tissue"
+    notes = tuple(str(note) for note in tissue.notes)
+    return Tissue(contours, holes, int(tissue.seg_level), nothing=nothing, excluded=excluded, notes=notes)

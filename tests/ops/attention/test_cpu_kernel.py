@@ -62,6 +62,18 @@ def test_error_is_within_twice_that_of_torch(isa, dim, rope, monkeypatch, device
             assert not found.numel() or (found - right).abs().max() <= limit, lengths
 
 
+@pytest.mark.parametrize("length", [1000, 4000])
+def test_the_error_of_long_segments_is_within_twice_that_of_torch(length, monkeypatch):
+    """Sums of thousands of terms: in one chain they would be off by several times the error of torch."""
+    monkeypatch.setattr(cpu_kernel, "max_length", lambda: 8192)  # with AVX2, too
+    qkv, segments, _ = inputs([length], heads=1, dim=64, rope=False)
+    weight = weight_of(qkv)
+    truth = with_gradient(lambda x: exact(x, segments, None), qkv.double(), weight)
+    run = lambda: with_gradient(lambda x: fragment_attention(x, segments, None), qkv, weight)  # noqa: E731
+    for found, torchs, right in zip(run(), by_torch(monkeypatch, run), truth, strict=True):
+        assert relative(found, right) <= 2 * relative(torchs, right)
+
+
 def test_bits_do_not_depend_on_threads_neighbours_or_strides():
     qkv, segments, rotation = inputs([5, 400, 3, 130], dim=64)
     weight = weight_of(qkv)

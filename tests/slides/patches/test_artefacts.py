@@ -86,6 +86,20 @@ def test_the_limits_of_blur(pixels, tmp_path, sigma, low, high):
     assert low <= precision_and_recall(result, (reduced(blur) > 0) & tissue)[1] <= high
 
 
+@pytest.mark.golden
+def test_half_of_a_real_slide_out_of_focus(data_dir, tmp_path):
+    with SlideImage(data_dir / "slides" / "CMU-1-Small-Region.svs") as slide:
+        width, height = slide.dimensions
+        whole = slide.read_region((0, 0), 0, slide.dimensions)[..., :3]
+    soft, blur = defocus(whole, (0, height // 2, width, height), 4)
+    picture = np.zeros((height, width), np.uint8)
+    for region in found(write_pixels(tmp_path / "a.tif", soft), "blur"):
+        cv2.fillPoly(picture, region.rings, 1)
+    assert precision_and_recall(picture > 0, blur)[0] > 0.85
+    tissue = cv2.cvtColor(whole, cv2.COLOR_RGB2HSV)[..., 1] > 40
+    assert precision_and_recall(picture > 0, blur & tissue)[1] > 0.8
+
+
 @pytest.mark.parametrize("kind", ["pen", "blur"])
 def test_a_clean_slide_has_none(clean, kind):
     assert found(clean, kind) == []

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from exaonepath.errors import DataFileError, OutputCollisionError
+from exaonepath.errors import DataFileError, OutputCollisionError, OutputError
 from exaonepath.files.artifact import settings_hash
 from exaonepath.files.geojson import geojson_made_from, without_collinear_points, write_outlines_geojson
 from exaonepath.files.outlines import Excluded, Outlines
@@ -21,7 +21,8 @@ from exaonepath.log_once import forget
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches import pipeline
 from exaonepath.slides.patches.pipeline import PatchSettings, patchfy
-from exaonepath.slides.patches.segmentation import SegmentationSettings, segment_tissue
+from exaonepath.slides.patches.segmentation import segment_tissue
+from exaonepath.slides.patches.settings import SegmentationSettings
 from exaonepath.synthetic import make_slide
 
 OPTIONS = {"a_t": 0.2, "a_h": 0.01}
@@ -203,6 +204,23 @@ def test_geojson_that_is_missing_is_written_from_the_stored_contours(slide, resu
     shutil.rmtree(path.parent)
     patchfy(slide, result.parents[1], save_mask=False, **OPTIONS)
     assert path.read_bytes() == before
+
+
+def test_a_read_only_folder_of_finished_results_is_used(slide, result, no_work, monkeypatch, caplog):
+    shutil.rmtree(result.parents[1] / "contours")
+
+    def refuse(folder):
+        raise OutputError(f"cannot write {folder}: read-only")
+
+    monkeypatch.setattr(pipeline, "ensure_folder", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert len(patchfy(slide, result.parents[1], save_mask=False, **OPTIONS)[1])
+    assert "are stored in" in caplog.text
+
+
+def test_geojson_alone(slide, tmp_path):
+    assert patchfy(slide, tmp_path, save_h5=False, save_mask=False, save_contours=True)[0] is None
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["case.geojson"]
 
 
 def test_geojson_of_an_earlier_result_is_replaced(slide, result, no_work):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from itertools import chain
@@ -24,7 +25,8 @@ from exaonepath.slides.patches import pipeline, tissue
 from exaonepath.slides.patches.exclusion import region_of_patches
 from exaonepath.slides.patches.pipeline import PatchSettings, patchfy
 from exaonepath.slides.patches.rings import clipped, is_degenerate, strictly_inside
-from exaonepath.slides.patches.segmentation import SegmentationSettings, Tissue
+from exaonepath.slides.patches.segmentation import Tissue
+from exaonepath.slides.patches.settings import SegmentationSettings
 from exaonepath.slides.patches.tissue import TissueSource
 from exaonepath.synthetic import make_slide
 
@@ -131,12 +133,13 @@ def test_degenerate_polygons_are_counted_and_ignored(apply, tmp_path, caplog):
     line, point = [[5, 5], [500, 500], [900, 900]], [[3, 3]]
     tiny = [[5.1, 5.1], [5.2, 5.1], [5.2, 5.2]]
     good = polygon(box(100, 100, 600, 600), line, point)
-    path = write(tmp_path / "a.geojson", polygon(line), polygon(point), polygon(tiny), good)
+    nothing = {"type": "Feature", "geometry": {"type": "MultiPolygon", "coordinates": [[], [[]]]}}
+    path = write(tmp_path / "a.geojson", polygon(line), polygon(point), nothing, polygon(tiny), good)
     with caplog.at_level(logging.WARNING):
         _, _, outlines = apply(mask=path)
     assert len(outlines.contours) == 1
     assert outlines.holes == [[]]
-    assert "has given regions: 3 of 4 regions of " in caplog.text
+    assert "has given regions: 5 of 6 regions of " in caplog.text
 
 
 def test_polygons_are_rounded_and_cut_at_the_border(apply, tmp_path, caplog):
@@ -319,6 +322,15 @@ def test_a_folder_of_masks(slide, apply, tmp_path, caplog):
         apply(mask=tmp_path / "none.geojson")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_mask_that_is_no_file(apply, tmp_path):
+    os.mkfifo(tmp_path / "a.geojson")
+    with pytest.raises(MaskError, match="not a regular file"):
+        apply(mask=tmp_path / "a.geojson")
+    with pytest.raises(MaskError, match=r"cannot be read|no such file"):
+        apply(mask="a\0.geojson")
+
+
 def test_the_slide_is_not_its_own_mask(tmp_path):
     path = make_slide(tmp_path / "case.tif", 1500, 1000, vendor="generic")
     with pytest.raises(MaskError, match="no mask for"):
@@ -394,6 +406,8 @@ def test_settings_that_existed_before_keep_their_hash():
         ({"mask_class": "Tumor"}, "there is none"),
         ({"exclude_class": "Pen"}, "there is none"),
         ({"mask": "x.geojson", "mask_class": [3]}, "must be a name"),
+        ({"mask": 3}, "not as int"),
+        ({"exclude": [polygon(box(0, 0, 9, 9))]}, "not as list"),
     ],
 )
 def test_arguments_that_contradict_each_other(slide, tmp_path, options, says):
@@ -509,12 +523,28 @@ def test_the_plugin_of_the_documentation(slide, apply, monkeypatch, tmp_path):
         (Tissue([np.array(box(0, 0, 9, 9))], [[np.array([[1, 1]])]], 0), "holes that reach beyond"),
         (Tissue([np.array(box(0, 0, 3000, 9))], [[]], 0), "contours that reach beyond"),
         (Tissue([], [], 7), "the level 7"),
+        (Tissue([], [], 0, excluded=[([], "pen")]), "an excluded region that is not"),
+        (Tissue([], [], 0, excluded=[Excluded([np.array(box(0, 0, 9, 9))], "dust")]), "an excluded region that is not"),
+        (Tissue([], [], 0, excluded=[Excluded([np.array(box(0, 0, 9999, 9))], "pen")]), "excluded regions that reach"),
     ],
 )
 def test_what_a_plugin_returns_is_checked(apply, monkeypatch, result, says):
     fake_plugin(monkeypatch, lambda slide, settings: result)
     with pytest.raises(SettingsError, match=says):
         apply(segmenter="deep")
+
+
+def test_a_plugin_may_exclude_regions(apply, monkeypatch):
+    excluded = [Excluded([np.array(box(0, 0, 300, 300))], "blur")]
+    fake_plugin(
+        monkeypatch,
+        lambda slide, settings: Tissue(
+            [np.array(box(0, 0, 600, 600))], [[]], np.int64(0), np.int64(2), excluded=excluded, tries=((0, None, 1),)
+        ),
+    )
+    coords, _, outlines = apply(segmenter="deep")
+    assert [0, 0] not in coords.tolist()
+    assert [region.reason for region in outlines.excluded] == ["blur"]
 
 
 def test_a_plugin_that_finds_nothing_gives_the_reason(apply, monkeypatch, caplog):

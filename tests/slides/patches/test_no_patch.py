@@ -17,7 +17,8 @@ from exaonepath.files.patches import Outcome, read_patches
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches import pipeline
 from exaonepath.slides.patches.pipeline import PatchSettings, patchfy
-from exaonepath.slides.patches.segmentation import SegmentationSettings, segment_tissue
+from exaonepath.slides.patches.segmentation import segment_tissue
+from exaonepath.slides.patches.settings import SegmentationSettings
 from exaonepath.synthetic import make_slide
 
 SCALE = {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}
@@ -122,7 +123,7 @@ def test_overlooked_tissue_is_a_stored_warning(tmp_path, soft):
 
 def test_auto_shrinks_levels_that_are_much_finer_only(tmp_path, soft, caplog):
     flat = write(tmp_path / "flat.tif", soft)
-    pyramid = make_slide(tmp_path / "pyramid.svs", 9000, 7000, fragments=2, seed=1, levels=(1, 4, 32))
+    pyramid = make_slide(tmp_path / "pyramid.svs", 5000, 4000, fragments=2, seed=1, levels=(1, 4, 32))
     with caplog.at_level(logging.WARNING):
         for path, shrink in ((flat, 8), (pyramid, 1)):
             with SlideImage(path) as slide:
@@ -133,6 +134,13 @@ def test_auto_shrinks_levels_that_are_much_finer_only(tmp_path, soft, caplog):
                 for ours, theirs in zip(automatic.contours, explicit.contours, strict=True):
                     np.testing.assert_array_equal(ours, theirs)
     assert not caplog.text
+
+
+def test_numbers_of_numpy_are_settings(tmp_path, soft):
+    path = write(tmp_path / "a.tif", soft)
+    first = patchfy(path, tmp_path, seg_downsample=np.int64(4), sthresh=np.int32(8), save_mask=False)[1]
+    assert stored(tmp_path, "a").shrink == 4
+    np.testing.assert_array_equal(patchfy(path, tmp_path, seg_downsample=4.0, save_mask=False)[1], first)
 
 
 def test_auto_is_a_setting_of_its_own(tmp_path, soft):

@@ -30,7 +30,8 @@ from exaonepath.files.patches import read_patches
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches import pipeline
 from exaonepath.slides.patches.pipeline import patchfy
-from exaonepath.slides.patches.segmentation import SegmentationSettings, segment_tissue
+from exaonepath.slides.patches.segmentation import segment_tissue
+from exaonepath.slides.patches.settings import SegmentationSettings
 from exaonepath.synthetic import make_slide
 
 GOLDENS = [

@@ -19,7 +19,8 @@ from exaonepath.reference.patches import segment_at_once
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches import levels, saturation, segmentation
 from exaonepath.slides.patches.levels import LevelReader
-from exaonepath.slides.patches.segmentation import SegmentationSettings, segment_tissue
+from exaonepath.slides.patches.segmentation import segment_tissue
+from exaonepath.slides.patches.settings import SegmentationSettings
 from exaonepath.synthetic import make_slide
 
 

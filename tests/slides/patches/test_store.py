@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from exaonepath.errors import DataFileError
-from exaonepath.files.patches import read_patches
+from exaonepath.files.patches import read_contours, read_patches
 
 
 @pytest.fixture
@@ -30,6 +30,9 @@ def test_original(original):
     assert (patches.patch_size, patches.patch_level, patches.name) == (259, 1, "case")
     assert patches.slide_fingerprint is None
     assert patches.settings_hash is None
+    assert (patches.has_outlines, patches.outcome) == (False, None)
+    with pytest.raises(DataFileError, match="holds no contours"):
+        read_contours(original)
 
 
 def test_without_contour_index(original):
