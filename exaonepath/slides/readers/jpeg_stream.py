@@ -1,9 +1,9 @@
 """Whether a JPEG stream is complete. libjpeg fills what is missing with one colour and reports no error.
 
 Decoding a tile twice, the second time with more bytes at its end, shows it: the bytes change nothing if the stream is
-complete, and they are used if it is not. This is done only where the last unit of the tile has one colour. (A unit is
-what is stored together: 8 x 8 pixels, or up to 16 x 16 where colours have a lower resolution.) Less than a unit that is
-missing at the end is not noticed.
+complete, and they are used if it is not. This is done only where the last units of the tile, 32 pixels wide, have one
+colour, as the filled ones have. (A unit is what is stored together: 8 x 8 pixels, or up to 16 x 16 where colours have a
+lower resolution.) Less than these 32 pixels that are missing at the end are not noticed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 _START_OF_SCAN, _END = b"\xff\xda", b"\xff\xd9"
 _END_SLACK = 256  # bytes that may follow the end mark; some writers pad tiles
 _MORE_BYTES = bytes([0x55]) * 64
+_WIDTH = 32  # pixels at the end that are looked at, a whole number of units
 _SEQUENTIAL = (0xC0, 0xC1)  # segments that state the size of a unit
 
 
@@ -40,8 +41,8 @@ def is_complete(data: bytes, pixels: np.ndarray, decode: Callable[[bytes], np.nd
     height, width = _unit(data[: max(0, data.find(_START_OF_SCAN))])
     # Without the row and the column whose colour is mixed with that of the units before, where colours are subsampled.
     rows = (pixels.shape[0] - 1) % height + 1 - (height > 8)
-    columns = (pixels.shape[1] - 1) % width + 1 - (width > 8)
-    last = pixels[pixels.shape[0] - rows :, pixels.shape[1] - columns :]
+    columns = (pixels.shape[1] - 1) % width + 1 - (width > 8) + _WIDTH - width
+    last = pixels[pixels.shape[0] - rows :, max(0, pixels.shape[1] - columns) :]
     if last.size and (last != last[-1, -1]).any():
         return True
     end = data.rfind(_END)
