@@ -269,7 +269,8 @@ def _refusal(work: Workload, plan: MemoryPlan, limit: int, where: str) -> str:
     advice = []
     if work.compute.itemsize > 2:
         half = _with_rows(replace(work, compute=torch.bfloat16, cast_weights=work.weights // 6), _ROWS_MIN)
-        advice.append(f"compute in bfloat16 ({in_gb(half.total)})")
+        if half.total < plan.total:  # on the CPU, float32 has a kernel that needs less
+            advice.append(f"compute in bfloat16 ({in_gb(half.total)})")
     if (work.features_on_device or work.output_on_device) and work.device != "cpu":
         streamed = _with_rows(replace(work, features_on_device=False, output_on_device=False), _ROWS_MIN)
         advice.append(f"leave features and embeddings in the host's memory (encode_streamed, {in_gb(streamed.total)})")

@@ -145,7 +145,7 @@ def test_a_real_slide_on_the_cpu_stays_within_its_plan(live_memory, monkeypatch,
     monkeypatch.setattr(cpu_kernel, "max_length", lambda: longest)
     if longest:
         # The workspaces of the C++ kernel are not torch's, which counts here.
-        assert cpu_kernel.workspace_bytes(dtype, 48, 3001) > 1 << 20
+        assert cpu_kernel.workspace_bytes(dtype, 48, 3001) > torch.get_num_threads() << 19
         monkeypatch.setattr(cpu_kernel, "workspace_bytes", lambda *_: 1)
     monkeypatch.setattr(memory_plan, "_ROWS_CPU", 64)
     cfg = {"input_dim": 40, "embed_dim": 96, "depth": 2, "num_heads": 2, "ffn_layer": "swiglu32"}

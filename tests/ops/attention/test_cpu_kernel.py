@@ -34,7 +34,7 @@ def by_torch(monkeypatch, run):
         return run()
 
 
-CASES = [*SHAPES.values(), [3] * 50, [700, 1, 300], [48, 47, 49, 95, 97]]
+CASES = [*SHAPES.values(), [700, 1, 300], [3] * 50, [48, 47, 49, 95, 97]]
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "sse2", "generic"])
@@ -44,7 +44,7 @@ def test_error_is_within_twice_that_of_torch(isa, dim, rope, monkeypatch, device
     for name in ("attention_cpu", "attention_backward_cpu"):
         real = getattr(EXTENSION, name)
         monkeypatch.setattr(EXTENSION, name, lambda real=real, **kw: real(**kw, isa=isa))
-    for lengths in CASES if dim == 64 else CASES[5:]:
+    for lengths in CASES if dim == 64 else CASES[-2:]:
         qkv, segments, rotation = inputs(lengths, dim=dim, rope=rope)
         weight = weight_of(qkv)
         truth = with_gradient(lambda x: exact(x, segments, rotation), qkv.double(), weight)  # noqa: B023

@@ -20,7 +20,7 @@ import pytest
 pytest.importorskip("triton")
 
 SCRIPT = Path(compile_ahead.__file__)
-# The versions that users get with torch 2.10 and later, and the one of CI.
+# Those that users get with torch 2.11, and with 2.12.1 and 2.13; and the one of CI.
 VERSIONS = ("3.6.0", "3.7.1", "3.9.0")
 
 # Limits of a multiprocessor (CUDA programming guide, technical specifications): shared memory of one program and of
