@@ -161,12 +161,11 @@ def test_readers(benchmark, compare, slides, name, patch):
 
 
 @pytest.mark.parametrize("patch", [256, 506])
-@pytest.mark.parametrize("name", ["JPEG", "JPEG 2000"])
-def test_threads(compare, slides, name, patch):
-    """Two threads against one."""
-    with SlideImage(slides[name]) as slide:
+def test_threads(compare, slides, patch):
+    """Two threads against one. It shows something only where a core is free for each."""
+    with SlideImage(slides["JPEG"]) as slide:
         two, one = (lambda threads=threads: exhaust(slide, patch, threads) for threads in (2, 1))
-        compare(f"reader {name} {patch} px, 2 threads against 1", two, one, rounds=ROUNDS, threads=2)
+        compare(f"reader JPEG {patch} px, 2 threads against 1", two, one, rounds=2 * ROUNDS, threads=2)
 
 
 @pytest.mark.parametrize("reader", ["auto", "openslide"])
