@@ -82,8 +82,15 @@ def session(pytestconfig) -> Session:
     return pytestconfig.bench_session
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _time_of_the_file(request, session) -> None:
+    files = list(dict.fromkeys(item.path for item in request.session.items))
+    if not session.full:
+        session.share_time(len(files) - files.index(request.path))
+
+
 @pytest.fixture(autouse=True)
-def _time_left(session) -> None:
+def _time_left(session, _time_of_the_file) -> None:
     """Every benchmark skips once the session's time is spent."""
     session.need_time()
 

@@ -9,19 +9,21 @@ from exaonepath.encoders import patch_encoder
 from exaonepath.encoders.loading import load_patch_encoder
 from exaonepath.reference.patch_encoder import patch_encoder as reference
 
-BATCH = 16
+BATCH, SMALL_BATCH = 16, 4
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("baseline_batch", [1, BATCH])
-def test_patch_encoder(compare, session, device, dtype, baseline_batch):
+@pytest.mark.parametrize("together", [False, True], ids=["one-by-one", "together"])
+def test_patch_encoder(compare, session, device, dtype, together):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     session.need_dtype(device, dtype)
     encoder = load_patch_encoder("random:0", device=device)
     state = {name.removeprefix("patch_encoder.backbone."): t for name, t in encoder.model.state_dict().items()}
-    images = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
+    batch = BATCH if session.full or device == "cuda" else SMALL_BATCH
+    baseline_batch = batch if together else 1
+    images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
     half = dtype == "bfloat16"
 
     def run(call) -> torch.Tensor:
@@ -45,7 +47,7 @@ def test_patch_encoder(compare, session, device, dtype, baseline_batch):
         plain,
         rounds=3,
         device=device,
-        patches=BATCH,
+        patches=batch,
         dtype=dtype,
     )
 
@@ -59,7 +61,8 @@ def test_last_block(compare, session, monkeypatch, device, dtype):
     if device == "cpu" and dtype != "float32" and not session.full:
         pytest.skip("EXAONEPATH_BENCH=full runs this case")
     model = load_patch_encoder("random:0", device=device).model
-    images = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
+    batch = BATCH if session.full or device == "cuda" else SMALL_BATCH
+    images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
 
     def ours() -> torch.Tensor:
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -75,4 +78,4 @@ def test_last_block(compare, session, monkeypatch, device, dtype):
 
     one, two = ours(), all_tokens()
     assert (one - two).norm() <= (3e-2 if dtype == "bfloat16" else 1e-5) * two.norm()
-    compare(f"last block {device}", ours, all_tokens, rounds=5, device=device, patches=BATCH, dtype=dtype)
+    compare(f"last block {device}", ours, all_tokens, rounds=5, device=device, patches=batch, dtype=dtype)

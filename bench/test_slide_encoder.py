@@ -23,10 +23,11 @@ def device(request) -> torch.device:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("n", [4_000, 20_000])
+@pytest.mark.parametrize("n", [1_000, 4_000, 20_000])
 def test_slide_encoder(compare, full, session, device, n, dtype):
-    if n > 4_000 and not full:
+    if n > 1_000 and not full:
         pytest.skip("EXAONEPATH_BENCH=full runs this size")
+    session.need_dtype(device.type, dtype)
     encoder = load_slide_encoder("random:0", device=device)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in encoder.model.state_dict().items()}
     periods = encoder.model.transformer.rope_embed().to(device)

@@ -45,7 +45,7 @@ FAILURES = (
 LOST_DEVICE = 86  # exit status: the CUDA context is gone, run again without the candidate that was named
 
 _SHOWN = 200
-_SECONDS = 280  # the case that is running then ends within five minutes
+_SECONDS = 270  # the case that is running then ends within five minutes
 
 
 def reason(error: BaseException) -> str:
@@ -57,15 +57,16 @@ def reason(error: BaseException) -> str:
 class Session:
     """Rows measured so far; with EXAONEPATH_BENCH_SAVE=1 each is appended to its table at once.
 
-    EXAONEPATH_BENCH_SECONDS ends the session softly: what would start later skips; with the small sizes it is five
-    minutes, which a fast machine does not need. EXAONEPATH_BENCH_RESUME=1 skips what
-    rows of the same code and device already answer. EXAONEPATH_BENCH_WITHOUT names candidates to leave out, by commas.
+    EXAONEPATH_BENCH_SECONDS ends the session softly: what would start later skips. With the small sizes it is five
+    minutes, shared among the files. EXAONEPATH_BENCH_RESUME=1 skips what rows of the same code and device already
+    answer. EXAONEPATH_BENCH_WITHOUT names candidates to leave out, by commas.
     EXAONEPATH_BENCH=full asks for the large sizes; "short" for them too, with the strongest peers and few repetitions.
     """
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, dict[str, Any]]] = []
         self._start = time.monotonic()
+        self._until = float("inf")
         self._save = os.environ.get("EXAONEPATH_BENCH_SAVE") == "1"
         asked = os.environ.get("EXAONEPATH_BENCH")
         self.full = asked in ("full", "short")
@@ -87,10 +88,15 @@ class Session:
         if self._save:
             table.append(name, row)
 
+    def share_time(self, files_left: int) -> None:
+        """Give the file of benchmarks that begins now its part of the time left; what it does not use, others get."""
+        now = time.monotonic()
+        self._until = now + max(0.0, self._start + self._seconds - now) / files_left
+
     def need_time(self) -> None:
-        """Skip the test where the session's time is up."""
-        if time.monotonic() - self._start > self._seconds:
-            pytest.skip("out of time: EXAONEPATH_BENCH_SECONDS is spent")
+        """Skip the test where the session's time, or the part of it for this file, is spent."""
+        if time.monotonic() > min(self._until, self._start + self._seconds):
+            pytest.skip("out of time: EXAONEPATH_BENCH_SECONDS is spent, or this file's part of it")
 
     def need_dtype(self, device: str, dtype: str) -> None:
         """Skip half precision on a CPU without instructions for it, unless all sizes are asked for."""
