@@ -91,6 +91,8 @@ def _read(path: Path) -> bytes:
 
 def _objects(path: Path, value: Any, ignored: Counter[str]) -> Iterator[tuple[Any, str]]:
     """(geometry, class name) of the objects of a document."""
+    if isinstance(value, dict) and value.get("crs") is not None:
+        ignored["coordinate reference system (coordinates are level-0 pixels)"] += 1
     if isinstance(value, dict) and value.get("type") == "FeatureCollection":
         value = value.get("features")
         if not isinstance(value, list):

@@ -34,7 +34,8 @@ Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
 # The arguments of `patchfy` that decide the position of the patches.
-_FIELDS = {f.name for kind in (PatchSettings, SegmentationSettings) for f in fields(kind)} - {"segmentation", "source"}
+_DERIVED = {"segmentation", "source", "reader"}
+_FIELDS = {f.name for kind in (PatchSettings, SegmentationSettings) for f in fields(kind)} - _DERIVED
 _SOURCES = {"segmenter", "mask", "mask_class", "exclude", "exclude_class", "remove", "geojson_origin"}
 
 SLIDE_SUFFIXES = frozenset(

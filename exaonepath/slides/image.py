@@ -86,6 +86,10 @@ class SlideImage:
         self._fingerprint: str | None = None
         self.check_unchanged()
 
+    def reader_settings(self) -> dict[str, str]:
+        """What the reader adds to the settings of a result: nothing if its pixels are those of OpenSlide."""
+        return {} if self._reader.as_openslide else {"reader": self.reader}
+
     @property
     def dimensions(self) -> tuple[int, int]:
         """(width, height) of level 0 in pixels."""

@@ -187,6 +187,10 @@ def ome_scale(properties: Mapping[str, str]) -> OmeScale | None:
         sizes.append(None if value is None or factor is None else value * factor)
         if axis == "X" and size is not None and sizes[0] is None:
             found.append(f"states a pixel size of {size[:40]!r} {unit[:20]!r} in its OME-XML, which cannot be used")
+    if sizes[0] is None and sizes[1] is not None and not found:
+        found.append(
+            f"states a pixel size of {sizes[1]:g} um for the vertical axis only, in its OME-XML; it is not used"
+        )
     if not sure and len({(image.get("PhysicalSizeX"), image.get("PhysicalSizeXUnit")) for image in images}) > 1:
         found.append(
             f"has OME-XML with {len(images)} images of different pixel sizes, and does not state which one is level 0; "

@@ -140,7 +140,8 @@ def extract_features(
             "weights_fingerprint": weights_fingerprint,
             "dtype": str(dtype).removeprefix("torch."),
         }
-        key = settings_hash({**attrs, "coords": _digest(patches.coords), "contours": _digest(patches.contour_index)})
+        inputs = {"coords": _digest(patches.coords), "contours": _digest(patches.contour_index)}
+        key = settings_hash({**attrs, **inputs, **slide.reader_settings()})
         attrs |= {
             "settings_hash": key,
             "slide_path": str(slide.path.resolve()),

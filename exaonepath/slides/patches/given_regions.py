@@ -127,12 +127,15 @@ def mask_and_exclusions(
     exclude: RegionFile | None,
     exclude_classes: Sequence[str],
     origin: tuple[int, int] = (0, 0),
+    *,
+    exclude_given: bool = False,
 ) -> tuple[list[Region], list[Excluded], tuple[str, ...]]:
     """The regions of tissue (empty without a mask), the regions to exclude, and the warnings that were logged.
 
     In a mask, annotations of class "Excluded" (which this package writes), of QuPath's ignored classes (their names end
-    with *), and of `exclude_classes` if there is no file `exclude`, are regions to exclude. Everything else is tissue,
-    or, with `mask_classes`, what has one of these classes. `origin`: see `read_regions`.
+    with *), and of `exclude_classes`, are regions to exclude; but `exclude_classes` are those of the file `exclude` if
+    regions to exclude were given (`exclude_given`), also where they hold no file for this slide. Everything else is
+    tissue, or, with `mask_classes`, what has one of these classes. `origin`: see `read_regions`.
 
     Raises:
         MaskError: a file cannot be read, does not fit the slide, or holds no tissue to use.
@@ -147,7 +150,7 @@ def mask_and_exclusions(
 
     if mask is not None:
         regions = read_regions(mask.path, slide, origin, warn)
-        own_exclusions = exclude_classes if exclude is None else ()
+        own_exclusions = () if exclude_given else exclude_classes
         for region in regions:
             if _is_exclusion(region.class_name) or _named(region, own_exclusions):
                 excluded.append(Excluded(region.rings, "excluded"))
@@ -158,10 +161,11 @@ def mask_and_exclusions(
         if not tissue:
             wanted = f" of class {', '.join(mask_classes)}" if mask_classes else ""
             raise MaskError(f"{mask.path} has no region of tissue{wanted}; {_classes_of(regions)}")
-        _warn_missing(mask.path, regions, own_exclusions, warn)
+        _warn_missing(mask.path, regions, mask_classes, "as tissue", warn)
+        _warn_missing(mask.path, regions, own_exclusions, "to exclude", warn)
     if exclude is not None:
         regions = read_regions(exclude.path, slide, origin, warn)
-        _warn_missing(exclude.path, regions, exclude_classes, warn)
+        _warn_missing(exclude.path, regions, exclude_classes, "to exclude", warn)
         if exclude_classes:
             regions = [r for r in regions if _named(r, exclude_classes)]
         excluded += [Excluded(r.rings, "excluded") for r in regions]
@@ -169,7 +173,7 @@ def mask_and_exclusions(
 
 
 def _is_exclusion(class_name: str) -> bool:
-    return class_name.partition(":")[0] == EXCLUDED_CLASS or class_name.endswith("*")
+    return class_name.partition(":")[0].casefold() == EXCLUDED_CLASS.casefold() or class_name.endswith("*")
 
 
 def _named(region: Region, classes: Iterable[str]) -> bool:
@@ -181,10 +185,10 @@ def _classes_of(regions: Sequence[Region]) -> str:
     return "its classes are " + ", ".join(f"{name or '(none)'} ({count})" for name, count in counts.items())
 
 
-def _warn_missing(path: Path, regions: Sequence[Region], classes: Sequence[str], warn: Warn) -> None:
+def _warn_missing(path: Path, regions: Sequence[Region], classes: Sequence[str], purpose: str, warn: Warn) -> None:
     missing = [name for name in classes if not any(_named(r, [name]) for r in regions)]
     if missing:
-        warn(f"{path} has no region of class {', '.join(missing)} to exclude; {_classes_of(regions)}")
+        warn(f"{path} has no region of class {', '.join(missing)} {purpose}; {_classes_of(regions)}")
 
 
 def bounds_origin(slide: SlideImage) -> tuple[int, int]:

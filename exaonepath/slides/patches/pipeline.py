@@ -45,6 +45,7 @@ class PatchSettings:
         segmentation: settings of the tissue segmentation.
         source: where the tissue of the slide comes from.
         mpp: the pixel size if the user states it, in micrometres.
+        reader: what the slide's reader adds to the settings (see `SlideImage.reader_settings`).
     """
 
     patch_size: int = 256
@@ -53,6 +54,7 @@ class PatchSettings:
     segmentation: SegmentationSettings = field(default_factory=SegmentationSettings)
     source: TissueSource = field(default_factory=TissueSource)
     mpp: float | None = None
+    reader: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "step_size"):
@@ -74,7 +76,7 @@ class PatchSettings:
         values |= {name: value if value == AUTO else kinds[name](value) for name, value in seg.items()}
         values |= {"use_otsu": values["use_otsu"] or self.source.segmenter == "otsu"} | self.source.as_json()
         # The file's own pixel size follows from its content. So the settings of earlier results stay equal.
-        return values if self.mpp is None else values | {"mpp": float(self.mpp)}
+        return values | ({} if self.mpp is None else {"mpp": float(self.mpp)}) | dict(self.reader)
 
     def effective(self, slide: SlideImage) -> tuple[int, int]:
         """(patch size, step) in level-0 pixels of this slide.
@@ -200,7 +202,12 @@ def patchfy(
             remove=remove,
             geojson_origin=geojson_origin,
         )
-        settings = replace(settings, source=source, mpp=slide.mpp if slide.mpp_source == GIVEN else None)
+        settings = replace(
+            settings,
+            source=source,
+            mpp=slide.mpp if slide.mpp_source == GIVEN else None,
+            reader=slide.reader_settings(),
+        )
         folder = Path(out)
         h5_path = folder / "patches" / f"{slide.name}.h5"
         mask_path = folder / "masks" / f"{slide.name}.jpg"

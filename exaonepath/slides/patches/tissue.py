@@ -45,6 +45,7 @@ class TissueSource:
         mask, mask_classes: regions of tissue, and the classes of them that are used; none: all.
         exclude, exclude_classes: regions to leave out, in the same way.
         remove: kinds of artefacts to look for and to leave out, "pen" and "blur".
+        exclude_given: whether a file or folder of regions to leave out was given, also if it has none for this slide.
         origin: level-0 position from which the coordinates of GeoJSON files count.
     """
 
@@ -55,6 +56,7 @@ class TissueSource:
     exclude: RegionFile | None = None
     exclude_classes: tuple[str, ...] = ()
     remove: tuple[str, ...] = ()
+    exclude_given: bool = False
     origin: tuple[int, int] = (0, 0)
 
     def as_json(self) -> dict[str, Any]:
@@ -68,7 +70,7 @@ class TissueSource:
         ):
             if file is not None:
                 values[name] = file.sha256
-            if classes:
+            if classes and (name == "mask" or file is not None or not self.exclude_given):
                 values[f"{name}_classes"] = sorted({text.casefold() for text in classes})
         if self.origin != (0, 0) and (self.mask or self.exclude):
             values["geojson_origin"] = list(self.origin)
@@ -112,7 +114,7 @@ def check_source(
     check_kinds(kinds)
     for path in (mask, exclude):
         check_exists(path)
-    return TissueSource(segmenter, plugin, None, classes, None, excluded_classes, kinds)
+    return TissueSource(segmenter, plugin, None, classes, None, excluded_classes, kinds, exclude is not None)
 
 
 def tissue_source(
@@ -152,7 +154,13 @@ def find_tissue(slide: SlideImage, settings: SegmentationSettings, source: Tissu
         expected form, and whatever error it raises itself.
     """
     regions, excluded, notes = mask_and_exclusions(
-        slide, source.mask, source.mask_classes, source.exclude, source.exclude_classes, source.origin
+        slide,
+        source.mask,
+        source.mask_classes,
+        source.exclude,
+        source.exclude_classes,
+        source.origin,
+        exclude_given=source.exclude_given,
     )
     if source.mask is not None:
         level = slide.get_best_level_for_downsample(WANTED_DOWNSAMPLE)

@@ -32,9 +32,12 @@ class SlideReader(ABC):
             from these (`openslide.mpp-x`, ...), and the size of tiles (`openslide.level[0].tile-width`, ...).
         level_dimensions: (width, height) of each level in pixels, largest first.
         scalar_downsamples: the factor by which a level-0 location is divided to find the pixel of a level.
+        as_openslide: whether levels and pixels are those of OpenSlide: it reads them, or a comparison showed it.
+            Results of such readers stand for each other.
     """
 
     name: str
+    as_openslide: bool = False
     path: Path
     properties: dict[str, str]
     level_dimensions: tuple[tuple[int, int], ...]

@@ -145,6 +145,7 @@ def fast_reader(slide: OpenSlideReader, *, compare: bool = True) -> FastReader |
         reader = FastReader(slide, TiffTiles(slide.path, chosen), numbers)
     except OSError as exc:
         return f"the file cannot be opened again ({exc})"
+    reader.as_openslide = compare
     difference = _difference(reader) if compare else None
     if difference is not None:
         reader.tiles.close()

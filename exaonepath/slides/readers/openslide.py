@@ -35,6 +35,7 @@ class OpenSlideReader(SlideReader):
     """
 
     name = "openslide"
+    as_openslide = True
 
     def __init__(self, path: Path, check_unchanged: Callable[[], None]) -> None:
         self.path = path

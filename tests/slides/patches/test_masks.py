@@ -552,3 +552,84 @@ def test_a_plugin_that_finds_nothing_gives_the_reason(apply, monkeypatch, caplog
     with caplog.at_level(logging.WARNING):
         assert len(apply(segmenter="deep")[0]) == 0
     assert "segmenter 'deep' found no tissue" in caplog.text
+
+
+def test_a_coarse_image_covers_what_its_pixels_cover(apply, tmp_path):
+    """Not one pixel less on the right and below, where outlines through the centres of pixels would end."""
+    for name, size in (("one.png", (1, 1)), ("few.png", (15, 11)), ("more.png", (30, 22)), ("exact.png", SIZE)):
+        Image.fromarray(np.full(size[::-1], 255, np.uint8)).save(tmp_path / name)
+        (contour,) = apply(mask=tmp_path / name)[2].contours
+        assert (contour.min(0).tolist(), contour.max(0).tolist()) == ([0, 0], [SIZE[0] - 1, SIZE[1] - 1]), name
+    mask = np.zeros((11, 15), np.uint8)  # a pixel covers 200 x 200 of the slide
+    mask[2:9, 3:13] = 1
+    mask[4:6, 5:9] = 0
+    Image.fromarray(mask).save(tmp_path / "hole.png")
+    outlines = apply(mask=tmp_path / "hole.png")[2]
+    ((contour,), ((hole,),)) = outlines.contours, outlines.holes
+    assert (contour.min(0).tolist(), contour.max(0).tolist()) == ([600, 400], [2599, 1799])
+    # As OpenCV's, the outline of a hole runs on the tissue around it.
+    assert (hole.min(0).tolist(), hole.max(0).tolist()) == ([999, 799], [1800, 1200])
+
+
+def test_an_image_is_a_mask_only_as_it_lies_on_the_slide(apply, tmp_path):
+    half = np.zeros((11, 15), np.uint8)
+    half[:, :8] = 255
+    image = Image.fromarray(half)
+    exif = Image.Exif()
+    exif[274] = 3
+    image.save(tmp_path / "turned.png", exif=exif)
+    image.save(tmp_path / "turned.tif", tiffinfo={274: 3})
+    for name in ("turned.png", "turned.tif"):
+        with pytest.raises(MaskError, match="states a rotation"):
+            apply(mask=tmp_path / name)
+    image.save(tmp_path / "lossy.png", format="JPEG")
+    with pytest.raises(MaskError, match="is JPEG, whatever its name says"):
+        apply(mask=tmp_path / "lossy.png")
+
+
+def test_no_number_is_background(apply, tmp_path):
+    values = np.full((11, 15), np.nan, np.float32)
+    values[2:9, 3:13] = 1
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    (contour,) = apply(mask=tmp_path / "a.tif")[2].contours
+    assert contour.max(0).tolist() == [2599, 1799]
+
+
+def test_a_class_that_no_region_has_is_warned_about(apply, tmp_path, caplog):
+    square = [[300, 300], [1500, 300], [1500, 1500], [300, 1500]]
+    region = polygon(square, classification={"name": "Tumor"})
+    (tmp_path / "a.geojson").write_text(json.dumps(region))
+    with caplog.at_level(logging.WARNING):
+        apply(mask=tmp_path / "a.geojson", mask_class=["Tumor", "Fodl"])
+    assert "has no region of class Fodl as tissue; its classes are Tumor (1)" in caplog.text
+
+
+def test_classes_to_exclude_mean_the_same_for_every_slide(apply, tmp_path):
+    """A folder of regions without a file for this slide: the classes are not those of the mask."""
+    left, right = ([[x, 300], [x + 1000, 300], [x + 1000, 1800], [x, 1800]] for x in (300, 1600))
+    features = [polygon(left, classification={"name": "A"}), polygon(right, classification={"name": "Fold"})]
+    (tmp_path / "mask.geojson").write_text(json.dumps(features))
+    (tmp_path / "others").mkdir()
+    options = {"mask": tmp_path / "mask.geojson", "exclude_class": "Fold"}
+    assert len(apply(**options)[2].contours) == 1
+    with_folder = apply(**options, exclude=tmp_path / "others")[2]  # also: the stored result is not used again
+    assert len(with_folder.contours) == 2
+    assert not with_folder.excluded
+
+
+@pytest.mark.parametrize("name", ["excluded", "EXCLUDED: pen"])
+def test_the_class_of_excluded_regions_in_any_case(apply, tmp_path, name):
+    left, right = ([[x, 300], [x + 1000, 300], [x + 1000, 1800], [x, 1800]] for x in (300, 1600))
+    features = [polygon(left), polygon(right, classification={"name": name})]
+    (tmp_path / "a.geojson").write_text(json.dumps(features))
+    outlines = apply(mask=tmp_path / "a.geojson")[2]
+    assert (len(outlines.contours), len(outlines.excluded)) == (1, 1)
+
+
+def test_a_coordinate_reference_system_is_warned_about(apply, tmp_path, caplog):
+    feature = polygon([[300, 300], [1500, 300], [1500, 1500], [300, 1500]])
+    crs = {"type": "name", "properties": {"name": "urn:ogc:def:crs:OGC:1.3:CRS84"}}
+    (tmp_path / "a.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature], "crs": crs}))
+    with caplog.at_level(logging.WARNING):
+        apply(mask=tmp_path / "a.geojson")
+    assert "1 coordinate reference system" in caplog.text

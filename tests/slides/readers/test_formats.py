@@ -12,6 +12,7 @@ import tifffile
 from exaonepath.errors import SlideOpenError
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.levels import LevelReader
+from exaonepath.slides.patches.pipeline import patchfy
 
 LOSSLESS = {
     "uncompressed": {},
@@ -292,3 +293,31 @@ def test_a_flat_slide_of_huge_tiles_is_compared_in_moderation(tmp_path):
         assert slide.reader == "tiff"
         assert slide._reader.tiles.cache.decoded <= 2
         assert slide.read_rgb((99_990, 99_990), 0, (20, 20))[0].shape == (20, 20, 3)
+
+
+def test_results_of_a_reader_with_other_pixels_are_not_used_again(tmp_path, pixels, caplog):
+    """OpenSlide sees level 0 of this OME-TIFF only, so the tissue is another one than on the pyramid."""
+    path = tmp_path / "a.ome.tif"
+    options = {"tile": (128, 128), "photometric": "rgb"}
+    with tifffile.TiffWriter(path, ome=True) as file:
+        file.write(pixels, subifds=1, metadata={"axes": "YXS", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}, **options)
+        file.write(np.ascontiguousarray(pixels[::2, ::2]), subfiletype=1, **options)
+    reused = []
+    with caplog.at_level(logging.INFO):
+        for reader in ("openslide", "openslide", "auto", "auto", "tiff", "openslide"):
+            caplog.clear()
+            with SlideImage(path, reader) as slide:
+                patchfy(slide, tmp_path / "out")
+            reused.append("patches taken from" in caplog.text)
+    assert reused == [False, True, False, True, True, False]
+
+
+@pytest.mark.parametrize(("readers", "reused"), [(("openslide", "auto"), True), (("auto", "tiff"), False)])
+def test_results_of_compared_readers_stand_for_each_other(write, tmp_path, pixels, caplog, readers, reused):
+    path = write("a.tif", pixels)
+    with caplog.at_level(logging.INFO):
+        for reader in readers:
+            caplog.clear()
+            with SlideImage(path, reader) as slide:
+                patchfy(slide, tmp_path / "out")
+    assert ("patches taken from" in caplog.text) == reused
