@@ -10,6 +10,7 @@ EXAONEPATH_BENCH=full takes a slide of 12,000 x 9,000 pixels in place of 3,600 x
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections import deque
@@ -23,9 +24,12 @@ import pytest
 import tifffile
 import torch
 
+from exaonepath.files.features import read_features
+from exaonepath.slides.features.extract import extract_features
 from exaonepath.slides.features.preprocessing import PreprocessingConfig
 from exaonepath.slides.features.reader import PatchReader
 from exaonepath.slides.image import SlideImage
+from exaonepath.slides.patches.pipeline import patchfy
 from exaonepath.slides.readers.tiff_image import Codec
 from exaonepath.slides.readers.tiff_tiles import TiffTiles
 from exaonepath.synthetic import make_slide
@@ -166,6 +170,31 @@ def test_threads(compare, slides, patch):
     with SlideImage(slides["JPEG"]) as slide:
         two, one = (lambda threads=threads: exhaust(slide, patch, threads) for threads in (2, 1))
         compare(f"reader JPEG {patch} px, 2 threads against 1", two, one, rounds=2 * ROUNDS, threads=2)
+
+
+class MeanColour(torch.nn.Module):
+    """Stands in for the patch encoder, in no time."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)).repeat(1, 256)
+
+
+@pytest.mark.parametrize("name", ["JPEG", "deflate"])
+def test_whole_slide(compare, slides, tmp_path, name):
+    """Opening, segmentation, patches, and features with an encoder that takes no time: what a fast GPU would see."""
+    encoder, numbers = MeanColour(), itertools.count()
+
+    def run(reader: str) -> Path:
+        out = tmp_path / str(next(numbers))
+        with SlideImage(slides[name], reader) as slide:
+            # The slide has one level: it is segmented near the scale that the segmentation is made for.
+            patches = patchfy(slide, out, seg_downsample="auto", save_mask=False)[0]
+            extract_features(slide, patches, out / "features.h5", encoder, weights="none", weights_fingerprint="none")
+        return out / "features.h5"
+
+    one, two = (read_features(run(reader)).features for reader in ("auto", "openslide"))
+    assert np.array_equal(one, two)
+    compare(f"whole slide, {name}", lambda: run("auto"), lambda: run("openslide"), rounds=3, patches=len(one))
 
 
 @pytest.mark.parametrize("reader", ["auto", "openslide"])
