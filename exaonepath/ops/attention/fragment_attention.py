@@ -138,14 +138,17 @@ def fragment_attention(
     )
     if backend == "triton":
         return triton_attention(qkv, segments, rotation, scale, overwrite_qkv)
+    qkv = _in_memory(qkv)
     q, k, v = qkv.unbind(1)
-    if backend == "sdpa" and _cpu_kernel_can_attend(q, k, v, segments):
+    if backend == "sdpa" and _cpu_kernel_can_attend(q, k, v, segments, scale):
         return cpu_kernel.attend_segments((qkv,), segments, rotation, scale)
     return attend_by_segment(q, k, v, segments, rotation, backend, scale, in_place=overwrite_qkv and not training)
 
 
 def score_scale(scale: float | None, head_dim: int) -> float:
-    """The factor on the scores: D ** -0.5 if `scale` is None; SettingsError unless it is positive and finite."""
+    """The factor on the scores, default D ** -0.5; SettingsError unless D > 0 and it is positive and finite."""
+    if head_dim == 0:
+        raise SettingsError("attention needs a head dimension of 1 or more, got 0")
     scale = head_dim**-0.5 if scale is None else scale
     if not 0 < scale < math.inf:
         raise SettingsError(f"scale must be a positive finite number, got {scale}")
@@ -167,7 +170,8 @@ def attend_by_segment(
 
     `in_place` rotates q and k themselves, without autograd.
     """
-    if backend == "sdpa" and _cpu_kernel_can_attend(q, k, v, segments):
+    q, k, v = (_in_memory(x) for x in (q, k, v))
+    if backend == "sdpa" and _cpu_kernel_can_attend(q, k, v, segments, scale):
         return cpu_kernel.attend_segments((q, k, v), segments, rotation, scale)
     if rotation is not None:
         cos, sin = rotation.cos_sin(torch.promote_types(q.dtype, torch.float32))
@@ -184,14 +188,19 @@ def attend_by_segment(
     return _without_grad(q, k, v, segments, scale, attend)
 
 
-def _cpu_kernel_can_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> bool:
-    return cpu_kernel.can_attend(q, k, v) and segments.longest <= cpu_kernel.max_length()
+def _cpu_kernel_can_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> bool:
+    return cpu_kernel.can_attend(q, k, v, scale) and segments.longest <= cpu_kernel.max_length()
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    """x, or a copy if it is zeros without memory, which torch's attention on the CPU reads as anything."""
+    return x.clone() if not torch.compiler.is_compiling() and x._is_zerotensor() else x
 
 
 def _without_grad(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, attend: _Attend) -> Tensor:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     in_kernel = 0
-    if attend is sdpa_attention and cpu_kernel.can_attend(q, k, v):
+    if attend is sdpa_attention and cpu_kernel.can_attend(q, k, v, scale):
         # All but the longest segments at once.
         in_kernel = cpu_kernel.max_length()
         pieces = segments.pieces[segments.pieces[:, 3] <= in_kernel]

@@ -128,7 +128,7 @@ class Segments:
     @cached_property
     def pieces(self) -> Tensor:
         """int64 [S, 4] on the CPU: first query, queries, first key, keys of each segment. Computed once."""
-        lengths = torch.tensor(self.lengths, dtype=torch.int64)
+        lengths = torch.tensor(self.lengths, dtype=torch.int64, device="cpu")
         first = lengths.cumsum(0) - lengths
         return torch.stack([first, lengths, first, lengths], 1)
 

@@ -14,16 +14,6 @@ EXTENSION, _ = load_extension()
 pytestmark = pytest.mark.skipif(not cpu_kernel.max_length(), reason="no extension, or a CPU without AVX2")
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Calls of the extension."""
-    made = []
-    for name in ("attention_cpu", "attention_backward_cpu"):
-        real = getattr(EXTENSION, name)
-        monkeypatch.setattr(EXTENSION, name, lambda real=real, name=name, **kw: (made.append(name), real(**kw))[1])
-    return made
-
-
 def weight_of(qkv):
     return torch.randn(qkv[:, 0].shape, generator=torch.Generator().manual_seed(1))
 
