@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 
 from exaonepath.ops import Segments, fragment_attention, varlen_attention
 from exaonepath.ops.attention import cpu_kernel
-from exaonepath.ops.attention.rows import attend_rows, cut_rows
+from exaonepath.ops.attention.rows import attend_rows, cut_rows, rotate_rows
 from exaonepath.ops.extension import load_extension
 
 EXTENSION, _ = load_extension()
@@ -28,7 +28,7 @@ CASES = [*SHAPES.values(), [700, 1, 300], [3] * 50, [48, 47, 49, 95, 97]]
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "sse2", "generic"])
-@pytest.mark.parametrize(("dim", "rope"), [(16, True), (48, False), (64, True), (128, True)])
+@pytest.mark.parametrize(("dim", "rope"), [(16, True), (48, False), (64, True), (128, True), (208, False), (256, True)])
 def test_error_is_within_twice_that_of_torch(isa, dim, rope, monkeypatch, device):
     """With every instruction set, result and gradient, at the sizes of blocks, vectors and panels, and next to them."""
     for name in ("attention_cpu", "attention_backward_cpu"):
@@ -50,6 +50,17 @@ def test_error_is_within_twice_that_of_torch(isa, dim, rope, monkeypatch, device
             assert relative(found, right) <= 2 * relative(torchs, right) + 1e-7, lengths
             limit = 2 * (torchs - right).abs().max() + 1e-6 * right.abs().max() if right.numel() else 0
             assert not found.numel() or (found - right).abs().max() <= limit, lengths
+
+
+@pytest.mark.parametrize("dim", [208, 256, 512])
+def test_the_error_of_wide_heads_is_within_twice_that_of_torch(dim, monkeypatch):
+    """Scores are sums of as many terms as a head has dimensions."""
+    qkv, segments, rotation = inputs([300], heads=1, dim=dim)
+    weight = weight_of(qkv)
+    truth = with_gradient(lambda x: exact(x, segments, rotation), qkv.double(), weight)
+    run = lambda: with_gradient(lambda x: fragment_attention(x, segments, rotation), qkv, weight)  # noqa: E731
+    for found, torchs, right in zip(run(), by_torch(monkeypatch, run), truth, strict=True):
+        assert relative(found, right) <= 2 * relative(torchs, right)
 
 
 @pytest.mark.parametrize("length", [1000, 4000])
@@ -90,13 +101,16 @@ def test_bits_do_not_depend_on_threads_neighbours_or_strides():
     assert torch.equal(torch.stack(gradients, 1), first[1])
 
 
-def test_rows_in_place_give_the_same_bits_as_one_call(calls):
-    """Chunks that cut a segment, and queries that are overwritten with the result."""
-    qkv, segments, _ = inputs([5, 400, 3, 130], dim=64)
-    whole = fragment_attention(qkv, segments, None)
+@pytest.mark.parametrize("rope", [True, False])
+def test_rows_in_place_give_the_same_bits_as_one_call(rope, calls):
+    """Chunks that cut a segment, queries that are overwritten with the result, and keys that torch has rotated."""
+    qkv, segments, rotation = inputs([5, 400, 3, 130], dim=64, rope=rope)
+    whole = fragment_attention(qkv, segments, rotation)
     q, k, v = (x.contiguous() for x in qkv.unbind(1))
+    if rotation is not None:
+        rotate_rows(k, rotation, 0, backend="sdpa")
     for chunk in cut_rows(segments, 100):
-        attend_rows(q[chunk.first : chunk.first + chunk.count], k, v, segments, chunk, None, backend="sdpa")
+        attend_rows(q[chunk.first : chunk.first + chunk.count], k, v, segments, chunk, rotation, backend="sdpa")
     assert torch.equal(q, whole)
     assert len(calls) == 1 + len(cut_rows(segments, 100))
 
