@@ -92,6 +92,8 @@ def attend_pieces(
         scale: factor on the scores.
         q_angles, k_angles: cosines and sines [R, D/2] and [T, D/2] that rotate queries and keys, or None.
     """
+    if pieces.shape[0] == 0:
+        return
     extension, _ = load_extension()
     assert extension is not None
     arguments = _arguments(q, k, v, pieces, scale, q_angles, k_angles)
@@ -115,7 +117,7 @@ def attend_segments(tokens: tuple[Tensor, ...], segments: Segments, rotation: Ro
 
 
 def _forward(segments: Segments, rotation: Rotation | None, scale: float, tokens: tuple[Tensor, ...]) -> Tensor:
-    q, k, v = _separate(tokens)
+    q, k, v = separate(tokens)
     out = _empty(q.shape)
     angles = None if rotation is None else rotation.cos_sin(torch.float32)
     attend_pieces(q, k, v, segments.pieces, scale, out, angles, angles)
@@ -149,9 +151,9 @@ class _Attend(torch.autograd.Function):
         angles = None if rotation is None else rotation.cos_sin(torch.float32)
         extension, _ = load_extension()
         assert extension is not None
-        dq, dk, dv = (_strided(x) for x in _separate(gradients))
+        dq, dk, dv = (_strided(x) for x in separate(gradients))
         extension.attention_backward_cpu(
-            **_arguments(*_separate(tokens), segments.pieces, scale, angles, angles),
+            **_arguments(*separate(tokens), segments.pieces, scale, angles, angles),
             dout=_strided(dout), dq=dq, dk=dk, dv=dv, threads=torch.get_num_threads(),
         )  # fmt: skip
         return None, None, None, *gradients
@@ -184,7 +186,7 @@ def _plain_gradients(
         for x in wanted:
             if not x.requires_grad:  # a saved-tensor hook has returned a copy
                 x.requires_grad_()
-        out = _plain(*_separate(views), segments, rotation, scale)
+        out = _plain(*separate(views), segments, rotation, scale)
         found = iter(torch.autograd.grad(out, wanted, dout, create_graph=differentiable))
     return (next(found) if wants else None for wants in needed)
 
@@ -197,7 +199,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rotation: Rotati
     return torch.cat([eager_attention(q, k, v, scale) for q, k, v in parts], 1).transpose(0, 1)
 
 
-def _separate(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def separate(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [T, H, D] of the three tensors, or of the one [T, 3, H, D], in `tokens`."""
     q, k, v = tokens if len(tokens) == 3 else tokens[0].unbind(1)
     return q, k, v
 
@@ -242,4 +245,8 @@ def _strided(x: Tensor) -> tuple[int, int, int]:
 
 
 def _addresses(angles: tuple[Tensor, Tensor] | None) -> tuple[int, int]:
-    return (0, 0) if angles is None else (angles[0].data_ptr(), angles[1].data_ptr())
+    if angles is None:
+        return 0, 0
+    if any(x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous() for x in angles):
+        raise TypeError("cosines and sines do not match csrc/attention.h")
+    return angles[0].data_ptr(), angles[1].data_ptr()

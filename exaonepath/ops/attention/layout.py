@@ -137,6 +137,22 @@ class Segments:
         """Tokens of the longest segment, 0 without any."""
         return max(self.lengths, default=0)
 
+    def runs(self, limit: int) -> list[Segments]:
+        """The segments in order, cut into runs of those up to `limit` tokens and single longer ones. Computed once."""
+        if limit not in self._runs:
+            runs: list[list[int]] = []
+            for length in self.lengths:
+                if length <= limit and runs and runs[-1][0] <= limit:
+                    runs[-1].append(length)
+                else:
+                    runs.append([length])
+            device = self.offsets.device
+            self._runs[limit] = [
+                Segments(torch.tensor([0, *accumulate(run)], dtype=torch.int64, device=device), tuple(run))
+                for run in runs
+            ]
+        return self._runs[limit]
+
     @property
     def equal_length_members(self) -> list[list[int]]:
         """Every segment's number once, see `equal_length_batches`. Computed once, used by every layer."""
@@ -147,6 +163,10 @@ class Segments:
     def equal_length_groups(self) -> list[tuple[slice | Tensor, int, int]]:
         """The same batches as (rows, count, length): a slice for one segment, an index [count * length] for several."""
         return self._group() if torch.compiler.is_compiling() else self._groups
+
+    @cached_property
+    def _runs(self) -> dict[int, list[Segments]]:
+        return {}
 
     @cached_property
     def _members(self) -> list[list[int]]:

@@ -183,19 +183,46 @@ def test_torchs_transformations_get_torchs_operations(calls):
     assert not calls
 
 
-@pytest.mark.parametrize("lengths", [[3, 60, 5, 41, 3], [50], [3, 40]])
-def test_segments_above_the_limit_are_left_to_torch(lengths, monkeypatch, calls):
-    qkv, segments, rotation = inputs(lengths)
-    weight = weight_of(qkv)
-    expected = with_gradient(lambda x: fragment_attention(x, segments, rotation), qkv, weight)
-    calls.clear()
+@pytest.mark.parametrize(
+    ("lengths", "runs"), [([3, 5, 60, 5, 41, 3], 3), ([50], 0), ([3, 40], 1), ([50, 41], 0), ([41, 40], 1)]
+)
+@pytest.mark.parametrize("rope", [True, False])
+def test_a_segments_own_length_decides_whether_torch_computes_it(lengths, runs, rope, monkeypatch, calls):
+    """Bits do not depend on whether a neighbour is above the limit: in training, in inference, and in row chunks."""
     monkeypatch.setattr(cpu_kernel, "max_length", lambda: 40)
+    qkv, segments, rotation = inputs(lengths, rope=rope)
+    weight = weight_of(qkv)
     found = with_gradient(lambda x: fragment_attention(x, segments, rotation), qkv, weight)
-    # Training mixes nothing; inference leaves the long segments only.
-    assert calls == (["attention_cpu", "attention_backward_cpu"] if max(lengths) <= 40 else [])
-    out = fragment_attention(qkv.clone(), segments, rotation, overwrite_qkv=True)
-    for a, b in zip((*found, out), (*expected, expected[0]), strict=True):
-        assert relative(a, b.double()) <= 2e-6
+    assert calls == ["attention_cpu"] * runs + ["attention_backward_cpu"] * runs
+    calls.clear()
+    apart = [x.clone().requires_grad_() for x in qkv.unbind(1)]
+    separate = varlen_attention(*apart, segments, rotation)
+    (separate * weight).sum().backward()
+    assert torch.equal(separate, found[0])
+    assert torch.equal(torch.stack([x.grad for x in apart], 1), found[1])
+    calls.clear()
+    plain = fragment_attention(qkv, segments, rotation)
+    assert calls == ["attention_cpu"] * (runs > 0)
+    assert torch.equal(fragment_attention(qkv.clone(), segments, rotation, overwrite_qkv=True), plain)
+    q, k, v = (x.contiguous() for x in qkv.unbind(1))
+    if rotation is not None:
+        rotate_rows(k, rotation, 0, backend="sdpa")
+    for chunk in cut_rows(segments, 50):
+        attend_rows(q[chunk.first : chunk.first + chunk.count], k, v, segments, chunk, rotation, backend="sdpa")
+    truth = with_gradient(lambda x: exact(x, segments, rotation), qkv.double(), weight)
+    for got, right in zip((*found, plain, q), (*truth, truth[0], truth[0]), strict=True):
+        assert relative(got, right) <= 2e-6
+    begin = 0
+    for length in lengths:
+        rows = slice(begin, begin + length)
+        alone = Segments.from_lengths(torch.tensor([length]))
+        part = None if rotation is None else type(rotation)(rotation.positions[rows], rotation.periods)
+        expected = with_gradient(lambda x: fragment_attention(x, alone, part), qkv[rows], weight[rows])  # noqa: B023
+        assert all(torch.equal(a[rows], b) for a, b in zip(found, expected, strict=True)), length
+        assert torch.equal(plain[rows], fragment_attention(qkv[rows], alone, part)), length
+        if length <= 40:
+            assert torch.equal(q[rows], plain[rows]), length
+        begin += length
 
 
 def test_what_cannot_be_is_refused():
