@@ -1,5 +1,7 @@
 // Compiled several times, as attention_kernel.cpp, and without the fused multiply-add: a rotated number then has the
 // same bits as from `apply_rotation` (exaonepath/ops/attention/rotary.py), which rotates keys that are used again.
+#include <cstddef>
+
 #include "attention_kernel.h"
 
 namespace exaonepath {
@@ -13,14 +15,16 @@ void EXAONEPATH_NAME(attention_rotate, EXAONEPATH_ISA)(AttentionRows from, const
   const std::int64_t half = dim / 2;
   for (std::int64_t i = 0; i < rows; ++i, from.data += from.stride, to += to_stride) {
     if (!cos) {
-      for (std::int64_t d = 0; d < dim; ++d) to[d] = from.data[d];
+      __builtin_memcpy(to, from.data, static_cast<std::size_t>(dim) * sizeof(float));
       continue;
     }
     const float *c = cos + i * half, *s = sin + i * half;
+    const float *first = from.data, *second = from.data + half;
+    float *__restrict first_to = to, *__restrict second_to = to + half;  // never the memory of `from`
     for (std::int64_t d = 0; d < half; ++d) {
-      const float a = from.data[d], b = from.data[d + half], si = sign * s[d];
-      to[d] = a * c[d] - b * si;
-      to[d + half] = b * c[d] + a * si;
+      const float a = first[d], b = second[d], si = sign * s[d];
+      first_to[d] = a * c[d] - b * si;
+      second_to[d] = b * c[d] + a * si;
     }
   }
 }
