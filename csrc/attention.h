@@ -7,8 +7,8 @@
 // with q and k rotated: dimensions (d, d + dim / 2) form a pair, which is rotated by one angle.
 //
 // One thread computes a query of a head, all keys at once, in an order that the lengths alone decide: results are
-// bit-identical on repeat, for any number of threads, and do not depend on other segments. NaN and infinity stay in
-// their segment.
+// bit-identical on repeat, for any number of threads, and do not depend on other segments. Keys or queries that torch
+// has rotated give the same bits as a rotation here. NaN and infinity stay in their segment.
 #pragma once
 
 #include <cstdint>

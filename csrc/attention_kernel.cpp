@@ -7,9 +7,13 @@
 // maximum, and nothing to keep for the backward pass but the inputs.
 #include "attention_kernel.h"
 
+#define EXAONEPATH_JOIN(name, isa) name##_##isa
+#define EXAONEPATH_NAME(name, isa) EXAONEPATH_JOIN(name, isa)
+
 namespace exaonepath {
 namespace {
 
+constexpr auto rotate = EXAONEPATH_NAME(attention_rotate, EXAONEPATH_ISA);
 constexpr int kWidth = EXAONEPATH_VECTOR_BYTES / 4;
 constexpr int kPanel = 2 * kWidth;
 // A tile of kRows x 2 vectors of results, two vectors of one operand and one number of the other fill the registers: 32
@@ -128,32 +132,18 @@ void product(Index rows, Left a, const float* b, Index depth, Index dim, float* 
   }
 }
 
-// c [rows, keys, padded to a vector] = a b^T, with b [keys, dim] packed by `pack_transposed`.
+// c [rows, keys, padded to a vector] = a b^T, with b [keys, dim] packed by `pack_transposed`; sums as in `product`.
 void scores(Index rows, const float* a, const float* b, Index keys, Index dim, float* c, Index c_stride) {
   for (Index j = 0; j < keys; j += kPanel) {
-    const Left left{a, dim, 1};
-    if (keys - j > kWidth) {
-      strip<2>(rows, left, b + j * dim, kPanel, dim, c + j, c_stride, false);
-    } else {
-      strip<1>(rows, left, b + j * dim, kPanel, dim, c + j, c_stride, false);
-    }
-  }
-}
-
-// to[i] = row i of `from`, rotated by angles [rows, dim / 2] (sign 1) or back (sign -1); null: not rotated.
-void rotate(AttentionRows from, const float* cos, const float* sin, float sign, Index rows, Index dim, float* to,
-            Index to_stride) {
-  const Index half = dim / 2;
-  for (Index i = 0; i < rows; ++i, from.data += from.stride, to += to_stride) {
-    if (!cos) {
-      for (Index d = 0; d < dim; ++d) to[d] = from.data[d];
-      continue;
-    }
-    const float *c = cos + i * half, *s = sin + i * half;
-    for (Index d = 0; d < half; ++d) {
-      const float a = from.data[d], b = from.data[d + half], si = sign * s[d];
-      to[d] = a * c[d] - b * si;
-      to[d + half] = b * c[d] + a * si;
+    for (Index k = 0; k < dim; k += kChain) {
+      const Left left{a + k, dim, 1};
+      const float* const right = b + j * dim + k * kPanel;
+      const Index terms = smaller(kChain, dim - k);
+      if (keys - j > kWidth) {
+        strip<2>(rows, left, right, kPanel, terms, c + j, c_stride, k > 0);
+      } else {
+        strip<1>(rows, left, right, kPanel, terms, c + j, c_stride, k > 0);
+      }
     }
   }
 }
@@ -271,9 +261,6 @@ void attend_backward(const AttentionHead& head, const AttentionGradients& to, fl
 }
 
 }  // namespace
-
-#define EXAONEPATH_JOIN(name, isa) name##_##isa
-#define EXAONEPATH_NAME(name, isa) EXAONEPATH_JOIN(name, isa)
 
 void EXAONEPATH_NAME(attention, EXAONEPATH_ISA)(const AttentionHead& head, float* out, std::int64_t out_stride,
                                                 float* workspace) {

@@ -58,9 +58,13 @@ struct AttentionGradients {
 using AttentionBackwardFunction = void (*)(const AttentionHead& head, const AttentionGradients& gradients,
                                            float* workspace);
 
-#define EXAONEPATH_DECLARE_ATTENTION(isa)                                                                    \
-  void attention_##isa(const AttentionHead& head, float* out, std::int64_t out_stride, float* workspace);    \
-  void attention_backward_##isa(const AttentionHead& head, const AttentionGradients& gradients, float* workspace);
+// attention_rotate: to[i] = row i of `from`, rotated by angles [rows, dim / 2] (sign 1) or back (sign -1); null: not
+// rotated.
+#define EXAONEPATH_DECLARE_ATTENTION(isa)                                                                          \
+  void attention_##isa(const AttentionHead& head, float* out, std::int64_t out_stride, float* workspace);          \
+  void attention_backward_##isa(const AttentionHead& head, const AttentionGradients& gradients, float* workspace); \
+  void attention_rotate_##isa(AttentionRows from, const float* cos, const float* sin, float sign,                  \
+                              std::int64_t rows, std::int64_t dim, float* to, std::int64_t to_stride);
 EXAONEPATH_DECLARE_ATTENTION(avx512)
 EXAONEPATH_DECLARE_ATTENTION(avx2)
 EXAONEPATH_DECLARE_ATTENTION(sse2)

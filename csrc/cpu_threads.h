@@ -5,7 +5,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -19,11 +18,12 @@ void run_on_threads(std::int64_t count, int threads, const Work& work) {
     for (std::int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) work(i, thread);
   };
   std::vector<std::thread> helpers;
-  helpers.reserve(static_cast<std::size_t>(threads - 1));
   try {
+    helpers.reserve(static_cast<std::size_t>(threads - 1));
     for (int thread = 1; thread < threads; ++thread) helpers.emplace_back(worker, thread);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that started, and this one, do all of it.
+  } catch (...) {
+    // No more threads, or no memory for them: those that started, and this one, do all of it. Nothing may leave this
+    // function before they are joined.
   }
   worker(0);
   for (std::thread& helper : helpers) helper.join();

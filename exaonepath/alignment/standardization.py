@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from exaonepath.errors import SettingsError
+
 
 def transformed(values: Tensor, transform: str, totals: Tensor | None = None) -> Tensor:
     """Measured values [B, F] after the transform of their scale; NaN stays NaN.
@@ -13,7 +15,12 @@ def transformed(values: Tensor, transform: str, totals: Tensor | None = None) ->
         values: [B, F], floating point.
         transform: "none", "log1p", or "cpm_log1p" (counts per million of the patient's total, then log1p).
         totals: [B] for "cpm_log1p": sums over all measured features; default: sums of `values`.
+
+    Raises:
+        SettingsError: the transform is unknown.
     """
+    if transform not in ("none", "log1p", "cpm_log1p"):
+        raise SettingsError(f"unknown transform {transform!r}; choose none, log1p or cpm_log1p")
     if transform == "none":
         return values
     # A warning about a wrong scale was already reported for negative values. log1p of values below -1 would be NaN.

@@ -52,9 +52,10 @@ def onednn_available() -> bool:
     """Whether this torch has the operator and it computes in full float32 (a process can set a lower precision)."""
     if not torch.backends.mkldnn.is_available():
         return False
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, 64, generator=generator)
-    weight = torch.randn(16, 64, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    # Not torch's default dtype and device, which the caller may have changed.
+    x = torch.randn(8, 64, generator=generator, dtype=torch.float32, device="cpu")
+    weight = torch.randn(16, 64, generator=generator, dtype=torch.float32, device="cpu")
     try:
         out = _onednn_linear(x, weight, None)
     except (AttributeError, RuntimeError, NotImplementedError) as exc:

@@ -138,14 +138,18 @@ def fragment_attention(
     )
     if backend == "triton":
         return triton_attention(qkv, segments, rotation, scale, overwrite_qkv)
+    qkv = _in_memory(qkv)
     q, k, v = qkv.unbind(1)
-    if backend == "sdpa" and _cpu_kernel_can_attend(q, k, v, segments):
-        return cpu_kernel.attend_segments((qkv,), segments, rotation, scale)
-    return attend_by_segment(q, k, v, segments, rotation, backend, scale, in_place=overwrite_qkv and not training)
+    in_place = overwrite_qkv and not training
+    if backend == "sdpa" and cpu_kernel.can_attend(q, k, v, scale):
+        return _in_kernel((qkv,), segments, rotation, scale, in_place=in_place)
+    return _by_torch(q, k, v, segments, rotation, backend, scale, in_place=in_place)
 
 
 def score_scale(scale: float | None, head_dim: int) -> float:
-    """The factor on the scores: D ** -0.5 if `scale` is None; SettingsError unless it is positive and finite."""
+    """The factor on the scores, default D ** -0.5; SettingsError unless D > 0 and it is positive and finite."""
+    if head_dim == 0:
+        raise SettingsError("attention needs a head dimension of 1 or more, got 0")
     scale = head_dim**-0.5 if scale is None else scale
     if not 0 < scale < math.inf:
         raise SettingsError(f"scale must be a positive finite number, got {scale}")
@@ -153,6 +157,55 @@ def score_scale(scale: float | None, head_dim: int) -> float:
 
 
 def attend_by_segment(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, rotation: Rotation | None, backend: str, scale: float
+) -> Tensor:
+    """Attention of [T, H, D] by the backends "sdpa", "eager" and "cudnn"; checked by the caller."""
+    q, k, v = (_in_memory(x) for x in (q, k, v))
+    if backend == "sdpa" and cpu_kernel.can_attend(q, k, v, scale):
+        return _in_kernel((q, k, v), segments, rotation, scale)
+    return _by_torch(q, k, v, segments, rotation, backend, scale)
+
+
+def _in_kernel(
+    tokens: tuple[Tensor, ...], segments: Segments, rotation: Rotation | None, scale: float, *, in_place: bool = False
+) -> Tensor:
+    """Attention by `cpu_kernel`, but of longer segments by torch: a segment's own length alone decides.
+
+    `tokens` are q, k and v [T, H, D], or all in one [T, 3, H, D], whose gradient is then one tensor, too.
+    """
+    limit = cpu_kernel.max_length()
+    if segments.longest <= limit:
+        return cpu_kernel.attend_segments(tokens, segments, rotation, scale)
+    if len(segments.lengths) == 1:
+        return _by_torch(*cpu_kernel.separate(tokens), segments, rotation, "sdpa", scale, in_place=in_place)
+    angles = None if rotation is None else rotation.cos_sin(torch.float32)  # once: its rows share them
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tokens):
+        # One split and one concatenation, whose backward passes copy each gradient once.
+        runs = segments.runs(limit)
+        parts = zip(*(x.split([run.n_tokens for run in runs]) for x in tokens), strict=True)
+        results, first = [], 0
+        for run, part in zip(runs, parts, strict=True):
+            rotated = None if rotation is None else rotation.rows(slice(first, first + run.n_tokens))
+            if run.longest <= limit:
+                results.append(cpu_kernel.attend_segments(part, run, rotated, scale))
+            else:
+                results.append(_by_torch(*cpu_kernel.separate(part), run, rotated, "sdpa", scale))
+            first += run.n_tokens
+        return torch.cat(results)
+    q, k, v = cpu_kernel.separate(tokens)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    cpu_kernel.attend_pieces(q, k, v, segments.pieces[segments.pieces[:, 3] <= limit], scale, out, angles, angles)
+    first = 0
+    for run in segments.runs(limit):
+        rows = slice(first, first + run.n_tokens)
+        first += run.n_tokens
+        if run.longest > limit:
+            rotated = None if rotation is None else rotation.rows(rows)
+            _by_torch(q[rows], k[rows], v[rows], run, rotated, "sdpa", scale, in_place=in_place, out=out[rows])
+    return out
+
+
+def _by_torch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -162,13 +215,12 @@ def attend_by_segment(
     scale: float,
     *,
     in_place: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Attention of [T, H, D] by torch's operations: backends "sdpa", "eager" and "cudnn"; checked by the caller.
+    """Attention of [T, H, D] by torch's operations: backends "sdpa", "eager" and "cudnn".
 
-    `in_place` rotates q and k themselves, without autograd.
+    Without autograd, `in_place` rotates q and k themselves, and the result is stored in `out` [T, H, D] if given.
     """
-    if backend == "sdpa" and _cpu_kernel_can_attend(q, k, v, segments):
-        return cpu_kernel.attend_segments((q, k, v), segments, rotation, scale)
     if rotation is not None:
         cos, sin = rotation.cos_sin(torch.promote_types(q.dtype, torch.float32))
         if in_place:
@@ -181,24 +233,19 @@ def attend_by_segment(
     # assignment would copy the whole gradient, so another function is used.
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _with_grad(q, k, v, segments, scale, attend)
-    return _without_grad(q, k, v, segments, scale, attend)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    return _without_grad(q, k, v, segments, scale, attend, out)
 
 
-def _cpu_kernel_can_attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> bool:
-    return cpu_kernel.can_attend(q, k, v) and segments.longest <= cpu_kernel.max_length()
+def _in_memory(x: Tensor) -> Tensor:
+    """x, or a copy if it is zeros without memory, which torch's attention on the CPU reads as anything."""
+    return x.clone() if not torch.compiler.is_compiling() and x._is_zerotensor() else x
 
 
-def _without_grad(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, attend: _Attend) -> Tensor:
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    in_kernel = 0
-    if attend is sdpa_attention and cpu_kernel.can_attend(q, k, v):
-        # All but the longest segments at once.
-        in_kernel = cpu_kernel.max_length()
-        pieces = segments.pieces[segments.pieces[:, 3] <= in_kernel]
-        cpu_kernel.attend_pieces(q, k, v, pieces, scale, out)
+def _without_grad(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, attend: _Attend, out: Tensor
+) -> Tensor:
     for rows, count, length in segments.equal_length_groups:
-        if length <= in_kernel:
-            continue
         if attend is sdpa_attention and count == 1 and cpu_attention.can_attend(q, length):
             cpu_attention.attend_segment(q[rows], k[rows], v[rows], scale, out[rows])
         else:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
+from operator import index
 
 import torch
 from torch import Tensor
@@ -128,7 +129,7 @@ class Segments:
     @cached_property
     def pieces(self) -> Tensor:
         """int64 [S, 4] on the CPU: first query, queries, first key, keys of each segment. Computed once."""
-        lengths = torch.tensor(self.lengths, dtype=torch.int64)
+        lengths = torch.tensor(self.lengths, dtype=torch.int64, device="cpu")
         first = lengths.cumsum(0) - lengths
         return torch.stack([first, lengths, first, lengths], 1)
 
@@ -136,6 +137,22 @@ class Segments:
     def longest(self) -> int:
         """Tokens of the longest segment, 0 without any."""
         return max(self.lengths, default=0)
+
+    def runs(self, limit: int) -> list[Segments]:
+        """The segments in order, cut into runs of those up to `limit` tokens and single longer ones. Computed once."""
+        if limit not in self._runs:
+            runs: list[list[int]] = []
+            for length in self.lengths:
+                if length <= limit and runs and runs[-1][0] <= limit:
+                    runs[-1].append(length)
+                else:
+                    runs.append([length])
+            device = self.offsets.device
+            self._runs[limit] = [
+                Segments(torch.tensor([0, *accumulate(run)], dtype=torch.int64, device=device), tuple(run))
+                for run in runs
+            ]
+        return self._runs[limit]
 
     @property
     def equal_length_members(self) -> list[list[int]]:
@@ -147,6 +164,10 @@ class Segments:
     def equal_length_groups(self) -> list[tuple[slice | Tensor, int, int]]:
         """The same batches as (rows, count, length): a slice for one segment, an index [count * length] for several."""
         return self._group() if torch.compiler.is_compiling() else self._groups
+
+    @cached_property
+    def _runs(self) -> dict[int, list[Segments]]:
+        return {}
 
     @cached_property
     def _members(self) -> list[list[int]]:
@@ -228,10 +249,9 @@ def build_ragged_layout(
         The layout of patches [sum N, ...]; tokens of one segment keep the caller's order.
 
     Raises:
-        SettingsError: lengths and contour_index do not match.
+        SettingsError: lengths and contour_index do not match, or a number is negative or not an integer.
     """
-    if any(length < 0 for length in lengths):
-        raise SettingsError(f"lengths of slides must not be negative, got {list(lengths)}")
+    lengths = [_count("a length of a slide", length) for length in lengths]
     total = sum(lengths)
     if contour_index is not None:
         if contour_index.is_floating_point() or contour_index.is_complex() or contour_index.dtype == torch.bool:
@@ -257,7 +277,7 @@ def build_fragment_layout(n_prefix: int, mask: Tensor, contour_index: Tensor | N
         The layout of patches [B * N, ...]; tokens of one segment keep the caller's order.
 
     Raises:
-        SettingsError: shapes or dtypes do not match.
+        SettingsError: shapes or dtypes do not match, or n_prefix is negative or not an integer.
     """
     if mask.ndim != 2 or mask.dtype != torch.bool:
         raise SettingsError(f"mask must be bool [B, N], got {mask.dtype} {list(mask.shape)}")
@@ -275,8 +295,20 @@ def build_fragment_layout(n_prefix: int, mask: Tensor, contour_index: Tensor | N
     return replace(layout, source=numbers[layout.source], n_rows=mask.numel())
 
 
+def _count(what: str, number: int) -> int:
+    if not torch.compiler.is_compiling():  # numbers of a graph have no other type
+        try:
+            number = index(number)
+        except TypeError:
+            raise SettingsError(f"{what} must be an integer, got {number!r}") from None
+    if number < 0:
+        raise SettingsError(f"{what} must not be negative, got {number}")
+    return number
+
+
 def _sorted_layout(n_prefix: int, counts: Tensor, total: int, contour: Tensor | None) -> FragmentLayout:
     """The layout of slides with int64 [B] patches each, `total` in all, and int64 [total] contours or None."""
+    n_prefix = _count("n_prefix", n_prefix)
     device, batch = counts.device, counts.numel()
     slides = fragments = Segments.from_lengths(counts + n_prefix)
     # Two stable sorts, the less important key first: the result is sorted by slide, inside a slide by contour, and

@@ -96,6 +96,11 @@ class Rotation:
         if self.positions.device != device or self.periods.device != device:
             raise SettingsError(f"rotation is on {self.positions.device}, but the tokens are on {device}")
 
+    def rows(self, rows: slice) -> Rotation:
+        """The rotation of some of the tokens, with the tables that are already computed."""
+        tables = {dtype: (cos[rows], sin[rows]) for dtype, (cos, sin) in self._tables.items()}
+        return Rotation(self.positions[rows], self.periods, tables)
+
     def cos_sin(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """cos and sin, each [T, D/2]: the D/4 angles of x, then those of y. Computed once, used by every layer."""
         if dtype not in self._tables:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from exaonepath.errors import SettingsError
 from exaonepath.ops.attention import cpu as cpu_attention
 from exaonepath.ops.attention import cpu_kernel
+from exaonepath.ops.attention.fragment_attention import score_scale
 from exaonepath.ops.attention.layout import Segments, batch_rows, equal_length_batches
 from exaonepath.ops.attention.rotary import Rotation, apply_rotation
 from exaonepath.ops.attention.segments import ATTEND
@@ -122,10 +124,10 @@ def attend_rows(
         chunk: one of `cut_rows(segments, ...)`.
         rotation: rotation of all packed tokens, for the queries (RoPE blocks), or None (NoPE blocks).
         backend: "sdpa", "eager" (stores all scores, for tests), "cudnn" or "triton".
-        scale: factor on the scores; default D ** -0.5.
+        scale: positive factor on the scores; default D ** -0.5.
 
     Raises:
-        SettingsError: shapes do not match, or the backend is unknown.
+        SettingsError: shapes or scale do not match, or the backend is unknown.
         BackendError: the backend cannot run on this device.
     """
     if q.ndim != 3 or k.shape[1:] != q.shape[1:] or v.shape != k.shape:
@@ -137,7 +139,7 @@ def attend_rows(
             f"{q.shape[0]} queries and {k.shape[0]} keys do not match a chunk of {chunk.count} rows that starts at "
             f"{chunk.first} and segments of {segments.n_tokens} tokens"
         )
-    scale = q.shape[2] ** -0.5 if scale is None else scale
+    scale = score_scale(scale, q.shape[2])
     if backend == "triton":
         triton_attend_rows(q, k, v, segments, chunk.first, rotation, scale)
         return
@@ -145,7 +147,11 @@ def attend_rows(
     if attend is None:
         raise SettingsError(f"unknown attention backend {backend!r}; choose sdpa, eager, cudnn or triton")
     in_kernel = 0
-    if backend == "sdpa" and not (torch.is_grad_enabled() and q.requires_grad) and cpu_kernel.can_attend(q, k, v):
+    if (
+        backend == "sdpa"
+        and not (torch.is_grad_enabled() and q.requires_grad)
+        and cpu_kernel.can_attend(q, k, v, scale)
+    ):
         in_kernel = cpu_kernel.max_length()
         pieces = chunk.segment_pieces[chunk.segment_pieces[:, 3] <= in_kernel]
         angles = None
@@ -153,6 +159,8 @@ def attend_rows(
             cos, sin = rotation.cos_sin(torch.float32)
             angles = cos[chunk.first :], sin[chunk.first :]
         cpu_kernel.attend_pieces(q, k, v, pieces, scale, q, q_angles=angles)
+        if not q.is_inference():  # such tensors have no version
+            increment_version(q)  # autograd does not see that write
     elif rotation is not None:
         rotate_rows(q, rotation, chunk.first, backend=backend)
     for piece in chunk.pieces:

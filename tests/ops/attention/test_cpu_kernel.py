@@ -7,21 +7,11 @@ from torch.autograd import forward_ad
 
 from exaonepath.ops import Segments, fragment_attention, varlen_attention
 from exaonepath.ops.attention import cpu_kernel
-from exaonepath.ops.attention.rows import attend_rows, cut_rows
+from exaonepath.ops.attention.rows import attend_rows, cut_rows, rotate_rows
 from exaonepath.ops.extension import load_extension
 
 EXTENSION, _ = load_extension()
 pytestmark = pytest.mark.skipif(not cpu_kernel.max_length(), reason="no extension, or a CPU without AVX2")
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Calls of the extension."""
-    made = []
-    for name in ("attention_cpu", "attention_backward_cpu"):
-        real = getattr(EXTENSION, name)
-        monkeypatch.setattr(EXTENSION, name, lambda real=real, name=name, **kw: (made.append(name), real(**kw))[1])
-    return made
 
 
 def weight_of(qkv):
@@ -38,7 +28,7 @@ CASES = [*SHAPES.values(), [700, 1, 300], [3] * 50, [48, 47, 49, 95, 97]]
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "sse2", "generic"])
-@pytest.mark.parametrize(("dim", "rope"), [(16, True), (48, False), (64, True), (128, True)])
+@pytest.mark.parametrize(("dim", "rope"), [(16, True), (48, False), (64, True), (128, True), (208, False), (256, True)])
 def test_error_is_within_twice_that_of_torch(isa, dim, rope, monkeypatch, device):
     """With every instruction set, result and gradient, at the sizes of blocks, vectors and panels, and next to them."""
     for name in ("attention_cpu", "attention_backward_cpu"):
@@ -60,6 +50,17 @@ def test_error_is_within_twice_that_of_torch(isa, dim, rope, monkeypatch, device
             assert relative(found, right) <= 2 * relative(torchs, right) + 1e-7, lengths
             limit = 2 * (torchs - right).abs().max() + 1e-6 * right.abs().max() if right.numel() else 0
             assert not found.numel() or (found - right).abs().max() <= limit, lengths
+
+
+@pytest.mark.parametrize("dim", [208, 256, 512])
+def test_the_error_of_wide_heads_is_within_twice_that_of_torch(dim, monkeypatch):
+    """Scores are sums of as many terms as a head has dimensions."""
+    qkv, segments, rotation = inputs([300], heads=1, dim=dim)
+    weight = weight_of(qkv)
+    truth = with_gradient(lambda x: exact(x, segments, rotation), qkv.double(), weight)
+    run = lambda: with_gradient(lambda x: fragment_attention(x, segments, rotation), qkv, weight)  # noqa: E731
+    for found, torchs, right in zip(run(), by_torch(monkeypatch, run), truth, strict=True):
+        assert relative(found, right) <= 2 * relative(torchs, right)
 
 
 @pytest.mark.parametrize("length", [1000, 4000])
@@ -100,13 +101,16 @@ def test_bits_do_not_depend_on_threads_neighbours_or_strides():
     assert torch.equal(torch.stack(gradients, 1), first[1])
 
 
-def test_rows_in_place_give_the_same_bits_as_one_call(calls):
-    """Chunks that cut a segment, and queries that are overwritten with the result."""
-    qkv, segments, _ = inputs([5, 400, 3, 130], dim=64)
-    whole = fragment_attention(qkv, segments, None)
+@pytest.mark.parametrize("rope", [True, False])
+def test_rows_in_place_give_the_same_bits_as_one_call(rope, calls):
+    """Chunks that cut a segment, queries that are overwritten with the result, and keys that torch has rotated."""
+    qkv, segments, rotation = inputs([5, 400, 3, 130], dim=64, rope=rope)
+    whole = fragment_attention(qkv, segments, rotation)
     q, k, v = (x.contiguous() for x in qkv.unbind(1))
+    if rotation is not None:
+        rotate_rows(k, rotation, 0, backend="sdpa")
     for chunk in cut_rows(segments, 100):
-        attend_rows(q[chunk.first : chunk.first + chunk.count], k, v, segments, chunk, None, backend="sdpa")
+        attend_rows(q[chunk.first : chunk.first + chunk.count], k, v, segments, chunk, rotation, backend="sdpa")
     assert torch.equal(q, whole)
     assert len(calls) == 1 + len(cut_rows(segments, 100))
 
@@ -179,19 +183,46 @@ def test_torchs_transformations_get_torchs_operations(calls):
     assert not calls
 
 
-@pytest.mark.parametrize("lengths", [[3, 60, 5, 41, 3], [50], [3, 40]])
-def test_segments_above_the_limit_are_left_to_torch(lengths, monkeypatch, calls):
-    qkv, segments, rotation = inputs(lengths)
-    weight = weight_of(qkv)
-    expected = with_gradient(lambda x: fragment_attention(x, segments, rotation), qkv, weight)
-    calls.clear()
+@pytest.mark.parametrize(
+    ("lengths", "runs"), [([3, 5, 60, 5, 41, 3], 3), ([50], 0), ([3, 40], 1), ([50, 41], 0), ([41, 40], 1)]
+)
+@pytest.mark.parametrize("rope", [True, False])
+def test_a_segments_own_length_decides_whether_torch_computes_it(lengths, runs, rope, monkeypatch, calls):
+    """Bits do not depend on whether a neighbour is above the limit: in training, in inference, and in row chunks."""
     monkeypatch.setattr(cpu_kernel, "max_length", lambda: 40)
+    qkv, segments, rotation = inputs(lengths, rope=rope)
+    weight = weight_of(qkv)
     found = with_gradient(lambda x: fragment_attention(x, segments, rotation), qkv, weight)
-    # Training mixes nothing; inference leaves the long segments only.
-    assert calls == (["attention_cpu", "attention_backward_cpu"] if max(lengths) <= 40 else [])
-    out = fragment_attention(qkv.clone(), segments, rotation, overwrite_qkv=True)
-    for a, b in zip((*found, out), (*expected, expected[0]), strict=True):
-        assert relative(a, b.double()) <= 2e-6
+    assert calls == ["attention_cpu"] * runs + ["attention_backward_cpu"] * runs
+    calls.clear()
+    apart = [x.clone().requires_grad_() for x in qkv.unbind(1)]
+    separate = varlen_attention(*apart, segments, rotation)
+    (separate * weight).sum().backward()
+    assert torch.equal(separate, found[0])
+    assert torch.equal(torch.stack([x.grad for x in apart], 1), found[1])
+    calls.clear()
+    plain = fragment_attention(qkv, segments, rotation)
+    assert calls == ["attention_cpu"] * (runs > 0)
+    assert torch.equal(fragment_attention(qkv.clone(), segments, rotation, overwrite_qkv=True), plain)
+    q, k, v = (x.contiguous() for x in qkv.unbind(1))
+    if rotation is not None:
+        rotate_rows(k, rotation, 0, backend="sdpa")
+    for chunk in cut_rows(segments, 50):
+        attend_rows(q[chunk.first : chunk.first + chunk.count], k, v, segments, chunk, rotation, backend="sdpa")
+    truth = with_gradient(lambda x: exact(x, segments, rotation), qkv.double(), weight)
+    for got, right in zip((*found, plain, q), (*truth, truth[0], truth[0]), strict=True):
+        assert relative(got, right) <= 2e-6
+    begin = 0
+    for length in lengths:
+        rows = slice(begin, begin + length)
+        alone = Segments.from_lengths(torch.tensor([length]))
+        part = None if rotation is None else type(rotation)(rotation.positions[rows], rotation.periods)
+        expected = with_gradient(lambda x: fragment_attention(x, alone, part), qkv[rows], weight[rows])  # noqa: B023
+        assert all(torch.equal(a[rows], b) for a, b in zip(found, expected, strict=True)), length
+        assert torch.equal(plain[rows], fragment_attention(qkv[rows], alone, part)), length
+        if length <= 40:
+            assert torch.equal(q[rows], plain[rows]), length
+        begin += length
 
 
 def test_what_cannot_be_is_refused():

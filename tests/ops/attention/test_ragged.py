@@ -1,5 +1,6 @@
 """The layout of concatenated slides is the padded one's, without the padding."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,8 +45,28 @@ def test_unpack_restores_the_callers_order():
 
 @pytest.mark.parametrize(
     ("lengths", "contour"),
-    [([2, -1], torch.zeros(1, dtype=torch.int64)), ([2], torch.zeros(3, dtype=torch.int64)), ([2], torch.zeros(2))],
+    [
+        ([2, -1], torch.zeros(1, dtype=torch.int64)),
+        ([2], torch.zeros(3, dtype=torch.int64)),
+        ([2], torch.zeros(2)),
+        ([2.5, 0.5], torch.zeros(3, dtype=torch.int64)),
+        ([2.7], None),
+        (["2"], None),
+    ],
 )
 def test_lengths_and_contours_have_to_fit(lengths, contour):
     with pytest.raises(SettingsError):
         build_ragged_layout(1, lengths, contour)
+
+
+def test_integers_of_other_libraries_are_lengths():
+    found = build_ragged_layout(1, [np.int32(2), torch.tensor(3)], None)
+    assert found.slides.lengths == (3, 4)
+
+
+@pytest.mark.parametrize("n_prefix", [-1, 1.5])
+def test_the_number_of_prefix_tokens_has_to_be_one(n_prefix):
+    with pytest.raises(SettingsError, match="n_prefix"):
+        build_ragged_layout(n_prefix, [3], None)
+    with pytest.raises(SettingsError, match="n_prefix"):
+        build_fragment_layout(n_prefix, torch.ones(1, 3, dtype=torch.bool))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from contextlib import nullcontext
 from itertools import combinations, permutations
 
 import pytest
@@ -212,6 +213,23 @@ def test_repeats_bit_for_bit(backend):
     assert torch.equal(first.loss, second.loss)
     for x, y in zip(first_gradients, second_gradients, strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"])
+def test_torchs_defaults_do_not_matter(default, backend):
+    """Raw memory is computed: a tensor in the default dtype, or on the default device, would be read as another one."""
+    case = Case(50, seed=7)
+    first, first_gradients = case.run(sigmoid_loss, torch.float32, backend[1], backend=backend[0])
+    before = torch.get_default_dtype()
+    try:
+        if default != "meta":
+            torch.set_default_dtype(default)
+        with torch.device(default) if default == "meta" else nullcontext():
+            second, second_gradients = case.run(sigmoid_loss, torch.float32, backend[1], backend=backend[0])
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(first.loss, second.loss)
+    assert all(torch.equal(x, y) for x, y in zip(first_gradients, second_gradients, strict=True))
 
 
 def half_case(dtype):
