@@ -121,7 +121,9 @@ class PlainImageReader(SlideReader):
         except (ValueError, RuntimeError, OSError, SyntaxError) as exc:
             raise SlideOpenError(f"{self.path} is a {header.kind} image that cannot be decoded: {exc}") from exc
         if values.dtype == np.uint16:
-            largest = int(values.max(initial=0))
+            # Not alpha, which is 65,535 whatever bits the colours use.
+            colours = values[..., :-1] if values.ndim == 3 and values.shape[2] in (2, 4) else values
+            largest = int(colours.max(initial=0))
             bits = depth.measured_bits(largest)
             logger.warning(
                 "%s has 16 bits a channel, read as %d significant bits (its largest value is %d) and scaled to 8",

@@ -150,7 +150,7 @@ def _to_rgb(values: np.ndarray, image: TiffImage, scale: np.ndarray | None) -> n
         values = scale[values]
     if image.colour is Colour.YCBCR and image.codec is Codec.JPEG2000:
         values = np.concatenate([_ycbcr_to_rgb(values), values[..., 3:]], axis=2)
-    plain = 3 if image.colour in (Colour.RGB, Colour.YCBCR) else 1
+    plain = image.colours
     if values.shape[2] == image.channels and plain == 3 and not image.alpha:
         return np.ascontiguousarray(values)
     out = np.empty((*values.shape[:2], image.channels), np.uint8)

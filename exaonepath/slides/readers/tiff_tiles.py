@@ -143,7 +143,7 @@ class TiffTiles:
         return self._stored(image, row * image.columns + column)
 
     def largest_value(self, level: int, cells: int) -> int:
-        """The largest stored value in up to `cells` tiles or strips that are spread evenly over an image.
+        """The largest stored colour in up to `cells` tiles or strips that are spread evenly over an image.
 
         Raises:
             SlideReadError: one of them cannot be read.
@@ -153,7 +153,7 @@ class TiffTiles:
         largest = 0
         for index in sorted({total * number // cells for number in range(cells)}):
             values = self._decoded(level, index % image.columns, index // image.columns, stored_values)
-            largest = max(largest, 0 if values is None else int(values.max(initial=0)))
+            largest = max(largest, 0 if values is None else int(values[..., : image.colours].max(initial=0)))
         return largest
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import struct
 import zlib
 from contextlib import suppress
 
+import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image
@@ -72,6 +73,18 @@ def test_kinds_of_png(tmp_path, pixels, mode, caplog):
     with caplog.at_level(logging.WARNING), SlideImage(path) as slide:
         assert np.array_equal(slide.read_region((0, 0), 0, slide.dimensions)[..., :3], expected)
     assert ("12 significant bits" in caplog.text) == (mode == "I;16")
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_only_colours_of_a_png_tell_the_significant_bits(tmp_path, pixels, channels, caplog):
+    values = ((pixels.astype(np.uint32) * 4095 + 127) // 255).astype(np.uint16)[..., : channels - 1]
+    cover = np.full(pixels.shape[:2], 65535, np.uint16)
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(np.dstack([values, cover])))
+    with caplog.at_level(logging.WARNING), SlideImage(tmp_path / "a.png") as slide:
+        rgba = slide.read_region((0, 0), 0, slide.dimensions)
+    assert np.array_equal(rgba[..., :3], pixels if channels == 4 else np.repeat(pixels[..., :1], 3, axis=2))
+    assert rgba[..., 3].min() == 255
+    assert "12 significant bits" in caplog.text
 
 
 def test_transparent_pixels_have_no_data(tmp_path, pixels):
