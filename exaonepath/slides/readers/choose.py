@@ -15,7 +15,7 @@ from exaonepath.errors import SlideOpenError
 from exaonepath.slides import tiff
 from exaonepath.slides.formats import CONVERT, needs_a_library, why_not_readable, wrong_pixels
 from exaonepath.slides.readers.base import SlideReader
-from exaonepath.slides.readers.fast import fast_reader
+from exaonepath.slides.readers.fast import VENDORS, fast_reader
 from exaonepath.slides.readers.openslide import OpenSlideReader, UnsupportedSlideError
 from exaonepath.slides.readers.plain import PlainImageReader, is_plain_image
 from exaonepath.slides.readers.plugins import GROUP, plugin_reader
@@ -112,6 +112,9 @@ def _tiff(path: Path, check_unchanged: Callable[[], None]) -> SlideReader:
 
 
 def _tiff_or_reason(path: Path, slide: OpenSlideReader) -> TiffReader:
+    vendor = slide.properties.get("openslide.vendor")
+    if vendor not in VENDORS:  # the tiles of others are put together in ways of their own
+        raise SlideOpenError(f"{path} {wrong_pixels(path, slide.properties)} (vendor {vendor})")
     try:
         return TiffReader(path, slide.properties)
     except SlideOpenError as exc:

@@ -24,9 +24,10 @@ from exaonepath.slides.readers.tiff_tiles import Region, TiffTiles
 logger = logging.getLogger(__name__)
 
 # OpenSlide puts the tiles of other vendors together in ways of their own (overlaps, offsets, several areas).
-_VENDORS = ("aperio", "generic-tiff")
+VENDORS = ("aperio", "generic-tiff")
 _CORNERS, _RICHEST, _SPREAD = 4, 4, 4  # tiles that are compared on level 0; on others, half of them
-_MAX_DECODED = 1 << 23  # pixels that are decoded for it, at most: a tile may be large
+_ALWAYS = 2  # regions that are compared on every level: one at the border, and one in the interior
+_MAX_DECODED = 1 << 23  # pixels that are decoded of level 0 for the others, at most, and half of it of each other level
 _SIDE = 512  # of a compared region
 
 
@@ -119,7 +120,7 @@ def fast_reader(slide: OpenSlideReader, *, compare: bool = True) -> FastReader |
         The reader, or a phrase that says why it is not used.
     """
     vendor = slide.properties.get("openslide.vendor")
-    if vendor not in _VENDORS:
+    if vendor not in VENDORS:
         return f"tiles of the vendor {vendor} are put together by OpenSlide"
     found = tiff.read_tiff(slide.path, tags=tiff.ALL_TAGS)
     if found is None:
@@ -145,10 +146,11 @@ def fast_reader(slide: OpenSlideReader, *, compare: bool = True) -> FastReader |
         reader = FastReader(slide, TiffTiles(slide.path, chosen), numbers)
     except OSError as exc:
         return f"the file cannot be opened again ({exc})"
-    difference = _difference(reader) if compare else None
-    if difference is not None:
-        reader.tiles.close()
-        return difference
+    for level in range(len(numbers)) if compare else ():
+        difference = _difference(reader, level)
+        if difference is not None:
+            reader.tiles.close()
+            return difference
     return reader
 
 
@@ -172,57 +174,74 @@ def _image_of_level(slide: OpenSlideReader, level: int, found: tiff.Tiff) -> Tif
         return str(exc)
     if image.bits != 8:
         return "has 16 bits a channel"
+    if fitting[0].number(tiff.ORIENTATION, 1) not in (0, 1):
+        return "states a rotation"
     if image.samples in (2, 4) and image.alpha is None:
         return "has a channel of unknown meaning"
     return image
 
 
-def _difference(reader: FastReader) -> str | None:
-    """Where the two readers differ on samples; None if they give the same bytes everywhere."""
-    decoded = 0
-    for level, number in enumerate(reader._images):
-        if number is None:
-            continue
-        image, scale = reader.tiles.images[number], int(reader.scalar_downsamples[level])
-        for x, y, width, height in _samples(image, level):
-            if decoded > _MAX_DECODED:
-                return None
-            decoded += image.cells_of(x, y, width, height) * image.cell_width * image.cell_height
-            where = f"at {(x * scale, y * scale)}, level {level}"
-            try:
-                theirs = np.asarray(reader.slide.read_image((x * scale, y * scale), level, (width, height)))
-            except SlideError as exc:
-                return f"OpenSlide cannot read a sample {where} ({exc})"
-            try:
-                ours = reader.tiles.region(number, x, y, width, height)
-            except SlideError as exc:
-                return f"only OpenSlide can read a sample {where} ({exc})"
-            if ours.empty and level:
-                continue  # read through OpenSlide in any case
-            alpha = np.full(theirs.shape[:2], 255, np.uint8) if ours.alpha is None else ours.alpha
-            if not (np.array_equal(theirs[..., :3], ours.pixels) and np.array_equal(theirs[..., 3], alpha)):
-                return f"its pixels differ from OpenSlide's {where}"
+def _difference(reader: FastReader, level: int) -> str | None:
+    """Where the two readers differ on samples of a level; None if they give the same bytes everywhere.
+
+    A level that cannot be compared, as no sample has data, is read through OpenSlide from now on.
+    """
+    number = reader._images[level]
+    if number is None:
+        return None
+    image, scale = reader.tiles.images[number], int(reader.scalar_downsamples[level])
+    budget = _MAX_DECODED if level == 0 else _MAX_DECODED // 2
+    decoded = compared = 0
+    for at, (x, y, width, height) in enumerate(_samples(image, level)):
+        if at >= _ALWAYS and decoded > budget:
+            break
+        decoded += image.cells_of(x, y, width, height) * image.cell_width * image.cell_height
+        where = f"at {(x * scale, y * scale)}, level {level}"
+        try:
+            theirs = np.asarray(reader.slide.read_image((x * scale, y * scale), level, (width, height)))
+        except SlideError as exc:
+            return f"OpenSlide cannot read a sample {where} ({exc})"
+        try:
+            ours = reader.tiles.region(number, x, y, width, height)
+        except SlideError as exc:
+            return f"only OpenSlide can read a sample {where} ({exc})"
+        if ours.empty and level:
+            continue  # read through OpenSlide in any case
+        compared += 1
+        alpha = np.full(theirs.shape[:2], 255, np.uint8) if ours.alpha is None else ours.alpha
+        if not (np.array_equal(theirs[..., :3], ours.pixels) and np.array_equal(theirs[..., 3], alpha)):
+            return f"its pixels differ from OpenSlide's {where}"
+    if not compared:
+        logger.info("%s: level %d has no data in any sample; it is read through OpenSlide", reader.path, level)
+        reader._images[level] = None
     return None
 
 
 def _samples(image: TiffImage, level: int) -> Iterator[tuple[int, int, int, int]]:
-    """Regions of an image to compare, (x, y, width, height): the same ones each time.
+    """Regions of an image to compare, (x, y, width, height): the same ones each time, the most important ones first.
 
-    A region beyond the border, and one on several tiles; tiles at the corners; those with the most bytes (tissue, not
-    empty glass); and some that are spread over the image. Of large tiles, only the beginning is compared.
+    A region beyond the border; the tile with the most bytes (tissue, not empty glass); a region on several tiles; more
+    tiles with many bytes; tiles at the corners; and some that are spread over the image. Of large tiles, only the
+    beginning is compared.
     """
     columns, rows = image.columns, image.segment_rows
     share = 1 if level == 0 else 2
     lengths = image.lengths[: columns * rows]
     width, height = min(_SIDE, image.cell_width), min(_SIDE, image.cell_height)
-    yield image.width - width // 2 - 1, image.height - height // 2 - 1, width, height
+    small = image.cell_width * image.cell_height <= _MAX_DECODED // 4
+    left, top = image.width - width // 2 - 1, image.height - height // 2 - 1
+    if not small:  # of one tile only
+        left, top = max(left, (columns - 1) * image.cell_width), max(top, (rows - 1) * image.cell_height)
+    yield left, top, width, height
     busiest = int(np.argmax(lengths))
-    if image.cell_width * image.cell_height <= _MAX_DECODED // 4:
-        x, y = busiest % columns * image.cell_width, busiest // columns * image.cell_height
+    x, y = busiest % columns * image.cell_width, busiest // columns * image.cell_height
+    yield x, y, width, height
+    if small:
         yield max(0, x - width // 2), max(0, y - height // 2), width, height
     most = _RICHEST // share
     richest = np.argpartition(-lengths, most - 1)[:most] if len(lengths) > most else np.arange(len(lengths))
     corners = [0, columns * rows - 1, columns - 1, columns * (rows - 1)][: _CORNERS // share]
     spread = [columns * rows * (2 * i + 1) // (2 * _SPREAD) for i in range(_SPREAD // share)]
-    for index in dict.fromkeys([busiest, *map(int, np.sort(richest)), *corners, *spread]):
+    others = dict.fromkeys([*map(int, np.sort(richest)), *corners, *spread])
+    for index in (index for index in others if index != busiest):
         yield index % columns * image.cell_width, index // columns * image.cell_height, width, height

@@ -13,7 +13,7 @@ import pytest
 import tifffile
 import torch
 
-from exaonepath.errors import SlideReadError
+from exaonepath.errors import SlideOpenError, SlideReadError
 from exaonepath.slides.features.extract import extract_features
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.pipeline import patchfy
@@ -161,9 +161,74 @@ def test_the_comparison_is_small_and_the_same_each_time(slides):
             samples = list(fast._samples(image, level))
             assert samples == list(fast._samples(image, level))
             assert len(samples) <= 15
-            corners = {(x // image.cell_width, y // image.cell_height) for x, y, *_ in samples[2:]}
+            corners = {(x // image.cell_width, y // image.cell_height) for x, y, *_ in samples[1:]}
             assert {(0, 0), (image.columns - 1, image.segment_rows - 1)} <= corners
-            assert any(x + w > image.width and y + h > image.height for x, y, w, h in samples[:2])
+            x, y, width, height = samples[0]
+            assert x + width > image.width
+            assert y + height > image.height
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("where", ["interior", "border"])
+def test_every_level_is_compared_however_large_its_tiles_are(slides, monkeypatch, caplog, level, where):
+    """Tiles of 1024 pixels used up what was decoded for the comparison, and smaller levels were believed."""
+    monkeypatch.setattr(fast, "_MAX_DECODED", 1)
+    cell = tiff_tiles.TiffTiles._decode
+
+    def other(self, at, column, row):
+        found, image = cell(self, at, column, row), self.images[at]
+        if at != level:
+            return found
+        if where == "border" and (column, row) == (image.columns - 1, image.segment_rows - 1):
+            x, y = image.width - column * image.cell_width - 1, image.height - row * image.cell_height - 1
+            found.pixels[y, 3 * x] ^= 1
+        elif where == "interior":
+            found.pixels[3, 3] ^= 1
+        return found
+
+    monkeypatch.setattr(tiff_tiles.TiffTiles, "_decode", other)
+    with caplog.at_level(logging.INFO), SlideImage(slides["generic"]) as slide:
+        assert slide.reader == "openslide"
+    assert f"level {level}" in caplog.text
+
+
+def test_a_level_that_was_not_compared_is_read_through_openslide(tmp_path, pixels, caplog):
+    """All sampled tiles of level 1 have no data: nothing is known about the others."""
+    path = tmp_path / "a.tif"
+    options = {"tile": (16, 16), "photometric": "rgb", "metadata": None, "compression": "jpeg"}
+    with tifffile.TiffWriter(path) as file:
+        file.write(pixels, **options)
+        file.write(pixels[::2, ::2].copy(), subfiletype=1, **options)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        tag = file.pages[1].tags["TileByteCounts"]
+        tag.overwrite([0] * tag.count)
+    with caplog.at_level(logging.INFO), SlideImage(path) as slide:
+        assert slide.reader == "tiff"
+        assert slide.encoded_tile(0, 3, 3)
+        assert slide.encoded_tile(1, 3, 3) is None
+    assert "level 1 has no data in any sample" in caplog.text
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "zlib"])
+@pytest.mark.parametrize("level", [0, 1])
+def test_levels_with_a_stated_rotation(tmp_path, pixels, compression, level, caplog):
+    """OpenSlide turns each tile of some compressions by itself; such a file is read without it."""
+    path = tmp_path / "a.tif"
+    options = {"tile": (1024, 1024), "photometric": "rgb", "metadata": None, "compression": compression}
+    images = [pixels, pixels[::2, ::2].copy()]
+    with tifffile.TiffWriter(path) as file:
+        for number, image in enumerate(images):
+            tag = [(274, "H", 1, 3, True)] if number == level else []
+            file.write(image, subfiletype=number, extratags=tag, **options)
+    with caplog.at_level(logging.INFO), SlideImage(path) as slide:
+        for number, image in enumerate(images):
+            found = slide.read_rgb((0, 0), number, slide.level_dimensions[number])[0]
+            assert np.abs(found.astype(int) - image).mean() < (1 if compression == "jpeg" else 0.001)
+        if compression == "jpeg":
+            assert slide.encoded_tile(level, 0, 0) is None  # read through OpenSlide
+    if compression != "jpeg":
+        with pytest.raises(SlideOpenError, match="states a rotation"):
+            SlideImage(path, "openslide")
 
 
 @pytest.mark.parametrize("kind", ["alpha", "vendor", "same size twice"])
@@ -270,3 +335,11 @@ def test_stored_tiles(slides):
             assert tile.startswith(b"\xff\xd8")
             with pytest.raises(SlideReadError, match="no tile in column 100"):
                 slide.encoded_tile(0, 100, 0)
+
+
+def test_a_vendor_with_tiles_of_its_own_is_not_read_as_a_plain_tiff(write, pixels, monkeypatch):
+    """Without OpenSlide, its overlaps would be read as they are stored."""
+    monkeypatch.setattr("exaonepath.slides.readers.choose.wrong_pixels", lambda *_: "has wrong pixels")
+    monkeypatch.setattr("exaonepath.slides.readers.choose.VENDORS", ("aperio",))
+    with pytest.raises(SlideOpenError, match="has wrong pixels .vendor generic-tiff"):
+        SlideImage(write("a.tif", pixels))
