@@ -19,7 +19,7 @@ from exaonepath.slides.readers.base import SlideReader
 from exaonepath.slides.readers.openslide import OpenSlideReader
 from exaonepath.slides.readers.tiff_decode import image_codecs
 from exaonepath.slides.readers.tiff_image import NotReadable, TiffImage, tiff_image
-from exaonepath.slides.readers.tiff_tiles import Region, TiffTiles
+from exaonepath.slides.readers.tiff_tiles import Region, TiffTiles, UncheckedTileError
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,10 @@ class FastReader(SlideReader):
         scale = self.scalar_downsamples[level]
         if image is None or location[0] % scale or location[1] % scale or min(size) <= 0:
             return None
-        region = self.tiles.region(image, int(location[0] // scale), int(location[1] // scale), *size)
+        try:
+            region = self.tiles.region(image, int(location[0] // scale), int(location[1] // scale), *size)
+        except UncheckedTileError:
+            return None
         if (region.empty and level) or (region.alpha is not None and self.tiles.images[image].alpha):
             # OpenSlide may fill a gap in a smaller level from another level, and it blends what is partly covered.
             return None
@@ -143,7 +146,7 @@ def fast_reader(slide: OpenSlideReader, *, compare: bool = True) -> FastReader |
     except MissingDependencyError as exc:
         return str(exc)
     try:
-        reader = FastReader(slide, TiffTiles(slide.path, chosen), numbers)
+        reader = FastReader(slide, TiffTiles(slide.path, chosen, checked=True), numbers)
     except OSError as exc:
         return f"the file cannot be opened again ({exc})"
     for level in range(len(numbers)) if compare else ():
