@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
 from PIL import Image
@@ -18,7 +19,7 @@ from exaonepath.slides import tiff
 from exaonepath.slides.readers.base import SlideReader
 from exaonepath.slides.readers.openslide import OpenSlideReader
 from exaonepath.slides.readers.tiff_decode import image_codecs
-from exaonepath.slides.readers.tiff_image import NotReadable, TiffImage, tiff_image
+from exaonepath.slides.readers.tiff_image import Codec, NotReadable, TiffImage, tiff_image
 from exaonepath.slides.readers.tiff_tiles import Region, TiffTiles, UncheckedTileError
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,14 @@ VENDORS = ("aperio", "generic-tiff")
 _CORNERS, _RICHEST, _SPREAD = 4, 4, 4  # tiles that are compared on level 0; on others, half of them
 _ALWAYS = 2  # regions that are compared on every level: one at the border, and one in the interior
 _MAX_DECODED = 1 << 23  # pixels that are decoded of level 0 for the others, at most, and half of it of each other level
+_TRIED = 5  # samples that OpenSlide must fail to read before it is left out
 _SIDE = 512  # of a compared region
+
+
+class OnlyTiffReader(str):
+    """A reason to read a file without OpenSlide."""
+
+    __slots__ = ()
 
 
 class FastReader(SlideReader):
@@ -120,7 +128,8 @@ def fast_reader(slide: OpenSlideReader, *, compare: bool = True) -> FastReader |
         compare: False: use it without a comparison.
 
     Returns:
-        The reader, or a phrase that says why it is not used.
+        The reader, or a phrase that says why it is not used: an `OnlyTiffReader` if OpenSlide reads none of the
+        samples, and the TIFF reader does.
     """
     vendor = slide.properties.get("openslide.vendor")
     if vendor not in VENDORS:
@@ -203,6 +212,8 @@ def _difference(reader: FastReader, level: int) -> str | None:
         try:
             theirs = np.asarray(reader.slide.read_image((x * scale, y * scale), level, (width, height)))
         except SlideError as exc:
+            if level == 0 and at == 0 and _only_ours(reader, image):
+                return OnlyTiffReader(f"OpenSlide cannot read any of {_TRIED} samples ({exc})")
             return f"OpenSlide cannot read a sample {where} ({exc})"
         try:
             ours = reader.tiles.region(number, x, y, width, height)
@@ -218,6 +229,29 @@ def _difference(reader: FastReader, level: int) -> str | None:
         logger.info("%s: level %d has no data in any sample; it is read through OpenSlide", reader.path, level)
         reader._images[level] = None
     return None
+
+
+def _only_ours(reader: FastReader, image: TiffImage) -> bool:
+    """Whether OpenSlide reads none of some samples of level 0, and the TIFF reader all of them.
+
+    That is a limit of OpenSlide's, and no damage: a damaged tile is one of many. Damage of JPEG is seen by OpenSlide
+    only; such a slide stays with it.
+    """
+    if image.codec is Codec.JPEG or reader.properties.get("openslide.vendor") != "generic-tiff":
+        return False
+    if image.columns * image.segment_rows == 1 and image.codec is not Codec.NONE:
+        return False
+    for x, y, width, height in islice(_samples(image, 0), _TRIED):
+        try:
+            reader.tiles.region(0, x, y, width, height)
+        except SlideError:
+            return False
+        try:
+            reader.slide.read_image((x, y), 0, (width, height))
+        except SlideError:
+            continue
+        return False
+    return True
 
 
 def _samples(image: TiffImage, level: int) -> Iterator[tuple[int, int, int, int]]:

@@ -20,6 +20,7 @@ from exaonepath.slides.features.extract import extract_features
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.pipeline import patchfy
 from exaonepath.slides.readers import fast, tiff_tiles
+from exaonepath.slides.readers.openslide import OpenSlideReader
 from exaonepath.synthetic import make_slide
 
 
@@ -397,3 +398,38 @@ def test_jpeg_that_libjpeg_repairs_in_silence_is_left_to_openslide(tmp_path, pix
     assert len(found) % 3 == 0
     assert len(found) > 6
     assert [end for end, reader in found if reader == "auto"] == [end for end, reader in found if reader == "openslide"]
+
+
+@pytest.mark.parametrize("tile", [(80, 272), (272, 80)])
+def test_what_only_the_tiff_reader_reads_is_read_without_openslide(write, pixels, caplog, tile):
+    """libtiff expects another number of bytes in uncompressed tiles of some sizes, and OpenSlide opens the file."""
+    path = write("a.tif", pixels, tile=tile)
+    with SlideImage(path, "openslide") as slide:
+        try:
+            slide.read_region((0, 0), 0, (20, 20))
+        except SlideReadError:
+            pass
+        else:
+            pytest.skip("this OpenSlide reads it")
+    with caplog.at_level(logging.WARNING), SlideImage(path) as slide:
+        assert slide.reader == "tiff"
+        assert slide.mpp == 0.5
+        assert np.array_equal(slide.read_rgb((0, 0), 0, slide.dimensions)[0], pixels)
+    assert "is read without OpenSlide: OpenSlide cannot read any of" in caplog.text
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "zlib"])
+def test_a_damaged_tile_does_not_replace_openslide(write, pixels, compression, monkeypatch, caplog):
+    """Only one sample fails, or it is JPEG, whose damage OpenSlide alone may see."""
+    path = write("a.tif", pixels, compression=compression)
+    read = OpenSlideReader.read_image
+
+    def fails(self, location, level, size):
+        if compression == "jpeg" or location == (0, 0):
+            raise SlideReadError("damaged")
+        return read(self, location, level, size)
+
+    monkeypatch.setattr(OpenSlideReader, "read_image", fails)
+    with caplog.at_level(logging.INFO), SlideImage(path) as slide:
+        assert slide.reader == "openslide"
+    assert "is read through OpenSlide: OpenSlide cannot read a sample" in caplog.text
