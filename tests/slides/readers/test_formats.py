@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -347,3 +348,28 @@ def test_a_flat_slide_of_huge_tiles_is_compared_in_moderation(tmp_path):
         assert slide.reader == "tiff"
         assert slide._reader.tiles.cache.decoded <= 2
         assert slide.read_rgb((99_990, 99_990), 0, (20, 20))[0].shape == (20, 20, 3)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_webp_leaves_out_the_alpha_of_opaque_tiles(write, pixels, order):
+    cover = np.full(pixels.shape[:2], 255, np.uint8)
+    cover[:150, :150] = 0
+    options = {"compression": "webp", "compressionargs": {"lossless": True}, "extrasamples": ["unassalpha"]}
+    path = write("a.tif", np.dstack([pixels, cover]), byteorder=order, **options)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        page = file.pages[0]
+        opaque = pixels[256:384, 256:384].copy()
+        data = imagecodecs.webp_encode(opaque, lossless=True)
+        with path.open("ab") as end:
+            place = end.tell()
+            end.write(data)
+        index = 2 * 6 + 2
+        for tag, value in (("TileOffsets", place), ("TileByteCounts", len(data))):
+            values = list(page.tags[tag].value)
+            values[index] = value
+            page.tags[tag].overwrite(values)
+    expected = pixels.copy()
+    expected[:150, :150] = 0
+    rgb, rgba, _ = read(path)
+    assert np.array_equal(rgb, expected)
+    assert np.array_equal(rgba[..., 3], cover)
