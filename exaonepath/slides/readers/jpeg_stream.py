@@ -75,6 +75,12 @@ def why_truncated(data: bytes, slack: int = _END_SLACK) -> str | None:
     return None
 
 
+def first_image(data: bytes) -> bytes:
+    """A stream up to the first end mark after the beginning of its pixels; all of it if there is none."""
+    end = data.find(_END, _scan(data))
+    return data if end < 0 else data[: end + len(_END)]
+
+
 def is_simple(data: bytes) -> bool:
     """Whether a stream has one sequential scan without restart marks: `is_complete` then finds what is missing.
 

@@ -173,3 +173,55 @@ def test_an_image_gives_the_patches_of_a_flat_slide(tmp_path):
     assert np.array_equal(found, expected)
     assert find_slides([tmp_path]) == [flat]
     assert find_slides([tmp_path / "b.png"]) == [tmp_path / "b.png"]
+
+
+def jpeg_with_preview(pixels, **options):
+    """As cameras write it: the preview in the EXIF segment is a whole JPEG with marks of its own."""
+    preview, buffer, exif = io.BytesIO(), io.BytesIO(), Image.Exif()
+    Image.fromarray(pixels[:64, :64]).save(preview, "JPEG")
+    exif[270] = "x"
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90, exif=exif, **options)
+    data = buffer.getvalue()
+    segment = b"Exif\0\0" + preview.getvalue()
+    return data[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + data[2:]
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str)
+def test_a_jpeg_that_is_cut_is_not_read(tmp_path, pixels, options):
+    noisy = np.clip(pixels + np.random.default_rng(0).normal(0, 9, pixels.shape), 0, 255).astype(np.uint8)
+    data = jpeg_with_preview(noisy, **options)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(data + jpeg_with_preview(noisy[:80, :80]))  # a second picture at the end
+    with SlideImage(path) as slide:
+        whole = slide.read_rgb((0, 0), 0, slide.dimensions)[0]
+        assert np.abs(whole.astype(int) - noisy).mean() < 8
+    for part in (0.3, 0.6, 0.9):
+        cut = data[: int(len(data) * part)].rstrip(b"\xff")
+        for end in (b"", b"\xff\xd9", b"\xff\xd9" + bytes(300)):
+            path.write_bytes(cut + end)
+            with pytest.raises(SlideOpenError, match=r"is (truncated|damaged)"):
+                SlideImage(path)
+
+
+def bmp_of(width, height, core=False):
+    if core:
+        return b"BM" + struct.pack("<IHHI", 80, 0, 0, 26) + struct.pack("<IHHHH", 12, width, height, 1, 24) + bytes(54)
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, *[0] * 6)
+    return b"BM" + struct.pack("<IHHI", 108, 0, 0, 54) + header + bytes(54)
+
+
+@pytest.mark.parametrize("size", [(14_000, 14_000), (10_000, 10_000), (1 << 30, 1 << 30), (100_000, -100_000), (-5, 3)])
+def test_a_bmp_that_states_too_much(tmp_path, size, recwarn):
+    path = tmp_path / "a.bmp"
+    path.write_bytes(bmp_of(*size))
+    with pytest.raises((SlideOpenError, MemoryLimitError), match=r"a\.bmp"):
+        SlideImage(path)
+    assert not [one for one in recwarn if "DecompressionBomb" in str(one.category)]
+
+
+def test_an_old_bmp(tmp_path):
+    """A header of 12 bytes, with a size of 16 bits."""
+    path = tmp_path / "a.bmp"
+    path.write_bytes(bmp_of(4, 4, core=True))
+    with SlideImage(path) as slide:
+        assert slide.dimensions == (4, 4)
