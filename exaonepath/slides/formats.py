@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from exaonepath.slides.tiff import BITS, COMPRESSION, ORIENTATION, SAMPLES, TILE_WIDTH, WIDTH, read_tiff
+from exaonepath.slides.tiff import BITS, COMPRESSION, ORIENTATION, SAMPLES, TILE_WIDTH, WIDTH, Directory, read_tiff
 
 CONVERT = "convert it, for example: vips tiffsave INPUT OUTPUT.tif --tile --pyramid --compression jpeg"
 _COMPRESSIONS = {34712: "JPEG 2000", 33003: "JPEG 2000", 33005: "JPEG 2000", 50001: "WebP", 50000: "Zstandard"}
@@ -33,13 +33,13 @@ def why_not_a_slide(path: Path) -> str:
     """A phrase for a file that OpenSlide rejects, and that no other reader was found for."""
     tiff = read_tiff(path, check_data=True)
     if tiff is not None:
-        if not tiff.directories and tiff.truncated:
+        if not tiff.images and tiff.truncated:
             return f"is truncated: {tiff.truncated}; copy it again"
-        tags = tiff.directories[0] if tiff.directories else {}
-        compression = _COMPRESSIONS.get(tags.get(COMPRESSION, (0,))[0])
+        first = tiff.images[0] if tiff.images else Directory({})
+        compression = _COMPRESSIONS.get(first.number(COMPRESSION, 0))
         if compression is not None:
             return f"is a TIFF whose pixels are compressed as {compression}, which OpenSlide does not read; {CONVERT}"
-        if WIDTH in tags and TILE_WIDTH not in tags:
+        if WIDTH in first and TILE_WIDTH not in first:
             return f"is a TIFF in strips, not in tiles, which OpenSlide does not read; {CONVERT}"
         if tiff.truncated:
             return f"is truncated: {tiff.truncated}; copy it again"

@@ -216,11 +216,12 @@ def _directory(
             unclear.add(tag)
         if value is not None:
             tags[tag] = value
-    for offsets_tag, lengths_tag in _DATA:
-        offsets, lengths = (tags.get(tag) for tag in (offsets_tag, lengths_tag))
-        if isinstance(offsets, np.ndarray) and isinstance(lengths, np.ndarray) and len(offsets) == len(lengths):
-            end = max(end, int((offsets.astype(np.uint64) + lengths.astype(np.uint64)).max(initial=0)))
-    return Directory(tags, frozenset(unclear)), layout.unpack(layout.offset, table[-layout.offset_bytes :]), end
+    directory = Directory(tags, frozenset(unclear))
+    for pair in _DATA:
+        offsets, lengths = (directory.array(tag).astype(np.uint64) for tag in pair)
+        if len(offsets) == len(lengths):
+            end = max(end, int((offsets + lengths).max(initial=0)))
+    return directory, layout.unpack(layout.offset, table[-layout.offset_bytes :]), end
 
 
 def _value(

@@ -23,7 +23,7 @@ from exaonepath.slides.readers.tiff_decode import DecodeError, decode, stored_va
 from exaonepath.slides.readers.tiff_image import Codec, TiffImage
 from exaonepath.slides.readers.tile_cache import TileCache
 
-_MAX_ENCODED = 1 << 31
+_ENCODED_SLACK = 64 << 10  # a stored tile may be larger than the decoded one: noise, tables, profiles
 
 
 class Cell(NamedTuple):
@@ -225,8 +225,12 @@ class TiffTiles:
         offset, length = int(image.offsets[index]), int(image.lengths[index])
         if length == 0:
             return b""
-        if not (0 < length <= _MAX_ENCODED and offset > 0):
-            raise SlideReadError(f"{self.path}: a tile is stated to have {length} bytes at byte {offset}")
+        most = 2 * image.segment_bytes + _ENCODED_SLACK
+        if not (0 < length <= most and offset > 0):
+            raise SlideReadError(
+                f"{self.path}: a tile is stated to have {length} bytes at byte {offset}, and {image.segment_bytes} "
+                "when it is decoded"
+            )
         with self._reading() as file:
             try:
                 size = os.fstat(file).st_size
