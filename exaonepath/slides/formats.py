@@ -9,10 +9,11 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from exaonepath.slides.tiff import BITS, COMPRESSION, SAMPLES, TILE_WIDTH, WIDTH, read_tiff
+from exaonepath.slides.tiff import BITS, COMPRESSION, ORIENTATION, SAMPLES, TILE_WIDTH, WIDTH, Directory, read_tiff
 
 CONVERT = "convert it, for example: vips tiffsave INPUT OUTPUT.tif --tile --pyramid --compression jpeg"
 _COMPRESSIONS = {34712: "JPEG 2000", 33003: "JPEG 2000", 33005: "JPEG 2000", 50001: "WebP", 50000: "Zstandard"}
+_OWN_DECODER = (7, 33003, 33005)  # JPEG, JPEG 2000 of Aperio: OpenSlide leaves all others to libtiff
 
 _OWN_LIBRARY = {
     ".czi": "a Zeiss CZI file",
@@ -32,13 +33,13 @@ def why_not_a_slide(path: Path) -> str:
     """A phrase for a file that OpenSlide rejects, and that no other reader was found for."""
     tiff = read_tiff(path, check_data=True)
     if tiff is not None:
-        if not tiff.directories and tiff.truncated:
+        if not tiff.images and tiff.truncated:
             return f"is truncated: {tiff.truncated}; copy it again"
-        tags = tiff.directories[0] if tiff.directories else {}
-        compression = _COMPRESSIONS.get(tags.get(COMPRESSION, (0,))[0])
+        first = tiff.images[0] if tiff.images else Directory({})
+        compression = _COMPRESSIONS.get(first.number(COMPRESSION, 0))
         if compression is not None:
             return f"is a TIFF whose pixels are compressed as {compression}, which OpenSlide does not read; {CONVERT}"
-        if WIDTH in tags and TILE_WIDTH not in tags:
+        if WIDTH in first and TILE_WIDTH not in first:
             return f"is a TIFF in strips, not in tiles, which OpenSlide does not read; {CONVERT}"
         if tiff.truncated:
             return f"is truncated: {tiff.truncated}; copy it again"
@@ -81,11 +82,14 @@ def wrong_pixels(path: Path, properties: Mapping[str, str]) -> str | None:
     # NDPI files have an offset format of their own, and hold only JPEG of 8 bits.
     if properties.get("openslide.vendor") == "hamamatsu":
         return None
-    tiff = read_tiff(path, tags={BITS, TILE_WIDTH, SAMPLES})
+    tiff = read_tiff(path, tags={BITS, COMPRESSION, ORIENTATION, TILE_WIDTH, SAMPLES})
     # Levels are tiled. Labels and overviews are not read here, and most of them are not tiled.
     levels = [image for image in (tiff.images if tiff else []) if TILE_WIDTH in image]
     if any(image.number(SAMPLES, 1) == 2 for image in levels):
         return "has tiles of grey and alpha, which OpenSlide shifts at the right border"
+    turned = [image for image in levels if image.number(ORIENTATION, 1) not in (0, 1)]
+    if any(image.number(COMPRESSION, 1) not in _OWN_DECODER for image in turned):
+        return "states a rotation (TIFF orientation), by which OpenSlide turns each tile by itself"
     bits = [max(image.numbers(BITS) or (8,)) for image in levels]
     if bits and max(bits) > 8:
         return (

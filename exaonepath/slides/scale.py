@@ -166,17 +166,7 @@ def _implausible(mpp: float, source: str, advice: str) -> str:
 
 def ome_scale(properties: Mapping[str, str]) -> OmeScale | None:
     """The pixel size in OME-XML in a generic TIFF's description; None if the description is not OME-XML."""
-    text = properties.get("tiff.ImageDescription", "")
-    if properties.get("openslide.vendor") != "generic-tiff" or "<OME" not in text[:4096] or len(text) > _OME_LIMIT:
-        return None
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:  # OME-XML has neither; entities can expand without bound
-        return None
-    try:
-        # Parsed as text, not bytes: the encoding that the XML states no longer applies.
-        root = ElementTree.fromstring(text)
-    except (ElementTree.ParseError, UnicodeError, ValueError):
-        return None
-    images = [element for element in root.iter() if _name(element) == "Pixels"]
+    images = _ome_images(properties)
     if not images:
         return None
     pixels, sure = _of_level_0(images, properties)
@@ -197,6 +187,30 @@ def ome_scale(properties: Mapping[str, str]) -> OmeScale | None:
             "the first is used"
         )
     return OmeScale(sizes[0], sizes[1], tuple(found))
+
+
+def ome_attribute(properties: Mapping[str, str], name: str) -> str | None:
+    """What OME-XML states about the pixels of level 0 in an attribute; None if nothing, or if the image is unclear."""
+    images = _ome_images(properties)
+    if not images:
+        return None
+    pixels, sure = _of_level_0(images, properties)
+    return pixels.get(name) if sure or len({image.get(name) for image in images}) == 1 else None
+
+
+def _ome_images(properties: Mapping[str, str]) -> list[ElementTree.Element]:
+    """The `Pixels` elements of the OME-XML in a generic TIFF's description; empty if it is not OME-XML."""
+    text = properties.get("tiff.ImageDescription", "")
+    if properties.get("openslide.vendor") != "generic-tiff" or "<OME" not in text[:4096] or len(text) > _OME_LIMIT:
+        return []
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:  # OME-XML has neither; entities can expand without bound
+        return []
+    try:
+        # Parsed as text, not bytes: the encoding that the XML states no longer applies.
+        root = ElementTree.fromstring(text)
+    except (ElementTree.ParseError, UnicodeError, ValueError):
+        return []
+    return [element for element in root.iter() if _name(element) == "Pixels"]
 
 
 def _of_level_0(images: list[ElementTree.Element], properties: Mapping[str, str]) -> tuple[ElementTree.Element, bool]:

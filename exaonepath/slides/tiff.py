@@ -31,7 +31,10 @@ ALL_TAGS = frozenset(
     }
 )  # fmt: skip
 # Kinds of values. Bytes and texts stay bytes; a rational is two numbers.
-_NUMBERS = {1: "u1", 3: "u2", 4: "u4", 5: "u4", 11: "f4", 12: "f8", 13: "u4", 16: "u8", 18: "u8"}
+_NUMBERS = {
+    1: "u1", 3: "u2", 4: "u4", 5: "u4", 6: "i1", 8: "i2", 9: "i4", 11: "f4", 12: "f8", 13: "u4", 16: "u8", 17: "i8",
+    18: "u8",
+}  # fmt: skip
 _BYTES, _RATIONAL = {2, 7}, 5
 _MAX_DIRECTORIES, _MAX_ENTRIES = 256, 4096
 _MAX_TILES, _MAX_NUMBERS, _MAX_TEXT = 1 << 22, 1 << 10, 1 << 24
@@ -44,17 +47,22 @@ class Directory:
 
     Attributes:
         tags: numbers (as an array) or bytes by tag; of a tag that occurs twice, the last value.
+        unclear: the tags that another program may read otherwise: they occur twice, or have more values than are read.
     """
 
     tags: Mapping[int, np.ndarray | bytes]
+    unclear: frozenset[int] = frozenset()
 
     def __contains__(self, tag: int) -> bool:
         return tag in self.tags
 
     def numbers(self, tag: int) -> tuple[int, ...]:
-        """The values of a tag as integers; empty if it is missing or holds something else."""
+        """The values of a tag as integers, none negative; empty if it is missing or holds something else."""
         value = self.tags.get(tag)
-        if isinstance(value, np.ndarray) and value.dtype.kind == "u":
+        # libtiff reads signed integers too where unsigned ones are meant.
+        if isinstance(value, np.ndarray) and (
+            value.dtype.kind == "u" or (value.dtype.kind == "i" and value.min() >= 0)
+        ):
             return tuple(value.tolist())
         return tuple(value) if isinstance(value, bytes) and tag not in (DESCRIPTION, JPEG_TABLES) else ()
 
@@ -65,7 +73,9 @@ class Directory:
     def array(self, tag: int) -> np.ndarray:
         """The values of a tag as int64, which may be a long list."""
         value = self.tags.get(tag)
-        return value.astype(np.int64) if isinstance(value, np.ndarray) else np.empty(0, np.int64)
+        if isinstance(value, np.ndarray) and value.dtype.kind in "ui":
+            return value.astype(np.int64)
+        return np.empty(0, np.int64)
 
     def ratio(self, tag: int) -> float | None:
         """The value of a tag with a fraction; None if it is missing or not positive."""
@@ -94,6 +104,7 @@ class Tiff:
         order: byte order, "<" or ">".
         big: whether the file is a BigTIFF.
         children: for each image, the images in its sub-directories.
+        complete: whether all directories were read; False if there are more than the limit.
     """
 
     images: list[Directory]
@@ -101,6 +112,7 @@ class Tiff:
     order: str
     big: bool
     children: list[list[Directory]] = field(default_factory=list)
+    complete: bool = True
 
     @property
     def directories(self) -> list[dict[int, tuple[int, ...]]]:
@@ -108,18 +120,21 @@ class Tiff:
         return [{tag: image.numbers(tag) for tag in image.tags if tag in _SUMMARY} for image in self.images]
 
 
-def read_tiff(path: Path, *, check_data: bool = False, tags: Collection[int] = _SUMMARY) -> Tiff | None:
+def read_tiff(
+    path: Path, *, check_data: bool = False, tags: Collection[int] = _SUMMARY, limit: int = _MAX_DIRECTORIES
+) -> Tiff | None:
     """The tags of a TIFF or BigTIFF; None for any other file, or for one that cannot be read.
 
     Args:
         path: any file.
         check_data: also read the location of the pixels, to find out whether the file is truncated.
         tags: the tags to read; with `SUB_DIRECTORIES`, those directories are read too.
+        limit: number of directories that are read.
     """
     wanted = frozenset(tags) | (_LONG_TAGS if check_data else set())
     try:
         with path.open("rb") as file:
-            return _parse(file, os.fstat(file.fileno()).st_size, wanted)
+            return _parse(file, os.fstat(file.fileno()).st_size, wanted, limit)
     except OSError:
         return None
 
@@ -136,7 +151,7 @@ class _Layout:
         return int(struct.unpack(self.order + kind, data)[0])
 
 
-def _parse(file: BinaryIO, size: int, wanted: frozenset[int]) -> Tiff | None:
+def _parse(file: BinaryIO, size: int, wanted: frozenset[int], limit: int) -> Tiff | None:
     head = file.read(16)
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
     if order is None or len(head) < 4:
@@ -152,7 +167,7 @@ def _parse(file: BinaryIO, size: int, wanted: frozenset[int]) -> Tiff | None:
     children: list[list[Directory]] = []
     seen: set[int] = set()
     end = 0
-    while offset and offset not in seen and len(seen) < _MAX_DIRECTORIES:
+    while offset and offset not in seen and len(seen) < limit:
         seen.add(offset)
         found = _directory(file, size, layout, offset, wanted)
         if found is None:
@@ -164,7 +179,7 @@ def _parse(file: BinaryIO, size: int, wanted: frozenset[int]) -> Tiff | None:
         end = max(end, reach)
         below = []
         for child in image.numbers(SUB_DIRECTORIES):
-            if child in seen or len(seen) >= _MAX_DIRECTORIES:
+            if child in seen or len(seen) >= limit:
                 continue
             seen.add(child)
             inner = _directory(file, size, layout, child, wanted)
@@ -174,7 +189,7 @@ def _parse(file: BinaryIO, size: int, wanted: frozenset[int]) -> Tiff | None:
         images.append(image)
         children.append(below)
     reach_text = f"its pixels reach to byte {end}, and the file ends at byte {size}" if end > size else None
-    return Tiff(images, reach_text, order, layout.big, children)
+    return Tiff(images, reach_text, order, layout.big, children, complete=len(seen) < limit or not offset)
 
 
 def _directory(
@@ -190,19 +205,23 @@ def _directory(
     if len(raw) < layout.count_bytes or len(table) < entries * layout.entry_bytes + layout.offset_bytes:
         return None
     tags: dict[int, np.ndarray | bytes] = {}
+    unclear: set[int] = set()
     end = 0
     for index in range(entries):
         entry = table[index * layout.entry_bytes : (index + 1) * layout.entry_bytes]
         tag, kind, count = struct.unpack_from(layout.order + "HH" + layout.offset, entry)
         value, reach = _value(file, size, layout, entry, tag, kind, count) if tag in wanted else (None, 0)
         end = max(end, reach)
+        if tag in tags or (tag in wanted and value is None and count > 1 and not reach):
+            unclear.add(tag)
         if value is not None:
             tags[tag] = value
-    for offsets_tag, lengths_tag in _DATA:
-        offsets, lengths = (tags.get(tag) for tag in (offsets_tag, lengths_tag))
-        if isinstance(offsets, np.ndarray) and isinstance(lengths, np.ndarray) and len(offsets) == len(lengths):
-            end = max(end, int((offsets.astype(np.uint64) + lengths.astype(np.uint64)).max(initial=0)))
-    return Directory(tags), layout.unpack(layout.offset, table[-layout.offset_bytes :]), end
+    directory = Directory(tags, frozenset(unclear))
+    for pair in _DATA:
+        offsets, lengths = (directory.array(tag).astype(np.uint64) for tag in pair)
+        if len(offsets) == len(lengths):
+            end = max(end, int((offsets + lengths).max(initial=0)))
+    return directory, layout.unpack(layout.offset, table[-layout.offset_bytes :]), end
 
 
 def _value(

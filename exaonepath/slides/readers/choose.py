@@ -15,7 +15,7 @@ from exaonepath.errors import SlideOpenError
 from exaonepath.slides import tiff
 from exaonepath.slides.formats import CONVERT, needs_a_library, why_not_readable, wrong_pixels
 from exaonepath.slides.readers.base import SlideReader
-from exaonepath.slides.readers.fast import fast_reader
+from exaonepath.slides.readers.fast import VENDORS, OnlyTiffReader, fast_reader
 from exaonepath.slides.readers.openslide import OpenSlideReader, UnsupportedSlideError
 from exaonepath.slides.readers.plain import PlainImageReader, is_plain_image
 from exaonepath.slides.readers.plugins import GROUP, plugin_reader
@@ -84,6 +84,10 @@ def _automatic(path: Path, check_unchanged: Callable[[], None]) -> SlideReader:
         finally:
             slide.close()
     fast = fast_reader(slide)
+    if isinstance(fast, OnlyTiffReader):
+        logger.warning("%s is read without OpenSlide: %s", path, fast)
+        slide.close()
+        return TiffReader(path, slide.properties)
     if isinstance(fast, str):
         logger.info("%s is read through OpenSlide: %s", path, fast)
         return slide
@@ -112,6 +116,9 @@ def _tiff(path: Path, check_unchanged: Callable[[], None]) -> SlideReader:
 
 
 def _tiff_or_reason(path: Path, slide: OpenSlideReader) -> TiffReader:
+    vendor = slide.properties.get("openslide.vendor")
+    if vendor not in VENDORS:  # the tiles of others are put together in ways of their own
+        raise SlideOpenError(f"{path} {wrong_pixels(path, slide.properties)} (vendor {vendor})")
     try:
         return TiffReader(path, slide.properties)
     except SlideOpenError as exc:

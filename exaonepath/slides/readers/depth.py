@@ -5,22 +5,28 @@ Scanners store 10, 12 or 14 bits in 16. Read as 16 bits, such a slide would be n
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 
 import numpy as np
 
 from exaonepath.slides import tiff
+from exaonepath.slides.scale import ome_attribute
 
-_STATED = re.compile(r'\bSignificantBits="(\d{1,2})"')
 _USUAL = (8, 10, 12, 14, 16)
 
 
-def stated_bits(directory: tiff.Directory) -> tuple[int, str] | None:
-    """(number of significant bits, the source of that number), if the file states it."""
-    found = _STATED.search(directory.text(tiff.DESCRIPTION))
-    if found and 1 <= int(found[1]) <= 16:
-        return int(found[1]), "SignificantBits of its OME-XML"
-    largest = max(directory.numbers(tiff.MAX_SAMPLE), default=0)
+def stated_bits(directory: tiff.Directory, properties: Mapping[str, str], colours: int) -> tuple[int, str] | None:
+    """(number of significant bits, the source of that number), if the file states it.
+
+    Args:
+        directory: that of level 0.
+        properties: those of the slide, with the OME-XML.
+        colours: number of channels that are colours. What alpha and other channels hold says nothing about them.
+    """
+    text = (ome_attribute(properties, "SignificantBits") or "").strip()
+    if text.isdecimal() and 1 <= int(text[:9]) <= 16:
+        return int(text), "SignificantBits of its OME-XML"
+    largest = max(directory.numbers(tiff.MAX_SAMPLE)[:colours], default=0)
     if 255 < largest < 65535:
         return int(largest).bit_length(), f"MaxSampleValue {largest}"
     return None

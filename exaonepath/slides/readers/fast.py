@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
 from PIL import Image
@@ -18,16 +19,24 @@ from exaonepath.slides import tiff
 from exaonepath.slides.readers.base import SlideReader
 from exaonepath.slides.readers.openslide import OpenSlideReader
 from exaonepath.slides.readers.tiff_decode import image_codecs
-from exaonepath.slides.readers.tiff_image import NotReadable, TiffImage, tiff_image
-from exaonepath.slides.readers.tiff_tiles import Region, TiffTiles
+from exaonepath.slides.readers.tiff_image import Codec, NotReadable, TiffImage, tiff_image
+from exaonepath.slides.readers.tiff_tiles import Region, TiffTiles, UncheckedTileError
 
 logger = logging.getLogger(__name__)
 
 # OpenSlide puts the tiles of other vendors together in ways of their own (overlaps, offsets, several areas).
-_VENDORS = ("aperio", "generic-tiff")
+VENDORS = ("aperio", "generic-tiff")
 _CORNERS, _RICHEST, _SPREAD = 4, 4, 4  # tiles that are compared on level 0; on others, half of them
-_MAX_DECODED = 1 << 23  # pixels that are decoded for it, at most: a tile may be large
+_ALWAYS = 2  # regions that are compared on every level: one at the border, and one in the interior
+_MAX_DECODED = 1 << 23  # pixels that are decoded of level 0 for the others, at most, and half of it of each other level
+_TRIED = 5  # samples that OpenSlide must fail to read before it is left out
 _SIDE = 512  # of a compared region
+
+
+class OnlyTiffReader(str):
+    """A reason to read a file without OpenSlide."""
+
+    __slots__ = ()
 
 
 class FastReader(SlideReader):
@@ -66,7 +75,10 @@ class FastReader(SlideReader):
         scale = self.scalar_downsamples[level]
         if image is None or location[0] % scale or location[1] % scale or min(size) <= 0:
             return None
-        region = self.tiles.region(image, int(location[0] // scale), int(location[1] // scale), *size)
+        try:
+            region = self.tiles.region(image, int(location[0] // scale), int(location[1] // scale), *size)
+        except UncheckedTileError:
+            return None
         if (region.empty and level) or (region.alpha is not None and self.tiles.images[image].alpha):
             # OpenSlide may fill a gap in a smaller level from another level, and it blends what is partly covered.
             return None
@@ -116,10 +128,11 @@ def fast_reader(slide: OpenSlideReader, *, compare: bool = True) -> FastReader |
         compare: False: use it without a comparison.
 
     Returns:
-        The reader, or a phrase that says why it is not used.
+        The reader, or a phrase that says why it is not used: an `OnlyTiffReader` if OpenSlide reads none of the
+        samples, and the TIFF reader does.
     """
     vendor = slide.properties.get("openslide.vendor")
-    if vendor not in _VENDORS:
+    if vendor not in VENDORS:
         return f"tiles of the vendor {vendor} are put together by OpenSlide"
     found = tiff.read_tiff(slide.path, tags=tiff.ALL_TAGS)
     if found is None:
@@ -142,14 +155,15 @@ def fast_reader(slide: OpenSlideReader, *, compare: bool = True) -> FastReader |
     except MissingDependencyError as exc:
         return str(exc)
     try:
-        reader = FastReader(slide, TiffTiles(slide.path, chosen), numbers)
+        reader = FastReader(slide, TiffTiles(slide.path, chosen, checked=True), numbers)
     except OSError as exc:
         return f"the file cannot be opened again ({exc})"
     reader.as_openslide = compare
-    difference = _difference(reader) if compare else None
-    if difference is not None:
-        reader.tiles.close()
-        return difference
+    for level in range(len(numbers)) if compare else ():
+        difference = _difference(reader, level)
+        if difference is not None:
+            reader.tiles.close()
+            return difference
     return reader
 
 
@@ -173,57 +187,99 @@ def _image_of_level(slide: OpenSlideReader, level: int, found: tiff.Tiff) -> Tif
         return str(exc)
     if image.bits != 8:
         return "has 16 bits a channel"
+    if fitting[0].number(tiff.ORIENTATION, 1) not in (0, 1):
+        return "states a rotation"
     if image.samples in (2, 4) and image.alpha is None:
         return "has a channel of unknown meaning"
     return image
 
 
-def _difference(reader: FastReader) -> str | None:
-    """Where the two readers differ on samples; None if they give the same bytes everywhere."""
-    decoded = 0
-    for level, number in enumerate(reader._images):
-        if number is None:
-            continue
-        image, scale = reader.tiles.images[number], int(reader.scalar_downsamples[level])
-        for x, y, width, height in _samples(image, level):
-            if decoded > _MAX_DECODED:
-                return None
-            decoded += image.cells_of(x, y, width, height) * image.cell_width * image.cell_height
-            where = f"at {(x * scale, y * scale)}, level {level}"
-            try:
-                theirs = np.asarray(reader.slide.read_image((x * scale, y * scale), level, (width, height)))
-            except SlideError as exc:
-                return f"OpenSlide cannot read a sample {where} ({exc})"
-            try:
-                ours = reader.tiles.region(number, x, y, width, height)
-            except SlideError as exc:
-                return f"only OpenSlide can read a sample {where} ({exc})"
-            if ours.empty and level:
-                continue  # read through OpenSlide in any case
-            alpha = np.full(theirs.shape[:2], 255, np.uint8) if ours.alpha is None else ours.alpha
-            if not (np.array_equal(theirs[..., :3], ours.pixels) and np.array_equal(theirs[..., 3], alpha)):
-                return f"its pixels differ from OpenSlide's {where}"
+def _difference(reader: FastReader, level: int) -> str | None:
+    """Where the two readers differ on samples of a level; None if they give the same bytes everywhere.
+
+    A level that cannot be compared, as no sample has data, is read through OpenSlide from now on.
+    """
+    number = reader._images[level]
+    if number is None:
+        return None
+    image, scale = reader.tiles.images[number], int(reader.scalar_downsamples[level])
+    budget = _MAX_DECODED if level == 0 else _MAX_DECODED // 2
+    decoded = compared = 0
+    for at, (x, y, width, height) in enumerate(_samples(image, level)):
+        if at >= _ALWAYS and decoded > budget:
+            break
+        decoded += image.cells_of(x, y, width, height) * image.cell_width * image.cell_height
+        where = f"at {(x * scale, y * scale)}, level {level}"
+        try:
+            theirs = np.asarray(reader.slide.read_image((x * scale, y * scale), level, (width, height)))
+        except SlideError as exc:
+            if level == 0 and at == 0 and _only_ours(reader, image):
+                return OnlyTiffReader(f"OpenSlide cannot read any of {_TRIED} samples ({exc})")
+            return f"OpenSlide cannot read a sample {where} ({exc})"
+        try:
+            ours = reader.tiles.region(number, x, y, width, height)
+        except SlideError as exc:
+            return f"only OpenSlide can read a sample {where} ({exc})"
+        if ours.empty and level:
+            continue  # read through OpenSlide in any case
+        compared += 1
+        alpha = np.full(theirs.shape[:2], 255, np.uint8) if ours.alpha is None else ours.alpha
+        if not (np.array_equal(theirs[..., :3], ours.pixels) and np.array_equal(theirs[..., 3], alpha)):
+            return f"its pixels differ from OpenSlide's {where}"
+    if not compared:
+        logger.info("%s: level %d has no data in any sample; it is read through OpenSlide", reader.path, level)
+        reader._images[level] = None
     return None
 
 
-def _samples(image: TiffImage, level: int) -> Iterator[tuple[int, int, int, int]]:
-    """Regions of an image to compare, (x, y, width, height): the same ones each time.
+def _only_ours(reader: FastReader, image: TiffImage) -> bool:
+    """Whether OpenSlide reads none of some samples of level 0, and the TIFF reader all of them.
 
-    A region beyond the border, and one on several tiles; tiles at the corners; those with the most bytes (tissue, not
-    empty glass); and some that are spread over the image. Of large tiles, only the beginning is compared.
+    That is a limit of OpenSlide's, and no damage: a damaged tile is one of many. Damage of JPEG is seen by OpenSlide
+    only; such a slide stays with it.
+    """
+    if image.codec is Codec.JPEG or reader.properties.get("openslide.vendor") != "generic-tiff":
+        return False
+    if image.columns * image.segment_rows == 1 and image.codec is not Codec.NONE:
+        return False
+    for x, y, width, height in islice(_samples(image, 0), _TRIED):
+        try:
+            reader.tiles.region(0, x, y, width, height)
+        except SlideError:
+            return False
+        try:
+            reader.slide.read_image((x, y), 0, (width, height))
+        except SlideError:
+            continue
+        return False
+    return True
+
+
+def _samples(image: TiffImage, level: int) -> Iterator[tuple[int, int, int, int]]:
+    """Regions of an image to compare, (x, y, width, height): the same ones each time, the most important ones first.
+
+    A region beyond the border; the tile with the most bytes (tissue, not empty glass); a region on several tiles; more
+    tiles with many bytes; tiles at the corners; and some that are spread over the image. Of large tiles, only the
+    beginning is compared.
     """
     columns, rows = image.columns, image.segment_rows
     share = 1 if level == 0 else 2
     lengths = image.lengths[: columns * rows]
     width, height = min(_SIDE, image.cell_width), min(_SIDE, image.cell_height)
-    yield image.width - width // 2 - 1, image.height - height // 2 - 1, width, height
+    small = image.cell_width * image.cell_height <= _MAX_DECODED // 4
+    left, top = image.width - width // 2 - 1, image.height - height // 2 - 1
+    if not small:  # of one tile only
+        left, top = max(left, (columns - 1) * image.cell_width), max(top, (rows - 1) * image.cell_height)
+    yield left, top, width, height
     busiest = int(np.argmax(lengths))
-    if image.cell_width * image.cell_height <= _MAX_DECODED // 4:
-        x, y = busiest % columns * image.cell_width, busiest // columns * image.cell_height
+    x, y = busiest % columns * image.cell_width, busiest // columns * image.cell_height
+    yield x, y, width, height
+    if small:
         yield max(0, x - width // 2), max(0, y - height // 2), width, height
     most = _RICHEST // share
     richest = np.argpartition(-lengths, most - 1)[:most] if len(lengths) > most else np.arange(len(lengths))
     corners = [0, columns * rows - 1, columns - 1, columns * (rows - 1)][: _CORNERS // share]
     spread = [columns * rows * (2 * i + 1) // (2 * _SPREAD) for i in range(_SPREAD // share)]
-    for index in dict.fromkeys([busiest, *map(int, np.sort(richest)), *corners, *spread]):
+    others = dict.fromkeys([*map(int, np.sort(richest)), *corners, *spread])
+    for index in (index for index in others if index != busiest):
         yield index % columns * image.cell_width, index // columns * image.cell_height, width, height

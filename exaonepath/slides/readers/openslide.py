@@ -17,8 +17,9 @@ import openslide
 from PIL import Image
 
 from exaonepath.errors import SlideChangedError, SlideOpenError, SlideReadError
-from exaonepath.slides.formats import why_not_a_slide
+from exaonepath.slides.formats import CONVERT, why_not_a_slide
 from exaonepath.slides.readers.base import DEFAULT_CACHE, SlideReader
+from exaonepath.slides.readers.limits import too_large_for_openslide
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +166,9 @@ class UnsupportedSlideError(SlideOpenError):
 
 
 def _open(path: Path) -> openslide.OpenSlide:
+    too_large = too_large_for_openslide(path)
+    if too_large is not None:
+        raise SlideOpenError(f"{path} {too_large}; it may be damaged; if not, {CONVERT}")
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as exc:

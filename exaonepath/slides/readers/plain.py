@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import struct
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +20,8 @@ from PIL import Image, UnidentifiedImageError
 
 from exaonepath.errors import MemoryLimitError, SlideOpenError
 from exaonepath.memory import available_host_memory
-from exaonepath.slides.readers import depth
+from exaonepath.slides.formats import CONVERT
+from exaonepath.slides.readers import depth, jpeg_stream
 from exaonepath.slides.readers.base import SlideReader
 from exaonepath.slides.readers.tiff_decode import image_codecs
 
@@ -26,6 +30,7 @@ logger = logging.getLogger(__name__)
 _PNG, _JPEG, _BMP = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM"
 _HEADER_BYTES = 1 << 20  # a JPEG may begin with profiles and previews
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG segments that state the size
+_OLD_BMP = 12  # bytes of a header that has sizes of 16 bits
 _PIECE = 256
 _ORIENTATION = 274  # EXIF
 
@@ -108,20 +113,23 @@ class PlainImageReader(SlideReader):
             if header.kind == "JPEG":
                 if header.channels == 4:
                     raise SlideOpenError(f"{self.path} is a JPEG in CMYK, which is not read; convert it to RGB")
-                data = self.path.read_bytes()
-                if b"\xff\xd9" not in data[-(1 << 16) :]:
-                    raise SlideOpenError(f"{self.path} is truncated: its JPEG stream has no end mark; copy it again")
                 self._warn_of_orientation()
-                values = imagecodecs.jpeg8_decode(data, outcolorspace="RGB")
+                values = self._decoded_jpeg()
             elif header.kind == "PNG":
                 values = imagecodecs.png_decode(self.path.read_bytes())
             else:
-                with Image.open(self.path) as image:
+                with _quiet(), Image.open(self.path) as image:
+                    if image.size != (header.width, header.height):
+                        raise SlideOpenError(f"{self.path} does not have the size that its header states")
                     values = np.asarray(image.convert("RGB"))
+        except Image.DecompressionBombError as exc:
+            raise MemoryLimitError(f"{self.path} is larger than what Pillow decodes ({exc}); {CONVERT}") from exc
         except (ValueError, RuntimeError, OSError, SyntaxError) as exc:
             raise SlideOpenError(f"{self.path} is a {header.kind} image that cannot be decoded: {exc}") from exc
         if values.dtype == np.uint16:
-            largest = int(values.max(initial=0))
+            # Not alpha, which is 65,535 whatever bits the colours use.
+            colours = values[..., :-1] if values.ndim == 3 and values.shape[2] in (2, 4) else values
+            largest = int(colours.max(initial=0))
             bits = depth.measured_bits(largest)
             logger.warning(
                 "%s has 16 bits a channel, read as %d significant bits (its largest value is %d) and scaled to 8",
@@ -140,8 +148,20 @@ class PlainImageReader(SlideReader):
                 values[values[..., 3] == 0] = 0
         return values
 
+    def _decoded_jpeg(self) -> np.ndarray:
+        decode = partial(image_codecs().jpeg8_decode, outcolorspace="RGB")
+        # Cameras append further pictures; the first end mark after the beginning of the pixels is that of this one.
+        data = jpeg_stream.first_image(self.path.read_bytes())
+        reason = jpeg_stream.why_truncated(data)
+        if reason is None:
+            values = decode(data)
+            if jpeg_stream.is_complete(data, values, decode):
+                return values
+            reason = "is truncated: its JPEG stream ends before the image is complete"
+        raise SlideOpenError(f"{self.path} {reason}; copy it again")
+
     def _warn_of_orientation(self) -> None:
-        with suppress(UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        with _quiet(), suppress(UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             with Image.open(self.path) as image:
                 stated = image.getexif().get(_ORIENTATION, 1)
             if stated != 1:
@@ -149,6 +169,14 @@ class PlainImageReader(SlideReader):
                     "%s states a rotation (EXIF orientation %s), which is not applied: coordinates are those of the "
                     "stored pixels", self.path, stated,
                 )  # fmt: skip
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Pillow warns of large images; here their size has been compared with the memory that is free."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
 
 
 def _header(path: Path) -> _Header | None:
@@ -164,7 +192,8 @@ def _header(path: Path) -> _Header | None:
     if head.startswith(_JPEG):
         return _jpeg_header(head)
     if head.startswith(_BMP) and len(head) >= 26:
-        width, height = struct.unpack_from("<ii", head, 18)
+        old = struct.unpack_from("<I", head, 14)[0] == _OLD_BMP
+        width, height = struct.unpack_from("<HH" if old else "<ii", head, 18)
         return _Header("BMP", abs(width), abs(height), 3, 8)
     return None
 
@@ -189,6 +218,5 @@ def _check_memory(path: Path, header: _Header) -> None:
     if free is not None and needed > free:
         raise MemoryLimitError(
             f"{path} is a {header.kind} image of {header.width} x {header.height} pixels, which takes "
-            f"{needed / 1e9:.1f} GB to decode, and {free / 1e9:.1f} GB are free; convert it to a tiled TIFF, for "
-            "example: vips tiffsave INPUT OUTPUT.tif --tile --pyramid --compression jpeg"
+            f"{needed / 1e9:.1f} GB to decode, and {free / 1e9:.1f} GB are free; {CONVERT}"
         )

@@ -116,7 +116,7 @@ class TiffReader(SlideReader):
         return found
 
     def _set_scale(self, first: tiff.Directory) -> None:
-        stated = depth.stated_bits(first)
+        stated = depth.stated_bits(first, self.properties, self.tiles.images[0].colours)
         if stated is None:
             largest = self.tiles.largest_value(len(self.level_dimensions) - 1, _MEASURED_CELLS)
             stated = depth.measured_bits(largest), f"its largest value found is {largest}; it does not state the bits"

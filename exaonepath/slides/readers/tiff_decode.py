@@ -81,9 +81,11 @@ def _samples(data: bytes, image: TiffImage, rows: int, samples: int) -> np.ndarr
         if image.codec is Codec.JPEG2000:
             _check_jpeg2000(data, shape)
         if image.codec in (Codec.JPEG2000, Codec.WEBP):
-            decoder = imagecodecs.jpeg2k_decode if image.codec is Codec.JPEG2000 else imagecodecs.webp_decode
             out = np.empty(shape if samples > 1 else shape[:2], np.uint8 if image.bits == 8 else np.uint16)
-            return decoder(data, out=out).reshape(shape)
+            if image.codec is Codec.JPEG2000:
+                return imagecodecs.jpeg2k_decode(data, out=out).reshape(shape)
+            # Tiles without a transparent pixel are stored without alpha, which is then 255.
+            return imagecodecs.webp_decode(data, hasalpha=True if samples == 4 else None, out=out).reshape(shape)
         return _plain(imagecodecs, data, image, shape)
     except ImportError as exc:  # a build of imagecodecs without this one
         raise DecodeError(f"needs a decoder of {image.codec.value} that is not installed ({exc})") from exc
@@ -150,7 +152,7 @@ def _to_rgb(values: np.ndarray, image: TiffImage, scale: np.ndarray | None) -> n
         values = scale[values]
     if image.colour is Colour.YCBCR and image.codec is Codec.JPEG2000:
         values = np.concatenate([_ycbcr_to_rgb(values), values[..., 3:]], axis=2)
-    plain = 3 if image.colour in (Colour.RGB, Colour.YCBCR) else 1
+    plain = image.colours
     if values.shape[2] == image.channels and plain == 3 and not image.alpha:
         return np.ascontiguousarray(values)
     out = np.empty((*values.shape[:2], image.channels), np.uint8)

@@ -116,6 +116,11 @@ class TiffImage:
         return 4 if self.alpha else 3
 
     @property
+    def colours(self) -> int:
+        """Stored samples that are colours; the others are alpha, or have a meaning of their own."""
+        return _colour_samples(self.colour)
+
+    @property
     def cell_bytes(self) -> int:
         """Bytes of a decoded cell in the cache."""
         return self.cell_width * self.cell_height * self.channels
@@ -210,13 +215,17 @@ def _colour(directory: tiff.Directory, code: int, codec: Codec, samples: int) ->
         colour = Colour.RGB
     if colour is Colour.YCBCR and codec not in (Codec.JPEG, Codec.JPEG2000):
         raise NotReadable(f"has YCbCr colours compressed as {codec.value}, which is not read")
-    plain = 3 if colour in (Colour.RGB, Colour.YCBCR) else 1
+    plain = _colour_samples(colour)
     if samples not in (plain, plain + 1) or (codec is Codec.JPEG and samples != plain):
         raise NotReadable(f"has {samples} channels ({colour.value}); grey, RGB, and these with alpha are read")
     if samples == plain:
         return colour, None
     # The value 0, unspecified, is a channel of any meaning: it is left out.
     return colour, {1: "premultiplied", 2: "straight"}.get(directory.number(tiff.EXTRA_SAMPLES, 0))
+
+
+def _colour_samples(colour: Colour) -> int:
+    return 3 if colour in (Colour.RGB, Colour.YCBCR) else 1
 
 
 def _bits(directory: tiff.Directory, codec: Codec) -> int:

@@ -18,11 +18,12 @@ from PIL import Image
 
 from exaonepath.errors import SlideReadError
 from exaonepath.slides.readers.base import DEFAULT_CACHE
+from exaonepath.slides.readers.jpeg_stream import is_simple
 from exaonepath.slides.readers.tiff_decode import DecodeError, decode, stored_values
-from exaonepath.slides.readers.tiff_image import TiffImage
+from exaonepath.slides.readers.tiff_image import Codec, TiffImage
 from exaonepath.slides.readers.tile_cache import TileCache
 
-_MAX_ENCODED = 1 << 31
+_ENCODED_SLACK = 64 << 10  # a stored tile may be larger than the decoded one: noise, tables, profiles
 
 
 class Cell(NamedTuple):
@@ -75,6 +76,10 @@ class Region(NamedTuple):
 _EMPTY = Cell(np.zeros((0, 0), np.uint8), None, True)
 
 
+class UncheckedTileError(SlideReadError):
+    """Whether this tile is complete can only be found out by OpenSlide."""
+
+
 class TiffTiles:
     """The tiles of some images of a TIFF file, decoded when they are needed and shared by threads.
 
@@ -82,12 +87,16 @@ class TiffTiles:
         path: the file.
         images: how each of them is stored.
         scale: for 16-bit images, uint8 [65536], the 8-bit value of each stored value.
+        checked: refuse JPEG tiles in which something may be missing unnoticed (see `jpeg_stream.is_simple`).
     """
 
-    def __init__(self, path: Path, images: Sequence[TiffImage], scale: np.ndarray | None = None) -> None:
+    def __init__(
+        self, path: Path, images: Sequence[TiffImage], scale: np.ndarray | None = None, *, checked: bool = False
+    ) -> None:
         self.path = path
         self.images = tuple(images)
         self.scale = scale
+        self._checked = checked
         self.cache: TileCache[Cell] = TileCache(DEFAULT_CACHE)
         self._lock = threading.Lock()
         self._readers, self._closed = 0, False
@@ -98,6 +107,7 @@ class TiffTiles:
 
         Raises:
             SlideReadError: a tile of the region cannot be read.
+            UncheckedTileError: OpenSlide has to read it.
         """
         if self._closed:  # also for tiles that are kept
             raise SlideReadError(f"{self.path} was closed")
@@ -143,7 +153,7 @@ class TiffTiles:
         return self._stored(image, row * image.columns + column)
 
     def largest_value(self, level: int, cells: int) -> int:
-        """The largest stored value in up to `cells` tiles or strips that are spread evenly over an image.
+        """The largest stored colour in up to `cells` tiles or strips that are spread evenly over an image.
 
         Raises:
             SlideReadError: one of them cannot be read.
@@ -153,7 +163,7 @@ class TiffTiles:
         largest = 0
         for index in sorted({total * number // cells for number in range(cells)}):
             values = self._decoded(level, index % image.columns, index // image.columns, stored_values)
-            largest = max(largest, 0 if values is None else int(values.max(initial=0)))
+            largest = max(largest, 0 if values is None else int(values[..., : image.colours].max(initial=0)))
         return largest
 
     def close(self) -> None:
@@ -201,6 +211,8 @@ class TiffTiles:
         stored = [self._stored(image, index + plane * per_plane) for plane in range(image.planes)]
         if not all(stored):
             return None
+        if self._checked and image.codec is Codec.JPEG and not all(map(is_simple, stored)):
+            raise UncheckedTileError(f"{self.path}: a JPEG tile of level {level} has several scans or restart marks")
         try:
             return decoder(stored, image, image.rows_of(row))
         except DecodeError as exc:
@@ -213,8 +225,12 @@ class TiffTiles:
         offset, length = int(image.offsets[index]), int(image.lengths[index])
         if length == 0:
             return b""
-        if not (0 < length <= _MAX_ENCODED and offset > 0):
-            raise SlideReadError(f"{self.path}: a tile is stated to have {length} bytes at byte {offset}")
+        most = 2 * image.segment_bytes + _ENCODED_SLACK
+        if not (0 < length <= most and offset > 0):
+            raise SlideReadError(
+                f"{self.path}: a tile is stated to have {length} bytes at byte {offset}, and {image.segment_bytes} "
+                "when it is decoded"
+            )
         with self._reading() as file:
             try:
                 size = os.fstat(file).st_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import pickle
 import shutil
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from PIL import Image
 
-from exaonepath.errors import SlideReadError
+from exaonepath.errors import SlideOpenError, SlideReadError
 from exaonepath.slides.features.extract import extract_features
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.pipeline import patchfy
 from exaonepath.slides.readers import fast, tiff_tiles
+from exaonepath.slides.readers.openslide import OpenSlideReader
 from exaonepath.synthetic import make_slide
 
 
@@ -161,9 +164,74 @@ def test_the_comparison_is_small_and_the_same_each_time(slides):
             samples = list(fast._samples(image, level))
             assert samples == list(fast._samples(image, level))
             assert len(samples) <= 15
-            corners = {(x // image.cell_width, y // image.cell_height) for x, y, *_ in samples[2:]}
+            corners = {(x // image.cell_width, y // image.cell_height) for x, y, *_ in samples[1:]}
             assert {(0, 0), (image.columns - 1, image.segment_rows - 1)} <= corners
-            assert any(x + w > image.width and y + h > image.height for x, y, w, h in samples[:2])
+            x, y, width, height = samples[0]
+            assert x + width > image.width
+            assert y + height > image.height
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("where", ["interior", "border"])
+def test_every_level_is_compared_however_large_its_tiles_are(slides, monkeypatch, caplog, level, where):
+    """Tiles of 1024 pixels used up what was decoded for the comparison, and smaller levels were believed."""
+    monkeypatch.setattr(fast, "_MAX_DECODED", 1)
+    cell = tiff_tiles.TiffTiles._decode
+
+    def other(self, at, column, row):
+        found, image = cell(self, at, column, row), self.images[at]
+        if at != level:
+            return found
+        if where == "border" and (column, row) == (image.columns - 1, image.segment_rows - 1):
+            x, y = image.width - column * image.cell_width - 1, image.height - row * image.cell_height - 1
+            found.pixels[y, 3 * x] ^= 1
+        elif where == "interior":
+            found.pixels[3, 3] ^= 1
+        return found
+
+    monkeypatch.setattr(tiff_tiles.TiffTiles, "_decode", other)
+    with caplog.at_level(logging.INFO), SlideImage(slides["generic"]) as slide:
+        assert slide.reader == "openslide"
+    assert f"level {level}" in caplog.text
+
+
+def test_a_level_that_was_not_compared_is_read_through_openslide(tmp_path, pixels, caplog):
+    """All sampled tiles of level 1 have no data: nothing is known about the others."""
+    path = tmp_path / "a.tif"
+    options = {"tile": (16, 16), "photometric": "rgb", "metadata": None, "compression": "jpeg"}
+    with tifffile.TiffWriter(path) as file:
+        file.write(pixels, **options)
+        file.write(pixels[::2, ::2].copy(), subfiletype=1, **options)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        tag = file.pages[1].tags["TileByteCounts"]
+        tag.overwrite([0] * tag.count)
+    with caplog.at_level(logging.INFO), SlideImage(path) as slide:
+        assert slide.reader == "tiff"
+        assert slide.encoded_tile(0, 3, 3)
+        assert slide.encoded_tile(1, 3, 3) is None
+    assert "level 1 has no data in any sample" in caplog.text
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "zlib"])
+@pytest.mark.parametrize("level", [0, 1])
+def test_levels_with_a_stated_rotation(tmp_path, pixels, compression, level, caplog):
+    """OpenSlide turns each tile of some compressions by itself; such a file is read without it."""
+    path = tmp_path / "a.tif"
+    options = {"tile": (1024, 1024), "photometric": "rgb", "metadata": None, "compression": compression}
+    images = [pixels, pixels[::2, ::2].copy()]
+    with tifffile.TiffWriter(path) as file:
+        for number, image in enumerate(images):
+            tag = [(274, "H", 1, 3, True)] if number == level else []
+            file.write(image, subfiletype=number, extratags=tag, **options)
+    with caplog.at_level(logging.INFO), SlideImage(path) as slide:
+        for number, image in enumerate(images):
+            found = slide.read_rgb((0, 0), number, slide.level_dimensions[number])[0]
+            assert np.abs(found.astype(int) - image).mean() < (1 if compression == "jpeg" else 0.001)
+        if compression == "jpeg":
+            assert slide.encoded_tile(level, 0, 0) is None  # read through OpenSlide
+    if compression != "jpeg":
+        with pytest.raises(SlideOpenError, match="states a rotation"):
+            SlideImage(path, "openslide")
 
 
 @pytest.mark.parametrize("kind", ["alpha", "vendor", "same size twice"])
@@ -270,3 +338,98 @@ def test_stored_tiles(slides):
             assert tile.startswith(b"\xff\xd8")
             with pytest.raises(SlideReadError, match="no tile in column 100"):
                 slide.encoded_tile(0, 100, 0)
+
+
+def test_a_vendor_with_tiles_of_its_own_is_not_read_as_a_plain_tiff(write, pixels, monkeypatch):
+    """Without OpenSlide, its overlaps would be read as they are stored."""
+    monkeypatch.setattr("exaonepath.slides.readers.choose.wrong_pixels", lambda *_: "has wrong pixels")
+    monkeypatch.setattr("exaonepath.slides.readers.choose.VENDORS", ("aperio",))
+    with pytest.raises(SlideOpenError, match=r"has wrong pixels \(vendor generic-tiff"):
+        SlideImage(write("a.tif", pixels))
+
+
+def _jpeg_tiles(path, tiles, shape):
+    tifffile.imwrite(
+        path, iter(tiles), shape=shape, dtype="u1", tile=(128, 128), photometric="ycbcr", compression="jpeg",
+        subsampling=(2, 2), metadata=None,
+    )  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("kind", ["restart", "progressive"])
+@pytest.mark.parametrize("which", ["all", "one"])
+def test_jpeg_that_libjpeg_repairs_in_silence_is_left_to_openslide(tmp_path, pixels, kind, which):
+    """A cut before a restart mark, or in any scan of a progressive stream, gives wrong pixels and no error."""
+    rng = np.random.default_rng(0)
+    size = (520, 640)
+    noisy = np.clip(pixels[:, :640] + rng.normal(0, 12, (*size, 3)), 0, 255).astype(np.uint8)
+    options = {"restart": {"restart_marker_blocks": 4}, "progressive": {"progressive": True}}[kind]
+    tiles, plain = [], []
+    for y in range(0, 520, 128):
+        for x in range(0, 640, 128):
+            part = np.zeros((128, 128, 3), np.uint8)
+            part[: 520 - y, : 640 - x] = noisy[y : y + 128, x : x + 128]
+            for found, more in ((tiles, {"quality": 30, **options}), (plain, {"quality": 60})):
+                buffer = io.BytesIO()
+                Image.fromarray(part).save(buffer, "JPEG", subsampling="4:2:0", **more)
+                found.append(buffer.getvalue())
+    with SlideImage(_jpeg_tiles(tmp_path / "plain.tif", plain, (*size, 3))) as slide:
+        image = slide._reader.tiles.images[0]
+        sampled = {(x // 128 + i, y // 128 + j) for x, y, *_ in fast._samples(image, 0) for i in (0, 1) for j in (0, 1)}
+    victim = next(at for at in range(25) if (at % 5, at // 5) not in sampled)
+    if which == "one":  # the others are as usual, and so are all sampled ones
+        tiles = [tiles[at] if at == victim else tile for at, tile in enumerate(plain)]
+    whole = _jpeg_tiles(tmp_path / "whole.tif", tiles, (*size, 3))
+    with SlideImage(whole) as ours, SlideImage(whole, "openslide") as theirs:
+        assert ours.reader == ("tiff" if which == "one" else "openslide")
+        assert np.array_equal(*(one.read_region((0, 0), 0, size) for one in (ours, theirs)))
+    data = tiles[victim]
+    start = data.index(b"\xff\xda") + 20
+    found = []
+    for end in rng.integers(start, len(data) - 8, 12):
+        tiles[victim] = data[:end].rstrip(b"\xff") + b"\xff\xd9"
+        path = _jpeg_tiles(tmp_path / "a.tif", tiles, (*size, 3))
+        for reader in ("openslide", "auto", "tiff"):
+            with SlideImage(path, reader) as slide:
+                try:
+                    slide.read_rgb((victim % 5 * 128, victim // 5 * 128), 0, (128, 128))
+                except SlideReadError:
+                    found.append((end, reader))
+    assert len(found) % 3 == 0
+    assert len(found) > 6
+    assert [end for end, reader in found if reader == "auto"] == [end for end, reader in found if reader == "openslide"]
+
+
+@pytest.mark.parametrize("tile", [(80, 272), (272, 80)])
+def test_what_only_the_tiff_reader_reads_is_read_without_openslide(write, pixels, caplog, tile):
+    """libtiff expects another number of bytes in uncompressed tiles of some sizes, and OpenSlide opens the file."""
+    path = write("a.tif", pixels, tile=tile)
+    with SlideImage(path, "openslide") as slide:
+        try:
+            slide.read_region((0, 0), 0, (20, 20))
+        except SlideReadError:
+            pass
+        else:
+            pytest.skip("this OpenSlide reads it")
+    with caplog.at_level(logging.WARNING), SlideImage(path) as slide:
+        assert slide.reader == "tiff"
+        assert slide.mpp == 0.5
+        assert np.array_equal(slide.read_rgb((0, 0), 0, slide.dimensions)[0], pixels)
+    assert "is read without OpenSlide: OpenSlide cannot read any of" in caplog.text
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "zlib"])
+def test_a_damaged_tile_does_not_replace_openslide(write, pixels, compression, monkeypatch, caplog):
+    """Only one sample fails, or it is JPEG, whose damage OpenSlide alone may see."""
+    path = write("a.tif", pixels, compression=compression)
+    read = OpenSlideReader.read_image
+
+    def fails(self, location, level, size):
+        if compression == "jpeg" or location == (0, 0):
+            raise SlideReadError("damaged")
+        return read(self, location, level, size)
+
+    monkeypatch.setattr(OpenSlideReader, "read_image", fails)
+    with caplog.at_level(logging.INFO), SlideImage(path) as slide:
+        assert slide.reader == "openslide"
+    assert "is read through OpenSlide: OpenSlide cannot read a sample" in caplog.text

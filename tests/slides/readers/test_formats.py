@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -130,6 +131,61 @@ def test_16_bits_are_scaled_by_their_significant_bits(write, pixels, caplog, bit
     assert reader == "tiff"
     assert f"read as {bits} significant bits ({stated}" in caplog.text
     assert np.array_equal(rgb, np.minimum(pixels, top))
+
+
+@pytest.mark.parametrize("tile", [(128, 128), None], ids=["tiles", "strips"])
+@pytest.mark.parametrize("extra", ["unassalpha", "unspecified"])
+@pytest.mark.parametrize("kind", ["RGB", "grey", "planes", "tag"])
+def test_only_colours_tell_the_significant_bits(write, pixels, caplog, kind, extra, tile):
+    """An opaque alpha of 65,535 beside colours of 12 bits made them nearly black."""
+    values = ((pixels.astype(np.uint32) * 4095 + 127) // 255).astype(np.uint16)
+    colours = values[..., :1] if kind == "grey" else values
+    stored = np.dstack([colours, np.full(pixels.shape[:2], 65535, np.uint16)])
+    options = {"photometric": "minisblack" if kind == "grey" else "rgb", "planarconfig": "contig"}
+    if kind == "planes":
+        stored, options["planarconfig"] = np.ascontiguousarray(np.moveaxis(stored, 2, 0)), "separate"
+    elif kind == "tag":
+        # libtiff wants equal values.
+        options |= {"extratags": [(281, 3, 4, (4095, 4095, 4095, 65535), True)], "byteorder": ">"}
+    path = write("a.tif", stored, extrasamples=[extra], compression="zlib", tile=tile, rowsperstrip=64, **options)
+    with caplog.at_level(logging.WARNING):
+        rgb, rgba, _ = read(path)
+    assert "read as 12 significant bits" in caplog.text
+    expected = np.repeat(pixels[..., :1], 3, axis=2) if kind == "grey" else pixels
+    assert np.array_equal(rgb, expected)
+    assert rgba[..., 3].min() == 255
+
+
+OME = """<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">
+<Image ID="Image:0"><Pixels ID="Pixels:0" SizeX="90" SizeY="80" {label}><TiffData IFD="{other}"/></Pixels></Image>
+<Image ID="Image:1"><Pixels ID="Pixels:1" SizeX="{width}" SizeY="520" {main}><TiffData IFD="{this}"/></Pixels></Image>
+</OME>"""
+
+
+@pytest.mark.parametrize("first", ["slide", "label"])
+@pytest.mark.parametrize("unclear", [False, True])
+def test_significant_bits_are_those_of_level_0(tmp_path, pixels, caplog, first, unclear):
+    """The text stands in the first directory, and has an element for each image."""
+    values = pixels.astype(np.uint16)  # dark: what is measured is 8 bits
+    label = np.zeros((80, 90, 3), np.uint8)
+    images = [values, label] if first == "slide" else [label, values]
+    main, label_bits = 'SignificantBits="12" PhysicalSizeX="0.5"', 'SignificantBits="8"'
+    this, other = (0, 1) if first == "slide" else (1, 0)
+    text = OME.format(label=label_bits, main=main, this=this, other=other, width=701 if unclear else 700)
+    if unclear:  # neither the size nor the directory says which element is that of level 0
+        text = text.replace('IFD="0"', 'IFD="7"').replace('IFD="1"', 'IFD="7"')
+    options = {"photometric": "rgb", "tile": (128, 128), "compression": "zlib", "metadata": None}
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif") as file:
+        for number, image in enumerate(images):
+            file.write(image, description=None if number else text, **options)
+    with caplog.at_level(logging.WARNING), SlideImage(tmp_path / "a.ome.tif") as slide:
+        assert slide.dimensions == (700, 520)
+        rgb = slide.read_rgb((0, 0), 0, slide.dimensions)[0]
+    if unclear:
+        assert "8 significant bits (its largest value" in caplog.text
+        return
+    assert "12 significant bits (SignificantBits of its OME-XML)" in caplog.text
+    assert np.array_equal(rgb, (values.astype(np.uint32) * 255 + 2047) // 4095)
 
 
 def test_values_above_the_stated_bits_are_white_not_wrapped(write, pixels):
@@ -321,3 +377,28 @@ def test_results_of_compared_readers_stand_for_each_other(write, tmp_path, pixel
             with SlideImage(path, reader) as slide:
                 patchfy(slide, tmp_path / "out")
     assert ("patches taken from" in caplog.text) == reused
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_webp_leaves_out_the_alpha_of_opaque_tiles(write, pixels, order):
+    cover = np.full(pixels.shape[:2], 255, np.uint8)
+    cover[:150, :150] = 0
+    options = {"compression": "webp", "compressionargs": {"lossless": True}, "extrasamples": ["unassalpha"]}
+    path = write("a.tif", np.dstack([pixels, cover]), byteorder=order, **options)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        page = file.pages[0]
+        opaque = pixels[256:384, 256:384].copy()
+        data = imagecodecs.webp_encode(opaque, lossless=True)
+        with path.open("ab") as end:
+            place = end.tell()
+            end.write(data)
+        index = 2 * 6 + 2
+        for tag, value in (("TileOffsets", place), ("TileByteCounts", len(data))):
+            values = list(page.tags[tag].value)
+            values[index] = value
+            page.tags[tag].overwrite(values)
+    expected = pixels.copy()
+    expected[:150, :150] = 0
+    rgb, rgba, _ = read(path)
+    assert np.array_equal(rgb, expected)
+    assert np.array_equal(rgba[..., 3], cover)

@@ -91,7 +91,9 @@ def test_a_tile_that_decodes_to_more_than_was_declared(write, pixels, kind):
         if kind == "lzw":  # its decoder stops at the declared size
             slide.read_region((0, 0), 0, (20, 20))
         else:
-            with pytest.raises(SlideReadError, match=f"column 0, row 0 of level 0 .*{tiff_name(kind)}|holds"):
+            with pytest.raises(
+                SlideReadError, match=f"column 0, row 0 of level 0 .*{tiff_name(kind)}|holds|when it is decoded"
+            ):
                 slide.read_region((0, 0), 0, (20, 20))
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000  # kB
         assert slide.read_region((128, 0), 0, (20, 20))[..., 3].min() == 255
@@ -216,3 +218,42 @@ def test_closing_waits_for_reads(write, pixels, monkeypatch):
     thread.join()
     assert len(closed) == 1
     assert "was closed" in caught[0]
+
+
+@pytest.mark.parametrize("options", [{"tile": (64, 64)}, {"rowsperstrip": 30, "tile": None}], ids=["tiles", "strips"])
+@pytest.mark.parametrize("compression", ["zlib", "jpeg"])
+def test_any_tag_of_any_type(write, pixels, options, compression):
+    """A tag of a type that does not fit counts as missing; in one place it was an IndexError."""
+    path = write("a.tif", pixels[:120, :130].copy(), compression=compression, **options)
+    good = path.read_bytes()
+    start = struct.unpack_from("<I", good, 4)[0]
+    (count,) = struct.unpack_from("<H", good, start)
+    for entry in range(start + 2, start + 2 + 12 * count, 12):
+        for kind in (1, 2, 7, 9, 10, 11, 12, 17, 99):
+            for number in (1, 0, 3):
+                data = bytearray(good)
+                struct.pack_into("<HI", data, entry + 2, kind, number)
+                path.write_bytes(data)
+                for reader in ("auto", "openslide", "tiff"):
+                    try:
+                        with SlideImage(path, reader) as slide:
+                            slide.read_rgb((0, 0), 0, (70, 70))
+                    except ExaonePathError:
+                        pass
+
+
+@pytest.mark.parametrize("compression", ["zlib", "lzw"])
+def test_a_tile_of_more_bytes_than_it_can_have_is_not_read(write, pixels, compression):
+    """They would be read whole before a decoder looks at them."""
+    path = write("a.tif", pixels, compression=compression, byteorder=">")
+    with tifffile.TiffFile(path) as file:
+        counts = list(file.pages[0].tags["TileByteCounts"].value)
+    overwrite(path, "TileByteCounts", [500 << 20, *counts[1:]])
+    with path.open("r+b") as file:
+        file.truncate(600 << 20)  # without taking that much on the disk
+    with SlideImage(path) as slide:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(SlideReadError, match=r"524288000 bytes at byte \d+, and 49152 when it is decoded"):
+            slide.read_region((0, 0), 0, (20, 20))
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000  # kB
+        assert slide.read_region((128, 0), 0, (20, 20))[..., 3].min() == 255

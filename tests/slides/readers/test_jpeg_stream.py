@@ -61,9 +61,10 @@ UNITS = [("444", (8, 8)), ("422", (8, 16)), ("420", (16, 16)), ("440", (16, 8))]
 @pytest.mark.parametrize(("subsampling", "unit"), UNITS)
 def test_the_unit_is_that_of_the_header(subsampling, unit):
     data = imagecodecs.jpeg8_encode(tile("tissue"), subsampling=subsampling)
-    assert jpeg_stream._unit(data[: data.index(b"\xff\xda")]) == unit
+    assert jpeg_stream._header(data[: data.index(b"\xff\xda")])[4:6] == unit
     grey = imagecodecs.jpeg8_encode(tile("tissue")[..., 0].copy())
-    assert jpeg_stream._unit(grey[: grey.index(b"\xff\xda")]) == (8, 8)
+    assert jpeg_stream._header(grey[: grey.index(b"\xff\xda")])[4:6] == (8, 8)
+    assert jpeg_stream.is_simple(data)
 
 
 def test_streams_of_other_kinds():
@@ -72,5 +73,31 @@ def test_streams_of_other_kinds():
     Image.fromarray(tile("half")).save(buffer, "JPEG", progressive=True, quality=80)
     data = buffer.getvalue()
     assert jpeg_stream.is_complete(data, imagecodecs.jpeg8_decode(data), imagecodecs.jpeg8_decode)
+    assert not jpeg_stream.is_simple(data)
     for header in (b"", b"\xff", b"\xff\xd8\xff\xc0\x00\x05\x00\x00\x00\x00\x00\x00\x00\x00", bytes(40), data[:200]):
-        assert jpeg_stream._unit(header) == (8, 8)
+        assert jpeg_stream._header(header)[4:6] == (8, 8)
+        assert jpeg_stream.is_simple(header)  # no decoder reads it
+    assert not jpeg_stream.is_simple(b"\xff\xd8" + data[20:])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (60, 41)])
+@pytest.mark.parametrize("interval", [1, 3, 8])
+def test_restart_marks_are_counted(size, interval):
+    buffer = BytesIO()
+    part = Image.fromarray(tile("tissue")[: size[0], : size[1]])
+    part.save(buffer, "JPEG", subsampling="4:2:0", restart_marker_blocks=interval)
+    data = buffer.getvalue()
+    assert jpeg_stream.why_truncated(data) is None
+    assert not jpeg_stream.is_simple(data)
+    mark = data.index(b"\xff\xd0", data.index(b"\xff\xda"))
+    assert "restart marks" in jpeg_stream.why_truncated(data[:mark] + b"\xff\xd9")
+    assert "restart marks" in jpeg_stream.why_truncated(data[:mark] + data[mark + 2 :])
+
+
+def test_a_pass_of_a_progressive_stream_that_is_cut():
+    buffer = BytesIO()
+    Image.fromarray(tile("tissue")).save(buffer, "JPEG", progressive=True, quality=80)
+    data = buffer.getvalue()
+    scan = data.rindex(b"\xff\xda")
+    cut = data[: scan + (len(data) - scan) // 2].rstrip(b"\xff") + b"\xff\xd9"
+    assert not jpeg_stream.is_complete(cut, imagecodecs.jpeg8_decode(cut), imagecodecs.jpeg8_decode)

@@ -8,6 +8,7 @@ import struct
 import zlib
 from contextlib import suppress
 
+import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image
@@ -72,6 +73,18 @@ def test_kinds_of_png(tmp_path, pixels, mode, caplog):
     with caplog.at_level(logging.WARNING), SlideImage(path) as slide:
         assert np.array_equal(slide.read_region((0, 0), 0, slide.dimensions)[..., :3], expected)
     assert ("12 significant bits" in caplog.text) == (mode == "I;16")
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_only_colours_of_a_png_tell_the_significant_bits(tmp_path, pixels, channels, caplog):
+    values = ((pixels.astype(np.uint32) * 4095 + 127) // 255).astype(np.uint16)[..., : channels - 1]
+    cover = np.full(pixels.shape[:2], 65535, np.uint16)
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(np.dstack([values, cover])))
+    with caplog.at_level(logging.WARNING), SlideImage(tmp_path / "a.png") as slide:
+        rgba = slide.read_region((0, 0), 0, slide.dimensions)
+    assert np.array_equal(rgba[..., :3], pixels if channels == 4 else np.repeat(pixels[..., :1], 3, axis=2))
+    assert rgba[..., 3].min() == 255
+    assert "12 significant bits" in caplog.text
 
 
 def test_transparent_pixels_have_no_data(tmp_path, pixels):
@@ -160,3 +173,55 @@ def test_an_image_gives_the_patches_of_a_flat_slide(tmp_path):
     assert np.array_equal(found, expected)
     assert find_slides([tmp_path]) == [flat]
     assert find_slides([tmp_path / "b.png"]) == [tmp_path / "b.png"]
+
+
+def jpeg_with_preview(pixels, **options):
+    """As cameras write it: the preview in the EXIF segment is a whole JPEG with marks of its own."""
+    preview, buffer, exif = io.BytesIO(), io.BytesIO(), Image.Exif()
+    Image.fromarray(pixels[:64, :64]).save(preview, "JPEG")
+    exif[270] = "x"
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90, exif=exif, **options)
+    data = buffer.getvalue()
+    segment = b"Exif\0\0" + preview.getvalue()
+    return data[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + data[2:]
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str)
+def test_a_jpeg_that_is_cut_is_not_read(tmp_path, pixels, options):
+    noisy = np.clip(pixels + np.random.default_rng(0).normal(0, 9, pixels.shape), 0, 255).astype(np.uint8)
+    data = jpeg_with_preview(noisy, **options)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(data + jpeg_with_preview(noisy[:80, :80]))  # a second picture at the end
+    with SlideImage(path) as slide:
+        whole = slide.read_rgb((0, 0), 0, slide.dimensions)[0]
+        assert np.abs(whole.astype(int) - noisy).mean() < 8
+    for part in (0.3, 0.6, 0.9):
+        cut = data[: int(len(data) * part)].rstrip(b"\xff")
+        for end in (b"", b"\xff\xd9", b"\xff\xd9" + bytes(300)):
+            path.write_bytes(cut + end)
+            with pytest.raises(SlideOpenError, match=r"is (truncated|damaged)"):
+                SlideImage(path)
+
+
+def bmp_of(width, height, core=False):
+    if core:
+        return b"BM" + struct.pack("<IHHI", 80, 0, 0, 26) + struct.pack("<IHHHH", 12, width, height, 1, 24) + bytes(54)
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, *[0] * 6)
+    return b"BM" + struct.pack("<IHHI", 108, 0, 0, 54) + header + bytes(54)
+
+
+@pytest.mark.parametrize("size", [(14_000, 14_000), (10_000, 10_000), (1 << 30, 1 << 30), (100_000, -100_000), (-5, 3)])
+def test_a_bmp_that_states_too_much(tmp_path, size, recwarn):
+    path = tmp_path / "a.bmp"
+    path.write_bytes(bmp_of(*size))
+    with pytest.raises((SlideOpenError, MemoryLimitError), match=r"a\.bmp"):
+        SlideImage(path)
+    assert not [one for one in recwarn if "DecompressionBomb" in str(one.category)]
+
+
+def test_an_old_bmp(tmp_path):
+    """A header of 12 bytes, with a size of 16 bits."""
+    path = tmp_path / "a.bmp"
+    path.write_bytes(bmp_of(4, 4, core=True))
+    with SlideImage(path) as slide:
+        assert slide.dimensions == (4, 4)
