@@ -130,3 +130,12 @@ def test_equal_length_groups_cover_every_token_once(lengths):
 def test_equal_length_members_hold_every_segment_once():
     segments = Segments.from_lengths(torch.tensor([3, 200, 5, 3, 200, 3, 1]))
     assert sorted(map(sorted, segments.equal_length_members)) == [[0, 3, 5], [1], [2], [4], [6]]
+
+
+def test_runs_of_short_segments_and_single_long_ones():
+    segments = Segments.from_lengths(torch.tensor([3, 5, 60, 41, 40]))
+    runs = segments.runs(40)
+    assert [run.lengths for run in runs] == [(3, 5), (60,), (41,), (40,)]
+    assert segments.runs(40) is runs
+    assert [run.lengths for run in segments.runs(60)] == [segments.lengths]
+    assert Segments.from_lengths(torch.zeros(0, dtype=torch.int64)).runs(40) == []
