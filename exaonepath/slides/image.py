@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import operator
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,7 +14,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from exaonepath.errors import SettingsError, SlideChangedError, SlideOpenError
+from exaonepath.errors import MemoryLimitError, SettingsError, SlideChangedError, SlideOpenError
+from exaonepath.memory import available_host_memory
 from exaonepath.slides.companions import companion_files
 from exaonepath.slides.dicom import dicom_slide_in, lacks_full_resolution
 from exaonepath.slides.readers.base import leaves_out_background as leaves_out_background
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 _BLOCK = 1024  # side of the blocks that a thumbnail is read in, in pixels
 _SAMPLE_BLOCKS, _SAMPLE_BYTES = 64, 1 << 16
 _COMPANION_SAMPLE_BYTES = 1 << 14
+_FARTHEST = 1 << 62  # readers compute with 64 bits
+_LARGE_REGION = 1 << 30  # bytes of a region from which on the memory is looked at
 
 FileIdentity = tuple[int, int, int, int]  # device, inode, size, modification time in nanoseconds
 
@@ -125,6 +129,8 @@ class SlideImage:
 
         Raises:
             SlideReadError: the region cannot be read, not even through a new handle.
+            SettingsError: there is no such level, a number is not whole, or a size is negative.
+            MemoryLimitError: the region does not fit into the memory.
         """
         return np.asarray(self.read_image(location, level, size))
 
@@ -136,12 +142,12 @@ class SlideImage:
         Use it for large regions: the conversion of an image to an array makes a copy, here of one strip at a time.
         """
         image = self.read_image(location, level, size)
-        for top in range(0, size[1], rows):
-            yield np.asarray(image.crop((0, top, size[0], min(top + rows, size[1]))))
+        for top in range(0, image.height, rows):
+            yield np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
 
     def read_image(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
         """`read_region` as a Pillow image (RGBA); saves two copies of the pixels if the caller works with Pillow."""
-        return self._reader.read_image(location, level, size)
+        return self._reader.read_image(*self._checked(location, level, size))
 
     def read_rgb(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> tuple[np.ndarray, float]:
         """Pixels of one region as RGB, by the fastest way, and how much of it has no data.
@@ -154,17 +160,18 @@ class SlideImage:
             pixels inside the slide that have no data (they are black).
 
         Raises:
-            SlideReadError: the region cannot be read.
+            SlideReadError, SettingsError, MemoryLimitError: as of `read_region`.
         """
-        return self._reader.read_rgb(location, level, size)
+        return self._reader.read_rgb(*self._checked(location, level, size))
 
     def encoded_tile(self, level: int, column: int, row: int) -> bytes | None:
         """The stored bytes of a tile, empty if it has no data; None if the reader does not give access to them.
 
         Raises:
             SlideReadError: the level has no such tile, or its bytes cannot be read.
+            SettingsError: there is no such level.
         """
-        return self._reader.encoded_tile(level, column, row)
+        return self._reader.encoded_tile(self._checked_level(level), column, row)
 
     def missing_share(self, image: Image.Image, location: tuple[int, int]) -> float:
         """Fraction of the pixels of a level-0 region inside the slide that have no data; they are read as black.
@@ -266,6 +273,37 @@ class SlideImage:
             f"{about} was replaced or changed while it was read; what was read since is not used: run again"
         )
 
+    def _checked(
+        self, location: tuple[int, int], level: int, size: tuple[int, int]
+    ) -> tuple[tuple[int, int], int, tuple[int, int]]:
+        """The region as plain integers: what readers do with anything else differs."""
+        x, y = _whole("location", location)
+        width, height = _whole("size", size)
+        number = self._checked_level(level)
+        if width < 0 or height < 0:
+            raise SettingsError(f"size must not be negative, not {size!r}")
+        if max(abs(x), abs(y)) >= _FARTHEST:
+            raise SettingsError(f"location {location!r} is outside what can be addressed")
+        needed = 4 * width * height
+        if needed > _LARGE_REGION:
+            free = available_host_memory()
+            if max(width, height) >= _FARTHEST or (free is not None and needed > free):
+                left = "" if free is None else f", and {free / 1e9:.1f} GB are free"
+                raise MemoryLimitError(
+                    f"{self.path}: a region of {width} x {height} pixels takes {needed / 1e9:.1f} GB{left}"
+                )
+        return (x, y), number, (width, height)
+
+    def _checked_level(self, level: int) -> int:
+        try:
+            number = operator.index(level)
+        except TypeError:
+            raise SettingsError(f"level must be a whole number, not {level!r}") from None
+        count = len(self.level_dimensions)
+        if not 0 <= number < count:
+            raise SettingsError(f"{self.path} has no level {number} ({count} level{'s' if count > 1 else ''})")
+        return number
+
     def _current_identity(self) -> tuple[FileIdentity | None, ...]:
         return tuple(_identity(path) for path in (self.path, *self._companions))
 
@@ -313,6 +351,14 @@ def slide_id(path: Path) -> str:
     DICOM files are often named by a UID (1.2.840.1, 1.2.840.2), and many of them share a stem.
     """
     return path.name if path.suffix[1:].isdecimal() else path.stem
+
+
+def _whole(name: str, pair: tuple[int, int]) -> tuple[int, int]:
+    try:
+        first, second = pair
+        return operator.index(first), operator.index(second)
+    except (TypeError, ValueError):
+        raise SettingsError(f"{name} must be two whole numbers, not {pair!r}") from None
 
 
 def _on_white(pixels: np.ndarray) -> np.ndarray:

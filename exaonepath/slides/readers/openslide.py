@@ -17,7 +17,7 @@ import openslide
 from PIL import Image
 
 from exaonepath.errors import SlideChangedError, SlideOpenError, SlideReadError
-from exaonepath.slides.formats import CONVERT, why_not_a_slide
+from exaonepath.slides.formats import CONVERT, why_not_a_slide, why_rejected
 from exaonepath.slides.readers.base import DEFAULT_CACHE, SlideReader
 from exaonepath.slides.readers.limits import too_large_for_openslide
 
@@ -176,4 +176,7 @@ def _open(path: Path) -> openslide.OpenSlide:
     except (openslide.OpenSlideError, OSError) as exc:
         if "Unsupported TIFF compression" in str(exc):
             raise UnsupportedSlideError(f"{path} {why_not_a_slide(path)}") from exc
+        reason = why_rejected(path)
+        if reason:
+            raise SlideOpenError(f"{path} {reason} (OpenSlide: {exc})") from exc
         raise SlideOpenError(f"{path} cannot be opened as a slide ({exc}); the file may be truncated") from exc

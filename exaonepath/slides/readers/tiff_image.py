@@ -229,13 +229,17 @@ def _colour_samples(colour: Colour) -> int:
 
 
 def _bits(directory: tiff.Directory, codec: Codec) -> int:
+    kinds = set(directory.numbers(tiff.SAMPLE_FORMAT))
+    if kinds & {2, 5}:
+        raise NotReadable("has signed values; unsigned ones are read")
+    if kinds - {1, 4}:
+        raise NotReadable("has floating-point values; unsigned whole numbers are read")
     stated = directory.numbers(tiff.BITS) or (1,)
     if len(set(stated)) > 1 or stated[0] not in (8, 16):
-        raise NotReadable(f"has {'/'.join(map(str, stated))} bits a channel; 8 and 16 are read")
+        different = "/".join(map(str, stated if len(set(stated)) > 1 else stated[:1]))
+        raise NotReadable(f"has {different} bit{'' if different == '1' else 's'} a channel; 8 and 16 are read")
     if stated[0] == 16 and codec in (Codec.JPEG, Codec.WEBP):
         raise NotReadable(f"has {codec.value} tiles of more than 8 bits a channel, which is not read")
-    if directory.number(tiff.SAMPLE_FORMAT, 1) not in (1, 4):
-        raise NotReadable("has signed or floating-point values; unsigned ones are read")
     if directory.number(tiff.FILL_ORDER, 1) != 1:
         raise NotReadable("has bits in reverse order, which is not read")
     return stated[0]

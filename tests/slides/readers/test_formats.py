@@ -300,10 +300,10 @@ def test_an_aperio_slide_without_openslide(write, tmp_path, pixels, order):
     ("values", "options", "says"),
     [
         (np.zeros((300, 300, 5), np.uint8), {"photometric": "minisblack", "planarconfig": "contig"}, "5 channels"),
-        (np.zeros((300, 300, 3), np.float32), {}, "32/32/32 bits a channel|32 bits"),
-        (np.zeros((300, 300, 3), np.int16), {}, "signed|16 bits"),
+        (np.zeros((300, 300, 3), np.float32), {}, "has floating-point values"),
+        (np.zeros((300, 300, 3), np.int16), {}, "has signed values"),
         (np.zeros((300, 300, 4), np.uint8), {"photometric": "separated"}, "photometric interpretation 5"),
-        (np.zeros((300, 300), bool), {"photometric": "minisblack"}, "1 bits"),
+        (np.zeros((300, 300), bool), {"photometric": "minisblack"}, "has 1 bit a channel"),
     ],
     ids=["channels", "float", "signed", "CMYK", "bilevel"],
 )
@@ -402,3 +402,59 @@ def test_webp_leaves_out_the_alpha_of_opaque_tiles(write, pixels, order):
     rgb, rgba, _ = read(path)
     assert np.array_equal(rgb, expected)
     assert np.array_equal(rgba[..., 3], cover)
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "tags", "says"),
+    [
+        (np.zeros((300, 300), bool), {"photometric": "minisblack"}, {}, "has 1 bit a channel"),
+        (np.zeros((300, 300, 3), np.uint8), {}, {"BitsPerSample": (4, 4, 4)}, "has 4 bits a channel"),
+        (np.zeros((300, 300, 3), np.float32), {}, {}, "has floating-point values"),
+        (np.zeros((300, 300, 3), np.float16), {}, {}, "has floating-point values"),
+        (np.zeros((300, 300, 3), np.int8), {}, {}, "has signed values"),
+        (np.zeros((300, 300, 3), np.uint32), {}, {}, "has 32 bits a channel"),
+        (np.zeros((300, 300, 5), np.uint8), {"photometric": "minisblack", "planarconfig": "contig"}, {}, "5 channels"),
+        (np.zeros((300, 300, 3), np.uint8), {}, {"TileWidth": 0}, "states tiles of 0 x 128 pixels"),
+        (np.zeros((300, 300, 3), np.uint8), {}, {"TileLength": 0}, "states tiles of 128 x 0 pixels"),
+        (np.zeros((300, 300, 3), np.uint8), {}, {"ImageWidth": 0}, "states a size of 0 x 300 pixels"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("reader", ["auto", "openslide", "tiff"])
+def test_what_openslide_would_read_wrongly_or_rejects_says_why(write, values, options, tags, says, reader):
+    path = write("a.tif", values, compression="zlib", **options)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        for tag, value in tags.items():
+            file.pages[0].tags[tag].overwrite(value)
+    with pytest.raises(SlideOpenError, match=says) as caught:
+        SlideImage(path, reader)
+    assert "truncated" not in str(caught.value)
+    assert "10 or 12" not in str(caught.value)
+
+
+def test_a_tiled_image_beside_the_slide_does_not_matter(tmp_path, pixels):
+    """A map of numbers, as analysis programs append it: it is no level."""
+    path = tmp_path / "a.tif"
+    options = {"tile": (128, 128), "compression": "zlib", "metadata": None}
+    with tifffile.TiffWriter(path) as file:
+        file.write(pixels, photometric="rgb", **options)
+        file.write(np.zeros((100, 100), np.float32), photometric="minisblack", **options)
+    for reader in ("auto", "openslide"):
+        with SlideImage(path, reader) as slide:
+            assert np.array_equal(slide.read_rgb((0, 0), 0, slide.dimensions)[0], pixels)
+            assert slide.level_dimensions == ((700, 520),)
+
+
+@pytest.mark.parametrize("kind", ["separated", "cielab", "ycbcr"])
+def test_other_colours_in_tiles_are_converted_by_openslide(write, pixels, kind):
+    """The TIFF reader refuses them."""
+    options = {"photometric": "separated"} if kind == "separated" else {}
+    path = write("a.tif", np.dstack([pixels, pixels[..., 0]]) if options else pixels, compression="zlib", **options)
+    if not options:
+        with tifffile.TiffFile(path, mode="r+b") as file:
+            file.pages[0].tags["PhotometricInterpretation"].overwrite({"cielab": 8, "ycbcr": 6}[kind])
+    with SlideImage(path) as slide:
+        assert slide.reader == "openslide"
+        assert slide.read_rgb((0, 0), 0, slide.dimensions)[0].std() > 5
+    with pytest.raises(SlideOpenError, match="colours"):
+        SlideImage(path, "tiff")
