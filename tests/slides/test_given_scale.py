@@ -100,3 +100,10 @@ def test_both_axes_and_the_source(properties, given, expected):
 
 def test_encode_takes_it_with_the_settings_of_the_patches():
     assert _patching({"mpp": 0.25})["mpp"] == 0.25
+
+
+def test_a_size_of_the_vertical_axis_alone_is_doubted():
+    xml = '<OME><Image><Pixels SizeX="600" SizeY="600" PhysicalSizeY="0.25"/></Image></OME>'
+    found = slide_pixel_size({"openslide.vendor": "generic-tiff", "tiff.ImageDescription": xml, "openslide.mpp-x": "1"})
+    assert (found.x, found.source) == (1.0, "openslide.mpp-x")
+    assert any("0.25 um for the vertical axis only" in doubt for doubt in found.doubts)
