@@ -10,11 +10,12 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 # The helpers in this folder are no package of the project: only this file makes them importable.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -93,6 +94,15 @@ def _time_of_the_file(request, session) -> None:
 def _time_left(session, _time_of_the_file) -> None:
     """Every benchmark skips once the session's time is spent."""
     session.need_time()
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Torch on one thread, where only the reading is to run in parallel."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,8 @@ from exaonepath.slides.readers.tiff_image import Codec
 from exaonepath.slides.readers.tiff_tiles import TiffTiles
 from exaonepath.synthetic import make_slide
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 ROUNDS = 5
 APERIO = "Aperio Image Library v12\n{0}x{1} [0,0 {0}x{1}] (256x256) J2K|AppMag = 20|MPP = 0.5"
 
@@ -70,15 +72,6 @@ def slides(tmp_path_factory, full) -> dict[str, Path]:
     with tifffile.TiffFile(found["JPEG 2000"], mode="r+b") as file:
         file.pages[0].tags["Compression"].overwrite(33005)  # Aperio's: the only JPEG 2000 that OpenSlide reads
     return found
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """Only the reading is to run in parallel."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def grid(slide: SlideImage, patch: int) -> np.ndarray:

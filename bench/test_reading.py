@@ -22,6 +22,8 @@ from exaonepath.slides.features.reader import PatchReader, default_workers
 from exaonepath.slides.image import SlideImage
 from exaonepath.synthetic import make_slide
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 ROUNDS, BATCH = 5, 32
 
 
@@ -29,15 +31,6 @@ ROUNDS, BATCH = 5, 32
 def slide_path(tmp_path_factory) -> Path:
     """345 patches of 256 px, 77 of 506 px."""
     return make_slide(tmp_path_factory.mktemp("slide") / "bench.svs", 6000, 4000)
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """Only the reading is to run in parallel."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def obvious_loop(path: Path, coords: np.ndarray, patch: int) -> Iterator[torch.Tensor]:

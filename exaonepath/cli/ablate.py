@@ -30,8 +30,8 @@ def ablate(
 ) -> None:
     """Train variants of a model to answer an open question; one JSON file and one figure each.
 
-    Runs are kept in <out>/runs by the hash of their settings: finished runs are not trained again, interrupted ones are
-    on. Writes <out>/<study>.json and <out>/ablation-<study>.png.
+    Runs are kept in <out>/runs by the hash of their settings: finished runs are not trained again, interrupted ones
+    continue. Writes <out>/<study>.json and <out>/ablation-<study>.png.
     Example: exaonepath ablate all --out ablations
     """
     wanted = [*_TRAINED, *_ANALYSES] if "all" in studies else list(dict.fromkeys(studies))

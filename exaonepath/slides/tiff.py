@@ -114,11 +114,6 @@ class Tiff:
     children: list[list[Directory]] = field(default_factory=list)
     complete: bool = True
 
-    @property
-    def directories(self) -> list[dict[int, tuple[int, ...]]]:
-        """For each image, those of width, bits, compression and tile width that it has."""
-        return [{tag: image.numbers(tag) for tag in image.tags if tag in _SUMMARY} for image in self.images]
-
 
 def read_tiff(
     path: Path, *, check_data: bool = False, tags: Collection[int] = _SUMMARY, limit: int = _MAX_DIRECTORIES

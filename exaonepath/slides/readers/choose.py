@@ -44,7 +44,7 @@ def open_reader(path: Path, check_unchanged: Callable[[], None], reader: str = A
     if reader == AUTO:
         found = _automatic(path, check_unchanged)
     elif reader == OPENSLIDE:
-        found = _openslide(path, check_unchanged)
+        found = OpenSlideReader(path, check_unchanged)
         wrong = wrong_pixels(path, found.properties)
         if wrong is not None:
             found.close()
@@ -69,7 +69,7 @@ def open_reader(path: Path, check_unchanged: Callable[[], None], reader: str = A
 
 def _automatic(path: Path, check_unchanged: Callable[[], None]) -> SlideReader:
     try:
-        slide = _openslide(path, check_unchanged)
+        slide = OpenSlideReader(path, check_unchanged)
     except UnsupportedSlideError as exc:
         return _without_openslide(path, exc)
     except SlideOpenError as exc:  # a format that OpenSlide knows, and a file that it rejects
@@ -98,13 +98,9 @@ def _automatic(path: Path, check_unchanged: Callable[[], None]) -> SlideReader:
     return fast
 
 
-def _openslide(path: Path, check_unchanged: Callable[[], None]) -> OpenSlideReader:
-    return OpenSlideReader(path, check_unchanged)
-
-
 def _tiff(path: Path, check_unchanged: Callable[[], None]) -> SlideReader:
     try:
-        slide = _openslide(path, check_unchanged)
+        slide = OpenSlideReader(path, check_unchanged)
     except SlideOpenError:
         return TiffReader(path)
     if wrong_pixels(path, slide.properties) is None and _what_openslide_does_not_see(slide) is None:

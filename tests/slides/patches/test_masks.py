@@ -121,9 +121,9 @@ def test_holes_and_crossing_outlines_follow_the_even_odd_rule(apply, tmp_path):
     coords, index, outlines = apply(mask=path, patch_size=32, step_size=32)
     centres = coords + 16
     tie = centres[index == 0]
-    beside = np.abs(tie[:, 0] - 500) < np.abs(tie[:, 1] - 500) - 20
+    above_or_below = np.abs(tie[:, 0] - 500) < np.abs(tie[:, 1] - 500) - 20
     assert len(tie)
-    assert not beside.any()  # above and below the crossing
+    assert not above_or_below.any()  # of the crossing
     rest = centres[index == 1]
     assert not ((rest > [1500, 300]) & (rest < [1900, 700])).all(1).any()
     assert len(outlines.holes[1]) == 1

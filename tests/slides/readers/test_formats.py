@@ -137,7 +137,7 @@ def test_16_bits_are_scaled_by_their_significant_bits(write, pixels, caplog, bit
 @pytest.mark.parametrize("extra", ["unassalpha", "unspecified"])
 @pytest.mark.parametrize("kind", ["RGB", "grey", "planes", "tag"])
 def test_only_colours_tell_the_significant_bits(write, pixels, caplog, kind, extra, tile):
-    """An opaque alpha of 65,535 beside colours of 12 bits made them nearly black."""
+    """An opaque alpha of 65,535 with colours of 12 bits made them nearly black."""
     values = ((pixels.astype(np.uint32) * 4095 + 127) // 255).astype(np.uint16)
     colours = values[..., :1] if kind == "grey" else values
     stored = np.dstack([colours, np.full(pixels.shape[:2], 65535, np.uint16)])
@@ -432,7 +432,7 @@ def test_what_openslide_would_read_wrongly_or_rejects_says_why(write, values, op
     assert "10 or 12" not in str(caught.value)
 
 
-def test_a_tiled_image_beside_the_slide_does_not_matter(tmp_path, pixels):
+def test_a_tiled_image_that_is_no_level_does_not_matter(tmp_path, pixels):
     """A map of numbers, as analysis programs append it: it is no level."""
     path = tmp_path / "a.tif"
     options = {"tile": (128, 128), "compression": "zlib", "metadata": None}
