@@ -44,8 +44,8 @@ from .slides.encode import EncodeFailure as EncodeFailure
 from .slides.encode import EncodeResult as EncodeResult
 from .slides.encode import encode_slide as encode_slide
 from .slides.encode import encode_slides as encode_slides
-from .slides.encode import find_slides as find_slides
 from .slides.features.extract import extract_features as extract_features
+from .slides.find import find_slides as find_slides
 from .slides.image import SlideImage as SlideImage
 from .slides.patches.pipeline import patchfy as patchfy
 from .version import __version__ as __version__

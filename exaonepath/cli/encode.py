@@ -51,8 +51,9 @@ def encode(
     from exaonepath.encoders import loading
     from exaonepath.encoders.memory_plan import parse_memory
     from exaonepath.files.atomic import ensure_folder
-    from exaonepath.slides.encode import encode_slide, find_slides, one_mask_per_slide
+    from exaonepath.slides.encode import encode_slide, one_mask_per_slide
     from exaonepath.slides.features.preprocessing import PreprocessingConfig
+    from exaonepath.slides.find import find_slides
 
     problems: list[SlideOpenError] = []
     files = find_slides(slides, problems)

@@ -35,7 +35,8 @@ def patch(
     quiet: options.Quiet = False,
 ) -> None:
     """Find tissue and compute the patch grid: <out>/patches/<id>.h5, masks/<id>.jpg and contours/<id>.geojson."""
-    from exaonepath.slides.encode import find_slides, one_mask_per_slide, why_no_patch
+    from exaonepath.slides.encode import one_mask_per_slide, why_no_patch
+    from exaonepath.slides.find import find_slides
     from exaonepath.slides.image import SlideImage
     from exaonepath.slides.patches.pipeline import patchfy
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from exaonepath.errors import SlideOpenError
-from exaonepath.slides.encode import find_slides
+from exaonepath.slides.find import find_slides
 from exaonepath.slides.image import slide_id
 from exaonepath.text import printable
 
@@ -69,7 +69,7 @@ def test_slides_deeper_down_and_files_of_similar_names_are_mentioned(tmp_path, c
 
 
 def test_a_large_tree_is_searched_in_part(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("exaonepath.slides.encode._MAX_ENTRIES", 10)
+    monkeypatch.setattr("exaonepath.slides.find._MAX_ENTRIES", 10)
     for name in ("a/0.svs", *(f"b/{n}.txt" for n in range(20)), "c/1.svs", "top.svs"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from exaonepath.errors import SlideChangedError, SlideOpenError
 from exaonepath.slides.companions import companion_files
-from exaonepath.slides.encode import find_slides
+from exaonepath.slides.find import find_slides
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.pipeline import patchfy
 from exaonepath.synthetic import make_slide

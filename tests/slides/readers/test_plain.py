@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from exaonepath.errors import MemoryLimitError, SlideOpenError, SlideReadError
-from exaonepath.slides.encode import find_slides
+from exaonepath.slides.find import find_slides
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.levels import LevelReader
 from exaonepath.slides.patches.pipeline import patchfy
