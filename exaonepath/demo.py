@@ -29,6 +29,7 @@ from exaonepath.files.patches import read_patches
 from exaonepath.plotting import require_matplotlib
 from exaonepath.slides.encode import encode_slide
 from exaonepath.slides.image import SlideImage
+from exaonepath.slides.outputs import output_paths
 from exaonepath.slides.patches.pipeline import PatchSettings, plan_grid
 from exaonepath.slides.patches.segmentation import Tissue, segment_tissue
 from exaonepath.slides.patches.settings import SegmentationSettings
@@ -119,7 +120,7 @@ def run_demo(
     with SlideImage(path) as opened:
         patch_encoder = load_patch_encoder(weights, device=target)
         slide_encoder = load_slide_encoder(weights, device=target)
-        earlier = _earlier_step(folder / "patches" / f"{opened.name}.h5")
+        earlier = _earlier_step(output_paths(folder, opened.name).patches)
         if earlier is None:
             most = min(most, max(_LEAST_PATCHES, int(_rate(patch_encoder) * _ENCODING_SECONDS)))
         tissue, patching, expected = plan(opened, most, earlier)
@@ -155,7 +156,7 @@ def run_demo(
         (result.embedding_path, f"slide embedding [{dim}] and patch embeddings [{n}, {dim}]"),
         (result.features_path, f"patch features [{n}, {dim - encoded.shape[1]}]"),
         (result.patches_path, f"patch coordinates [{n + result.n_failed}, 2] and their tissue fragments"),
-        (folder / "masks" / f"{opened.name}.jpg", "tissue contours (green) and holes (blue)"),
+        (output_paths(folder, opened.name).mask, "tissue contours (green) and holes (blue)"),
     ]
     if slide is None:
         files.append((path, "the synthetic slide" if synthetic else "the slide (CC0, OpenSlide test data)"))

@@ -24,6 +24,7 @@ from exaonepath.slides.features.extract import extract_features
 from exaonepath.slides.features.preprocessing import PreprocessingConfig
 from exaonepath.slides.find import find_slides
 from exaonepath.slides.image import SlideImage, opened
+from exaonepath.slides.outputs import output_paths
 from exaonepath.slides.patches.pipeline import PatchSettings, patchfy
 from exaonepath.slides.patches.settings import SegmentationSettings
 from exaonepath.slides.patches.tissue import check_source
@@ -37,15 +38,6 @@ T = TypeVar("T")
 _DERIVED = {"segmentation", "source", "reader"}
 _FIELDS = {f.name for kind in (PatchSettings, SegmentationSettings) for f in fields(kind)} - _DERIVED
 _SOURCES = {"segmenter", "mask", "mask_class", "exclude", "exclude_class", "remove", "geojson_origin"}
-
-
-@dataclass(frozen=True)
-class OutputPaths:
-    """Paths of the files of one slide in one output folder."""
-
-    patches: Path
-    features: Path
-    embedding: Path
 
 
 @dataclass(frozen=True)
@@ -71,14 +63,6 @@ class EncodeResult:
     n_failed: int
     reused: tuple[str, ...] = field(default=())
     no_patch: str = ""
-
-
-def output_paths(out: str | os.PathLike[str], name: str) -> OutputPaths:
-    """Paths of the files of the slide with this id in the output folder `out`."""
-    root = Path(out)
-    return OutputPaths(
-        root / "patches" / f"{name}.h5", root / "patches" / f"{name}_features.h5", root / "embeddings" / f"{name}.h5"
-    )
 
 
 def encode_slide(
