@@ -128,7 +128,9 @@ def run_demo(
         report(f"{path.name}: {width} x {height} pixels, {_count(len(tissue.contours), 'tissue fragment')}")
         report(f"encoding {_count(expected, 'patch', 'es')} on {target}")
         started = time.perf_counter()
-        result = encode_slide(opened, folder, patch_encoder, slide_encoder, patching=patching, progress=progress)
+        result = encode_slide(
+            opened, folder, patch_encoder, slide_encoder, patching=patching, progress=progress, keep="all"
+        )
         took = time.perf_counter() - started
         rate = (
             "" if "features" in result.reused or not result.n_patches else f", {result.n_patches / took:.1f} a second"
@@ -138,6 +140,7 @@ def run_demo(
             report(f"{_count(result.n_failed, 'patch', 'es')} could not be read; see {result.features_path}")
 
         embedding = read_embedding(result.embedding_path)
+        assert embedding.patch_embedding is not None
         # The last columns are the output of the slide encoder, which depends on all patches of the slide.
         encoded = embedding.patch_embedding[:, -slide_encoder.model.config.wsi["embed_dim"] :]
         picture = draw_overview(

@@ -6,21 +6,20 @@ A stored result, finished or not, is used again only if all inputs and settings 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
 from exaonepath.device import evaluating
 from exaonepath.errors import DataFileError, SettingsError
-from exaonepath.files.artifact import MadeFrom, canonical_json, refuse_input_as_output, reuse, settings_hash
+from exaonepath.files.artifact import refuse_input_as_output, reuse
 from exaonepath.files.atomic import ensure_folder
 from exaonepath.files.features import (
     KIND,
@@ -35,6 +34,7 @@ from exaonepath.files.hdf5 import open_h5
 from exaonepath.files.patches import PatchSet, read_patches
 from exaonepath.slides.features.batch_size import check_batch_size
 from exaonepath.slides.features.encoding import BatchEncoder
+from exaonepath.slides.features.identity import FeatureDtype, digest, feature_identity
 from exaonepath.slides.features.partial import PartialFile, remove_finished
 from exaonepath.slides.features.pipeline import encode_batches
 from exaonepath.slides.features.preprocessing import PreprocessingConfig
@@ -84,6 +84,7 @@ def extract_features(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
+    feature_dtype: FeatureDtype = "float32",
     progress: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
 ) -> ExtractionResult:
@@ -106,9 +107,11 @@ def extract_features(
         num_workers: reading threads; None: one per core; 0: patches are read in the calling thread, between batches.
         device: where the encoder runs; the encoder is moved to it.
         dtype: of matrix products. In bfloat16 and float16 an unmodified patch encoder runs with weights that are
-            converted once, any other module under autocast. The stored features are always float32.
+            converted once, any other module under autocast.
         compile: run the encoder through `torch.compile`: the first batch takes a minute longer. Results differ by
             rounding, and are used again by runs without it.
+        feature_dtype: how features are stored: "float32", or "float16", which halves the file and rounds each number
+            to 11 significant bits.
         progress: called with (patches done, total patches) after every batch.
         overwrite: start again, whatever is stored.
 
@@ -119,8 +122,8 @@ def extract_features(
         DataFileError: the coordinates file is damaged, or belongs to another slide.
         OutputCollisionError: the output is one of the inputs, or holds the features of another slide.
         OutputError: the output cannot be written (finished rows are kept).
-        BackendError: the encoder returned NaN or infinity, a batch does not fit into the device's memory, or the
-            encoder cannot be compiled.
+        BackendError: the encoder returned NaN, infinity or a number that float16 cannot hold, a batch does not fit into
+            the device's memory, or the encoder cannot be compiled.
         DeviceError: the device does not exist.
     """
     if dtype not in _DTYPES:
@@ -133,25 +136,21 @@ def extract_features(
         refuse_input_as_output(out, (slide.path, Path(patches_h5)))
         patches = read_patches(patches_h5)
         _check_same_slide(slide, patches, patches_h5)
-        attrs: dict[str, Any] = {
-            "slide_fingerprint": slide.fingerprint(),
-            "patch_size": int(patches.patch_size),
-            "preprocessing": canonical_json(preprocessing.to_dict()),
-            "weights_fingerprint": weights_fingerprint,
-            "dtype": str(dtype).removeprefix("torch."),
-        }
-        inputs = {"coords": _digest(patches.coords), "contours": _digest(patches.contour_index)}
-        key = settings_hash({**attrs, **inputs, **slide.reader_settings()})
-        attrs |= {
-            "settings_hash": key,
-            "slide_path": str(slide.path.resolve()),
-            **({} if slide.mtime_ns is None else {"slide_mtime_ns": slide.mtime_ns}),
+        identity = feature_identity(
+            slide,
+            patches,
+            preprocessing=preprocessing,
+            weights_fingerprint=weights_fingerprint,
+            dtype=dtype,
+            feature_dtype=feature_dtype,
+        )
+        made_from, key = identity.made_from, identity.made_from.settings_hash
+        attrs = {
+            **identity.attrs,
             "weights": weights,
             "reader": slide.reader,
             "exaonepath_version": __version__,
         }
-
-        made_from = MadeFrom(key, slide.fingerprint(), str(slide.path.resolve()), slide.mtime_ns)
 
         def finished(overwrite: bool) -> tuple[tuple[PatchFailure, ...] | None, int]:
             """Failures and number of partly missing patches of the finished file; (None, 0) if it is missing."""
@@ -184,7 +183,7 @@ def extract_features(
         if retry:
             logger.info("%s lacks %d patches that could not be read; trying them again", out, len(retry))
             rows = np.array([failure.index for failure in retry], np.int64)
-        partial = PartialFile(part, {"settings": key, "rows": _digest(rows)}, fresh=overwrite)
+        partial = PartialFile(part, {"settings": key, "rows": digest(rows)}, fresh=overwrite, dtype=feature_dtype)
         stack.callback(partial.close)
         if retry is None and not overwrite:
             failures_now, partly_missing_now = finished(overwrite=False)
@@ -276,7 +275,3 @@ def _check_same_slide(slide: SlideImage, patches: PatchSet, path: str | os.PathL
             f"{path}: {int(outside.sum())} patches lie outside {slide.path}, which is {width} x {height} "
             f"(patch {first} at {tuple(corner[first].tolist())}); the coordinates belong to another slide"
         )
-
-
-def _digest(values: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()

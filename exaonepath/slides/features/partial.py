@@ -35,7 +35,7 @@ _MAGIC = b"xpB2"
 
 
 class Block(NamedTuple):
-    """One batch: `features` float32 [b, D] of patches `indices` int64 [b]; all patches before `stop` are processed.
+    """One batch: `features` [b, D], as stored, of patches `indices` int64 [b]; all patches before `stop` are processed.
 
     `n_partly_missing` of them have pixels for which the slide file holds no data.
     """
@@ -54,8 +54,10 @@ class PartialFile:
         path: the partial file.
         settings: plain JSON; every setting that changes the rows must be included.
         fresh: start again, even if the file has blocks.
+        dtype: of the features that are stored, "float32" or "float16"; the settings must include it.
 
     Attributes:
+        dtype: of the features in the file.
         stop: patches before this index are in the file (0: none).
         n_rows: feature rows in the file.
         dim: width of a row; None if the file has no row.
@@ -67,8 +69,9 @@ class PartialFile:
         OutputError: the file cannot be written, or another process is writing it.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], *, fresh: bool = False) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], *, fresh: bool = False, dtype: str = "float32") -> None:
         self.path = path
+        self.dtype = np.dtype(dtype).newbyteorder("<")
         self.stop = self.n_rows = self.n_partly_missing = 0
         self.dim: int | None = None
         self.batch_size: int | None = None
@@ -92,7 +95,7 @@ class PartialFile:
 
     def append(self, block: Block) -> None:
         """Add one batch and pass it to the operating system; `OutputError` is raised if that fails."""
-        data = _pack(block)
+        data = _pack(block, self.dtype)
         try:
             _write(self._file, data)
         except OSError as exc:
@@ -103,7 +106,7 @@ class PartialFile:
         """The batches in the file, in order; one at a time is in memory."""
         with self.path.open("rb") as file:
             file.seek(self._begin)
-            while (block := _unpack(file)) is not None:
+            while (block := _unpack(file, self.dtype)) is not None:
                 yield block
 
     def close(self) -> None:
@@ -123,7 +126,7 @@ class PartialFile:
 
     def _recover(self) -> None:
         end = self._begin
-        while (block := _unpack(self._file)) is not None and block.stop > self.stop:
+        while (block := _unpack(self._file, self.dtype)) is not None and block.stop > self.stop:
             end = self._file.tell()
             self._count(block)
         torn = self._file.seek(0, os.SEEK_END) - end
@@ -154,9 +157,9 @@ def remove_finished(path: Path) -> None:
         logger.warning("%s cannot be removed (%s); its rows are in the finished file", path, exc)
 
 
-def _pack(block: Block) -> bytes:
+def _pack(block: Block, dtype: np.dtype) -> bytes:
     indices = np.ascontiguousarray(block.indices, "<i8")
-    features = np.ascontiguousarray(block.features, "<f4")
+    features = np.ascontiguousarray(block.features, dtype)
     failures = json.dumps([[f.index, f.x, f.y, f.reason] for f in block.failures]).encode() if block.failures else b""
     payload = b"".join((indices.tobytes(), features.tobytes(), failures))
     fields = (_MAGIC, len(indices), features.shape[1], block.stop, len(failures), block.n_partly_missing)
@@ -164,7 +167,7 @@ def _pack(block: Block) -> bytes:
     return _BLOCK.pack(*fields, check) + payload
 
 
-def _unpack(file: BinaryIO) -> Block | None:
+def _unpack(file: BinaryIO, dtype: np.dtype) -> Block | None:
     head = file.read(_BLOCK.size)
     if len(head) < _BLOCK.size:
         return None
@@ -172,7 +175,7 @@ def _unpack(file: BinaryIO) -> Block | None:
     if magic != _MAGIC:
         return None
     split = rows * 8
-    end = split + rows * width * 4
+    end = split + rows * width * dtype.itemsize
     if end + n_failures > os.fstat(file.fileno()).st_size - file.tell():  # cut short, or the size is invalid
         return None
     payload = file.read(end + n_failures)
@@ -180,7 +183,7 @@ def _unpack(file: BinaryIO) -> Block | None:
     if zlib.crc32(payload, zlib.crc32(_BLOCK.pack(*fields, 0))) != check:
         return None
     indices = np.frombuffer(payload, "<i8", rows)
-    features = np.frombuffer(payload, "<f4", rows * width, split).reshape(rows, width)
+    features = np.frombuffer(payload, dtype, rows * width, split).reshape(rows, width)
     failures = tuple(PatchFailure(*entry) for entry in json.loads(payload[end:])) if n_failures else ()
     return Block(indices, features, failures, stop, n_partly_missing)
 
