@@ -34,6 +34,7 @@ from exaonepath.slides.patches.tissue import check_source
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+S = TypeVar("S")
 T = TypeVar("T")
 
 # The arguments of `patchfy` that decide the position of the patches.
@@ -253,18 +254,18 @@ def encode_slides(
         yield EncodeFailure(file, result) if isinstance(result, Exception) else result
 
 
-def each_slide(files: Iterable[Path], work: Callable[[Path], T]) -> Iterator[tuple[Path, T | Exception]]:
+def each_slide(slides: Iterable[S], work: Callable[[S], T]) -> Iterator[tuple[S, T | Exception]]:
     """Apply `work` to one slide after another; yields its result or the error that it raised.
 
     Any error of one slide, `MemoryError` included, affects only this slide, because a damaged file can make a library
     raise any error. Only exceptions that end the program (`KeyboardInterrupt`, `SystemExit`) are passed on.
     """
-    for file in files:
+    for slide in slides:
         try:
-            result: T | Exception = work(file)
+            result: T | Exception = work(slide)
         except Exception as exc:  # noqa: BLE001
             result = exc
-        yield file, result
+        yield slide, result
         if isinstance(result, Exception):
             # The traceback refers to the frames of the failed call and so keeps their arrays in memory.
             result.__traceback__ = None
