@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from exaonepath.errors import SettingsError
@@ -48,7 +50,7 @@ def test_lsf_and_pbs():
     assert first({"LSB_JOBINDEX": 0}) == 0
     for name in ("PBS_ARRAY_INDEX", "LSB_JOBINDEX", "SLURM_ARRAY_TASK_ID"):
         starts = sorted(first({name: k}, 1000) for k in range(1, 9))
-        assert all(b - a > 50 for a, b in zip(starts, starts[1:], strict=False))
+        assert all(b - a > 50 for a, b in pairwise(starts))
 
 
 @pytest.mark.parametrize("value", ["", "x", "4294967294x", "1e3"])
