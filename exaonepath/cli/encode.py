@@ -37,6 +37,8 @@ def encode(
     num_workers: options.Workers = None,
     compile: options.Compile = False,
     max_memory: options.MaxMemory = None,
+    feature_dtype: options.FeatureDtype = "float32",
+    keep: options.Keep = None,
     fail_on_empty: options.FailOnEmpty = False,
     overwrite: options.Overwrite = False,
     verbose: options.Verbose = 0,
@@ -52,9 +54,12 @@ def encode(
     from exaonepath.encoders.memory_plan import parse_memory
     from exaonepath.files.atomic import ensure_folder
     from exaonepath.slides.encode import encode_slide, one_mask_per_slide
+    from exaonepath.slides.features.identity import check_feature_dtype
     from exaonepath.slides.features.preprocessing import PreprocessingConfig
     from exaonepath.slides.find import find_slides
+    from exaonepath.slides.keep import check_keep
 
+    stored_as, kept = check_feature_dtype(feature_dtype), check_keep(keep)
     problems: list[SlideOpenError] = []
     files = find_slides(slides, problems)
     one_mask_per_slide(files, mask, exclude)
@@ -107,6 +112,8 @@ def encode(
                 compile=compile,
                 max_memory=limit,
                 reader=reader,
+                feature_dtype=stored_as,
+                keep=kept,
                 overwrite=overwrite,
                 progress=progress,
             )

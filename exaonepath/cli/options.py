@@ -55,6 +55,20 @@ Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the patch encoder: a minute once, then faster batches on a GPU.")
 ]
 Workers = Annotated[int | None, typer.Option("--num-workers", min=0, help="Reading threads; default: one per core.")]
+FeatureDtype = Annotated[
+    str,
+    typer.Option(
+        metavar="float32|float16", help="How features are stored. float16: half the disk, 11 significant bits a number."
+    ),
+]
+Keep = Annotated[
+    str | None,
+    typer.Option(
+        metavar="slide|features|all",
+        help="What remains of a finished slide, apart from small files: its embedding; also its features; also its "
+        "patch embeddings. Default: all, and finished slides stay as they are.",
+    ),
+]
 PatchSize = Annotated[int, typer.Option(help="Side of a patch, in pixels at 0.5 um per pixel.")]
 StepSize = Annotated[int | None, typer.Option(help="Distance between patches; default: the patch size.")]
 PatchLevel = Annotated[

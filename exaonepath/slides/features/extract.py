@@ -18,6 +18,7 @@ from exaonepath.slides.features.batch_size import check_batch_size
 from exaonepath.slides.features.encoding import BatchEncoder
 from exaonepath.slides.features.extraction import ExtractionResult as ExtractionResult
 from exaonepath.slides.features.extraction import prepare_extraction
+from exaonepath.slides.features.identity import FeatureDtype
 from exaonepath.slides.features.preprocessing import PreprocessingConfig
 from exaonepath.slides.image import SlideImage, opened
 
@@ -36,6 +37,7 @@ def extract_features(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
+    feature_dtype: FeatureDtype = "float32",
     progress: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
 ) -> ExtractionResult:
@@ -58,9 +60,11 @@ def extract_features(
         num_workers: reading threads; None: one per core; 0: patches are read in the calling thread, between batches.
         device: where the encoder runs; the encoder is moved to it.
         dtype: of matrix products. In bfloat16 and float16 an unmodified patch encoder runs with weights that are
-            converted once, any other module under autocast. The stored features are always float32.
+            converted once, any other module under autocast.
         compile: run the encoder through `torch.compile`: the first batch takes a minute longer. Results differ by
             rounding, and are used again by runs without it.
+        feature_dtype: how features are stored: "float32", or "float16", which halves the file and rounds each number
+            to 11 significant bits.
         progress: called with (patches done, total patches) after every batch.
         overwrite: start again, whatever is stored.
 
@@ -71,8 +75,8 @@ def extract_features(
         DataFileError: the coordinates file is damaged, or belongs to another slide.
         OutputCollisionError: the output is one of the inputs, or holds the features of another slide.
         OutputError: the output cannot be written (finished rows are kept).
-        BackendError: the encoder returned NaN or infinity, a batch does not fit into the device's memory, or the
-            encoder cannot be compiled.
+        BackendError: the encoder returned NaN, infinity or a number that float16 cannot hold, a batch does not fit into
+            the device's memory, or the encoder cannot be compiled.
         DeviceError: the device does not exist.
     """
     check_batch_size(batch_size)
@@ -88,6 +92,7 @@ def extract_features(
             preprocessing=preprocessing,
             dtype=dtype,
             compile=compile,
+            feature_dtype=feature_dtype,
             overwrite=overwrite,
         )
         stack.callback(extraction.close)

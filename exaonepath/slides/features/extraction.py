@@ -6,7 +6,6 @@ third one is written; and the images may come from anywhere: a `PatchReader` her
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from exaonepath.errors import DataFileError, SettingsError
-from exaonepath.files.artifact import MadeFrom, canonical_json, refuse_input_as_output, reuse, settings_hash
+from exaonepath.files.artifact import refuse_input_as_output, reuse
 from exaonepath.files.atomic import ensure_folder
 from exaonepath.files.features import (
     KIND,
@@ -31,6 +30,7 @@ from exaonepath.files.features import (
 )
 from exaonepath.files.hdf5 import open_h5
 from exaonepath.files.patches import PatchSet, read_patches
+from exaonepath.slides.features.identity import FeatureDtype, digest, feature_identity
 from exaonepath.slides.features.partial import (
     PartialFile,
     has_token,
@@ -209,6 +209,7 @@ def prepare_extraction(
     preprocessing: PreprocessingConfig,
     dtype: torch.dtype,
     compile: bool = False,
+    feature_dtype: FeatureDtype = "float32",
     overwrite: bool = False,
     token: str = "",
     unwanted: Collection[str] = (),
@@ -217,8 +218,8 @@ def prepare_extraction(
 
     Args:
         slide: an open slide.
-        patches_h5, out_h5, weights, weights_fingerprint, preprocessing, dtype, compile, overwrite: as for
-            `extract_features`.
+        patches_h5, out_h5, weights, weights_fingerprint, preprocessing, dtype, compile, feature_dtype, overwrite: as
+            for `extract_features`.
         token: of this process's claim on the slide, whose owner writes into a partial file of its own and continues
             those of earlier owners; empty: there are no claims, and a process that holds the partial file is an error.
         unwanted: names of partial files of earlier owners that are not continued, only removed.
@@ -233,25 +234,22 @@ def prepare_extraction(
     refuse_input_as_output(out, (slide.path, Path(patches_h5)))
     patches = read_patches(patches_h5)
     _check_same_slide(slide, patches, patches_h5)
-    attrs: dict[str, Any] = {
-        "slide_fingerprint": slide.fingerprint(),
-        "patch_size": int(patches.patch_size),
-        "preprocessing": canonical_json(preprocessing.to_dict()),
-        "weights_fingerprint": weights_fingerprint,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    inputs = {"coords": _digest(patches.coords), "contours": _digest(patches.contour_index)}
-    key = settings_hash({**attrs, **inputs, **slide.reader_settings()})
-    attrs |= {
-        "settings_hash": key,
-        "slide_path": slide.stored_path,
-        **({} if slide.mtime_ns is None else {"slide_mtime_ns": slide.mtime_ns}),
+    identity = feature_identity(
+        slide,
+        patches,
+        preprocessing=preprocessing,
+        weights_fingerprint=weights_fingerprint,
+        dtype=dtype,
+        feature_dtype=feature_dtype,
+    )
+    made_from, key = identity.made_from, identity.made_from.settings_hash
+    attrs = {
+        **identity.attrs,
         "weights": weights,
         "reader": slide.reader,
         "exaonepath_version": __version__,
         "compiled": compile,
     }
-    made_from = MadeFrom(key, slide.fingerprint(), slide.stored_path, slide.mtime_ns)
 
     def finished(overwrite: bool) -> tuple[tuple[PatchFailure, ...] | None, int]:
         """Failures and number of partly missing patches of the finished file; (None, 0) if it is missing."""
@@ -277,7 +275,9 @@ def prepare_extraction(
     if retry:
         logger.info("%s lacks %d patches that could not be read; trying them again", out, len(retry))
         rows = np.array([failure.index for failure in retry], np.int64)
-    partial = PartialFile(partial_path(out, token), {"settings": key, "rows": _digest(rows)}, fresh=overwrite)
+    partial = PartialFile(
+        partial_path(out, token), {"settings": key, "rows": digest(rows)}, fresh=overwrite, dtype=feature_dtype
+    )
     try:
         if token:
             partial.take_over((path for path in partial_files(out) if path != partial.path), unwanted)
@@ -361,7 +361,3 @@ def _check_same_slide(slide: SlideImage, patches: PatchSet, path: str | os.PathL
             f"{path}: {int(outside.sum())} patches lie outside {slide.path}, which is {width} x {height} "
             f"(patch {first} at {tuple(corner[first].tolist())}); the coordinates belong to another slide"
         )
-
-
-def _digest(values: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()

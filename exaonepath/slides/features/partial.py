@@ -42,7 +42,7 @@ _TOKEN = re.compile(r"[0-9a-f]{16}\.part")  # what follows the name of the outpu
 
 
 class Block(NamedTuple):
-    """One batch: `features` float32 [b, D] of patches `indices` int64 [b]; all patches before `stop` are processed.
+    """One batch: `features` [b, D], as stored, of patches `indices` int64 [b]; all patches before `stop` are processed.
 
     `n_partly_missing` of them have pixels for which the slide file holds no data.
     """
@@ -61,8 +61,10 @@ class PartialFile:
         path: the partial file.
         settings: plain JSON; every setting that changes the rows must be included.
         fresh: start again, even if the file has blocks.
+        dtype: of the features that are stored, "float32" or "float16"; the settings must include it.
 
     Attributes:
+        dtype: of the features in the file.
         stop: patches before this index are in the file (0: none).
         n_rows: feature rows in the file.
         dim: width of a row; None if the file has no row.
@@ -74,8 +76,9 @@ class PartialFile:
         OutputError: the file cannot be written, or another process is writing it.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], *, fresh: bool = False) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], *, fresh: bool = False, dtype: str = "float32") -> None:
         self.path = path
+        self.dtype = np.dtype(dtype).newbyteorder("<")
         self.stop = self.n_rows = self.n_partly_missing = 0
         self.dim: int | None = None
         self.batch_size: int | None = None
@@ -99,7 +102,7 @@ class PartialFile:
 
     def append(self, block: Block) -> None:
         """Add one batch and pass it to the operating system; `OutputError` is raised if that fails."""
-        data = _pack(block)
+        data = _pack(block, self.dtype)
         try:
             _write(self._file, data)
         except OSError as exc:
@@ -108,7 +111,7 @@ class PartialFile:
 
     def blocks(self) -> Iterator[Block]:
         """The batches in the file, in order; one at a time is in memory."""
-        for block, _ in _whole_blocks(self._file, self._begin):
+        for block, _ in _whole_blocks(self._file, self._begin, self.dtype):
             yield block
 
     def take_over(self, others: Iterable[Path], unwanted: Collection[str] = ()) -> None:
@@ -138,11 +141,11 @@ class PartialFile:
             for path, file in found:
                 file.seek(0)
                 if path.name not in unwanted and file.readline(_MAX_HEADER) == self._header:
-                    stop = max((block.stop for block, _ in _whole_blocks(file, self._begin)), default=0)
+                    stop = max((block.stop for block, _ in _whole_blocks(file, self._begin, self.dtype)), default=0)
                     if stop > furthest:
                         best, furthest = file, stop
             if best is not None:
-                for block, _ in _whole_blocks(best, self._begin):
+                for block, _ in _whole_blocks(best, self._begin, self.dtype):
                     self.append(block)
             for path, _ in found:
                 _unlink(path)
@@ -161,7 +164,7 @@ class PartialFile:
 
     def _recover(self) -> None:
         end = self._begin
-        for block, end in _whole_blocks(self._file, self._begin):  # noqa: B007
+        for block, end in _whole_blocks(self._file, self._begin, self.dtype):  # noqa: B007
             self._count(block)
         torn = self._file.seek(0, os.SEEK_END) - end
         if torn:
@@ -210,9 +213,9 @@ def remove_finished(path: Path) -> None:
             _unlink(path)
 
 
-def _pack(block: Block) -> bytes:
+def _pack(block: Block, dtype: np.dtype) -> bytes:
     indices = np.ascontiguousarray(block.indices, "<i8")
-    features = np.ascontiguousarray(block.features, "<f4")
+    features = np.ascontiguousarray(block.features, dtype)
     failures = json.dumps([[f.index, f.x, f.y, f.reason] for f in block.failures]).encode() if block.failures else b""
     payload = b"".join((indices.tobytes(), features.tobytes(), failures))
     fields = (_MAGIC, len(indices), features.shape[1], block.stop, len(failures), block.n_partly_missing)
@@ -220,7 +223,7 @@ def _pack(block: Block) -> bytes:
     return _BLOCK.pack(*fields, check) + payload
 
 
-def _whole_blocks(file: FileIO, begin: int) -> Iterator[tuple[Block, int]]:
+def _whole_blocks(file: FileIO, begin: int, dtype: np.dtype) -> Iterator[tuple[Block, int]]:
     """The blocks up to the first one that is torn or out of order, and where each ends; the file's position is kept."""
     descriptor, offset, stop = file.fileno(), begin, 0
     while True:
@@ -229,7 +232,7 @@ def _whole_blocks(file: FileIO, begin: int) -> Iterator[tuple[Block, int]]:
             return
         magic, rows, width, block_stop, n_failures, n_partly_missing, check = _BLOCK.unpack(head)
         split = rows * 8
-        end = split + rows * width * 4
+        end = split + rows * width * dtype.itemsize
         offset += _BLOCK.size
         size = end + n_failures
         # Out of order, cut short, or the size is invalid.
@@ -241,7 +244,7 @@ def _whole_blocks(file: FileIO, begin: int) -> Iterator[tuple[Block, int]]:
             return
         offset, stop = offset + size, block_stop
         indices = np.frombuffer(payload, "<i8", rows)
-        features = np.frombuffer(payload, "<f4", rows * width, split).reshape(rows, width)
+        features = np.frombuffer(payload, dtype, rows * width, split).reshape(rows, width)
         failures = tuple(PatchFailure(*entry) for entry in json.loads(payload[end:])) if n_failures else ()
         yield Block(indices, features, failures, stop, n_partly_missing), offset
 

@@ -61,7 +61,7 @@ def encode_batches(
 
     Raises:
         SettingsError: the width of the features changed.
-        BackendError: NaN or infinity in the features of a batch, which is not stored.
+        BackendError: NaN, infinity or a number that cannot be stored in the features of a batch, which is not stored.
         ExaonePathError: see `PatchReader`, `BatchEncoder.start` and `PartialFile.append`; and the errors of `check`.
     """
     if progress:
@@ -118,6 +118,7 @@ class _Writer:
         dim = self._partial.dim
         values = np.empty((0, dim or 0), np.float32) if features is None else features.result()
         _check_features(values, batch, dim)
+        values = _as_stored(values, batch, self._partial.dtype)
         self._check()  # before the rows are stored: they may come from another file
         self._partial.append(Block(batch.indices, values, batch.failures, batch.stop, len(batch.partly_missing)))
 
@@ -132,3 +133,19 @@ def _check_features(features: np.ndarray, batch: PatchBatch, dim: int | None) ->
             f"(patch {few(bad, 10)}); the weights are broken, or the dtype is too narrow for them: try float32 or "
             "bfloat16"
         )
+
+
+def _as_stored(features: np.ndarray, batch: PatchBatch, dtype: np.dtype) -> np.ndarray:
+    """The features in the dtype of the file. A number that would become infinity is an error."""
+    if features.dtype == dtype:
+        return features
+    with np.errstate(over="ignore"):
+        stored = features.astype(dtype)
+    bad = batch.indices[~np.isfinite(stored).all(axis=1)]
+    if len(bad):
+        raise BackendError(
+            f"{len(bad)} of {len(features)} patches of a batch (patch {few(bad, 10)}) have features of up to "
+            f"{np.abs(features).max():.6g}, and {dtype.name} holds numbers up to {np.finfo(dtype).max:g}; store "
+            "float32 (--feature-dtype float32)"
+        )
+    return stored
