@@ -155,3 +155,11 @@ class WeightsError(ExaonePathError):
 
 class StoredConfigError(WeightsError, ConfigError):
     """The config.json of a model's files holds an unknown key or an impossible value."""
+
+
+class LeaseLostError(ExaonePathError):
+    """Another process has taken over this slide, because this one did not renew its claim in time; it stops."""
+
+
+class SlideBusyError(ExaonePathError):
+    """Another process works on this slide now."""

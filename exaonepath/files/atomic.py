@@ -246,6 +246,11 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
             logger.debug("%s stays (%s)", left, exc)
 
 
+def temporary_name(path: Path) -> Path:
+    """A new name next to `path`, for a file or folder that `remove_abandoned` removes if this process is killed."""
+    return path.with_name(f".{path.name}.{_process_space()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
 def output_error(path: Path, exc: OSError) -> OutputError:
     """An `OutputError` with advice for an operating system error that occurred while `path` was written."""
     if exc.errno == errno.ENOSPC or "No space left" in str(exc):
@@ -266,7 +271,7 @@ def output_error(path: Path, exc: OSError) -> OutputError:
 
 def _make_temporary(path: Path, *, folder: bool) -> Path:
     remove_abandoned(path.parent, path.name)
-    temporary = path.with_name(f".{path.name}.{_process_space()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = temporary_name(path)
     try:
         if folder:
             temporary.mkdir()

@@ -39,6 +39,7 @@ class SlideImage:
     Attributes:
         path: the slide file.
         name: the id used in every output file name: the given one, or that of the file (see `slide_id`).
+        stored_path: the absolute path that is stored with results: that of `original`, if it was given.
         level_dimensions: (width, height) of each level, in pixels.
         level_downsamples: (W0 / Wl, H0 / Hl) of each level: the exact pair, not OpenSlide's rounded scalar.
         scalar_downsamples: OpenSlide's own factor of each level, by which OpenSlide divides the locations of a read.
@@ -54,6 +55,7 @@ class SlideImage:
         mpp: micrometres per pixel at level 0, if the file does not state it or states a wrong one; None: as the file
             states.
         name: the id of the slide, if it is not to be that of the file.
+        original: the slide file that this one is a temporary copy of.
 
     Raises:
         SlideOpenError: the file is missing, unreadable, truncated, has no level, or is not a slide.
@@ -67,6 +69,7 @@ class SlideImage:
         reader: str = "auto",
         mpp: float | None = None,
         name: str | None = None,
+        original: str | os.PathLike[str] | None = None,
     ) -> None:
         check_given(mpp)  # before anything is opened
         if name is not None and (not name or name in (".", "..") or set(name) & set("/\\\0")):
@@ -74,7 +77,9 @@ class SlideImage:
         self.path = dicom_slide_in(Path(path)) or Path(path)
         self._wanted_reader = reader
         self._given_mpp = mpp
-        self.name = slide_id(self.path) if name is None else name
+        self._original = None if original is None else Path(original)
+        self.name = slide_id(self._original or self.path) if name is None else name
+        self.stored_path = str((self._original or self.path).resolve())
         self._companions = companion_files(self.path)
         self._identity = self._current_identity()
         self._reader = open_reader(self.path, self.check_unchanged, reader)
@@ -318,7 +323,8 @@ class SlideImage:
 
     def __reduce__(self) -> tuple[object, ...]:
         # Only the path is sent to another process or a copy: handles and locks belong to one process.
-        return _reopened, (self.path, self._wanted_reader, self._given_mpp, self.name, self._identity)
+        given = self.path, self._wanted_reader, self._given_mpp, self.name, self._original
+        return _reopened, (*given, self._identity)
 
     def close(self) -> None:
         """Close the file as soon as no other thread reads it. A later read raises `SlideReadError`."""
@@ -406,9 +412,14 @@ def _identity(path: Path) -> FileIdentity | None:
 
 
 def _reopened(
-    path: Path, reader: str, mpp: float | None, name: str, identity: tuple[FileIdentity | None, ...]
+    path: Path,
+    reader: str,
+    mpp: float | None,
+    name: str,
+    original: Path | None,
+    identity: tuple[FileIdentity | None, ...],
 ) -> SlideImage:
-    slide = SlideImage(path, reader, mpp, name)
+    slide = SlideImage(path, reader, mpp, name, original)
     slide._identity = identity
     slide.check_unchanged()
     return slide

@@ -65,7 +65,7 @@ def feature_identity(
     }
     inputs = {"coords": digest(patches.coords), "contours": digest(patches.contour_index)}
     key = settings_hash({**attrs, **inputs, **slide.reader_settings()})
-    place, mtime = str(slide.path.resolve()), slide.mtime_ns
+    place, mtime = slide.stored_path, slide.mtime_ns
     attrs |= {"settings_hash": key, "slide_path": place, "feature_dtype": feature_dtype}
     attrs |= {} if mtime is None else {"slide_mtime_ns": mtime}
     return FeatureIdentity(MadeFrom(key, slide.fingerprint(), place, mtime), attrs)

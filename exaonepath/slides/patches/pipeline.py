@@ -275,7 +275,7 @@ def patchfy(
 def _stored(path: Path, slide: SlideImage, settings: PatchSettings, overwrite: bool) -> PatchSet | None:
     """The patches on disk if they belong to this slide and these settings; None if the slide must be processed."""
     values = settings.as_json()
-    made_from = MadeFrom(settings_hash(values), slide.fingerprint(), str(slide.path.resolve()), slide.mtime_ns, values)
+    made_from = MadeFrom(settings_hash(values), slide.fingerprint(), slide.stored_path, slide.mtime_ns, values)
     return reuse(path, KIND, made_from, lambda file: parse_patches(path, file), overwrite=overwrite)
 
 
