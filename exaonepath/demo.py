@@ -29,6 +29,7 @@ from exaonepath.files.patches import read_patches
 from exaonepath.plotting import require_matplotlib
 from exaonepath.slides.encode import encode_slide
 from exaonepath.slides.image import SlideImage
+from exaonepath.slides.outputs import output_paths
 from exaonepath.slides.patches.pipeline import PatchSettings, plan_grid
 from exaonepath.slides.patches.segmentation import Tissue, segment_tissue
 from exaonepath.slides.patches.settings import SegmentationSettings
@@ -119,7 +120,7 @@ def run_demo(
     with SlideImage(path) as opened:
         patch_encoder = load_patch_encoder(weights, device=target)
         slide_encoder = load_slide_encoder(weights, device=target)
-        earlier = _earlier_step(folder / "patches" / f"{opened.name}.h5")
+        earlier = _earlier_step(output_paths(folder, opened.name).patches)
         if earlier is None:
             most = min(most, max(_LEAST_PATCHES, int(_rate(patch_encoder) * _ENCODING_SECONDS)))
         tissue, patching, expected = plan(opened, most, earlier)
@@ -127,7 +128,9 @@ def run_demo(
         report(f"{path.name}: {width} x {height} pixels, {_count(len(tissue.contours), 'tissue fragment')}")
         report(f"encoding {_count(expected, 'patch', 'es')} on {target}")
         started = time.perf_counter()
-        result = encode_slide(opened, folder, patch_encoder, slide_encoder, patching=patching, progress=progress)
+        result = encode_slide(
+            opened, folder, patch_encoder, slide_encoder, patching=patching, progress=progress, keep="all"
+        )
         took = time.perf_counter() - started
         rate = (
             "" if "features" in result.reused or not result.n_patches else f", {result.n_patches / took:.1f} a second"
@@ -137,6 +140,7 @@ def run_demo(
             report(f"{_count(result.n_failed, 'patch', 'es')} could not be read; see {result.features_path}")
 
         embedding = read_embedding(result.embedding_path)
+        assert embedding.patch_embedding is not None
         # The last columns are the output of the slide encoder, which depends on all patches of the slide.
         encoded = embedding.patch_embedding[:, -slide_encoder.model.config.wsi["embed_dim"] :]
         picture = draw_overview(
@@ -155,7 +159,7 @@ def run_demo(
         (result.embedding_path, f"slide embedding [{dim}] and patch embeddings [{n}, {dim}]"),
         (result.features_path, f"patch features [{n}, {dim - encoded.shape[1]}]"),
         (result.patches_path, f"patch coordinates [{n + result.n_failed}, 2] and their tissue fragments"),
-        (folder / "masks" / f"{opened.name}.jpg", "tissue contours (green) and holes (blue)"),
+        (output_paths(folder, opened.name).mask, "tissue contours (green) and holes (blue)"),
     ]
     if slide is None:
         files.append((path, "the synthetic slide" if synthetic else "the slide (CC0, OpenSlide test data)"))

@@ -4,6 +4,12 @@ A message states the problem, its place (file, key, row), and what to do. Errors
 `ValueError`, so that code with the usual Python conventions catches them.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_LISTED = 50  # problems that a message lists
+
 
 class ExaonePathError(Exception):
     """Base of all errors raised by exaonepath."""
@@ -74,6 +80,54 @@ class OutputCollisionError(OutputError):
     """The output would overwrite the result of a different slide, or two inputs would write the same file."""
 
 
+class SlideListError(SettingsError):
+    """The slides of a cohort cannot be used as they are listed; `problems` has every reason.
+
+    Args:
+        head: the first line of the message.
+        problems: the reasons.
+    """
+
+    def __init__(self, head: str, problems: Iterable[str]) -> None:
+        self.head, self.problems = head, tuple(problems)
+        super().__init__("\n".join(self.lines))
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The first line, and a line for each reason; of very many reasons, the first ones."""
+        return _listed(self.head, self.problems)
+
+    def __reduce__(self) -> tuple[type[SlideListError], tuple[str, tuple[str, ...]]]:
+        return type(self), (self.head, self.problems)
+
+
+class IdCollisionError(OutputCollisionError):
+    """Several slides would write the same files, because their ids are equal; `problems` names all of them.
+
+    Args:
+        head: the first line of the message.
+        problems: the collisions.
+    """
+
+    def __init__(self, head: str, problems: Iterable[str]) -> None:
+        self.head, self.problems = head, tuple(problems)
+        super().__init__("\n".join(self.lines))
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The first line, and a line for each collision; of very many collisions, the first ones."""
+        return _listed(self.head, self.problems)
+
+    def __reduce__(self) -> tuple[type[IdCollisionError], tuple[str, tuple[str, ...]]]:
+        return type(self), (self.head, self.problems)
+
+
+def _listed(head: str, problems: tuple[str, ...]) -> tuple[str, ...]:
+    shown = [f"  - {problem}" for problem in problems[:_LISTED]]
+    more = len(problems) - _LISTED
+    return (head, *shown, *([f"  ... and {more} more"] if more > 0 else []))
+
+
 class DataFileError(ExaonePathError):
     """An input HDF5 file is corrupt, incomplete, lacks a dataset, or its datasets do not match."""
 
@@ -101,3 +155,11 @@ class WeightsError(ExaonePathError):
 
 class StoredConfigError(WeightsError, ConfigError):
     """The config.json of a model's files holds an unknown key or an impossible value."""
+
+
+class LeaseLostError(ExaonePathError):
+    """Another process has taken over this slide, because this one did not renew its claim in time; it stops."""
+
+
+class SlideBusyError(ExaonePathError):
+    """Another process works on this slide now."""

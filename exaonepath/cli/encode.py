@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from exaonepath.cli import options
 from exaonepath.cli.console import note_random, progress_bar, say_result, say_unreadable, status
 from exaonepath.cli.guard import EXIT_UNREADABLE, EmptySlides, each
-from exaonepath.errors import SlideOpenError
+
+if TYPE_CHECKING:
+    from exaonepath.encoders.loading import LoadedEncoder
+    from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
+    from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
+    from exaonepath.slides.cohort.cohort_slide import CohortSlide
 
 
 def encode(
-    slides: options.Slides,
     out: options.Out,
+    slides: options.Slides = None,
+    manifest: options.Manifest = None,
+    recursive: options.Recursive = False,
+    layout: options.Layout = None,
     weights: options.Weights = options.DEFAULT_WEIGHTS,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -37,6 +45,8 @@ def encode(
     num_workers: options.Workers = None,
     compile: options.Compile = False,
     max_memory: options.MaxMemory = None,
+    feature_dtype: options.FeatureDtype = "float32",
+    keep: options.Keep = None,
     fail_on_empty: options.FailOnEmpty = False,
     overwrite: options.Overwrite = False,
     verbose: options.Verbose = 0,
@@ -47,17 +57,19 @@ def encode(
     Writes <out>/embeddings/<id>.h5, and on the way <out>/patches/<id>.h5, <id>_features.h5 and <out>/masks/<id>.jpg.
     Example: exaonepath encode slides/ --out results --device cuda
     """
+    found = options.inputs(slides, manifest, recursive, quiet)
     from exaonepath.device import resolve_device, resolve_dtype
     from exaonepath.encoders import loading
     from exaonepath.encoders.memory_plan import parse_memory
-    from exaonepath.files.atomic import ensure_folder
-    from exaonepath.slides.encode import encode_slide, one_mask_per_slide
+    from exaonepath.slides.cohort.encoder_pool import EncoderPool
+    from exaonepath.slides.cohort.slide_settings import by_weights, patching_of
+    from exaonepath.slides.encode import encode_slide
+    from exaonepath.slides.features.identity import check_feature_dtype
     from exaonepath.slides.features.preprocessing import PreprocessingConfig
-    from exaonepath.slides.find import find_slides
+    from exaonepath.slides.keep import check_keep
+    from exaonepath.slides.outputs import choose_layout
 
-    problems: list[SlideOpenError] = []
-    files = find_slides(slides, problems)
-    one_mask_per_slide(files, mask, exclude)
+    stored_as, kept = check_feature_dtype(feature_dtype), check_keep(keep)
     target = resolve_device(device)
     resolve_dtype(dtype, target)
     limit = None if max_memory is None else parse_memory(max_memory)
@@ -74,6 +86,7 @@ def encode(
             "remove": remove or (),
             "geojson_origin": geojson_origin,
         },
+        found.slides,
         patch_level=patch_level,
         use_otsu=otsu,
         seg_downsample=options.seg_downsample(seg_downsample),
@@ -81,25 +94,36 @@ def encode(
         strict_scale=strict_scale,
         save_contours=contours,
     )
-    if not files:
-        raise problems[0]
-    if not out.is_dir():  # fail before the weights are loaded; a folder of finished results may be read-only
-        ensure_folder(out)
-    with status("loading weights", quiet):
-        patch_encoder = loading.load_patch_encoder(weights, device=target)
-        slide_encoder = loading.load_slide_encoder(weights, device=target)
-    note_random(patch_encoder.is_random, weights, quiet)
+    if not found.slides:
+        raise found.problems[0]
+    choose_layout(out, len(found.slides), options.layout(layout))  # fails, if it must, before the weights are loaded
+
+    def load(
+        weights: str,
+    ) -> tuple[LoadedEncoder[ExaonePathPatchEncoderModel], LoadedEncoder[ExaonePathSlideEncoderModel]]:
+        with status("loading weights", quiet):
+            patch_encoder = loading.load_patch_encoder(weights, device=target)
+            slide_encoder = loading.load_slide_encoder(weights, device=target)
+        note_random(patch_encoder.is_random, weights, quiet)
+        return patch_encoder, slide_encoder
+
+    encoders = EncoderPool(load)
+    ordered = by_weights(found.slides, weights)
+    encoders.get(ordered[0].weights or weights)  # if the weights are wrong, one error is enough
 
     empty = EmptySlides(fail_on_empty, quiet)
 
-    def encode_one(file: Path) -> int:
-        with progress_bar(file.name, disable=quiet) as progress:
+    def encode_one(slide: CohortSlide) -> int:
+        patch_encoder, slide_encoder = encoders.get(slide.weights or weights)
+        with progress_bar(slide.path.name, disable=quiet) as progress:
             result = encode_slide(
-                file,
+                slide.path,
                 out,
                 patch_encoder,
                 slide_encoder,
-                patching=settings,
+                name=slide.id,
+                patient=slide.patient,
+                patching=patching_of(slide, settings),
                 preprocessing=preprocessing,
                 batch_size=options.batch_size(batch_size),
                 num_workers=num_workers,
@@ -107,14 +131,16 @@ def encode(
                 compile=compile,
                 max_memory=limit,
                 reader=reader,
+                feature_dtype=stored_as,
+                keep=kept,
                 overwrite=overwrite,
                 progress=progress,
             )
         say_result(result.embedding_path, f"{result.n_patches} patches", "slide" in result.reused, quiet)
         if result.no_patch:
-            empty.add(file, result.no_patch)
+            empty.add(slide.path, result.no_patch)
         if result.n_failed:
-            say_unreadable(result.n_failed, result.n_patches + result.n_failed, file, result.features_path)
+            say_unreadable(result.n_failed, result.n_patches + result.n_failed, slide.path, result.features_path)
         return EXIT_UNREADABLE if result.n_failed else 0
 
-    each(files, encode_one, problems, verbose, empty)
+    each(ordered, encode_one, found.problems, verbose, empty)

@@ -24,6 +24,7 @@ def features(
     batch_size: options.BatchSize = "32",
     num_workers: options.Workers = None,
     compile: options.Compile = False,
+    feature_dtype: options.FeatureDtype = "float32",
     overwrite: options.Overwrite = False,
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
@@ -40,6 +41,7 @@ def features(
         batch_size=options.batch_size(batch_size),
         num_workers=num_workers,
         compile=compile,
+        feature_dtype=feature_dtype,
         overwrite=overwrite,
         quiet=quiet,
         reader=reader,
@@ -62,6 +64,7 @@ def run_features(
     overwrite: bool,
     quiet: bool,
     compile: bool = False,
+    feature_dtype: str = "float32",
     reader: str = "auto",
 ) -> int:
     """Run the features stage of one slide as a command; results are written to stdout, notes to stderr.
@@ -75,10 +78,12 @@ def run_features(
     from exaonepath.device import resolve_device, resolve_dtype
     from exaonepath.encoders import loading
     from exaonepath.slides.features.extract import extract_features
+    from exaonepath.slides.features.identity import check_feature_dtype
     from exaonepath.slides.features.preprocessing import PreprocessingConfig
     from exaonepath.slides.image import SlideImage
 
     preprocessing = PreprocessingConfig(resize=resize)
+    stored_as = check_feature_dtype(feature_dtype)
     target = resolve_device(device)
     compute = resolve_dtype(dtype, target)
     with SlideImage(slide, reader) as opened:  # opened first: a wrong path must fail before the weights are loaded
@@ -98,6 +103,7 @@ def run_features(
                 device=target,
                 dtype=compute,
                 compile=compile,
+                feature_dtype=stored_as,
                 progress=progress,
                 overwrite=overwrite,
             )

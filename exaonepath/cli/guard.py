@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import typer
@@ -20,6 +20,9 @@ import typer
 from exaonepath.cli.console import say
 from exaonepath.cli.logs import set_up_logging
 from exaonepath.errors import ExaonePathError, SlideOpenError
+
+if TYPE_CHECKING:
+    from exaonepath.slides.cohort.cohort_slide import CohortSlide
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ def guarded(command: F) -> F:
         try:
             with interruptible():
                 command(*args, verbose=verbose, quiet=quiet, **kwargs)
-        except (click.exceptions.ClickException, typer.Exit, typer.Abort):
+        except (click.exceptions.ClickException, typer.BadParameter, typer.Exit, typer.Abort):
             raise
         # Scripts rely on the one line and the exit code, whatever error a library or an unusual file causes.
         except Exception as exc:
@@ -102,16 +105,16 @@ class EmptySlides:
 
 
 def each(
-    files: list[Path],
-    work: Callable[[Path], int],
-    problems: list[SlideOpenError],
+    slides: Sequence[CohortSlide],
+    work: Callable[[CohortSlide], int],
+    problems: Sequence[SlideOpenError],
     verbose: int,
     empty: EmptySlides | None = None,
 ) -> None:
-    """Process files one after another; an error in one does not stop the others. Exits with the worst exit code.
+    """Process slides one after another; an error in one does not stop the others. Exits with the worst exit code.
 
     Args:
-        files: the slides.
+        slides: the slides.
         work: processes one slide and returns its exit code.
         problems: errors of paths that cannot be processed, found beforehand.
         verbose: if at least 1, errors are printed with their tracebacks.
@@ -123,15 +126,16 @@ def each(
     failed = len(problems)
     for problem in problems:
         report(problem, verbose)
-    for file, code in each_slide(files, work):
+    for slide, code in each_slide(slides, work):
         if isinstance(code, Exception):
-            report(code, verbose, file)
+            report(code, verbose, slide.path)
             failed += 1
         codes.add(EXIT_ERROR if isinstance(code, Exception) else code)
-    if failed and len(files) + len(problems) > 1:
-        say(f"{failed} of {len(files) + len(problems)} slides failed")
+    total = len(slides) + len(problems)
+    if failed and total > 1:
+        say(f"{failed} of {total} slides failed")
     if empty is not None:
-        codes.add(empty.report(len(files) + len(problems)))
+        codes.add(empty.report(total))
     for worst in (EXIT_ERROR, EXIT_UNREADABLE):
         if worst in codes:
             raise typer.Exit(worst)

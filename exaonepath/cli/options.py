@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from exaonepath.encoders.published import DEFAULT_WEIGHTS
+
+if TYPE_CHECKING:
+    from exaonepath.slides.cohort.cohort_slide import CohortSlide
+    from exaonepath.slides.cohort.inputs import CohortInputs
 
 __all__ = ["DEFAULT_WEIGHTS"]
 
@@ -37,7 +42,19 @@ def batch_size(value: str) -> int | Literal["auto"]:
     return "auto" if value == "auto" else int(value)
 
 
-Slides = Annotated[list[Path], typer.Argument(help="Slide files, or folders of slides.")]
+Slides = Annotated[
+    list[Path] | None, typer.Argument(help="Slide files, folders of slides, or quoted patterns such as 'data/*.svs'.")
+]
+Manifest = Annotated[
+    Path | None,
+    typer.Option(
+        help="A table of slides, in place of SLIDES (CSV, TSV, Parquet): column slide; id, patient, mpp, mask, weights "
+        "if wanted."
+    ),
+]
+Recursive = Annotated[
+    bool, typer.Option("--recursive", "-r", help="Also take the slides in the folders of a folder, at any depth.")
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
 Weights = Annotated[str, typer.Option(help="Hub id, directory, or random:SEED (random weights, for tests).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
@@ -55,6 +72,28 @@ Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the patch encoder: a minute once, then faster batches on a GPU.")
 ]
 Workers = Annotated[int | None, typer.Option("--num-workers", min=0, help="Reading threads; default: one per core.")]
+FeatureDtype = Annotated[
+    str,
+    typer.Option(
+        metavar="float32|float16", help="How features are stored. float16: half the disk, 11 significant bits a number."
+    ),
+]
+Keep = Annotated[
+    str | None,
+    typer.Option(
+        metavar="slide|features|all",
+        help="What remains of a finished slide, apart from small files: its embedding; also its features; also its "
+        "patch embeddings. Default: all, and finished slides stay as they are.",
+    ),
+]
+Layout = Annotated[
+    str | None,
+    typer.Option(
+        metavar="flat|hashed",
+        help="Folders of the output. hashed: two more levels, named by a hash of the id, as by default above 10,000 "
+        "slides. The first run on a folder decides.",
+    ),
+]
 PatchSize = Annotated[int, typer.Option(help="Side of a patch, in pixels at 0.5 um per pixel.")]
 StepSize = Annotated[int | None, typer.Option(help="Distance between patches; default: the patch size.")]
 PatchLevel = Annotated[
@@ -140,13 +179,43 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
 Labels = Annotated[list[str] | None, typer.Option("--label", help="Column to probe; may be repeated.")]
 
 
-def patching(patch_size: int, step_size: int | None, tissue: dict[str, Any], **others: Any) -> dict[str, Any]:
+def layout(value: str | None) -> Literal["flat", "hashed"] | None:
+    """The value of `--layout` as the argument of `choose_layout`."""
+    if value not in (None, "flat", "hashed"):
+        raise typer.BadParameter(f"--layout is flat or hashed, not {value!r}")
+    return value  # type: ignore[return-value]
+
+
+def inputs(slides: list[Path] | None, manifest: Path | None, recursive: bool, quiet: bool) -> CohortInputs:
+    """The slides that a command is to work on; how a manifest was understood is noted.
+
+    Raises:
+        ExaonePathError: see `cohort_inputs`.
+    """
+    if not slides and manifest is None:
+        raise typer.BadParameter("name slides, folders of slides, or a table of slides (--manifest)")
+    from exaonepath.cli.console import say
+    from exaonepath.slides.cohort.inputs import cohort_inputs
+
+    found = cohort_inputs(slides or (), manifest, recursive=recursive)
+    if found.note and not quiet:
+        say(f"note: {found.note}")
+    return found
+
+
+def patching(
+    patch_size: int,
+    step_size: int | None,
+    tissue: dict[str, Any],
+    slides: Sequence[CohortSlide] = (),
+    **others: Any,
+) -> dict[str, Any]:
     """The options as keyword arguments of `patchfy`; without a step, patches are adjacent.
 
     Those in `tissue`, which say where tissue comes from, are checked here: before any slide is opened.
     """
-    from exaonepath.slides.patches.tissue import check_source
+    from exaonepath.slides.cohort.slide_settings import check_patching
 
-    check_source(**tissue)
+    check_patching(slides, tissue)
     step_size = patch_size if step_size is None else step_size
     return {"patch_size": patch_size, "step_size": step_size, **tissue, **others}

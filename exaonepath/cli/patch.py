@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from exaonepath.cli import options
 from exaonepath.cli.console import say_result
 from exaonepath.cli.guard import EmptySlides, each
-from exaonepath.errors import SlideOpenError
+
+if TYPE_CHECKING:
+    from exaonepath.slides.cohort.cohort_slide import CohortSlide
 
 
 def patch(
-    slides: options.Slides,
     out: options.Out,
+    slides: options.Slides = None,
+    manifest: options.Manifest = None,
+    recursive: options.Recursive = False,
+    layout: options.Layout = None,
     patch_size: options.PatchSize = 256,
     step_size: options.StepSize = None,
     patch_level: options.PatchLevel = 0,
@@ -35,9 +40,11 @@ def patch(
     quiet: options.Quiet = False,
 ) -> None:
     """Find tissue and compute the patch grid: <out>/patches/<id>.h5, masks/<id>.jpg and contours/<id>.geojson."""
-    from exaonepath.slides.encode import one_mask_per_slide, why_no_patch
-    from exaonepath.slides.find import find_slides
+    found = options.inputs(slides, manifest, recursive, quiet)
+    from exaonepath.slides.cohort.slide_settings import patching_of
+    from exaonepath.slides.encode import why_no_patch
     from exaonepath.slides.image import SlideImage
+    from exaonepath.slides.outputs import choose_layout
     from exaonepath.slides.patches.pipeline import patchfy
 
     arguments = options.patching(
@@ -52,6 +59,7 @@ def patch(
             "remove": remove or (),
             "geojson_origin": geojson_origin,
         },
+        found.slides,
         patch_level=patch_level,
         use_otsu=otsu,
         seg_downsample=options.seg_downsample(seg_downsample),
@@ -62,16 +70,16 @@ def patch(
 
     empty = EmptySlides(fail_on_empty, quiet)
 
-    def patch_one(file: Path) -> int:
-        with SlideImage(file, reader, mpp) as slide:
-            path, coords, _ = patchfy(slide, out, **arguments, overwrite=overwrite)
+    def patch_one(slide: CohortSlide) -> int:
+        settings = patching_of(slide, arguments)
+        with SlideImage(slide.path, reader, settings.pop("mpp"), slide.id) as image:
+            path, coords, _ = patchfy(image, out, **settings, overwrite=overwrite)
         assert path is not None
         say_result(path, f"{len(coords)} patches", False, quiet)
         if not len(coords):
-            empty.add(file, why_no_patch(path))
+            empty.add(slide.path, why_no_patch(path))
         return 0
 
-    problems: list[SlideOpenError] = []
-    files = find_slides(slides, problems)
-    one_mask_per_slide(files, mask, exclude)
-    each(files, patch_one, problems, verbose, empty)
+    if found.slides:
+        choose_layout(out, len(found.slides), options.layout(layout))
+    each(found.slides, patch_one, found.problems, verbose, empty)

@@ -144,6 +144,37 @@ def write_text(target: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_text_once(target: str | os.PathLike[str], text: str) -> bool:
+    """Write a text file (UTF-8) unless it exists; of several processes, one writes it.
+
+    Returns:
+        Whether this call wrote it. Either way the file exists, and is complete.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    path = Path(target)
+    temporary = _make_temporary(path, folder=False)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        with signals_held():
+            _prepare(temporary)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without links: two processes may both write, one file remains
+                if path.exists():
+                    return False
+                temporary.replace(path)
+            _sync(path.parent)
+        return True
+    except OSError as exc:
+        raise output_error(path, exc) from exc
+    finally:
+        _discard(temporary)
+
+
 def open_private(path: Path) -> int:
     """Open a working file (a partial result, a lock) that only this package writes; it is created if missing.
 
@@ -215,6 +246,11 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
             logger.debug("%s stays (%s)", left, exc)
 
 
+def temporary_name(path: Path) -> Path:
+    """A new name next to `path`, for a file or folder that `remove_abandoned` removes if this process is killed."""
+    return path.with_name(f".{path.name}.{_process_space()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
 def output_error(path: Path, exc: OSError) -> OutputError:
     """An `OutputError` with advice for an operating system error that occurred while `path` was written."""
     if exc.errno == errno.ENOSPC or "No space left" in str(exc):
@@ -235,7 +271,7 @@ def output_error(path: Path, exc: OSError) -> OutputError:
 
 def _make_temporary(path: Path, *, folder: bool) -> Path:
     remove_abandoned(path.parent, path.name)
-    temporary = path.with_name(f".{path.name}.{_process_space()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = temporary_name(path)
     try:
         if folder:
             temporary.mkdir()
@@ -248,13 +284,18 @@ def _make_temporary(path: Path, *, folder: bool) -> Path:
 
 
 def _publish(temporary: Path, path: Path) -> None:
+    _prepare(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _prepare(temporary: Path) -> None:
+    """Give a finished temporary file its mode, and pass its content to the disk."""
     try:
         temporary.chmod(0o666 & ~_UMASK)
     except PermissionError:  # a file system without modes
         logger.debug("%s keeps its mode", temporary)
     _sync(temporary)
-    temporary.replace(path)
-    _sync(path.parent)
 
 
 def _discard(temporary: Path) -> None:

@@ -2,7 +2,7 @@
 
 The original writes `features` float32 [N, D], `coords` int32 [N, 2] and `contour_index` int32 [N]. This package adds
 the patches that could not be read (`failed_index`, `failed_coords`, `failed_reason`) and attributes that state how the
-features were made.
+features were made. Features may be stored as float16 (attribute `feature_dtype`); they are read as float32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from exaonepath.files.hdf5 import StoredFile, open_h5
 from exaonepath.files.hdf5_output import atomic_h5
 from exaonepath.text import few
 
-Rows = tuple[np.ndarray, np.ndarray]  # indices int64 [b], features float32 [b, D]
+Rows = tuple[np.ndarray, np.ndarray]  # indices int64 [b], features [b, D]
+
+_STORED = {"float32": "<f4", "float16": "<f2"}
 
 KIND = Kind(("features", "coords", "contour_index"), others=("slide_embedding",))
 
@@ -32,6 +34,7 @@ ATTRIBUTES = (
     "preprocessing",
     "weights_fingerprint",
     "dtype",
+    "feature_dtype",
     "settings_hash",
     "slide_path",
     "slide_mtime_ns",
@@ -119,13 +122,13 @@ def write_features(
 
     Args:
         path: the output.
-        blocks: (indices int64 [b], features float32 [b, dim]) by increasing index; together they contain every patch
+        blocks: (indices int64 [b], features [b, dim]) by increasing index; together they contain every patch
             that did not fail, exactly once.
         coords: int32 [N, 2] of all patches, failed ones too.
         contour_index: int32 [N] of all patches, failed ones too.
         dim: width of a row.
         failures: the patches without a row.
-        attrs: file attributes.
+        attrs: file attributes; `feature_dtype` is the dtype that features are stored in (default: float32).
 
     Returns:
         Number of rows written.
@@ -137,7 +140,7 @@ def write_features(
     failures = sorted(failures, key=lambda failure: failure.index)
     kept = np.setdiff1d(np.arange(len(coords), dtype=np.int64), [failure.index for failure in failures])
     with atomic_h5(path) as file:
-        features = file.rows("features", (len(kept), dim), "<f4")
+        features = file.rows("features", (len(kept), dim), _STORED[attrs.get("feature_dtype", "float32")])
         written = 0
         for indices, rows in blocks:
             if not np.array_equal(indices, kept[written : written + len(indices)]):

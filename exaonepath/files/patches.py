@@ -95,7 +95,7 @@ class Slide(Protocol):
     """The attributes of the slide that are stored with the patches (`exaonepath.SlideImage` has them)."""
 
     name: str
-    path: Path
+    stored_path: str
     mpp: float
     mpp_y: float
     mpp_source: str
@@ -159,7 +159,7 @@ def write_patches(
             "settings": canonical_json(settings),
             "settings_hash": settings_hash(settings),
             "slide_fingerprint": slide.fingerprint(),
-            "slide_path": str(slide.path.resolve()),
+            "slide_path": slide.stored_path,
             **({} if slide.mtime_ns is None else {"slide_mtime_ns": slide.mtime_ns}),
             **({"missing_share": float(missing)} if missing else {}),
             **({} if outcome is None else outcome.attributes()),

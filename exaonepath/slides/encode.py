@@ -19,11 +19,14 @@ from exaonepath.encoders.published import DEFAULT_WEIGHTS
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.errors import SettingsError, SlideOpenError
 from exaonepath.files.patches import read_patches
-from exaonepath.slides.embed import embed_features_file
+from exaonepath.slides.embed import embed_features_file, finished_embedding, remove_patch_embeddings
 from exaonepath.slides.features.extract import extract_features
+from exaonepath.slides.features.identity import FeatureDtype, feature_identity
 from exaonepath.slides.features.preprocessing import PreprocessingConfig
 from exaonepath.slides.find import find_slides
 from exaonepath.slides.image import SlideImage, opened
+from exaonepath.slides.keep import Keep, check_keep, remove_features, wants_patch_embeddings
+from exaonepath.slides.outputs import OutputPaths, output_paths
 from exaonepath.slides.patches.pipeline import PatchSettings, patchfy
 from exaonepath.slides.patches.settings import SegmentationSettings
 from exaonepath.slides.patches.tissue import check_source
@@ -31,6 +34,7 @@ from exaonepath.slides.patches.tissue import check_source
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+S = TypeVar("S")
 T = TypeVar("T")
 
 # The arguments of `patchfy` that decide the position of the patches.
@@ -40,22 +44,14 @@ _SOURCES = {"segmenter", "mask", "mask_class", "exclude", "exclude_class", "remo
 
 
 @dataclass(frozen=True)
-class OutputPaths:
-    """Paths of the files of one slide in one output folder."""
-
-    patches: Path
-    features: Path
-    embedding: Path
-
-
-@dataclass(frozen=True)
 class EncodeResult:
     """The result of `encode_slide`.
 
     Attributes:
-        name: the slide's id, its file stem.
+        name: the slide's id.
         slide: the slide file.
-        patches_path, features_path, embedding_path: the files of the three stages.
+        patches_path, features_path, embedding_path: the files of the three stages; the features may have been removed
+            (`keep`).
         n_patches: patches with an embedding.
         n_failed: patches that could not be read (listed in the features file).
         no_patch: the reason why the slide has no patch, and its embedding is zero; empty if it has patches.
@@ -73,14 +69,6 @@ class EncodeResult:
     no_patch: str = ""
 
 
-def output_paths(out: str | os.PathLike[str], name: str) -> OutputPaths:
-    """Paths of the files of the slide with this id in the output folder `out`."""
-    root = Path(out)
-    return OutputPaths(
-        root / "patches" / f"{name}.h5", root / "patches" / f"{name}_features.h5", root / "embeddings" / f"{name}.h5"
-    )
-
-
 def encode_slide(
     slide: str | os.PathLike[str] | SlideImage,
     out: str | os.PathLike[str],
@@ -95,6 +83,10 @@ def encode_slide(
     compile: bool = False,
     max_memory: int | str | None = None,
     reader: str = "auto",
+    name: str | None = None,
+    patient: str | None = None,
+    feature_dtype: FeatureDtype = "float32",
+    keep: Keep | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> EncodeResult:
@@ -103,7 +95,7 @@ def encode_slide(
     Args:
         slide: slide file, or an open slide (which stays open).
         out: output folder: `patches/<id>.h5`, `patches/<id>_features.h5`, `embeddings/<id>.h5`, `masks/<id>.jpg`,
-            `contours/<id>.geojson`.
+            `contours/<id>.geojson`; or in deeper folders (see `exaonepath.slides.outputs`).
         patch_encoder, slide_encoder: from `exaonepath.encoders.loading`, or the weights to load (a Hub id, a directory,
             "random:SEED"); to encode many slides, load the encoders once and pass them.
         patching: keyword arguments of `patchfy` (patch_size, step_size, ...); without step_size, patches are adjacent.
@@ -114,6 +106,13 @@ def encode_slide(
         compile: run the patch encoder through `torch.compile` (once per loaded encoder).
         max_memory: memory that the slide encoder may use on its device (see `embed_slide`); None: the free memory.
         reader: how the slide file is read (see `SlideImage`); an open slide keeps its reader.
+        name: the id of the slide; None: its file stem. An open slide has one already.
+        patient: the patient whom the slide is of; stored with the embedding.
+        feature_dtype: how features are stored (see `extract_features`); embeddings are computed from the stored values.
+        keep: what remains when the slide is finished, apart from the small files: "slide", the slide embedding;
+            "features", also the features; "all", also the patch embeddings. What is missing of it is computed. None: as
+            "all" for what is computed now; a finished slide is left as it is. Features of a slide with unreadable
+            patches always remain, since those patches are tried again.
         overwrite: compute every stage again.
         progress: called with (patches done, total patches) during feature extraction.
 
@@ -128,9 +127,32 @@ def encode_slide(
         patch_encoder = load_patch_encoder(patch_encoder, device="auto")
     if isinstance(slide_encoder, str):
         slide_encoder = load_slide_encoder(slide_encoder, device="auto")
-    with opened(slide, reader, arguments.pop("mpp", None)) as image:
+    patch_embeddings = wants_patch_embeddings(check_keep(keep))
+    with opened(slide, reader, arguments.pop("mpp", None), name) as image:
         paths = output_paths(out, image.name)
         patchfy(image, out, **arguments, overwrite=overwrite)
+        features = feature_identity(
+            image,
+            read_patches(paths.patches),
+            preprocessing=preprocessing or PreprocessingConfig(),
+            weights_fingerprint=patch_encoder.fingerprint,
+            dtype=resolve_dtype(dtype, patch_encoder.device),
+            feature_dtype=feature_dtype,
+        ).made_from
+        slide_dtype = resolve_dtype(dtype, slide_encoder.device)
+        finished = None
+        if not overwrite and (keep == "slide" or (keep is None and not paths.features.exists())):
+            finished = finished_embedding(
+                paths.embedding, features, slide_encoder, dtype=slide_dtype, patch_embeddings=patch_embeddings
+            )
+        if finished is not None:
+            image.check_unchanged()
+            if keep == "slide":
+                remove_patch_embeddings(paths.embedding)
+                remove_features(paths, features.settings_hash)
+            n_patches = int(finished["n_patches"])
+            no_patch = "" if n_patches else why_no_patch(paths.patches)
+            return _result(image, paths, n_patches, 0, ("features", "slide"), no_patch)
         extraction = extract_features(
             image,
             paths.patches,
@@ -144,6 +166,7 @@ def encode_slide(
             device=patch_encoder.device,
             dtype=resolve_dtype(dtype, patch_encoder.device),
             compile=compile,
+            feature_dtype=feature_dtype,
             progress=progress,
             overwrite=overwrite,
         )
@@ -151,22 +174,25 @@ def encode_slide(
             paths.features,
             paths.embedding,
             slide_encoder,
-            dtype=resolve_dtype(dtype, slide_encoder.device),
+            dtype=slide_dtype,
             max_memory=max_memory,
+            patch_embeddings=patch_embeddings,
+            patient=patient,
             overwrite=overwrite,
         )
         image.check_unchanged()
-    reused = [name for name, done in (("features", extraction.reused), ("slide", slide_reused)) if done]
+        if keep == "slide" and not extraction.failures:
+            remove_features(paths, features.settings_hash)
+    reused = tuple(stage for stage, done in (("features", extraction.reused), ("slide", slide_reused)) if done)
+    no_patch = "" if extraction.n_features or extraction.failures else why_no_patch(paths.patches)
+    return _result(image, paths, extraction.n_features, len(extraction.failures), reused, no_patch)
+
+
+def _result(
+    image: SlideImage, paths: OutputPaths, n_patches: int, n_failed: int, reused: tuple[str, ...], no_patch: str
+) -> EncodeResult:
     return EncodeResult(
-        image.name,
-        image.path,
-        paths.patches,
-        paths.features,
-        paths.embedding,
-        extraction.n_features,
-        len(extraction.failures),
-        tuple(reused),
-        "" if extraction.n_features or extraction.failures else why_no_patch(paths.patches),
+        image.name, image.path, paths.patches, paths.features, paths.embedding, n_patches, n_failed, reused, no_patch
     )
 
 
@@ -228,18 +254,18 @@ def encode_slides(
         yield EncodeFailure(file, result) if isinstance(result, Exception) else result
 
 
-def each_slide(files: Iterable[Path], work: Callable[[Path], T]) -> Iterator[tuple[Path, T | Exception]]:
+def each_slide(slides: Iterable[S], work: Callable[[S], T]) -> Iterator[tuple[S, T | Exception]]:
     """Apply `work` to one slide after another; yields its result or the error that it raised.
 
     Any error of one slide, `MemoryError` included, affects only this slide, because a damaged file can make a library
     raise any error. Only exceptions that end the program (`KeyboardInterrupt`, `SystemExit`) are passed on.
     """
-    for file in files:
+    for slide in slides:
         try:
-            result: T | Exception = work(file)
+            result: T | Exception = work(slide)
         except Exception as exc:  # noqa: BLE001
             result = exc
-        yield file, result
+        yield slide, result
         if isinstance(result, Exception):
             # The traceback refers to the frames of the failed call and so keeps their arrays in memory.
             result.__traceback__ = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-from exaonepath.errors import OutputCollisionError, SlideOpenError
+from exaonepath.errors import IdCollisionError, SlideOpenError
 from exaonepath.slides.dicom import is_dicom, series_identity
 from exaonepath.slides.image import slide_id
 
@@ -38,93 +40,198 @@ _PACKED = frozenset({".gz", ".bz2", ".xz", ".zst", ".zip"})
 _MAX_ENTRIES = 20_000  # entries of a folder tree that are searched at most
 
 
-def find_slides(paths: Iterable[str | os.PathLike[str]], problems: list[SlideOpenError] | None = None) -> list[Path]:
+class Skipped(NamedTuple):
+    """A file that was found and is not used, and why."""
+
+    path: Path
+    reason: str
+
+
+def find_slides(
+    paths: Iterable[str | os.PathLike[str]],
+    problems: list[SlideOpenError] | None = None,
+    *,
+    recursive: bool = False,
+    skipped: list[Skipped] | None = None,
+) -> list[Path]:
     """Slide files for the paths of a command line; a folder is replaced by the slides directly in it, in name order.
 
     Slides are recognised by their suffixes; DICOM files with no suffix, ".dicom" or a number, by their content.
 
     Args:
-        paths: files and folders.
+        paths: files, folders, and patterns with `*`, `?`, `[...]` or `**` (the shell replaces patterns that are not
+            quoted).
         problems: if given, the error for a missing path, a broken link or an empty folder is appended, not raised.
+        recursive: also take the slides in the folders of a folder, at any depth.
+        skipped: if given, the files that were not used are appended. They are logged in any case.
 
     Raises:
         SlideOpenError: a path does not exist, or a folder contains no slide.
-        OutputCollisionError: two slides would write the same files.
+        IdCollisionError: slides would write the same files.
     """
-    slides: list[Path] = []
+    slides = list_slides(paths, problems, recursive=recursive, skipped=skipped)
+    found = collisions((slide_id(slide), slide) for slide in slides)
+    if found:
+        raise IdCollisionError(
+            "slides would write the same files, since the id of a slide is its file stem; rename files, use different "
+            "output folders, or give ids in a manifest (--manifest FILE, with the columns slide and id):",
+            found,
+        )
+    return slides
+
+
+def list_slides(
+    paths: Iterable[str | os.PathLike[str]],
+    problems: list[SlideOpenError] | None = None,
+    *,
+    recursive: bool = False,
+    skipped: list[Skipped] | None = None,
+) -> list[Path]:
+    """`find_slides` without the check of ids; no file is returned twice.
+
+    Raises:
+        SlideOpenError: a path does not exist, or a folder contains no slide.
+    """
     problems_here: list[SlideOpenError] = [] if problems is None else problems
+    search = _Search(recursive, problems_here, [] if skipped is None else skipped)
     for path in map(Path, paths):
+        search.add(path)
+    if problems is None and problems_here:
+        raise problems_here[0]
+    unique: dict[tuple[str, Path], Path] = {}
+    for slide in _one_per_series(search.slides):
+        unique.setdefault((slide_id(slide), slide.resolve()), slide)
+    return list(unique.values())
+
+
+def collisions(named: Iterable[tuple[str, Path]]) -> list[str]:
+    """A line for every group of slides whose files would have the same names.
+
+    Args:
+        named: (id, slide file) of each slide.
+    """
+    by_id: dict[str, list[Path]] = {}
+    for name, slide in named:
+        by_id.setdefault(name, []).append(slide)
+    found = [
+        f"{' and '.join(map(str, slides))} have one stem, {name}, and would write the same files"
+        for name, slides in by_id.items()
+        if len(slides) > 1
+    ]
+    return found + [
+        f"the features of {slides[0]} and the patches of {by_id[f'{name}_features'][0]} would be one file"
+        for name, slides in by_id.items()
+        if f"{name}_features" in by_id
+    ]
+
+
+class _Search:
+    """Collects the slides of several paths."""
+
+    def __init__(self, recursive: bool, problems: list[SlideOpenError], skipped: list[Skipped]) -> None:
+        self._recursive, self._problems, self._skipped = recursive, problems, skipped
+        self.slides: list[Path] = []
+
+    def add(self, path: Path) -> None:
+        """Add a file, the slides of a folder, or what a pattern matches."""
         try:
             exists, folder = path.exists(), path.is_dir()
         except PermissionError:
-            problems_here.append(SlideOpenError(f"{path} may not be read (permission denied)"))
-            continue
+            self._problems.append(SlideOpenError(f"{path} may not be read (permission denied)"))
+            return
         if folder:
-            slides += _slides_in(path, problems_here)
+            self._add_folder(path)
         elif exists:
-            slides.append(path)
+            self.slides.append(path)
+        elif glob.has_magic(str(path)):
+            self._add_matches(path)
         else:
-            problems_here.append(SlideOpenError(f"{path}: no such file"))
-    if problems is None and problems_here:
-        raise problems_here[0]
-    slides = _one_per_series(slides)
-    by_stem: dict[str, Path] = {}
-    for slide in slides:
-        first = by_stem.setdefault(slide_id(slide), slide)
-        if first is not slide and first.resolve() != slide.resolve():
-            raise OutputCollisionError(
-                f"{first} and {slide} have one stem and would write the same files; rename one, or encode "
-                "them into different output folders"
+            self._problems.append(SlideOpenError(f"{path}: no such file"))
+
+    def _add_matches(self, pattern: Path) -> None:
+        names = glob.glob(str(pattern), recursive=True)  # noqa: PTH207  Path.glob takes no absolute pattern
+        matches = [Path(name) for name in sorted(names)]
+        files = [match for match in matches if not match.is_dir()]
+        # With "**" a folder is matched as well as the files in it, which have been matched by themselves.
+        folders = [] if "**" in pattern.parts else [match for match in matches if match.is_dir()]
+        before = len(self.slides)
+        self._sort_out(pattern, files)
+        for folder in folders:
+            self._add_folder(folder, may_be_empty=True)
+        if len(self.slides) == before:
+            what = f"matches {len(matches)} paths, and no slide file" if matches else "no such file, and no match"
+            self._problems.append(SlideOpenError(f"{pattern}: {what}"))
+
+    def _add_folder(self, folder: Path, *, may_be_empty: bool = False) -> None:
+        try:
+            entries = _below(folder, self._skipped) if self._recursive else _directly_in(folder)
+        except OSError as exc:
+            self._problems.append(SlideOpenError(f"{folder} cannot be listed: {exc.strerror}"))
+            return
+        before, problems = len(self.slides), len(self._problems)
+        self._sort_out(folder, entries)
+        deeper, more = ([], False) if self._recursive else _deeper_slides(folder)
+        if deeper:
+            logger.warning(
+                "%s has folders with %d more slide files%s, such as %s, which are skipped: take them as well with "
+                "--recursive, or name those folders",
+                folder,
+                len(deeper),
+                " or more" if more else "",
+                deeper[0],
             )
-    for stem, slide in by_stem.items():
-        other = by_stem.get(f"{stem}_features")
-        if other is not None:
-            raise OutputCollisionError(
-                f"the features of {slide} and the patches of {other} would be one file; rename one, or encode "
-                "them into different output folders"
-            )
-    return list(by_stem.values())
+            self._skipped += [Skipped(path, "in a deeper folder (--recursive takes it)") for path in deeper]
+        if not may_be_empty and len(self.slides) == before and len(self._problems) == problems:
+            self._problems.append(SlideOpenError(f"{folder} holds no slide file ({', '.join(sorted(SLIDE_SUFFIXES))})"))
+
+    def _sort_out(self, where: Path, entries: Iterable[Path]) -> None:
+        """Add the slides among the files; a skipped one is logged."""
+        similar: dict[str, list[Path]] = {}
+        for entry in entries:
+            if not _looks_like_a_slide(entry):
+                kind = _kind_of_similar_name(entry)
+                if kind is not None:
+                    similar.setdefault(kind, []).append(entry)
+            elif entry.name.startswith("."):
+                # macOS adds "._slide.svs" on a foreign disk; it contains attributes of the file and is not a slide.
+                logger.warning("%s is a hidden file and is skipped", entry)
+                self._skipped.append(Skipped(entry, "a hidden file"))
+            elif entry.is_symlink() and not entry.exists():
+                self._problems.append(SlideOpenError(f"{entry} is a link to a file that does not exist"))
+            else:
+                self.slides.append(entry)
+        for kind, files in sorted(similar.items()):
+            logger.warning("%s has %d %s, such as %s, which are skipped", where, len(files), kind, files[0])
+            self._skipped += [Skipped(file, kind) for file in files]
 
 
-def _slides_in(folder: Path, problems: list[SlideOpenError]) -> list[Path]:
-    """Slide files directly in a folder, in name order; a skipped file is logged or appended to `problems`."""
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as exc:
-        problems.append(SlideOpenError(f"{folder} cannot be listed: {exc.strerror}"))
-        return []
-    slides: list[Path] = []
-    broken: list[Path] = []
-    similar: dict[str, list[Path]] = {}
-    for entry in entries:
-        if entry.is_dir():
+def _directly_in(folder: Path) -> list[Path]:
+    return [entry for entry in sorted(folder.iterdir()) if not entry.is_dir()]
+
+
+def _below(folder: Path, skipped: list[Skipped]) -> list[Path]:
+    """The files in a folder and its folders, without hidden folders; each folder once, also if links form a circle."""
+    found: list[Path] = []
+    seen: set[Path] = set()
+    waiting = [folder]
+    while waiting:
+        here = waiting.pop()
+        place = here.resolve()
+        if place in seen:
             continue
-        if not _looks_like_a_slide(entry):
-            kind = _kind_of_similar_name(entry)
-            if kind is not None:
-                similar.setdefault(kind, []).append(entry)
-        elif entry.name.startswith("."):
-            # macOS adds "._slide.svs" on a foreign disk; it contains attributes of the file and is not a slide.
-            logger.warning("%s is a hidden file and is skipped", entry)
-        elif entry.is_symlink() and not entry.exists():
-            broken.append(entry)
-        else:
-            slides.append(entry)
-    problems += [SlideOpenError(f"{path} is a link to a file that does not exist") for path in broken]
-    for kind, files in sorted(similar.items()):
-        logger.warning("%s has %d %s, such as %s, which are skipped", folder, len(files), kind, files[0])
-    deeper, more = _deeper_slides(folder)
-    if deeper:
-        logger.warning(
-            "%s has folders with %d more slide files%s, such as %s, which are skipped: name those folders as well",
-            folder,
-            len(deeper),
-            " or more" if more else "",
-            deeper[0],
-        )
-    if not slides and not broken:
-        problems.append(SlideOpenError(f"{folder} holds no slide file ({', '.join(sorted(SLIDE_SUFFIXES))})"))
-    return slides
+        seen.add(place)
+        try:
+            entries = sorted(here.iterdir())
+        except OSError as exc:
+            if here == folder:
+                raise
+            logger.warning("%s cannot be listed (%s) and is skipped", here, exc.strerror)
+            skipped.append(Skipped(here, f"a folder that cannot be listed: {exc.strerror}"))
+            continue
+        folders = [entry for entry in entries if entry.is_dir()]
+        found += [entry for entry in entries if not entry.is_dir()]
+        waiting += [entry for entry in reversed(folders) if not entry.name.startswith(".")]
+    return found
 
 
 def _deeper_slides(folder: Path) -> tuple[list[Path], bool]:

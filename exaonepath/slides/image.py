@@ -38,7 +38,8 @@ class SlideImage:
 
     Attributes:
         path: the slide file.
-        name: the id used in every output file name (see `slide_id`).
+        name: the id used in every output file name: the given one, or that of the file (see `slide_id`).
+        stored_path: the absolute path that is stored with results: that of `original`, if it was given.
         level_dimensions: (width, height) of each level, in pixels.
         level_downsamples: (W0 / Wl, H0 / Hl) of each level: the exact pair, not OpenSlide's rounded scalar.
         scalar_downsamples: OpenSlide's own factor of each level, by which OpenSlide divides the locations of a read.
@@ -53,19 +54,32 @@ class SlideImage:
         reader: "auto": whatever reads the file best (see docs/slides.md); or the reader to use.
         mpp: micrometres per pixel at level 0, if the file does not state it or states a wrong one; None: as the file
             states.
+        name: the id of the slide, if it is not to be that of the file.
+        original: the slide file that this one is a temporary copy of.
 
     Raises:
         SlideOpenError: the file is missing, unreadable, truncated, has no level, or is not a slide.
         MemoryLimitError: the file has to be decoded whole (a plain image), and does not fit into the memory.
-        SettingsError: there is no such reader, or `mpp` is not a positive number.
+        SettingsError: there is no such reader, `mpp` is not a positive number, or `name` cannot be a file name.
     """
 
-    def __init__(self, path: str | os.PathLike[str], reader: str = "auto", mpp: float | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        reader: str = "auto",
+        mpp: float | None = None,
+        name: str | None = None,
+        original: str | os.PathLike[str] | None = None,
+    ) -> None:
         check_given(mpp)  # before anything is opened
+        if name is not None and (not name or name in (".", "..") or set(name) & set("/\\\0")):
+            raise SettingsError(f"the id of a slide is a part of file names and cannot be {name!r}")
         self.path = dicom_slide_in(Path(path)) or Path(path)
         self._wanted_reader = reader
         self._given_mpp = mpp
-        self.name = slide_id(self.path)
+        self._original = None if original is None else Path(original)
+        self.name = slide_id(self._original or self.path) if name is None else name
+        self.stored_path = str((self._original or self.path).resolve())
         self._companions = companion_files(self.path)
         self._identity = self._current_identity()
         self._reader = open_reader(self.path, self.check_unchanged, reader)
@@ -309,7 +323,8 @@ class SlideImage:
 
     def __reduce__(self) -> tuple[object, ...]:
         # Only the path is sent to another process or a copy: handles and locks belong to one process.
-        return _reopened, (self.path, self._wanted_reader, self._given_mpp, self._identity)
+        given = self.path, self._wanted_reader, self._given_mpp, self.name, self._original
+        return _reopened, (*given, self._identity)
 
     def close(self) -> None:
         """Close the file as soon as no other thread reads it. A later read raises `SlideReadError`."""
@@ -328,7 +343,10 @@ class SlideImage:
 
 @contextmanager
 def opened(
-    slide: str | os.PathLike[str] | SlideImage, reader: str = "auto", mpp: float | None = None
+    slide: str | os.PathLike[str] | SlideImage,
+    reader: str = "auto",
+    mpp: float | None = None,
+    name: str | None = None,
 ) -> Iterator[SlideImage]:
     """The slide itself if it is open already (it stays open), otherwise the file, opened for the `with` block."""
     if isinstance(slide, SlideImage):
@@ -337,11 +355,15 @@ def opened(
                 f"{slide.path} is already open with pixels of {slide.mpp:g} um ({slide.mpp_source}); open it with "
                 f"SlideImage(path, mpp={mpp!r})"
             )
+        if name not in (None, slide.name):
+            raise SettingsError(
+                f"{slide.path} is already open as {slide.name!r}; open it with SlideImage(path, name={name!r})"
+            )
         yield slide
         return
     if not isinstance(slide, str | os.PathLike):
         raise SettingsError(f"a slide is given by its path or as a SlideImage, not as {type(slide).__name__}")
-    with SlideImage(slide, reader, mpp) as image:
+    with SlideImage(slide, reader, mpp, name) as image:
         yield image
 
 
@@ -389,8 +411,15 @@ def _identity(path: Path) -> FileIdentity | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _reopened(path: Path, reader: str, mpp: float | None, identity: tuple[FileIdentity | None, ...]) -> SlideImage:
-    slide = SlideImage(path, reader, mpp)
+def _reopened(
+    path: Path,
+    reader: str,
+    mpp: float | None,
+    name: str,
+    original: Path | None,
+    identity: tuple[FileIdentity | None, ...],
+) -> SlideImage:
+    slide = SlideImage(path, reader, mpp, name, original)
     slide._identity = identity
     slide.check_unchanged()
     return slide

@@ -21,6 +21,7 @@ from exaonepath.files.geojson import geojson_made_from, refuse_changed_geojson, 
 from exaonepath.files.patches import KIND, Outcome, PatchSet, parse_patches, read_contours, write_patches
 from exaonepath.log_once import warn_once
 from exaonepath.slides.image import SlideImage, opened
+from exaonepath.slides.outputs import output_paths
 from exaonepath.slides.patches.exclusion import region_of_patches
 from exaonepath.slides.patches.grid import PatchGrid, patch_grid
 from exaonepath.slides.patches.picture import draw_tissue, write_picture
@@ -128,9 +129,10 @@ def patchfy(
 ) -> tuple[Path | None, np.ndarray, np.ndarray]:
     """Find the tissue of a slide and compute the patches on it.
 
-    Writes `<out>/patches/<id>.h5`, `<out>/masks/<id>.jpg` and `<out>/contours/<id>.geojson`, where the id is the
-    slide's file stem; each is written whole or not at all. If a finished result with the same settings exists, its
-    stored patches are returned. The slide is processed again if the settings or the content of the slide have changed.
+    Writes `<out>/patches/<id>.h5`, `<out>/masks/<id>.jpg` and `<out>/contours/<id>.geojson`, or in deeper folders (see
+    `exaonepath.slides.outputs`), where the id is the slide's file stem, or the `name` of an opened slide; each is
+    written whole or not at all. If a finished result with the same settings exists, its stored patches are returned.
+    The slide is processed again if the settings or the content of the slide have changed.
 
     Args:
         wsi: slide file, or an opened slide (which stays open).
@@ -209,9 +211,8 @@ def patchfy(
             reader=slide.reader_settings(),
         )
         folder = Path(out)
-        h5_path = folder / "patches" / f"{slide.name}.h5"
-        mask_path = folder / "masks" / f"{slide.name}.jpg"
-        geojson_path = folder / "contours" / f"{slide.name}.geojson"
+        paths = output_paths(folder, slide.name)
+        h5_path, mask_path, geojson_path = paths.patches, paths.mask, paths.contours
         made_from = {"slide_fingerprint": slide.fingerprint(), "settings_hash": settings_hash(settings.as_json())}
         if source.origin != (0, 0):
             made_from["origin"] = f"{source.origin[0]},{source.origin[1]}"
@@ -232,7 +233,7 @@ def patchfy(
         outputs = ((h5_path, save_h5), (mask_path, save_mask), (geojson_path, save_contours))
         for path in (path for path, wanted in outputs if wanted):
             ensure_folder(path.parent)
-        tissue = _segment(slide, settings, folder)
+        tissue = _segment(slide, settings, paths.skipped)
         grid, left_out = _grid(slide, tissue, settings)
         slide.check_unchanged()
         if left_out:
@@ -274,7 +275,7 @@ def patchfy(
 def _stored(path: Path, slide: SlideImage, settings: PatchSettings, overwrite: bool) -> PatchSet | None:
     """The patches on disk if they belong to this slide and these settings; None if the slide must be processed."""
     values = settings.as_json()
-    made_from = MadeFrom(settings_hash(values), slide.fingerprint(), str(slide.path.resolve()), slide.mtime_ns, values)
+    made_from = MadeFrom(settings_hash(values), slide.fingerprint(), slide.stored_path, slide.mtime_ns, values)
     return reuse(path, KIND, made_from, lambda file: parse_patches(path, file), overwrite=overwrite)
 
 
@@ -321,8 +322,7 @@ def _complete_geojson(path: Path, h5_path: Path, stored: PatchSet, made_from: Ma
             logger.warning("%s; the contours are stored in %s all the same", exc, h5_path)
 
 
-def _segment(slide: SlideImage, settings: PatchSettings, folder: Path) -> Tissue:
-    reason = folder / "skipped" / f"{slide.name}.txt"
+def _segment(slide: SlideImage, settings: PatchSettings, reason: Path) -> Tissue:
     try:
         tissue = find_tissue(slide, settings.segmentation, settings.source)
     except SlideSkippedError as exc:

@@ -12,6 +12,7 @@ from exaonepath.alignment.data.config import CohortConfig, ModalitySource
 from exaonepath.alignment.data.report import CohortError
 from exaonepath.alignment.modalities import MODALITIES
 from exaonepath.errors import ExaonePathError, SettingsError
+from exaonepath.files.features import read_features
 
 
 def rna_file(write_csv, patients, name="rna.csv", genes=4, value=lambda i, j: 10.5 + 40 * i + j):
@@ -69,6 +70,23 @@ def test_files_of_single_modalities_make_a_cohort(write_csv, write_slide, tmp_pa
     assert cohort.labels["age"].tolist()[0] == 61
     assert np.isnan(cohort.labels["age"]["b"])
     assert cohort.labels["site"].isna()["c"]
+
+
+def test_features_in_half_precision_are_read_as_any_other(write_csv, write_slide, tmp_path):
+    for name in "ab":
+        write_slide(f"{name}.h5", feature_dtype="float16")
+    slides = write_csv("slides.csv", ["patient", "slide", "features"], [(p, p, f"{p}.h5") for p in "ab"])
+    config = CohortConfig.from_dict(
+        {"modalities": {"rna": {"path": rna_file(write_csv, ["a", "b"]).name, "scale": "tpm"}}, "slides": slides.name},
+        base=tmp_path,
+    )
+    cohort = load_cohort(config)
+    assert cohort.slides.dim == 4
+    stored = read_features(tmp_path / "a.h5").features
+    full = read_features(write_slide("full.h5")).features
+    assert stored.dtype == np.float32
+    assert np.array_equal(stored, full.astype(np.float16).astype(np.float32))
+    assert not np.array_equal(stored, full)
 
 
 def test_every_problem_is_told_at_once(write_csv, write_slide, tmp_path):

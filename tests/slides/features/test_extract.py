@@ -16,7 +16,7 @@ import torch
 
 from exaonepath.errors import BackendError, DataFileError, DeviceError, OutputCollisionError, OutputError, SettingsError
 from exaonepath.files.features import read_features
-from exaonepath.slides.features import extract
+from exaonepath.slides.features import extraction
 from exaonepath.slides.features.partial import PartialFile
 from exaonepath.slides.features.preprocessing import PreprocessingConfig, normalise
 from exaonepath.slides.features.reader import PatchReader
@@ -283,7 +283,7 @@ def test_a_run_killed_after_its_last_batch_only_assembles(run, encoder, coords, 
     def killed(*args):
         raise Interruption
 
-    monkeypatch.setattr(extract, "write_features", killed)
+    monkeypatch.setattr(extraction, "write_features", killed)
     with pytest.raises(Interruption):
         run()
     monkeypatch.undo()
@@ -396,9 +396,9 @@ def test_the_output_must_not_be_an_input(run, patches_h5):
 
 
 def test_coordinates_of_another_slide(run, monkeypatch):
-    original = extract.read_patches
+    original = extraction.read_patches
     monkeypatch.setattr(
-        extract, "read_patches", lambda path: dataclasses.replace(original(path), slide_fingerprint="0" * 64)
+        extraction, "read_patches", lambda path: dataclasses.replace(original(path), slide_fingerprint="0" * 64)
     )
     with pytest.raises(DataFileError, match="another slide"):
         run()
