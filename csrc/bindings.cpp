@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "attention.h"
+#include "resize.h"
 #include "sigmoid_loss.h"
 #ifdef EXAONEPATH_WITH_CUDA
 #include "cublas.h"
@@ -19,7 +20,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised with every change of a function below, so that a module of an older build is recognised.
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 
 py::dict build_info() {
   py::dict info;
@@ -111,6 +112,20 @@ void attention_backward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, c
                                      tokens<float>(dv), threads, isa);
 }
 
+// One axis of a resize: addresses of the first pixels and of the weights, number of results, taps of each.
+using Axis = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t>;
+
+exaonepath::ResizeAxis resize_axis(const Axis& axis) {
+  return {pointer<const std::int32_t>(std::get<0>(axis)), pointer<const std::int32_t>(std::get<1>(axis)),
+          std::get<2>(axis), std::get<3>(axis)};
+}
+
+void resize_rgb(std::uintptr_t source, std::int64_t height, std::int64_t width, std::int64_t stride, const Axis& rows,
+                const Axis& columns, std::uintptr_t out, const std::string& isa) {
+  exaonepath::resize_rgb(pointer<const std::uint8_t>(source), height, width, stride, resize_axis(rows),
+                         resize_axis(columns), pointer<std::uint8_t>(out), isa);
+}
+
 #ifdef EXAONEPATH_WITH_CUDA
 exaonepath::ElementKind element_kind(const std::string& dtype) {
   if (dtype == "float32") return exaonepath::ElementKind::kFloat32;
@@ -193,6 +208,11 @@ PYBIND11_MODULE(_C, m) {
         arg("k_angles"), arg("pieces"), arg("count"), arg("heads"), arg("dim"), arg("scale"), arg("dout"), arg("dq"),
         arg("dk"), arg("dv"), arg("threads"), arg("isa") = "", py::call_guard<py::gil_scoped_release>(),
         "Its gradients; see csrc/attention.h. ValueError on bad sizes.");
+  m.attr("RESIZE_BITS") = exaonepath::kResizeBits;
+  m.def("resize_rgb", &resize_rgb, arg("source"), arg("height"), arg("width"), arg("stride"), arg("rows"),
+        arg("columns"), arg("out"), arg("isa") = "", py::call_guard<py::gil_scoped_release>(),
+        "Resizes a uint8 RGB image by given weights; see csrc/resize.h. An axis is (address of the first pixels, address "
+        "of the weights, results, taps). ValueError on bad sizes or weights.");
 #ifdef EXAONEPATH_WITH_CUDA
   m.def("cublas_reason", &cublas_reason, "Why cuBLAS cannot be called in this process, or an empty string if it can.");
   m.def("sigmoid_sweep_workspace_cuda", &sigmoid_sweep_workspace_cuda, arg("rows"), arg("cols"), arg("tile_rows"),

@@ -23,6 +23,7 @@ _PACKAGES = (
     "openslide-python",
     "openslide-bin",
     "imagecodecs",
+    "simplejpeg",
     "opencv-python-headless",
     "pillow",
     "transformers",

@@ -162,13 +162,15 @@ def _rings(path: Path, value: Any, where: str) -> list[np.ndarray]:
 
 
 def _ring(path: Path, value: Any, where: str) -> np.ndarray:
+    listed = _listed(path, value, where)
     try:
-        points = np.array(_listed(path, value, where))
+        points = np.array(listed)
     except ValueError:  # positions of different lengths
         points = np.array(None)
     if points.shape == (0,):
         return np.empty((0, 2))
-    if points.dtype.kind not in "iuf" or points.ndim != 2 or points.shape[1] < 2:
+    numbers = points.dtype.kind in "iuf" and points.ndim == 2 and points.shape[1] >= 2
+    if not numbers or any(isinstance(number, bool) for point in listed for number in point):  # true would count as 1
         raise MaskError(f"{path}: {where} has a ring whose points are not pairs of numbers: {shown(value)}")
     ring = points[:, :2].astype(np.float64)  # a third number is a height
     if not np.isfinite(ring).all():

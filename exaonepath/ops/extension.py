@@ -10,7 +10,7 @@ from exaonepath.errors import BackendError
 from exaonepath.version import __version__
 
 # Version of the functions' signatures. An extension that was built from older sources has another number.
-_INTERFACE = 4
+_INTERFACE = 5
 
 
 @cache

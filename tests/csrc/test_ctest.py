@@ -28,7 +28,7 @@ def test_ctest(tmp_path):
     run(cmake, "--build", str(tmp_path), "--parallel", "2")
     report = run(ctest, "--test-dir", str(tmp_path), "--verbose")
     counts = [int(count) for count in re.findall(r"(\d+) checks, 0 failed", report)]
-    # Attention, threads and the loss on the CPU, and both CUDA sources under an emulation: no test, or few, would be a
-    # green that says nothing.
-    assert len(counts) == 5, report
+    # Attention, resizing, threads and the loss on the CPU, and both CUDA sources under an emulation: no test, or few,
+    # would be a green that says nothing.
+    assert len(counts) == 6, report
     assert min(counts) > 300, report

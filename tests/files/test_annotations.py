@@ -110,6 +110,7 @@ DEEP = "[" * 100_000
         (feature({"type": "Polygon", "coordinates": [[[1, 2], [3]]]}), "not pairs of numbers"),
         (feature({"type": "Polygon", "coordinates": [[[1, 2], [3, "4"]]]}), "not pairs of numbers"),
         (feature({"type": "Polygon", "coordinates": [[[1, 2], [3, None]]]}), "not pairs of numbers"),
+        (feature({"type": "Polygon", "coordinates": [[[1, 2], [3, True], [5, 6]]]}), "not pairs of numbers"),
         (feature({"type": "Polygon", "coordinates": [[[1, 2], [3, 10**400]]]}), "not pairs of numbers"),
         (feature({"type": "Polygon", "coordinates": [[[1, 2], [3, 1e300]]]}), "no pixels of a slide"),
         ('{"type": "Polygon", "coordinates": [[[1, 2], [3, NaN]]]}', "not finite"),

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from exaonepath.errors import SettingsError
+from exaonepath.ops.resize import Axis, resize_bilinear, resize_by_pillow
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -166,11 +166,12 @@ def resize_and_crop(image: np.ndarray, config: PreprocessingConfig) -> np.ndarra
 def _resize(image: np.ndarray, rows: _Span, columns: _Span, crop: int) -> np.ndarray:
     height, width = image.shape[:2]
     size, box = (columns.size, rows.size), (columns.box_start, rows.box_start, columns.box_stop, rows.box_stop)
-    if size != (width, height) or box != (0, 0, width, height):
-        whole = Image.fromarray(np.ascontiguousarray(image))
-        image = np.asarray(whole.resize(size, Image.Resampling.BILINEAR, box=box))
     top, left = rows.crop_start, columns.crop_start
-    return image[top : top + crop, left : left + crop]
+    if size == (width, height) and box == (0, 0, width, height):
+        return image[top : top + crop, left : left + crop]
+    axes = (Axis(s.box_start, s.box_stop, s.size, s.crop_start, s.crop_start + crop) for s in (rows, columns))
+    # Patches are square and have few sizes; other images may each have another size, which would be checked each time.
+    return (resize_bilinear if height == width else resize_by_pillow)(image, *axes)
 
 
 def normalise(images: torch.Tensor, config: PreprocessingConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:

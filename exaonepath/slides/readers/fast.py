@@ -20,7 +20,7 @@ from exaonepath.slides.readers.base import SlideReader
 from exaonepath.slides.readers.openslide import OpenSlideReader
 from exaonepath.slides.readers.tiff_decode import image_codecs
 from exaonepath.slides.readers.tiff_image import Codec, NotReadable, TiffImage, tiff_image
-from exaonepath.slides.readers.tiff_tiles import Region, TiffTiles, UncheckedTileError
+from exaonepath.slides.readers.tiff_tiles import Region, TiffTiles
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +75,7 @@ class FastReader(SlideReader):
         scale = self.scalar_downsamples[level]
         if image is None or location[0] % scale or location[1] % scale or min(size) <= 0:
             return None
-        try:
-            region = self.tiles.region(image, int(location[0] // scale), int(location[1] // scale), *size)
-        except UncheckedTileError:
-            return None
+        region = self.tiles.region(image, int(location[0] // scale), int(location[1] // scale), *size)
         if (region.empty and level) or (region.alpha is not None and self.tiles.images[image].alpha):
             # OpenSlide may fill a gap in a smaller level from another level, and it blends what is partly covered.
             return None
@@ -155,7 +152,7 @@ def fast_reader(slide: OpenSlideReader, *, compare: bool = True) -> FastReader |
     except MissingDependencyError as exc:
         return str(exc)
     try:
-        reader = FastReader(slide, TiffTiles(slide.path, chosen, checked=True), numbers)
+        reader = FastReader(slide, TiffTiles(slide.path, chosen), numbers)
     except OSError as exc:
         return f"the file cannot be opened again ({exc})"
     reader.as_openslide = compare
@@ -235,8 +232,7 @@ def _difference(reader: FastReader, level: int) -> str | None:
 def _only_ours(reader: FastReader, image: TiffImage) -> bool:
     """Whether OpenSlide reads none of some samples of level 0, and the TIFF reader all of them.
 
-    That is a limit of OpenSlide's, and no damage: a damaged tile is one of many. Damage of JPEG is seen by OpenSlide
-    only; such a slide stays with it.
+    That is a limit of OpenSlide's, and no damage: a damaged tile is one of many. OpenSlide reads JPEG of every kind.
     """
     if image.codec is Codec.JPEG or reader.properties.get("openslide.vendor") != "generic-tiff":
         return False

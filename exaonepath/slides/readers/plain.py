@@ -11,7 +11,6 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +20,9 @@ from PIL import Image, UnidentifiedImageError
 from exaonepath.errors import MemoryLimitError, SlideOpenError
 from exaonepath.memory import available_host_memory
 from exaonepath.slides.formats import CONVERT
-from exaonepath.slides.readers import depth, jpeg_stream
+from exaonepath.slides.readers import depth
 from exaonepath.slides.readers.base import SlideReader
+from exaonepath.slides.readers.jpeg import JpegError, decode_jpeg
 from exaonepath.slides.readers.tiff_decode import image_codecs
 
 logger = logging.getLogger(__name__)
@@ -108,15 +108,14 @@ class PlainImageReader(SlideReader):
 
     def _decoded(self, header: _Header) -> np.ndarray:
         """uint8 [h, w, 3 or 4]."""
-        imagecodecs = image_codecs()
         try:
             if header.kind == "JPEG":
                 if header.channels == 4:
                     raise SlideOpenError(f"{self.path} is a JPEG in CMYK, which is not read; convert it to RGB")
                 self._warn_of_orientation()
-                values = self._decoded_jpeg()
+                values = decode_jpeg(self.path.read_bytes())
             elif header.kind == "PNG":
-                values = imagecodecs.png_decode(self.path.read_bytes())
+                values = image_codecs().png_decode(self.path.read_bytes())
             else:
                 with _quiet(), Image.open(self.path) as image:
                     if image.size != (header.width, header.height):
@@ -124,6 +123,8 @@ class PlainImageReader(SlideReader):
                     values = np.asarray(image.convert("RGB"))
         except Image.DecompressionBombError as exc:
             raise MemoryLimitError(f"{self.path} is larger than what Pillow decodes ({exc}); {CONVERT}") from exc
+        except JpegError as exc:
+            raise SlideOpenError(f"{self.path} {exc}; copy it again") from exc
         except (ValueError, RuntimeError, OSError, SyntaxError) as exc:
             raise SlideOpenError(f"{self.path} is a {header.kind} image that cannot be decoded: {exc}") from exc
         if values.dtype == np.uint16:
@@ -147,18 +148,6 @@ class PlainImageReader(SlideReader):
             else:
                 values[values[..., 3] == 0] = 0
         return values
-
-    def _decoded_jpeg(self) -> np.ndarray:
-        decode = partial(image_codecs().jpeg8_decode, outcolorspace="RGB")
-        # Cameras append further pictures; the first end mark after the beginning of the pixels is that of this one.
-        data = jpeg_stream.first_image(self.path.read_bytes())
-        reason = jpeg_stream.why_truncated(data)
-        if reason is None:
-            values = decode(data)
-            if jpeg_stream.is_complete(data, values, decode):
-                return values
-            reason = "is truncated: its JPEG stream ends before the image is complete"
-        raise SlideOpenError(f"{self.path} {reason}; copy it again")
 
     def _warn_of_orientation(self) -> None:
         with _quiet(), suppress(UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from exaonepath.errors import MissingDependencyError
-from exaonepath.slides.readers.jpeg_stream import is_complete, why_truncated
+from exaonepath.slides.readers.jpeg import Colours, JpegError, decode_jpeg
 from exaonepath.slides.readers.tiff_image import Codec, Colour, TiffImage
 
 
@@ -73,11 +73,11 @@ def stored_values(stored: Sequence[bytes], image: TiffImage, rows: int) -> np.nd
 
 def _samples(data: bytes, image: TiffImage, rows: int, samples: int) -> np.ndarray:
     """Stored values, uint8 or uint16 [rows, cell_width, samples]; of JPEG in colour, RGB."""
-    imagecodecs = image_codecs()
     shape = (rows, image.cell_width, samples)
+    if image.codec is Codec.JPEG:
+        return _jpeg(data, image, shape)
+    imagecodecs = image_codecs()
     try:
-        if image.codec is Codec.JPEG:
-            return _jpeg(imagecodecs, data, image, shape)
         if image.codec is Codec.JPEG2000:
             _check_jpeg2000(data, shape)
         if image.codec in (Codec.JPEG2000, Codec.WEBP):
@@ -93,23 +93,13 @@ def _samples(data: bytes, image: TiffImage, rows: int, samples: int) -> np.ndarr
         raise DecodeError(f"cannot be decoded as {image.codec.value}: {exc}") from exc
 
 
-def _jpeg(imagecodecs: Any, data: bytes, image: TiffImage, shape: tuple[int, int, int]) -> np.ndarray:
-    reason = why_truncated(data)
-    if reason is not None:
-        raise DecodeError(reason)
+def _jpeg(data: bytes, image: TiffImage, shape: tuple[int, int, int]) -> np.ndarray:
     # As in OpenSlide, the TIFF tag decides about the colours, not the JPEG stream.
-    stored = "YCBCR" if image.colour is Colour.YCBCR else "RGB"
-    colours = {} if shape[2] == 1 else {"colorspace": stored, "outcolorspace": "RGB"}
-
-    def decoded(stream: bytes) -> np.ndarray:
-        out = np.empty(shape if shape[2] > 1 else shape[:2], np.uint8)
-        imagecodecs.jpeg8_decode(stream, tables=image.tables or None, out=out, **colours)
-        return out.reshape(shape)
-
-    pixels = decoded(data)
-    if not is_complete(data, pixels, decoded):
-        raise DecodeError("is damaged: its JPEG stream ends before the tile is complete")
-    return pixels
+    colours = Colours.YCBCR if image.colour is Colour.YCBCR else Colours.RGB
+    try:
+        return decode_jpeg(data, shape, tables=image.tables, colours=colours)
+    except JpegError as exc:
+        raise DecodeError(str(exc)) from exc
 
 
 def _check_jpeg2000(data: bytes, shape: tuple[int, int, int]) -> None:

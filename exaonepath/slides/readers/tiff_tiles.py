@@ -18,9 +18,8 @@ from PIL import Image
 
 from exaonepath.errors import SlideReadError
 from exaonepath.slides.readers.base import DEFAULT_CACHE
-from exaonepath.slides.readers.jpeg_stream import is_simple
 from exaonepath.slides.readers.tiff_decode import DecodeError, decode, stored_values
-from exaonepath.slides.readers.tiff_image import Codec, TiffImage
+from exaonepath.slides.readers.tiff_image import TiffImage
 from exaonepath.slides.readers.tile_cache import TileCache
 
 _ENCODED_SLACK = 64 << 10  # a stored tile may be larger than the decoded one: noise, tables, profiles
@@ -76,10 +75,6 @@ class Region(NamedTuple):
 _EMPTY = Cell(np.zeros((0, 0), np.uint8), None, True)
 
 
-class UncheckedTileError(SlideReadError):
-    """Whether this tile is complete can only be found out by OpenSlide."""
-
-
 class TiffTiles:
     """The tiles of some images of a TIFF file, decoded when they are needed and shared by threads.
 
@@ -87,16 +82,12 @@ class TiffTiles:
         path: the file.
         images: how each of them is stored.
         scale: for 16-bit images, uint8 [65536], the 8-bit value of each stored value.
-        checked: refuse JPEG tiles in which something may be missing unnoticed (see `jpeg_stream.is_simple`).
     """
 
-    def __init__(
-        self, path: Path, images: Sequence[TiffImage], scale: np.ndarray | None = None, *, checked: bool = False
-    ) -> None:
+    def __init__(self, path: Path, images: Sequence[TiffImage], scale: np.ndarray | None = None) -> None:
         self.path = path
         self.images = tuple(images)
         self.scale = scale
-        self._checked = checked
         self.cache: TileCache[Cell] = TileCache(DEFAULT_CACHE)
         self._lock = threading.Lock()
         self._readers, self._closed = 0, False
@@ -107,7 +98,6 @@ class TiffTiles:
 
         Raises:
             SlideReadError: a tile of the region cannot be read.
-            UncheckedTileError: OpenSlide has to read it.
         """
         if self._closed:  # also for tiles that are kept
             raise SlideReadError(f"{self.path} was closed")
@@ -211,8 +201,6 @@ class TiffTiles:
         stored = [self._stored(image, index + plane * per_plane) for plane in range(image.planes)]
         if not all(stored):
             return None
-        if self._checked and image.codec is Codec.JPEG and not all(map(is_simple, stored)):
-            raise UncheckedTileError(f"{self.path}: a JPEG tile of level {level} has several scans or restart marks")
         try:
             return decoder(stored, image, image.rows_of(row))
         except DecodeError as exc:

@@ -271,7 +271,7 @@ def test_a_truncated_tile_fails_its_patches_only(write, pixels):
     with SlideImage(path) as slide:
         assert slide.reader == "tiff"
         for _ in range(2):
-            with pytest.raises(SlideReadError, match=f"tile in column {column}, row {row} of level 0 is truncated"):
+            with pytest.raises(SlideReadError, match=f"tile in column {column}, row {row} of level 0 is "):
                 slide.read_rgb((64 * column, 64 * row), 0, (100, 100))
         assert slide.read_rgb((0, 64 * row), 0, (64 * column, 64))[1] == 0
 
@@ -358,8 +358,8 @@ def _jpeg_tiles(path, tiles, shape):
 
 @pytest.mark.parametrize("kind", ["restart", "progressive"])
 @pytest.mark.parametrize("which", ["all", "one"])
-def test_jpeg_that_libjpeg_repairs_in_silence_is_left_to_openslide(tmp_path, pixels, kind, which):
-    """A cut before a restart mark, or in any scan of a progressive stream, gives wrong pixels and no error."""
+def test_jpeg_that_libjpeg_repairs_in_silence_is_refused(tmp_path, pixels, kind, which):
+    """A cut before a restart mark, or in any scan of a progressive stream, gives wrong pixels and only a warning."""
     rng = np.random.default_rng(0)
     size = (520, 640)
     noisy = np.clip(pixels[:, :640] + rng.normal(0, 12, (*size, 3)), 0, 255).astype(np.uint8)
@@ -381,7 +381,7 @@ def test_jpeg_that_libjpeg_repairs_in_silence_is_left_to_openslide(tmp_path, pix
         tiles = [tiles[at] if at == victim else tile for at, tile in enumerate(plain)]
     whole = _jpeg_tiles(tmp_path / "whole.tif", tiles, (*size, 3))
     with SlideImage(whole) as ours, SlideImage(whole, "openslide") as theirs:
-        assert ours.reader == ("tiff" if which == "one" else "openslide")
+        assert ours.reader == "tiff"
         assert np.array_equal(*(one.read_region((0, 0), 0, size) for one in (ours, theirs)))
     data = tiles[victim]
     start = data.index(b"\xff\xda") + 20
@@ -395,9 +395,11 @@ def test_jpeg_that_libjpeg_repairs_in_silence_is_left_to_openslide(tmp_path, pix
                     slide.read_rgb((victim % 5 * 128, victim // 5 * 128), 0, (128, 128))
                 except SlideReadError:
                     found.append((end, reader))
-    assert len(found) % 3 == 0
-    assert len(found) > 6
-    assert [end for end, reader in found if reader == "auto"] == [end for end, reader in found if reader == "openslide"]
+    ends = {name: {end for end, reader in found if reader == name} for name in ("openslide", "auto", "tiff")}
+    assert len(ends["tiff"]) > 6
+    assert ends["auto"] >= ends["openslide"]
+    # Whole scans that are missing, which OpenSlide does not see, are refused as well.
+    assert ends["auto"] == ends["tiff"]
 
 
 @pytest.mark.parametrize("tile", [(80, 272), (272, 80)])

@@ -199,7 +199,7 @@ def test_a_jpeg_that_is_cut_is_not_read(tmp_path, pixels, options):
         cut = data[: int(len(data) * part)].rstrip(b"\xff")
         for end in (b"", b"\xff\xd9", b"\xff\xd9" + bytes(300)):
             path.write_bytes(cut + end)
-            with pytest.raises(SlideOpenError, match=r"is (truncated|damaged)"):
+            with pytest.raises(SlideOpenError, match=r"is (damaged or )?incomplete"):
                 SlideImage(path)
 
 
