@@ -98,10 +98,10 @@ def results(out: Path) -> dict[str, bytes]:
     }
 
 
-def main() -> int:
-    """Encode slides with the stand-ins."""
+def main(arguments: list[str]) -> int:
+    """Encode slides with the stand-ins; returns the exit status."""
     torch.set_num_threads(1)
-    out, *paths = sys.argv[1:]
+    out, *paths = arguments
     slides = [CohortSlide(Path(path), Path(path).stem) for path in paths]
     options = RunOptions(poll=(0.05, 0.2), stale_after=float(os.environ.get("STAND_IN_STALE_AFTER", "120")))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -120,4 +120,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

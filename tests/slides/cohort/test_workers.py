@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 
-import cv2
 import pytest
 import torch
 from cohort_stand_ins import results
@@ -43,13 +42,9 @@ def encode(stand_ins, slides, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def forked(monkeypatch):
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # ends OpenCV's threads, which a forked process would wait for
+def forked(monkeypatch, forkable):
     context = multiprocessing.get_context("fork")
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
-    yield
-    cv2.setNumThreads(threads)
 
 
 def kinds(outcomes) -> dict[str, str]:
