@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-matrix faults lint bench docs plots wheel clean
+.PHONY: demo test test-matrix faults lint bench docs plots wheel wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/exaonepath demo --out demo-output
@@ -45,6 +45,10 @@ plots: $(INSTALLED)
 wheel: $(INSTALLED)
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
+
+# A wheel for each Python at hand, each checked in a new environment. PYTHONS="3.10 3.13" restricts it.
+wheels:
+	$(PYTHON) tests/wheels.py
 
 # The virtual environment is made again whenever what it is made of changes.
 $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt exaonepath/version.py $(wildcard csrc/*)
