@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from exaonepath.cli.ablate import ablate
+from exaonepath.cli.collect import collect
 from exaonepath.cli.demo import demo
 from exaonepath.cli.doctor import doctor
 from exaonepath.cli.encode import encode
@@ -46,5 +47,5 @@ def _root(
     """Whole-slide pathology images to slide embeddings."""
 
 
-for command in (encode, patch, features, slide, doctor, demo, train, evaluate, ablate):
+for command in (encode, patch, features, slide, collect, doctor, demo, train, evaluate, ablate):
     app.command()(guarded(command))

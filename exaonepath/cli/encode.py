@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import typer
+
 from exaonepath.cli import options
+from exaonepath.cli.collect import keep_collected
 from exaonepath.cli.console import note_random, progress_bar, say_result, say_unreadable, status
 from exaonepath.cli.dry_run import dry_run as show_plan
 from exaonepath.cli.guard import EXIT_UNREADABLE, EmptySlides, each
@@ -167,4 +170,9 @@ def encode(
             say_unreadable(result.n_failed, result.n_patches + result.n_failed, slide.path, result.features_path)
         return EXIT_UNREADABLE if result.n_failed else 0
 
-    each(ordered, encode_one, found.problems, verbose, empty)
+    try:
+        each(ordered, encode_one, found.problems, verbose, empty)
+    except typer.Exit:
+        keep_collected(out, found.slides)
+        raise
+    keep_collected(out, found.slides)
