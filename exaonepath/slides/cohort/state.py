@@ -27,7 +27,7 @@ from exaonepath.files.features import ATTRIBUTES as FEATURES_ATTRIBUTES
 from exaonepath.files.hdf5 import open_h5
 from exaonepath.files.hdf5_output import encodable
 from exaonepath.files.processes import is_running, process_space
-from exaonepath.files.strict_json import parse_json
+from exaonepath.slides.cohort.failures import FailureRecord, read_failure
 from exaonepath.slides.cohort.lease import Holder, read_claim
 from exaonepath.slides.features.partial import partial_files
 from exaonepath.slides.outputs import OutputPaths, output_paths
@@ -35,34 +35,8 @@ from exaonepath.slides.outputs import OutputPaths, output_paths
 State = Literal["new", "partial", "claimed", "failed", "stale", "finished", "empty"]
 
 CLAIMS, FAILURES = "claims", "failures"
-MOST_TRIES = 3  # a slide that failed so often is not tried again by itself
 _PATCHES_ATTRIBUTES = ("n_coords", "complete", "settings_hash", "slide_fingerprint", "slide_path", "slide_mtime_ns")
-_MAX_RECORD = 1 << 20
 _MAX_REASON = 1 << 12
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a slide failed, as stored in `failures/<id>.json`.
-
-    Attributes:
-        tries: how often it has failed.
-        error: the type of the error.
-        reason: its message.
-        host, run, time: where, in which run, and when (UTC) it failed last.
-    """
-
-    tries: int
-    error: str
-    reason: str
-    host: str = ""
-    run: str = ""
-    time: str = ""
-
-    @property
-    def quarantined(self) -> bool:
-        """Whether it is not tried again unless the user asks for it, or the slide file changes."""
-        return self.tries >= MOST_TRIES
 
 
 @dataclass(frozen=True)
@@ -80,6 +54,7 @@ class SlideState:
         holder: the process that claims the slide.
         heartbeat_s: seconds since the claim was renewed, by the clock of this machine; None if there is no claim.
         failure: the last failure, if the slide has not been finished since.
+        quarantined: it has failed so often that it is not tried again by itself.
         weights: of the slide encoder.
         random_weights: whether the embedding has no meaning.
     """
@@ -93,7 +68,8 @@ class SlideState:
     n_failed: int = 0
     holder: Holder | None = None
     heartbeat_s: float | None = None
-    failure: Failure | None = None
+    failure: FailureRecord | None = None
+    quarantined: bool = False
     weights: str = ""
     random_weights: bool = False
 
@@ -176,23 +152,6 @@ def slide_state(out: str | os.PathLike[str], name: str, expected: Expected) -> S
     return _with_claim(out, state)
 
 
-def read_failure(out: str | os.PathLike[str], name: str) -> Failure | None:
-    """The failure record of a slide; None if there is none."""
-    path = Path(out, FAILURES, f"{name}.json")
-    try:
-        with path.open("rb") as file:
-            value = parse_json(file.read(_MAX_RECORD), str(path), DataFileError)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, DataFileError) as exc:
-        return Failure(1, type(exc).__name__, f"the record {path} cannot be read ({exc})")
-    if not isinstance(value, dict):
-        return Failure(1, "", f"the record {path} is no failure record")
-    text = {key: str(value.get(key) or "") for key in ("error", "reason", "host", "run", "time")}
-    tries = value.get("tries")
-    return Failure(tries if isinstance(tries, int) and tries > 0 else 1, **text)
-
-
 def _from_files(
     out: str | os.PathLike[str],
     name: str,
@@ -214,15 +173,17 @@ def _from_files(
         )
     elif partial if partial is not None else bool(partial_files(paths.features)):
         state = replace(state, state="partial")
-    failure = read_failure(out, name)
+    failure = read_failure(Path(out, FAILURES, f"{name}.json"))
     if failure is not None:
-        return replace(state, state="failed", failure=failure, reason=failure.reason)
+        given_up = failure.quarantined and _is_that_file(failure)
+        slide = state.slide or failure.slide
+        return replace(state, state="failed", slide=slide, failure=failure, quarantined=given_up, reason=failure.reason)
     for file in (embedding, patches, found.features):
         if isinstance(file, ExaonePathError):
             return replace(state, state="stale", reason=str(file))
     skipped = _first_line(paths.skipped)
     if skipped and state.state == "new":
-        return replace(state, state="failed", reason=skipped, failure=Failure(1, "SlideSkippedError", skipped))
+        return replace(state, state="failed", reason=skipped)
     return state
 
 
@@ -323,6 +284,15 @@ def _has_patch_embeddings(path: Path) -> bool:
     with suppress(DataFileError, FileBusyError), open_h5(path) as file:
         return "patch_embedding" in file
     return False
+
+
+def _is_that_file(failure: FailureRecord) -> bool:
+    """Whether the slide file is still the one that failed; a changed one is tried again."""
+    try:
+        status = Path(failure.slide).stat()
+    except (OSError, ValueError):
+        return failure.size < 0
+    return (status.st_size, status.st_mtime_ns) == (failure.size, failure.mtime_ns)
 
 
 def _mtime_ns(path: Path) -> int | None:
