@@ -4,7 +4,7 @@
 |---|---|
 | new | nothing |
 | partial | some stages, or a part of one |
-| claimed | a process works on it, or did until it was killed |
+| running | a process claims it, and is not known to have ended |
 | failed | the last try ended with an error |
 | stale | a result that is damaged, or that was made from other inputs or settings |
 | finished | the embedding |
@@ -32,7 +32,7 @@ from exaonepath.slides.cohort.lease import Holder, read_claim
 from exaonepath.slides.features.partial import partial_files
 from exaonepath.slides.outputs import OutputPaths, output_paths
 
-State = Literal["new", "partial", "claimed", "failed", "stale", "finished", "empty"]
+State = Literal["new", "partial", "running", "failed", "stale", "finished", "empty"]
 
 CLAIMS, FAILURES = "claims", "failures"
 _PATCHES_ATTRIBUTES = ("n_coords", "complete", "settings_hash", "slide_fingerprint", "slide_path", "slide_mtime_ns")
@@ -51,8 +51,8 @@ class SlideState:
         patient: as its embedding states it.
         n_patches: patches with an embedding; of an unfinished slide, patches to be encoded; None if not known.
         n_failed: patches that could not be read.
-        holder: the process that claims the slide.
-        heartbeat_s: seconds since the claim was renewed, by the clock of this machine; None if there is no claim.
+        holder: the process that claims the slide, or did until it was killed.
+        heartbeat_s: seconds since the claim was renewed, by the clock of this machine; None unless it is running.
         failure: the last failure, if the slide has not been finished since.
         quarantined: it has failed so often that it is not tried again by itself.
         weights: of the slide encoder.
@@ -260,14 +260,12 @@ def _with_claim(out: str | os.PathLike[str], state: SlideState) -> SlideState:
     claim = read_claim(path)
     if claim is None:
         return state
-    written = _mtime_ns(path)
+    holder, written = claim.holder, _mtime_ns(path)
+    if holder is not None and holder.space == process_space() and not is_running(holder.pid, holder.started):
+        reason = f"process {holder.pid} on {holder.host} was killed while it worked on it"
+        return replace(state, holder=holder, reason=state.reason or reason)
     age = None if written is None else max(0.0, time.time() - written / 1e9)
-    holder = claim.holder
-    here = holder is not None and holder.space == process_space()
-    reason = ""
-    if holder is not None and here and not is_running(holder.pid, holder.started):
-        reason = f"process {holder.pid} on {holder.host} does not run any more; another one continues"
-    return replace(state, state="claimed", holder=holder, heartbeat_s=age, reason=reason)
+    return replace(state, state="running", holder=holder, heartbeat_s=age)
 
 
 def _attributes(path: Path, names: tuple[str, ...]) -> dict[str, Any] | ExaonePathError | None:
