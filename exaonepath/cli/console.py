@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,35 @@ def say_unreadable(count: int, total: int, slide: Path, listed_in: Path) -> None
         f"{count} of {total} patches of {slide} could not be read; they are listed in {listed_in} (failed_index, "
         "failed_coords, failed_reason); the same command tries them again"
     )
+
+
+def say_table(header: Sequence[str], rows: Iterable[Sequence[object]], right: Collection[str] = ()) -> None:
+    """Write a table of aligned columns to standard output.
+
+    Args:
+        header: names of the columns.
+        rows: their values.
+        right: columns that are aligned to the right.
+    """
+    cells = [[printable(value) for value in row] for row in rows]
+    widths = [
+        max(len(name), *(len(row[at]) for row in cells)) if cells else len(name) for at, name in enumerate(header)
+    ]
+    for row in (header, *cells):
+        aligned = [
+            text.rjust(width) if name in right else text.ljust(width)
+            for text, width, name in zip(row, widths, header, strict=True)
+        ]
+        sys.stdout.write("  ".join(aligned).rstrip() + "\n")
+
+
+def byte_text(count: float) -> str:
+    """A number of bytes for people: "12.3 GB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
 
 
 def note_random(is_random: bool, weights: str, quiet: bool) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import typer
+
 from exaonepath.cli import options
+from exaonepath.cli.collect import keep_collected
 from exaonepath.cli.console import note_random, progress_bar, say_result, say_unreadable, status
+from exaonepath.cli.dry_run import dry_run as show_plan
 from exaonepath.cli.guard import EXIT_UNREADABLE, EmptySlides, each
 
 if TYPE_CHECKING:
@@ -48,6 +52,8 @@ def encode(
     feature_dtype: options.FeatureDtype = "float32",
     keep: options.Keep = None,
     fail_on_empty: options.FailOnEmpty = False,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
     overwrite: options.Overwrite = False,
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
@@ -62,6 +68,7 @@ def encode(
     from exaonepath.encoders import loading
     from exaonepath.encoders.memory_plan import parse_memory
     from exaonepath.slides.cohort.encoder_pool import EncoderPool
+    from exaonepath.slides.cohort.plan import PlanSettings
     from exaonepath.slides.cohort.slide_settings import by_weights, patching_of
     from exaonepath.slides.encode import encode_slide
     from exaonepath.slides.features.identity import check_feature_dtype
@@ -96,6 +103,26 @@ def encode(
     )
     if not found.slides:
         raise found.problems[0]
+    if dry_run:
+        show_plan(
+            found,
+            out,
+            PlanSettings(
+                settings,
+                reader,
+                weights,
+                preprocessing,
+                resolve_dtype(dtype, target),
+                stored_as,
+                kept,
+                overwrite,
+            ),
+            threads=num_workers,
+            as_json=json,
+            verbose=verbose,
+            quiet=quiet,
+        )
+        return
     choose_layout(out, len(found.slides), options.layout(layout))  # fails, if it must, before the weights are loaded
 
     def load(
@@ -143,4 +170,9 @@ def encode(
             say_unreadable(result.n_failed, result.n_patches + result.n_failed, slide.path, result.features_path)
         return EXIT_UNREADABLE if result.n_failed else 0
 
-    each(ordered, encode_one, found.problems, verbose, empty)
+    try:
+        each(ordered, encode_one, found.problems, verbose, empty)
+    except typer.Exit:
+        keep_collected(out, found.slides)
+        raise
+    keep_collected(out, found.slides)

@@ -173,6 +173,15 @@ MaxMemory = Annotated[
         "beforehand. Default: what is free on a GPU, no limit on a CPU."
     ),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Open every slide and print what would be done: format, size, scale, patches, state, disk; nothing is "
+        "written.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs in place of a table.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Compute finished results again.")]
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More output; repeat for debug output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
