@@ -16,6 +16,7 @@ from exaonepath.cli.guard import guarded, interruptible
 from exaonepath.cli.patch import patch
 from exaonepath.cli.slide import slide
 from exaonepath.cli.train import train
+from exaonepath.cli.view import view
 from exaonepath.version import __version__
 
 app = typer.Typer(
@@ -46,5 +47,5 @@ def _root(
     """Whole-slide pathology images to slide embeddings."""
 
 
-for command in (encode, patch, features, slide, doctor, demo, train, evaluate, ablate):
+for command in (encode, patch, features, slide, view, doctor, demo, train, evaluate, ablate):
     app.command()(guarded(command))
