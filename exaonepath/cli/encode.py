@@ -10,6 +10,7 @@ import typer
 
 from exaonepath.cli import options
 from exaonepath.cli.cohort_report import CohortReport
+from exaonepath.cli.collect import keep_collected
 from exaonepath.cli.console import cohort_bars, note_random, status
 from exaonepath.cli.dry_run import dry_run as show_plan
 from exaonepath.cli.guard import EmptySlides
@@ -183,6 +184,7 @@ def encode(
         report = CohortReport(len(ordered), found.problems, EmptySlides(fail_on_empty, quiet), verbose, quiet, bars)
         for outcome in outcomes:
             report.add(outcome)
+    keep_collected(out, ordered)
     code = report.exit_code()
     if code:
         raise typer.Exit(code)

@@ -4,7 +4,7 @@
 |---|---|
 | new | nothing |
 | partial | some stages, or a part of one |
-| claimed | a process works on it, or did until it was killed |
+| running | a process claims it, and is not known to have ended |
 | failed | the last try ended with an error |
 | stale | a result that is damaged, or that was made from other inputs or settings |
 | finished | the embedding |
@@ -27,42 +27,16 @@ from exaonepath.files.features import ATTRIBUTES as FEATURES_ATTRIBUTES
 from exaonepath.files.hdf5 import open_h5
 from exaonepath.files.hdf5_output import encodable
 from exaonepath.files.processes import is_running, process_space
-from exaonepath.files.strict_json import parse_json
+from exaonepath.slides.cohort.failures import FailureRecord, read_failure
 from exaonepath.slides.cohort.lease import Holder, read_claim
 from exaonepath.slides.features.partial import partial_files
 from exaonepath.slides.outputs import OutputPaths, output_paths
 
-State = Literal["new", "partial", "claimed", "failed", "stale", "finished", "empty"]
+State = Literal["new", "partial", "running", "failed", "stale", "finished", "empty"]
 
 CLAIMS, FAILURES = "claims", "failures"
-MOST_TRIES = 3  # a slide that failed so often is not tried again by itself
 _PATCHES_ATTRIBUTES = ("n_coords", "complete", "settings_hash", "slide_fingerprint", "slide_path", "slide_mtime_ns")
-_MAX_RECORD = 1 << 20
 _MAX_REASON = 1 << 12
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a slide failed, as stored in `failures/<id>.json`.
-
-    Attributes:
-        tries: how often it has failed.
-        error: the type of the error.
-        reason: its message.
-        host, run, time: where, in which run, and when (UTC) it failed last.
-    """
-
-    tries: int
-    error: str
-    reason: str
-    host: str = ""
-    run: str = ""
-    time: str = ""
-
-    @property
-    def quarantined(self) -> bool:
-        """Whether it is not tried again unless the user asks for it, or the slide file changes."""
-        return self.tries >= MOST_TRIES
 
 
 @dataclass(frozen=True)
@@ -77,9 +51,10 @@ class SlideState:
         patient: as its embedding states it.
         n_patches: patches with an embedding; of an unfinished slide, patches to be encoded; None if not known.
         n_failed: patches that could not be read.
-        holder: the process that claims the slide.
-        heartbeat_s: seconds since the claim was renewed, by the clock of this machine; None if there is no claim.
+        holder: the process that claims the slide, or did until it was killed.
+        heartbeat_s: seconds since the claim was renewed, by the clock of this machine; None unless it is running.
         failure: the last failure, if the slide has not been finished since.
+        quarantined: it has failed so often that it is not tried again by itself.
         weights: of the slide encoder.
         random_weights: whether the embedding has no meaning.
     """
@@ -93,7 +68,8 @@ class SlideState:
     n_failed: int = 0
     holder: Holder | None = None
     heartbeat_s: float | None = None
-    failure: Failure | None = None
+    failure: FailureRecord | None = None
+    quarantined: bool = False
     weights: str = ""
     random_weights: bool = False
 
@@ -176,23 +152,6 @@ def slide_state(out: str | os.PathLike[str], name: str, expected: Expected) -> S
     return _with_claim(out, state)
 
 
-def read_failure(out: str | os.PathLike[str], name: str) -> Failure | None:
-    """The failure record of a slide; None if there is none."""
-    path = Path(out, FAILURES, f"{name}.json")
-    try:
-        with path.open("rb") as file:
-            value = parse_json(file.read(_MAX_RECORD), str(path), DataFileError)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, DataFileError) as exc:
-        return Failure(1, type(exc).__name__, f"the record {path} cannot be read ({exc})")
-    if not isinstance(value, dict):
-        return Failure(1, "", f"the record {path} is no failure record")
-    text = {key: str(value.get(key) or "") for key in ("error", "reason", "host", "run", "time")}
-    tries = value.get("tries")
-    return Failure(tries if isinstance(tries, int) and tries > 0 else 1, **text)
-
-
 def _from_files(
     out: str | os.PathLike[str],
     name: str,
@@ -214,15 +173,17 @@ def _from_files(
         )
     elif partial if partial is not None else bool(partial_files(paths.features)):
         state = replace(state, state="partial")
-    failure = read_failure(out, name)
+    failure = read_failure(Path(out, FAILURES, f"{name}.json"))
     if failure is not None:
-        return replace(state, state="failed", failure=failure, reason=failure.reason)
+        given_up = failure.quarantined and _is_that_file(failure)
+        slide = state.slide or failure.slide
+        return replace(state, state="failed", slide=slide, failure=failure, quarantined=given_up, reason=failure.reason)
     for file in (embedding, patches, found.features):
         if isinstance(file, ExaonePathError):
             return replace(state, state="stale", reason=str(file))
     skipped = _first_line(paths.skipped)
     if skipped and state.state == "new":
-        return replace(state, state="failed", reason=skipped, failure=Failure(1, "SlideSkippedError", skipped))
+        return replace(state, state="failed", reason=skipped)
     return state
 
 
@@ -299,14 +260,12 @@ def _with_claim(out: str | os.PathLike[str], state: SlideState) -> SlideState:
     claim = read_claim(path)
     if claim is None:
         return state
-    written = _mtime_ns(path)
+    holder, written = claim.holder, _mtime_ns(path)
+    if holder is not None and holder.space == process_space() and not is_running(holder.pid, holder.started):
+        reason = f"process {holder.pid} on {holder.host} was killed while it worked on it"
+        return replace(state, holder=holder, reason=state.reason or reason)
     age = None if written is None else max(0.0, time.time() - written / 1e9)
-    holder = claim.holder
-    here = holder is not None and holder.space == process_space()
-    reason = ""
-    if holder is not None and here and not is_running(holder.pid, holder.started):
-        reason = f"process {holder.pid} on {holder.host} does not run any more; another one continues"
-    return replace(state, state="claimed", holder=holder, heartbeat_s=age, reason=reason)
+    return replace(state, state="running", holder=holder, heartbeat_s=age)
 
 
 def _attributes(path: Path, names: tuple[str, ...]) -> dict[str, Any] | ExaonePathError | None:
@@ -323,6 +282,15 @@ def _has_patch_embeddings(path: Path) -> bool:
     with suppress(DataFileError, FileBusyError), open_h5(path) as file:
         return "patch_embedding" in file
     return False
+
+
+def _is_that_file(failure: FailureRecord) -> bool:
+    """Whether the slide file is still the one that failed; a changed one is tried again."""
+    try:
+        status = Path(failure.slide).stat()
+    except (OSError, ValueError):
+        return failure.size < 0
+    return (status.st_size, status.st_mtime_ns) == (failure.size, failure.mtime_ns)
 
 
 def _mtime_ns(path: Path) -> int | None:
