@@ -29,6 +29,7 @@ from exaonepath.slides.cohort.run_options import RunOptions  # noqa: E402
 from exaonepath.slides.encode import encode_slide  # noqa: E402
 from exaonepath.slides.features import reader as reading  # noqa: E402
 from exaonepath.slides.image import SlideImage  # noqa: E402
+from exaonepath.slides.patches import pipeline as patching  # noqa: E402
 from exaonepath.slides.stages import EncodeSettings  # noqa: E402
 from exaonepath.synthetic import make_slide  # noqa: E402
 
@@ -123,7 +124,11 @@ def test_two_processes(benchmark, one_slide, tmp_path, monkeypatch, bound_by):
 
 
 def test_overhead(benchmark, one_slide, tmp_path, monkeypatch):
-    """1,000 small slides in one process: time besides reading and encoding, memory and descriptors; aims 50 ms, 2 %."""
+    """1,000 small slides in one process: time besides reading and encoding, memory and descriptors; aims 50 ms, 2 %.
+
+    Processor time is counted, since other programs on the machine do not change it. Reading is everything that reads
+    the slide: opening it, the comparison of its readers, finding tissue, reading patches.
+    """
     count = int(os.environ.get("COHORT_SLIDES", "1000"))
     slides = many(one_slide, count, tmp_path / "slides")
     run = settings(patching={"step_size": 300, "a_t": 0.1}, num_workers=0)
@@ -132,52 +137,59 @@ def test_overhead(benchmark, one_slide, tmp_path, monkeypatch):
     def timed(name, owner, method):
         original = getattr(owner, method)
 
-        def measured(*arguments):
-            start = time.perf_counter()
+        def measured(*arguments, **others):
+            start = time.thread_time()
             try:
-                return original(*arguments)
+                return original(*arguments, **others)
             finally:
-                spent[name] += time.perf_counter() - start
+                spent[name] += time.thread_time() - start
 
         monkeypatch.setattr(owner, method, measured)
 
     timed("reading", reading.PatchReader, "_read_run")
+    timed("reading", SlideImage, "__init__")
+    timed("reading", patching, "find_tissue")
     timed("encoding", cohort_stand_ins.Colours, "forward")
-    memory, descriptors = [], []
+    memory, descriptors, processor = [], [], []
 
     def run_all() -> None:
         pair = cohort_stand_ins.load("stand-in", CPU)
+        start = time.process_time()
         for i, outcome in enumerate(encode_cohort(slides, tmp_path / "out", pair, run)):
             assert outcome.error is None
-            if i % (count // 20) == 0:
+            if i % max(1, count // 20) == 0:
                 gc.collect()
                 memory.append(resident_bytes())
                 descriptors.append(len(list(Path("/proc/self/fd").iterdir())))
+        processor.append(time.process_time() - start)
 
     benchmark.group = "1,000 small slides"
     benchmark.pedantic(run_all, rounds=1)
-    wall = benchmark.stats.stats.median
-    overhead = 1000 * (wall - spent["reading"] - spent["encoding"]) / count
+    total = 1000 * processor[0] / count
+    overhead = total - 1000 * (spent["reading"] + spent["encoding"]) / count
     settled = memory[len(memory) // 4 :]  # caches and allocators fill up first
     growth = statistics.mean(settled[-3:]) / statistics.mean(settled[:3]) - 1
-    serial = serial_seconds(slides[:40], tmp_path / "serial", run) * 1000
+    serial = 1000 * serial_seconds(slides[:100], tmp_path / "serial", run)
+    wall = 1000 * benchmark.stats.stats.median / count
     benchmark.extra_info.update(
-        ms_a_slide=round(1000 * wall / count, 1), overhead_ms=round(overhead, 1), growth=round(growth, 4),
-        descriptors=f"{descriptors[1]} to {max(descriptors)}", encode_slide_ms=round(serial, 1),
+        overhead_ms=round(overhead, 1), processor_ms=round(total, 1), wall_ms=round(wall, 1),
+        encode_slide_ms=round(serial, 1), growth=round(growth, 4),
+        descriptors=f"{descriptors[1]} to {max(descriptors)}",
     )  # fmt: skip
     print(
-        f"\n{count} slides: {1000 * wall / count:.1f} ms a slide, {overhead:.1f} ms besides reading and encoding "
-        f"(aim 50); encode_slide {serial:.1f} ms; memory {settled[0] >> 20} MB, growth {growth:.2%} (aim 2 %); "
-        f"descriptors {descriptors[1]} to {max(descriptors)}"
+        f"\n{count} slides: {overhead:.1f} ms of processor time a slide besides reading and encoding (aim 50), "
+        f"{total:.1f} ms in all (encode_slide: {serial:.1f} ms); {wall:.1f} ms of wall time; memory "
+        f"{settled[0] >> 20} MB, growth {growth:.2%} (aim 2 %); descriptors {descriptors[1]} to {max(descriptors)}"
     )
 
 
 def serial_seconds(slides: list[CohortSlide], out: Path, run: EncodeSettings) -> float:
+    """Processor time of `encode_slide` for a slide."""
     pair = cohort_stand_ins.load("stand-in", CPU)
-    start = time.perf_counter()
+    start = time.process_time()
     for slide in slides:
         encode_slide(slide.path, out, *pair, **{**cohort_stand_ins.SETTINGS, "patching": dict(run.patching)})
-    return (time.perf_counter() - start) / len(slides)
+    return (time.process_time() - start) / len(slides)
 
 
 def resident_bytes() -> int:

@@ -154,9 +154,10 @@ class SlideStages:
         """Look up what is stored of the features and the embedding; False if no patch is to be encoded."""
         settings = self.settings
         dtype = resolve_dtype(settings.dtype, self._patch_encoder.device)
+        patches = read_patches(self.paths.patches)
         features = feature_identity(
             self.image,
-            read_patches(self.paths.patches),
+            patches,
             preprocessing=settings.preprocessing,
             weights_fingerprint=self._patch_encoder.fingerprint,
             dtype=dtype,
@@ -189,6 +190,7 @@ class SlideStages:
             overwrite=overwrite,
             token=self._token,
             unwanted=self._unwanted,
+            patches=patches,
         )
         return self.extraction.result is None
 

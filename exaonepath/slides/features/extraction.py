@@ -213,6 +213,7 @@ def prepare_extraction(
     overwrite: bool = False,
     token: str = "",
     unwanted: Collection[str] = (),
+    patches: PatchSet | None = None,
 ) -> Extraction:
     """Look up what is stored of a slide's features, and open the partial file; the first step of `extract_features`.
 
@@ -223,6 +224,7 @@ def prepare_extraction(
         token: of this process's claim on the slide, whose owner writes into a partial file of its own and continues
             those of earlier owners; empty: there are no claims, and a process that holds the partial file is an error.
         unwanted: names of partial files of earlier owners that are not continued, only removed.
+        patches: the content of `patches_h5`, if it has just been read.
 
     Raises:
         SlideBusyError: (with a token) a process that makes no claims writes the output.
@@ -232,7 +234,7 @@ def prepare_extraction(
         raise SettingsError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     out = Path(out_h5)
     refuse_input_as_output(out, (slide.path, Path(patches_h5)))
-    patches = read_patches(patches_h5)
+    patches = read_patches(patches_h5) if patches is None else patches
     _check_same_slide(slide, patches, patches_h5)
     identity = feature_identity(
         slide,
