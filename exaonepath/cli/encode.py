@@ -11,6 +11,7 @@ from exaonepath.cli.collect import keep_collected
 from exaonepath.cli.console import note_random, progress_bar, say_result, say_unreadable, status
 from exaonepath.cli.dry_run import dry_run as show_plan
 from exaonepath.cli.guard import EXIT_UNREADABLE, EmptySlides, each
+from exaonepath.cli.job_script import print_sbatch as write_sbatch
 
 if TYPE_CHECKING:
     from exaonepath.encoders.loading import LoadedEncoder
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def encode(
+    context: typer.Context,
     out: options.Out,
     slides: options.Slides = None,
     manifest: options.Manifest = None,
@@ -54,6 +56,7 @@ def encode(
     fail_on_empty: options.FailOnEmpty = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
+    print_sbatch: options.PrintSbatch = False,
     overwrite: options.Overwrite = False,
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
@@ -103,6 +106,9 @@ def encode(
     )
     if not found.slides:
         raise found.problems[0]
+    if print_sbatch:
+        write_sbatch(context, len(found.slides), device)
+        return
     if dry_run:
         show_plan(
             found,

@@ -108,7 +108,7 @@ def _seconds(slides: Sequence[SlideStatus]) -> str:
         seconds = sorted(one.stages[stage].seconds for one in slides if stage in one.stages)
         if seconds:
             median, largest = seconds[len(seconds) // 2], seconds[-1]
-            rows.append((stage, len(seconds), f"{sum(seconds):,.0f}", f"{median:,.1f}", f"{largest:,.1f}"))
+            rows.append((stage, len(seconds), f"{sum(seconds):,.1f}", f"{median:,.1f}", f"{largest:,.1f}"))
     if not rows:
         return ""
     header = ("stage", "slides", "seconds in all", "median", "longest")
@@ -125,7 +125,7 @@ def _running(status: CohortStatus) -> str:
             rows.append((one.state.id, *where, heartbeat))
     if not rows:
         return ""
-    header = ("slide", "host", "process", "job", "since", "last sign of life")
+    header = ("slide", "host", "process", "job", "since", "heartbeat")
     return "<h2>Running</h2>\n" + _table(header, rows)
 
 
