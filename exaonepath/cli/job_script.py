@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 _MOST_TASKS = 8
-_NOT_REPEATED = ("print_sbatch", "dry_run", "json")
+_NOT_REPEATED = ("print_sbatch", "dry_run", "json", "shard")  # the shard follows from the number of the array task
 
 
 def sbatch_script(context: typer.Context, n_slides: int, device: str) -> str:

@@ -20,7 +20,7 @@ from exaonepath.slides.features.preprocessing import PreprocessingConfig
 from exaonepath.slides.image import SlideImage, opened
 from exaonepath.slides.keep import Keep
 from exaonepath.slides.stages import EncodeResult as EncodeResult
-from exaonepath.slides.stages import EncodeSettings, Progress, SlideStages
+from exaonepath.slides.stages import EncodeSettings, Progress, SlideStages, check_tissue_source
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -90,6 +90,7 @@ def encode_slide(
         keep=keep,
         overwrite=overwrite,
     )
+    check_tissue_source(settings.patching)
     if isinstance(patch_encoder, str):
         patch_encoder = load_patch_encoder(patch_encoder, device="auto")
     if isinstance(slide_encoder, str):

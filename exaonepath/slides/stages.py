@@ -274,6 +274,15 @@ def why_no_patch(patches_path: str | os.PathLike[str]) -> str:
     return (patches.outcome and patches.outcome.no_patch) or "the reason is not stored (made by an earlier version)"
 
 
+def check_tissue_source(patching: Mapping[str, Any]) -> None:
+    """Check those arguments of `patchfy` that say where the tissue of a slide comes from.
+
+    Raises:
+        SettingsError, MaskError: see `check_source`.
+    """
+    check_source(**{name: value for name, value in patching.items() if name in _SOURCES})
+
+
 def checked_patching(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `patchfy`, checked; without step_size, patches are adjacent.
 
@@ -284,7 +293,6 @@ def checked_patching(arguments: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(arguments) - known)
     if unknown:
         raise SettingsError(f"patching: {', '.join(unknown)} cannot be set here; known: {', '.join(sorted(known))}")
-    check_source(**{name: value for name, value in arguments.items() if name in _SOURCES})
     if "patch_size" in arguments and "step_size" not in arguments:
         return {**arguments, "step_size": arguments["patch_size"]}
     return dict(arguments)

@@ -60,6 +60,13 @@ def test_names_that_look_like_options_and_a_cpu(run, slides, tmp_path, monkeypat
     assert arguments_of(done.stdout, tmp_path)[-3:] == ["--", "-c.svs", "a.svs"]
 
 
+def test_no_device_is_needed_to_print_it(run, slides, tmp_path):
+    done = run("encode", slides, "--out", tmp_path / "o", "--device", "cuda:63", "--shard", "2/4", "--print-sbatch")
+    assert done.exit_code == 0, done.stderr
+    assert "--device cuda:63" in done.stdout
+    assert "--shard" not in done.stdout
+
+
 def test_wrong_inputs_are_found_before_the_job_is_submitted(run, tmp_path):
     done = run("encode", tmp_path / "gone.svs", "--out", tmp_path / "o", "--print-sbatch")
     assert done.exit_code == 1
