@@ -75,7 +75,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages(include=["exaonepath", "exaonepath.*"]), "exaonepath.kernels"],
     package_dir={"exaonepath.kernels": "kernels"},
-    package_data={"": ["*.pyi"], "exaonepath": ["py.typed"]},
+    package_data={"": ["*.pyi"], "exaonepath": ["py.typed"], "exaonepath.viewer": ["page/*", "page/vendor/*"]},
     ext_modules=[Extension("exaonepath._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -18,6 +18,7 @@ from exaonepath.cli.patch import patch
 from exaonepath.cli.slide import slide
 from exaonepath.cli.status import status
 from exaonepath.cli.train import train
+from exaonepath.cli.view import view
 from exaonepath.version import __version__
 
 app = typer.Typer(
@@ -48,5 +49,5 @@ def _root(
     """Whole-slide pathology images to slide embeddings."""
 
 
-for command in (encode, patch, features, slide, status, collect, doctor, demo, train, evaluate, ablate):
+for command in (encode, patch, features, slide, status, collect, view, doctor, demo, train, evaluate, ablate):
     app.command()(guarded(command))

@@ -190,7 +190,7 @@ def encode(
         report = CohortReport(len(ordered), found.problems, EmptySlides(fail_on_empty, quiet), verbose, quiet, bars)
         for outcome in outcomes:
             report.add(outcome)
-    keep_collected(out, found.slides)
+    keep_collected(out, ordered)
     code = report.exit_code()
     if code:
         raise typer.Exit(code)
