@@ -130,8 +130,9 @@ def read_table(path: Path) -> Any:
     """
     arrow = require_pyarrow()
     try:
-        # One thread: the file is small, and a process of a cluster job has few cores.
-        table = arrow.parquet.read_table(path, use_threads=False)
+        # From an open file: pyarrow would look for a meaning in parts of a path. One thread: a job has few cores.
+        with path.open("rb") as file:
+            table = arrow.parquet.ParquetFile(file).read(use_threads=False)
         stated = json.loads((table.schema.metadata or {}).get(_MARK, b"null"))
     except FileNotFoundError as exc:
         raise DataFileError(f"{path}: no such file") from exc

@@ -157,6 +157,24 @@ def test_slides_that_cannot_be_opened_are_rows(plan, run, slide, tmp_path):
     assert "are free" in done.stderr
 
 
+def test_any_error_of_a_slide_is_its_row(plan, slide, tmp_path, monkeypatch):
+    from exaonepath.slides.image import SlideImage
+
+    class Odd(Exception):
+        pass
+
+    def broken(self):
+        raise Odd("a library's own")
+
+    other = tmp_path / "two.svs"
+    other.write_bytes(slide.read_bytes())
+    real = SlideImage.fingerprint
+    monkeypatch.setattr(SlideImage, "fingerprint", lambda self: broken(self) if self.name == "one" else real(self))
+    one, two = plan(slide, other, status=1)["slides"]
+    assert "unexpected Odd: a library's own" in one["error"]
+    assert two["state"] == "new"
+
+
 def test_a_flat_slide_is_counted_by_its_area(plan, tmp_path, monkeypatch):
     from exaonepath.slides.cohort import plan as module
 

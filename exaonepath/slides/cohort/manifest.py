@@ -253,7 +253,8 @@ def _parquet_rows(path: Path, problems: list[str]) -> tuple[list[str], Iterator[
             f"{path} is a Parquet file, which needs pyarrow: pip install 'exaonepath[cohort]', or save it as CSV"
         ) from exc
     try:
-        table = pyarrow.parquet.read_table(path)
+        with path.open("rb") as file:  # pyarrow would look for a meaning in parts of a path
+            table = pyarrow.parquet.ParquetFile(file).read(use_threads=False)
         columns = [column.to_pylist() for column in table.columns]
     except (pyarrow.ArrowException, OSError, ValueError) as exc:
         raise SlideListError(f"the manifest {path} cannot be read:", [" ".join(str(exc).split())]) from exc

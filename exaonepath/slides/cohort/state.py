@@ -149,6 +149,8 @@ def slide_state(out: str | os.PathLike[str], name: str, expected: Expected) -> S
         reason = _why_stale(found, expected, finished=state.state != "partial")
         if reason:
             state = replace(state, state="stale", reason=reason)
+        elif state.state == "finished" and state.n_failed:
+            state = replace(state, reason=f"{state.n_failed} patches could not be read; they are tried again")
     return _with_claim(out, state)
 
 
