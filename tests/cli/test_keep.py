@@ -169,6 +169,17 @@ def test_embeddings_are_those_of_the_stored_features(encode, slide_encoder, tmp_
     assert read_embedding(paths.embedding).attrs["feature_dtype"] == "float16"
 
 
+def test_the_features_stage_alone_stores_them_too(encode, run, slide, tmp_path):
+    _, paths = encode("--feature-dtype", "float16")
+    alone = tmp_path / "alone.h5"
+    arguments = ("--out", alone, "--weights", "random:0", "--feature-dtype", "float16")
+    assert run("features", slide, paths.patches, *arguments).exit_code == 0
+    with h5py.File(alone) as one, h5py.File(paths.features) as two:
+        assert one["features"].dtype == two["features"].dtype == np.dtype("<f2")
+        assert np.array_equal(one["features"], two["features"])
+        assert one.attrs["settings_hash"] == two.attrs["settings_hash"]
+
+
 @pytest.mark.parametrize("wrong", [("--keep", "nothing"), ("--feature-dtype", "float64")])
 def test_wrong_values_are_refused_before_anything_is_done(encode, tmp_path, wrong):
     done, _ = encode(*wrong, status=1)

@@ -77,6 +77,8 @@ def content(folder: Path) -> dict:
     found: dict = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
+        if path.parent.name == "runs":  # run logs are named by time and process
+            continue
         if path.is_dir():
             found[name] = "folder"
         elif path.suffix == ".h5":
