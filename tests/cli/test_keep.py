@@ -132,6 +132,16 @@ def test_embeddings_of_earlier_versions_can_be_reduced(encode, never, monkeypatc
     assert "already there" in encode()[0].stdout
 
 
+@pytest.mark.parametrize("arguments", [(), ("--keep", "slide")])
+def test_what_a_killed_overwriting_run_left_is_removed(encode, arguments):
+    _, paths = encode("--keep", "slide")
+    left = [paths.features.with_name(f".{paths.features.name}.{token}part") for token in ("", "0123456789abcdef.")]
+    for path in left:
+        path.write_bytes(b"{}\n")
+    assert "already there" in encode(*arguments)[0].stdout
+    assert not [path for path in left if path.exists()]
+
+
 def test_features_of_other_settings_are_not_removed(encode, tmp_path):
     _, paths = encode("--keep", "slide")
     _, other = encode("--resize", "224", out="other")
