@@ -76,6 +76,8 @@ def encode(
     Several processes, on several machines, may work on one output folder: each slide is done by one of them.
     Example: exaonepath encode slides/ --out results --devices all
     """
+    if json and not dry_run:
+        raise typer.BadParameter("--json is about --dry-run; `exaonepath status OUT --json` tells what was done")
     found = options.inputs(slides, manifest, recursive, quiet)
     if not found.slides:
         raise found.problems[0]

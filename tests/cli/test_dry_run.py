@@ -48,6 +48,13 @@ def on_disk(folder, name):
     return sum(path.stat().st_size for path in vars(output_paths(folder, name)).values() if path.exists())
 
 
+def test_json_is_about_the_dry_run(run, slide, tmp_path):
+    done = run("encode", slide, "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 2
+    assert "--dry-run" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_written(plan, slide, tmp_path):
     (one,) = plan(slide)["slides"]
     assert (one["id"], one["width"], one["height"], one["state"]) == ("one", 2500, 2000, "new")

@@ -112,9 +112,10 @@ def _slide(folder: Path, where: str, row: Mapping[str, str], problems: list[str]
         problems.append(f"{where}: the slide is not given")
     path = folder / text
     if text:
-        missing = _why_no_slide(path)
-        if missing:
-            problems.append(f"{where}: {path} {missing}")
+        try:
+            path = _existing(path)
+        except SlideOpenError as exc:
+            problems.append(f"{where}: {exc}")
     name = values.get("id") or slide_id(Path(text))
     if text or "id" in values:
         reason = why_not_an_id(name)
@@ -135,17 +136,26 @@ def _slide(folder: Path, where: str, row: Mapping[str, str], problems: list[str]
     return CohortSlide(path, name, values.get("patient"), mpp, mask, weights)
 
 
-def _why_no_slide(path: Path) -> str:
+def _existing(path: Path) -> Path:
+    """The slide file at a path: the path itself, or the file to open of the DICOM slide in a folder.
+
+    Raises:
+        SlideOpenError: there is none.
+    """
     try:
         if path.is_dir():
-            return "" if dicom_slide_in(path) else "is a folder, and holds no DICOM slide; name a file"
+            found = dicom_slide_in(path)
+            if found is None:
+                raise SlideOpenError(f"{path} is a folder, and holds no DICOM slide; name a file")
+            return found
         if path.exists():
-            return ""
-        return "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
-    except PermissionError:
-        return "may not be read (permission denied)"
-    except (OSError, ValueError, SlideOpenError) as exc:  # ValueError: a null character
-        return f"cannot be used ({exc})"
+            return path
+        link = path.is_symlink()
+    except PermissionError as exc:
+        raise SlideOpenError(f"{path} may not be read (permission denied)") from exc
+    except (OSError, ValueError) as exc:  # ValueError: a null character
+        raise SlideOpenError(f"{path} cannot be used ({exc})") from exc
+    raise SlideOpenError(f"{path} is a link to a file that does not exist" if link else f"{path} does not exist")
 
 
 def _is_file(path: Path) -> bool:
