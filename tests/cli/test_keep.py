@@ -119,6 +119,29 @@ def test_reducing_and_restoring(encode, never, tmp_path):
     assert np.array_equal(read_embedding(paths.embedding).patch_embedding, everything.patch_embedding)
 
 
+@pytest.mark.parametrize("function", ["embed_features_file", "remove_features", "remove_patch_embeddings"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_that_ends_at_any_step_is_completed_by_the_next(encode, monkeypatch, function, when):
+    expected = read_slide_embedding(encode("--keep", "slide", out="undisturbed")[1].embedding)[0]
+    encode("--keep", "features")
+    real = getattr(stages, function)
+
+    def interrupted(*arguments, **options):
+        if when == "after":
+            real(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as once:
+        once.setattr(stages, function, interrupted)
+        # The embedding is finished, so that only --overwrite computes it again.
+        overwrite = ("--overwrite",) if function == "embed_features_file" else ()
+        encode("--keep", "slide", *overwrite, status=130)
+    _, paths = encode("--keep", "slide")
+    assert np.array_equal(read_slide_embedding(paths.embedding)[0], expected)
+    assert sorted(path.name for path in paths.patches.parent.iterdir()) == ["one.h5"]
+    assert [path.name for path in paths.embedding.parent.iterdir()] == ["one.h5"]
+
+
 def test_embeddings_of_earlier_versions_can_be_reduced(encode, never, monkeypatch):
     """They do not state what their features were made from: the statement is added before the features are removed."""
     from exaonepath.slides import embed

@@ -35,7 +35,7 @@ from exaonepath.slides.outputs import OutputPaths, output_paths
 State = Literal["new", "partial", "running", "failed", "stale", "finished", "empty"]
 
 CLAIMS, FAILURES = "claims", "failures"
-_PATCHES_ATTRIBUTES = ("n_coords", "complete", "settings_hash", "slide_fingerprint", "slide_path", "slide_mtime_ns")
+_PATCHES_ATTRIBUTES = ("n_coords", "no_patch", "settings_hash", "slide_fingerprint", "slide_path", "slide_mtime_ns")
 _MAX_REASON = 1 << 12
 
 
@@ -167,6 +167,9 @@ def _from_files(
     state = SlideState(name)
     if isinstance(embedding, dict):
         state = _of_embedding(name, embedding)
+        if state.state == "empty":
+            stored = patches if patches is not None else _attributes(paths.patches, _PATCHES_ATTRIBUTES)
+            state = replace(state, reason=str(stored.get("no_patch", "")) if isinstance(stored, dict) else "")
         if state.state != "partial":
             return _unless_changed(paths, state, embedding, slide_is_open)
     if isinstance(patches, dict):
