@@ -51,6 +51,8 @@ class LocalEngine:
         context: see `WorkContext`.
         source: the slides.
         progress: called with (slide, patches done, total) from the calling thread.
+        finished: called with each outcome but busy ones, from a thread of the engine, as soon as it is known: also of a
+            slide that is finished while the run is being interrupted.
         observe: called with each slide after its patches were encoded (for measurements).
     """
 
@@ -59,10 +61,11 @@ class LocalEngine:
         context: WorkContext,
         source: Source,
         progress: SlideProgress | None = None,
+        finished: Callable[[SlideOutcome], None] = lambda outcome: None,
         observe: Callable[[Job], None] = lambda job: None,
     ) -> None:
         self._context, self._source = context, source
-        self._progress, self._observe = progress, observe
+        self._progress, self._finished, self._observe = progress, finished, observe
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._to_finish: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._room_ahead, self._room_behind = threading.Semaphore(1), threading.Semaphore(_FINISHING)
@@ -142,6 +145,7 @@ class LocalEngine:
                 if outcome.outcome == "busy":
                     self._source.busy(job.task)
                 else:
+                    self._finished(outcome)
                     self._source.done(job.task, outcome)
                 self._room_behind.release()
                 self._events.put(outcome)

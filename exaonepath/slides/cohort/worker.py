@@ -136,10 +136,9 @@ def _work(source: PipeSource, config: WorkerConfig) -> None:
         devices=(config.device,),
     )
     status = RunStatus()
-    engine = LocalEngine(context, source, source.progress).run()
+    engine = LocalEngine(context, source, source.progress, log.add).run()
     try:
         for outcome in engine:
-            log.add(outcome)
             status.add(outcome)
         status.ended = True
     finally:

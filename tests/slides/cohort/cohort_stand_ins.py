@@ -23,6 +23,7 @@ import torch
 from exaonepath.encoders.configuration import ExaonePathSlideEncoderConfig
 from exaonepath.encoders.loading import LoadedEncoder, randomize, weights_fingerprint
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
+from exaonepath.errors import WeightsError
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.encoders import EncoderPair
 from exaonepath.slides.cohort.run import RunOptions, RunStatus, encode_cohort
@@ -50,7 +51,7 @@ class Colours(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert not self.training
         self.batches.append(len(x))
-        if self.die_at and sum(self.batches) >= self.die_at:
+        if len(x) > 1 and self.die_at and sum(self.batches) >= self.die_at:  # of one image: asked for the width
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.seconds)
         return torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1) @ self.mix
@@ -69,6 +70,24 @@ def load(weights: str, device: torch.device) -> EncoderPair:
     return EncoderPair(patch, _slide_encoder(weights))
 
 
+def deadly(weights: str, device: torch.device) -> EncoderPair:
+    """Stand-ins whose first batch kills the process."""
+    pair = load(weights, device)
+    pair.patch.model.die_at = 1
+    return pair
+
+
+def no_weights(weights: str, device: torch.device) -> EncoderPair:
+    """Weights that cannot be loaded."""
+    raise WeightsError(f"no such weights: {weights}")
+
+
+def dies_while_loading(weights: str, device: torch.device) -> EncoderPair:
+    """A process that is killed before its encoders are loaded."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
 def results(out: Path) -> dict[str, bytes]:
     """The results in an output folder, and whatever else lies with them."""
     return {
@@ -79,10 +98,10 @@ def results(out: Path) -> dict[str, bytes]:
     }
 
 
-def main() -> int:
-    """Encode slides with the stand-ins."""
+def main(arguments: list[str]) -> int:
+    """Encode slides with the stand-ins; returns the exit status."""
     torch.set_num_threads(1)
-    out, *paths = sys.argv[1:]
+    out, *paths = arguments
     slides = [CohortSlide(Path(path), Path(path).stem) for path in paths]
     options = RunOptions(poll=(0.05, 0.2), stale_after=float(os.environ.get("STAND_IN_STALE_AFTER", "120")))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -101,4 +120,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
