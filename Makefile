@@ -34,8 +34,8 @@ bench: $(INSTALLED)
 
 # The documentation site, in site/index.html; a broken link or a public name without documentation is an error.
 docs: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27"
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27" "mkdocs-jupyter>=0.25"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # One picture a question, from whatever bench/results/ holds.
 plots: $(INSTALLED)
