@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Protocol
 
+import torch
+
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.job import Job, WorkContext
 from exaonepath.slides.cohort.outcome import SlideOutcome
@@ -119,8 +121,15 @@ class LocalEngine:
         job.encode(None if progress is None else lambda done, total: progress(slide, done, total))
         self._observe(job)
 
+    def _choose_device(self) -> None:
+        """The current device of CUDA belongs to a thread; some kernels run on it, whatever device their data are on."""
+        device = self._context.encoders.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
     def _prepare_all(self) -> None:
         try:
+            self._choose_device()
             while True:
                 # At most one slide is prepared or waits: more would hold memory for images that nobody needs yet.
                 self._room_ahead.acquire()
@@ -137,6 +146,7 @@ class LocalEngine:
 
     def _finish_all(self) -> None:
         try:
+            self._choose_device()
             while (job := self._to_finish.get()) is not None:
                 if self._stopped.is_set():
                     break

@@ -20,6 +20,7 @@ from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.run_log import read_run_log
 from exaonepath.slides.cohort.run_options import RunOptions
 from exaonepath.slides.cohort.scheduler import parse_shard
+from exaonepath.slides.cohort.worker import only_visible
 from exaonepath.slides.cohort.worker_devices import worker_devices
 from exaonepath.slides.cohort.workers import encode_with_workers, in_order
 from exaonepath.slides.stages import EncodeSettings
@@ -170,3 +171,20 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert worker_devices("all") == ["cuda:0", "cuda:1"]
     assert worker_devices("all", jobs=2) == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
+
+
+@pytest.mark.parametrize(
+    ("device", "before", "after"),
+    [
+        ("cuda:1", None, "1"),
+        ("cuda", None, "0"),
+        ("cuda:1", "4, 7", "7"),
+        ("cuda:0", "GPU-1a,GPU-2b", "GPU-1a"),
+        ("cuda:3", "", "3"),
+    ],
+)
+def test_a_worker_sees_its_device_only(device, before, after):
+    environment = {} if before is None else {"CUDA_VISIBLE_DEVICES": before}
+    assert only_visible(device, environment) == torch.device("cuda:0")
+    assert environment == {"CUDA_VISIBLE_DEVICES": after}
+    assert only_visible("cpu", environment) == torch.device("cpu")
