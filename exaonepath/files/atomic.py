@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 
 from exaonepath.errors import ExaonePathError, OutputError
+from exaonepath.files.processes import is_running
 from exaonepath.files.signals import signals_held
 
 try:
@@ -236,7 +237,7 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
         left = folder / entry
         try:
             if match[2] == _process_space():
-                abandoned = not _is_running(int(match[3]))
+                abandoned = not is_running(int(match[3]))
             else:
                 abandoned = time.time() - left.lstat().st_mtime > _ABANDONED_S
             if abandoned:
@@ -314,16 +315,6 @@ def _process_space() -> str:
     except OSError:
         namespace = 0
     return hashlib.sha256(f"{socket.gethostname()}:{namespace}".encode()).hexdigest()[:8]
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
 
 
 def _set_aside(path: Path) -> Path:

@@ -43,6 +43,7 @@ ATTRIBUTES = (
     "feature_dtype",
     "patches_settings_hash",
     "patient",
+    "request",
     "complete",
 )
 

@@ -94,6 +94,7 @@ def embed_features_file(
     max_memory: int | str | None = None,
     patch_embeddings: bool | None = None,
     patient: str | None = None,
+    request: str | None = None,
     overwrite: bool = False,
 ) -> tuple[Path, bool]:
     """Embed a features file into an embedding file; a finished file of the same features and weights is left unchanged.
@@ -105,6 +106,7 @@ def embed_features_file(
         patch_embeddings: whether the file has the embedding of each patch, 6 kB each. If False, they are removed from a
             finished file; if True, a file without them is made again; None: a new file has them.
         patient: the patient whom the slide is of; stored.
+        request: hash of what was asked for, of all stages; stored. Only a hint: it does not decide about reuse.
         overwrite: compute again, even if a finished file exists.
 
     Returns:
@@ -148,6 +150,7 @@ def embed_features_file(
         "exaonepath_version": __version__,
         **inputs,
         **({} if patient is None else {"patient": patient}),
+        **({} if request is None else {"request": request}),
     }
     attrs |= {name: features.attrs[name] for name in (*_SLIDE, "reader") if name in features.attrs}
     write_embedding(out, embedding, attrs)

@@ -6,6 +6,7 @@ slide t - 1 is finished; the files are the same, bit for bit.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,7 @@ from exaonepath.encoders.memory_plan import parse_memory
 from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.errors import SettingsError
+from exaonepath.files.artifact import settings_hash
 from exaonepath.files.patches import read_patches
 from exaonepath.slides.embed import embed_features_file, finished_embedding, remove_patch_embeddings
 from exaonepath.slides.features.batch_size import check_batch_size
@@ -39,6 +41,7 @@ from exaonepath.slides.outputs import OutputPaths, output_paths
 from exaonepath.slides.patches.pipeline import PatchSettings, patchfy
 from exaonepath.slides.patches.settings import SegmentationSettings
 from exaonepath.slides.patches.tissue import check_source
+from exaonepath.version import __version__
 
 Progress = Callable[[int, int], None]
 
@@ -123,6 +126,7 @@ class SlideStages:
 
     Attributes:
         paths: the files of the slide.
+        request: see `request_hash`.
         extraction: the extraction of the features, after `prepare`; None if not even the features are needed.
     """
 
@@ -146,6 +150,7 @@ class SlideStages:
         self._out, self._patient, self._token, self._unwanted = out, patient, token, unwanted
         self._patch_encoder, self._slide_encoder, self._check = patch_encoder, slide_encoder, check
         self._overwrite = (lambda path: settings.overwrite) if overwrite is None else overwrite
+        self.request = request_hash(settings, patch_encoder, slide_encoder, patient)
         self._finished: EncodeResult | None = None
         self._features_key = ""
         self._extracted: ExtractionResult | None = None
@@ -245,6 +250,7 @@ class SlideStages:
             max_memory=settings.max_memory,
             patch_embeddings=wants_patch_embeddings(settings.keep),
             patient=self._patient,
+            request=self.request,
             overwrite=self._overwrite(paths.embedding),
         )
         self.image.check_unchanged()
@@ -273,6 +279,44 @@ class SlideStages:
             reused,
             no_patch,
         )
+
+
+def request_hash(
+    settings: EncodeSettings, patch_encoder: LoadedEncoder[Any], slide_encoder: LoadedEncoder[Any], patient: str | None
+) -> str:
+    """Hash of what is asked for of a slide, without looking at the slide: equal hashes and slides give equal results.
+
+    Files of regions count by their names, so that it shows only that a result was made by the same run, in effect.
+    """
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(patchfy).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    patching = {**defaults, **settings.patching}
+    if patching["save_contours"] is None:
+        patching["save_contours"] = True
+    values = {
+        "patching": {name: _plain(value) for name, value in sorted(patching.items())},
+        "preprocessing": settings.preprocessing.to_dict(),
+        "dtypes": [str(resolve_dtype(settings.dtype, encoder.device)) for encoder in (patch_encoder, slide_encoder)],
+        "weights": [patch_encoder.fingerprint, slide_encoder.fingerprint],
+        "reader": settings.reader,
+        "feature_dtype": settings.feature_dtype,
+        "keep": settings.keep,
+        "patient": patient,
+        "version": __version__,
+    }
+    return settings_hash(values)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as plain JSON; an empty one and its absence are the same."""
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value) or None
+    if isinstance(value, Iterable):
+        return [str(item) for item in value] or None
+    return value if value is None or isinstance(value, bool) else float(value)
 
 
 def why_no_patch(patches_path: str | os.PathLike[str]) -> str:

@@ -27,6 +27,7 @@ from exaonepath.errors import (
 from exaonepath.slides.cohort.device_gate import DeviceGate
 from exaonepath.slides.cohort.encoders import Encoders
 from exaonepath.slides.cohort.failures import Failures
+from exaonepath.slides.cohort.finished_since import FinishedSince
 from exaonepath.slides.cohort.lease import Lease, Leases
 from exaonepath.slides.cohort.local_copies import LocalCopies
 from exaonepath.slides.cohort.outcome import FailedBeforeError, Outcome, SlideOutcome, StageName, StageRecord
@@ -36,7 +37,8 @@ from exaonepath.slides.cohort.schedule import Task
 from exaonepath.slides.cohort.slide_settings import patching_of
 from exaonepath.slides.features.encoding import HalvingEncoder
 from exaonepath.slides.image import SlideImage
-from exaonepath.slides.stages import EncodeResult, EncodeSettings, Progress, SlideStages
+from exaonepath.slides.outputs import output_paths
+from exaonepath.slides.stages import EncodeResult, EncodeSettings, Progress, SlideStages, request_hash
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class WorkContext:
         failures: records of slides that failed.
         leases: the claims; None: no other process works on the folder.
         overwriting: which results are computed again.
+        finished: recognises slides that another process has finished meanwhile; None: they are verified.
         copies: local copies of slides; None: slides are read where they are.
         gate: lets the slide encoder have the device's memory for itself.
         read_ahead_bytes: see `READ_AHEAD_BYTES`.
@@ -68,6 +71,7 @@ class WorkContext:
     failures: Failures
     leases: Leases | None = None
     overwriting: Overwriting = field(default_factory=Overwriting)
+    finished: FinishedSince | None = None
     copies: LocalCopies | None = None
     gate: DeviceGate = field(default_factory=DeviceGate)
     read_ahead_bytes: int = READ_AHEAD_BYTES
@@ -100,6 +104,7 @@ class Job:
         self._batches: ReadAhead | None = None
         self._encoder: HalvingEncoder | None = None
         self._preparing = 0.0
+        self._found: EncodeResult | None = None
 
     def prepare(self) -> None:
         """Claim and open the slide, find its patches, look up what is stored, and begin to read."""
@@ -143,6 +148,13 @@ class Job:
         context.failures.check(slide)
         begin = time.monotonic()
         settings = replace(context.settings, patching=patching_of(slide, context.settings.patching))
+        pair = context.encoders.pair(slide.weights)
+        if context.finished is not None:
+            request = request_hash(settings, pair.patch, pair.slide, slide.patient)
+            paths = output_paths(context.out, slide.id)
+            self._found = context.finished.result(slide.path, slide.id, paths, request)
+            if self._found is not None:
+                return
         copy = None
         if context.copies is not None:
             copy = context.copies.copy(slide.path, slide.id)
@@ -155,7 +167,6 @@ class Job:
             None if copy is None else slide.path,
         )
         self._image = self._stack.enter_context(image)
-        pair = context.encoders.pair(slide.weights)
         stages = SlideStages(
             image,
             context.out,
@@ -185,6 +196,8 @@ class Job:
         self._preparing = time.monotonic() - begin
 
     def _finish(self) -> EncodeResult:
+        if self._found is not None:
+            return self._found
         stages = self._stages
         assert stages is not None
         begin = time.monotonic()

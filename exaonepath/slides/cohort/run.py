@@ -18,6 +18,7 @@ from exaonepath.errors import SlideOpenError
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.encoders import EncoderPair, Encoders, LoadEncoders, load_encoders
 from exaonepath.slides.cohort.failures import Failures
+from exaonepath.slides.cohort.finished_since import FinishedSince
 from exaonepath.slides.cohort.inputs import cohort_inputs
 from exaonepath.slides.cohort.job import Job, WorkContext, settings_key
 from exaonepath.slides.cohort.local import LocalEngine, SlideProgress
@@ -154,6 +155,7 @@ def encode_cohort(
             ),
             leases,
             note_existing(root, (slide.id for slide in slides), settings.overwrite),
+            None if leases is None else FinishedSince(root, (slide.id for slide in slides)),
             copies,
             read_ahead_bytes=options.read_ahead_bytes,
         )

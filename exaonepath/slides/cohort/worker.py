@@ -24,6 +24,7 @@ import torch
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.encoders import Encoders, LoadEncoders
 from exaonepath.slides.cohort.failures import FailureRecord, Failures
+from exaonepath.slides.cohort.finished_since import FinishedSince
 from exaonepath.slides.cohort.job import WorkContext
 from exaonepath.slides.cohort.lease import Leases
 from exaonepath.slides.cohort.local import LocalEngine
@@ -56,6 +57,7 @@ class WorkerConfig:
         key: hash of the settings, for failure records.
         known_failures: failure records at the start of the run.
         overwriting: results at the start of the run.
+        finished: embeddings at the start of the run.
         claims: whether slides are claimed; not if the folder is read-only and everything is finished.
         initialize: called first in the process (sets up logging).
         arguments: of the run, for its log.
@@ -73,6 +75,7 @@ class WorkerConfig:
     key: str
     known_failures: dict[str, FailureRecord] = field(default_factory=dict)
     overwriting: Overwriting = field(default_factory=Overwriting)
+    finished: FinishedSince | None = None
     claims: bool = True
     initialize: Callable[[], None] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -121,6 +124,7 @@ def _work(source: PipeSource, config: WorkerConfig) -> None:
         ),
         leases,
         config.overwriting,
+        config.finished,
         copies,
         read_ahead_bytes=options.read_ahead_bytes,
     )

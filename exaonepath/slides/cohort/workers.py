@@ -30,6 +30,7 @@ from exaonepath.processors import usable_processors
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.encoders import LoadEncoders, load_encoders
 from exaonepath.slides.cohort.failures import Failures
+from exaonepath.slides.cohort.finished_since import FinishedSince
 from exaonepath.slides.cohort.job import settings_key
 from exaonepath.slides.cohort.local import SlideProgress
 from exaonepath.slides.cohort.outcome import SlideOutcome
@@ -137,6 +138,7 @@ class _WorkersRun:
             key,
             self._failures.known,
             note_existing(out, self._slides, settings.overwrite),
+            None if self._leases is None else FinishedSince(out, self._slides),
             self._leases is not None,
             initialize,
             dict(arguments or {}),

@@ -419,3 +419,67 @@ def test_a_shard_begins_elsewhere_and_does_everything(run, tmp_path, reference):
     outcomes = run(options=RunOptions(shard=parse_shard("2/2")))
     assert [outcome.slide.id for outcome in outcomes] == list("cdab")
     assert results(tmp_path / "out") == reference
+
+
+class TestFinishedMeanwhile:
+    """Slides that another process finished since this one began: not verified again, if they are what is wanted."""
+
+    @pytest.fixture
+    def other_finishes_d(self, run, tmp_path, slides):
+        """A progress function: while this process encodes a, another one finishes d (with these settings)."""
+
+        def make(**changes):
+            run(slides[3:], out="other", **changes)
+
+            def progress(slide, done, total):
+                if slide.id == "a" and not done:
+                    for path in sorted((tmp_path / "other").rglob("d*.*")):
+                        if path.parent.name in ("patches", "embeddings", "masks", "contours"):
+                            target = tmp_path / "out" / path.relative_to(tmp_path / "other")
+                            target.parent.mkdir(parents=True, exist_ok=True)
+                            path.replace(target)
+
+            return progress
+
+        return make
+
+    @pytest.fixture
+    def opened_slides(self, monkeypatch):
+        found, find = [], SlideStages.find_patches
+        monkeypatch.setattr(SlideStages, "find_patches", lambda self: (found.append(self.image.name), find(self))[1])
+        return found
+
+    def test_the_slide_is_not_opened(self, run, tmp_path, other_finishes_d, opened_slides, reference):
+        progress = other_finishes_d()
+        opened_slides.clear()
+        outcomes = run(progress=progress)
+        assert kinds(outcomes) == {"a": "finished", "b": "finished", "c": "empty", "d": "reused"}
+        assert opened_slides == ["a", "b", "c"]
+        assert outcomes[3].result.n_patches == len(read_features(tmp_path / "out/patches/d_features.h5").features)
+        assert results(tmp_path / "out") == reference
+
+    @pytest.mark.parametrize("change", ["settings", "slide", "damaged"])
+    def test_what_is_not_wanted_is_made_again(self, run, tmp_path, other_finishes_d, opened_slides, slides, change):
+        own = tmp_path / "d.svs"
+        own.write_bytes(slides[3].path.read_bytes())
+        slides[3] = replace(slides[3], path=own)
+        progress = other_finishes_d(**({"feature_dtype": "float16"} if change == "settings" else {}))
+        opened_slides.clear()
+
+        def also(slide, done, total):
+            progress(slide, done, total)
+            path = tmp_path / "out" / "embeddings" / "d.h5"
+            if change == "slide":
+                own.touch()
+            if change == "damaged" and slide.id == "a" and not done:
+                path.write_bytes(path.read_bytes()[:-500])
+
+        outcomes = run(slides, progress=also)
+        assert opened_slides == list("abcd")
+        assert kinds(outcomes)["d"] == {"slide": "reused"}.get(change, "finished")
+
+    def test_what_lay_there_before_is_verified(self, run, opened_slides):
+        run()
+        opened_slides.clear()
+        assert set(kinds(run()).values()) == {"reused"}
+        assert opened_slides == list("abcd")
