@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Protocol
 
+import torch
+
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.job import Job, WorkContext
 from exaonepath.slides.cohort.outcome import SlideOutcome
@@ -51,6 +53,8 @@ class LocalEngine:
         context: see `WorkContext`.
         source: the slides.
         progress: called with (slide, patches done, total) from the calling thread.
+        finished: called with each outcome but busy ones, from a thread of the engine, as soon as it is known: also of a
+            slide that is finished while the run is being interrupted.
         observe: called with each slide after its patches were encoded (for measurements).
     """
 
@@ -59,10 +63,11 @@ class LocalEngine:
         context: WorkContext,
         source: Source,
         progress: SlideProgress | None = None,
+        finished: Callable[[SlideOutcome], None] = lambda outcome: None,
         observe: Callable[[Job], None] = lambda job: None,
     ) -> None:
         self._context, self._source = context, source
-        self._progress, self._observe = progress, observe
+        self._progress, self._finished, self._observe = progress, finished, observe
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._to_finish: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._room_ahead, self._room_behind = threading.Semaphore(1), threading.Semaphore(_FINISHING)
@@ -116,8 +121,15 @@ class LocalEngine:
         job.encode(None if progress is None else lambda done, total: progress(slide, done, total))
         self._observe(job)
 
+    def _choose_device(self) -> None:
+        """The current device of CUDA belongs to a thread; some kernels run on it, whatever device their data are on."""
+        device = self._context.encoders.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
     def _prepare_all(self) -> None:
         try:
+            self._choose_device()
             while True:
                 # At most one slide is prepared or waits: more would hold memory for images that nobody needs yet.
                 self._room_ahead.acquire()
@@ -134,6 +146,7 @@ class LocalEngine:
 
     def _finish_all(self) -> None:
         try:
+            self._choose_device()
             while (job := self._to_finish.get()) is not None:
                 if self._stopped.is_set():
                     break
@@ -142,6 +155,7 @@ class LocalEngine:
                 if outcome.outcome == "busy":
                     self._source.busy(job.task)
                 else:
+                    self._finished(outcome)
                     self._source.done(job.task, outcome)
                 self._room_behind.release()
                 self._events.put(outcome)

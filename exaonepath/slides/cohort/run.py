@@ -158,10 +158,9 @@ def encode_cohort(
         status = RunStatus()
         stack.callback(lambda: log.close(status.exit_status))
         schedule = Schedule(begin_at(slides, options.shard), leases, options.poll)
-        engine = LocalEngine(context, schedule, progress, observe).run()
+        engine = LocalEngine(context, schedule, progress, log.add, observe).run()
         stack.callback(engine.close)
         for outcome in engine:
-            log.add(outcome)
             status.add(outcome)
             yield outcome
             if outcome.error is not None:

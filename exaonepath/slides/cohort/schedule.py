@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.lease import Leases
 from exaonepath.slides.cohort.outcome import SlideOutcome
+
+logger = logging.getLogger(__name__)
 
 POLL = (1.0, 10.0)  # seconds until a busy slide is looked at again: at first, and at most
 
@@ -57,7 +60,7 @@ class Schedule:
         self._in_hand: set[str] = set()
         self._leases, self._poll = leases, poll
         self._changed = threading.Condition()
-        self._stopped = False
+        self._stopped = self._told = False
 
     @property
     def unclaimed(self) -> int:
@@ -89,6 +92,9 @@ class Schedule:
                     return self._handed_out(Task(waiting.task.slide, stale, waiting.task.alone))
                 self._wait_longer(waiting)
             if self._waiting:
+                if not self._told:
+                    self._told = True
+                    logger.info("waiting for %d slides that other processes work on", len(self._waiting))
                 return max(0.0, min(waiting.due for waiting in self._waiting) - now)
             return math.inf if self._in_hand else None
 

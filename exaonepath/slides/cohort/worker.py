@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -100,9 +100,7 @@ def worker_main(connection: Connection, config: WorkerConfig) -> None:
 
 def _work(source: PipeSource, config: WorkerConfig) -> None:
     limit_threads(config.threads)
-    device = torch.device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = only_visible(config.device)
     settings, options = config.settings, config.options
     if settings.num_workers is None:
         settings = replace(settings, num_workers=config.threads)
@@ -136,10 +134,9 @@ def _work(source: PipeSource, config: WorkerConfig) -> None:
         devices=(config.device,),
     )
     status = RunStatus()
-    engine = LocalEngine(context, source, source.progress).run()
+    engine = LocalEngine(context, source, source.progress, log.add).run()
     try:
         for outcome in engine:
-            log.add(outcome)
             status.add(outcome)
         status.ended = True
     finally:
@@ -200,6 +197,22 @@ class PipeSource:
                 self._inbox.put(self._connection.recv())
         except (EOFError, OSError):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def only_visible(device: str, environment: MutableMapping[str, str] | None = None) -> torch.device:
+    """Hide all other GPUs from this process, which has not used one yet; returns the device as it is named then.
+
+    The current device of CUDA belongs to a thread, and this process has many: one that forgets to choose the device
+    would allocate some hundred MB on the first GPU, which belongs to another worker.
+    """
+    values = os.environ if environment is None else environment
+    name = torch.device(device)
+    if name.type != "cuda":
+        return name
+    index = name.index or 0
+    visible = [part.strip() for part in values.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
+    values["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) else str(index)
+    return torch.device("cuda", 0)
 
 
 def limit_threads(threads: int) -> None:

@@ -24,6 +24,7 @@ import torch
 from exaonepath.encoders.configuration import ExaonePathSlideEncoderConfig
 from exaonepath.encoders.loading import LoadedEncoder, randomize, weights_fingerprint
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
+from exaonepath.errors import WeightsError
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.encoders import EncoderPair
 from exaonepath.slides.cohort.run import RunOptions, RunStatus, encode_cohort
@@ -54,7 +55,7 @@ class Colours(torch.nn.Module):
         if "STAND_IN_LOG" in os.environ:
             with Path(os.environ["STAND_IN_LOG"]).open("a") as log:
                 log.write(f"{len(x)}\n")
-        if self.die_at and sum(self.batches) >= self.die_at:
+        if len(x) > 1 and self.die_at and sum(self.batches) >= self.die_at:  # of one image: asked for the width
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.seconds)
         return torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1) @ self.mix
@@ -71,6 +72,24 @@ def load(weights: str, device: torch.device) -> EncoderPair:
     """Stand-ins for the encoders with these weights."""
     patch = LoadedEncoder(Colours(len(weights)).eval(), weights, f"colours:{weights}", True)
     return EncoderPair(patch, _slide_encoder(weights))
+
+
+def deadly(weights: str, device: torch.device) -> EncoderPair:
+    """Stand-ins whose first batch kills the process."""
+    pair = load(weights, device)
+    pair.patch.model.die_at = 1
+    return pair
+
+
+def no_weights(weights: str, device: torch.device) -> EncoderPair:
+    """Weights that cannot be loaded."""
+    raise WeightsError(f"no such weights: {weights}")
+
+
+def dies_while_loading(weights: str, device: torch.device) -> EncoderPair:
+    """A process that is killed before its encoders are loaded."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
 
 
 def results(out: Path) -> dict[str, bytes]:
@@ -98,7 +117,7 @@ def as_process(arguments: list[str], environment: dict[str, str | None], stdout:
 
 
 def main(arguments: list[str]) -> int:
-    """Encode slides with the stand-ins."""
+    """Encode slides with the stand-ins; returns the exit status."""
     torch.set_num_threads(1)
     out, *paths = arguments
     slides = [CohortSlide(Path(path), Path(path).stem) for path in paths]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import threading
+import time
+import traceback
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
@@ -68,26 +71,69 @@ def stand_ins():
     return cohort_stand_ins
 
 
-@pytest.fixture
-def start(tmp_path):
-    """`start(out, slides, **environment)`: a process of a cohort run with the stand-ins."""
-    running: list[subprocess.Popen] = []
+class Forked:
+    """A process of a cohort run, forked from the test's: it need not import torch again, which takes seconds."""
 
-    def start(out: Path, paths, **environment) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "cohort_stand_ins.py"), str(out), *map(str, paths)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in environment.items()}},
-            cwd=tmp_path,
-        )
-        running.append(process)
-        return process
+    def __init__(self, folder: Path, arguments: list[str], environment: dict[str, str]) -> None:
+        self._streams = [folder / f"{name}.{time.monotonic_ns()}" for name in ("stdout", "stderr")]
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 99
+            try:
+                for number, path in enumerate(self._streams, 1):
+                    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
+                sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+                os.environ.update(environment)
+                status = cohort_stand_ins.main(arguments)
+            except BaseException:  # noqa: BLE001  in the forked process, everything ends here
+                traceback.print_exc(file=sys.stderr)
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def communicate(self, timeout: float = 60) -> tuple[str, str]:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            assert time.monotonic() < deadline, [path.read_text() for path in self._streams if path.exists()]
+            time.sleep(0.01)
+        return tuple(path.read_text() if path.exists() else "" for path in self._streams)
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+@pytest.fixture
+def forkable():
+    """The test may fork: OpenCV's threads, for which a forked process would wait, are ended."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    yield
+    cv2.setNumThreads(threads)
+
+
+@pytest.fixture
+def start(tmp_path, forkable):
+    """`start(out, slides, **environment)`: a process of a cohort run with the stand-ins."""
+    running: list[Forked] = []
+
+    def start(out: Path, paths, **environment) -> Forked:
+        values = {name: str(value) for name, value in environment.items()}
+        running.append(Forked(tmp_path, [str(out), *map(str, paths)], values))
+        return running[-1]
 
     yield start
     for process in running:
-        process.kill()
+        process.send_signal(signal.SIGKILL)
         process.communicate()
 
 
