@@ -137,7 +137,7 @@ class DataFileError(ExaonePathError):
 
 
 class DamagedFileError(DataFileError):
-    """An HDF5 file was complete and was damaged later: it is truncated, or its content does not match its checksums."""
+    """A file was complete and was damaged later: it is truncated, or its content does not match its checksums."""
 
 
 class UnfinishedFileError(DataFileError):

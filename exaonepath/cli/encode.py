@@ -14,6 +14,7 @@ from exaonepath.cli.collect import keep_collected
 from exaonepath.cli.console import cohort_bars, note_random, status
 from exaonepath.cli.dry_run import dry_run as show_plan
 from exaonepath.cli.guard import EmptySlides
+from exaonepath.cli.job_script import print_sbatch as write_sbatch
 from exaonepath.cli.logs import set_up_logging
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 
 def encode(
+    context: typer.Context,
     out: options.Out,
     slides: options.Slides = None,
     manifest: options.Manifest = None,
@@ -63,6 +65,7 @@ def encode(
     fail_on_empty: options.FailOnEmpty = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
+    print_sbatch: options.PrintSbatch = False,
     overwrite: options.Overwrite = False,
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
@@ -73,7 +76,14 @@ def encode(
     Several processes, on several machines, may work on one output folder: each slide is done by one of them.
     Example: exaonepath encode slides/ --out results --devices all
     """
+    if json and not dry_run:
+        raise typer.BadParameter("--json is about --dry-run; `exaonepath status OUT --json` tells what was done")
     found = options.inputs(slides, manifest, recursive, quiet)
+    if not found.slides:
+        raise found.problems[0]
+    if print_sbatch:  # before devices are looked up: the machine from which jobs are submitted may have none
+        write_sbatch(context, len(found.slides), device)
+        return
     from exaonepath.device import resolve_device, resolve_dtype
     from exaonepath.encoders import loading
     from exaonepath.processors import usable_processors
@@ -125,8 +135,6 @@ def encode(
         strict_scale=strict_scale,
         save_contours=contours,
     )
-    if not found.slides:
-        raise found.problems[0]
     run = EncodeSettings(
         patching=patching,
         preprocessing=PreprocessingConfig(resize=resize),

@@ -181,6 +181,9 @@ DryRun = Annotated[
         "written.",
     ),
 ]
+PrintSbatch = Annotated[
+    bool, typer.Option("--print-sbatch", help="Print this command as a job script for SLURM (an array), and end.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs in place of a table.")]
 Devices = Annotated[
     str | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.errors import DataFileError, MissingDependencyError, SettingsError
+from exaonepath.errors import DamagedFileError, DataFileError, ForeignFileError, MissingDependencyError, SettingsError
 from exaonepath.files.atomic import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ FORMAT = 1
 NAME, SEPARATED = "slides.parquet", "slides-*.parquet"
 VECTOR = "slide_embedding"
 _MARK = b"exaonepath"
+_MAX_WIDTH = 1 << 20
 # Columns besides the vector, in order, and their types in Arrow's words.
 COLUMNS: Mapping[str, str] = {
     "id": "string",
@@ -125,28 +127,54 @@ def read_table(path: Path) -> Any:
     """A table as Arrow reads it, after a check of its columns.
 
     Raises:
-        DataFileError: it is missing, damaged, of another kind, or was written by a later version.
+        DamagedFileError: it is damaged.
+        ForeignFileError: it is of another kind, or was written by a later version.
+        DataFileError: it is missing.
         MissingDependencyError: pyarrow is not installed.
     """
     arrow = require_pyarrow()
     try:
-        # One thread: the file is small, and a process of a cluster job has few cores.
-        table = arrow.parquet.read_table(path, use_threads=False)
+        # From an open file: pyarrow would look for a meaning in parts of a path. One thread: a job has few cores.
+        with path.open("rb") as file:
+            table = arrow.parquet.ParquetFile(file).read(use_threads=False)
         stated = json.loads((table.schema.metadata or {}).get(_MARK, b"null"))
+        ours = isinstance(stated, dict) and stated.get("format") == FORMAT
+        if ours and table.schema.remove_metadata().equals(_schema(stated.get("width"))):
+            checksum = _checksum({name: table[name].to_pylist() for name in COLUMNS}, vectors_of(table))
+        else:
+            checksum = None
     except FileNotFoundError as exc:
         raise DataFileError(f"{path}: no such file") from exc
     except (arrow.ArrowException, OSError, ValueError) as exc:
-        reason = " ".join(str(exc).split())
-        raise DataFileError(
-            f"{path} cannot be read as a table ({reason}); `exaonepath collect` makes it again from the embeddings"
-        ) from exc
+        raise _damaged(path, " ".join(str(exc).split())) from exc
     if not isinstance(stated, dict):
-        raise DataFileError(f"{path} is no table of slide embeddings of this package")
+        raise ForeignFileError(f"{path} is no table of slide embeddings of this package")
     if stated.get("format") != FORMAT:
-        raise DataFileError(f"{path} has format {stated.get('format')}; this version reads format {FORMAT}")
-    if [field.name for field in table.schema] != [*COLUMNS, VECTOR]:
-        raise DataFileError(f"{path} has other columns than a table of slide embeddings")
+        raise ForeignFileError(f"{path} has format {stated.get('format')}; this version reads format {FORMAT}")
+    if checksum is None:
+        raise _damaged(path, "it has other columns than it should")
+    if checksum != stated.get("crc32"):
+        raise _damaged(path, "its checksum does not match")
     return table
+
+
+def _damaged(path: Path, what: str) -> DamagedFileError:
+    return DamagedFileError(
+        f"{path} cannot be read as a table ({what}); `exaonepath collect` makes it again from the embeddings"
+    )
+
+
+def _schema(width: object) -> Any:
+    arrow = require_pyarrow()
+    fields = [arrow.field(name, getattr(arrow, kind)()) for name, kind in COLUMNS.items()]
+    size = width if isinstance(width, int) and 0 < width < _MAX_WIDTH else 1
+    return arrow.schema([*fields, arrow.field(VECTOR, arrow.list_(arrow.float32(), size))])
+
+
+def _checksum(rows: Mapping[str, Sequence[Any]], vectors: np.ndarray) -> int:
+    """CRC-32 of all values: Parquet has checksums of its pages, which not every reader and writer uses."""
+    text = json.dumps([list(rows[name]) for name in COLUMNS])
+    return zlib.crc32(np.ascontiguousarray(vectors, "<f4").data, zlib.crc32(text.encode()))
 
 
 def vectors_of(table: Any) -> np.ndarray:
@@ -160,12 +188,12 @@ def vectors_of(table: Any) -> np.ndarray:
 def make_table(rows: Mapping[str, Sequence[Any]], vectors: np.ndarray) -> Any:
     """A table of columns and vectors float32 [S, C + E]."""
     arrow = require_pyarrow()
-    fields = [arrow.field(name, getattr(arrow, kind)()) for name, kind in COLUMNS.items()]
-    vector_type = arrow.list_(arrow.float32(), vectors.shape[1])
-    schema = arrow.schema([*fields, arrow.field(VECTOR, vector_type)], {_MARK: json.dumps({"format": FORMAT}).encode()})
+    width = vectors.shape[1]
+    mark = {"format": FORMAT, "width": width, "crc32": _checksum(rows, vectors)}
+    schema = _schema(width).with_metadata({_MARK: json.dumps(mark).encode()})
     flat = arrow.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
-    arrays = [arrow.array(rows[field.name], field.type) for field in fields]
-    return arrow.table([*arrays, arrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])], schema=schema)
+    arrays = [arrow.array(rows[name], schema.field(name).type) for name in COLUMNS]
+    return arrow.table([*arrays, arrow.FixedSizeListArray.from_arrays(flat, width)], schema=schema)
 
 
 def write_table(path: Path, table: Any) -> None:

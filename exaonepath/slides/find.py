@@ -37,6 +37,7 @@ SLIDE_SUFFIXES = frozenset(
 _OTHER_FORMATS = frozenset({".qptiff", ".vsi", ".isyntax", ".lif", ".nd2", ".oir", ".zvi", ".afi", ".ndpis", ".jp2"})
 _UNFINISHED = frozenset({".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".download", ".aria2"})
 _PACKED = frozenset({".gz", ".bz2", ".xz", ".zst", ".zip"})
+_HIDDEN_ONE_BY_ONE = 3  # hidden files that are named in a warning each; more of them are counted
 _MAX_ENTRIES = 20_000  # entries of a folder tree that are searched at most
 
 
@@ -187,6 +188,7 @@ class _Search:
     def _sort_out(self, where: Path, entries: Iterable[Path]) -> None:
         """Add the slides among the files; a skipped one is logged."""
         similar: dict[str, list[Path]] = {}
+        hidden: list[Path] = []
         for entry in entries:
             if not _looks_like_a_slide(entry):
                 kind = _kind_of_similar_name(entry)
@@ -194,12 +196,17 @@ class _Search:
                     similar.setdefault(kind, []).append(entry)
             elif entry.name.startswith("."):
                 # macOS adds "._slide.svs" on a foreign disk; it contains attributes of the file and is not a slide.
-                logger.warning("%s is a hidden file and is skipped", entry)
-                self._skipped.append(Skipped(entry, "a hidden file"))
+                hidden.append(entry)
             elif entry.is_symlink() and not entry.exists():
                 self._problems.append(SlideOpenError(f"{entry} is a link to a file that does not exist"))
             else:
                 self.slides.append(entry)
+        self._skipped += [Skipped(entry, "a hidden file") for entry in hidden]
+        if len(hidden) > _HIDDEN_ONE_BY_ONE:
+            logger.warning("%s has %d hidden files, such as %s, which are skipped", where, len(hidden), hidden[0])
+        else:
+            for entry in hidden:
+                logger.warning("%s is a hidden file and is skipped", entry)
         for kind, files in sorted(similar.items()):
             logger.warning("%s has %d %s, such as %s, which are skipped", where, len(files), kind, files[0])
             self._skipped += [Skipped(file, kind) for file in files]

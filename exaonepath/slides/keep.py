@@ -10,7 +10,6 @@ from typing import Literal, get_args
 
 from exaonepath.errors import DataFileError, FileBusyError, SettingsError
 from exaonepath.files.hdf5 import open_h5
-from exaonepath.slides.features.partial import remove_finished
 from exaonepath.slides.outputs import OutputPaths
 
 logger = logging.getLogger(__name__)
@@ -34,11 +33,10 @@ def wants_patch_embeddings(keep: Keep | None) -> bool | None:
 
 
 def remove_features(paths: OutputPaths, settings_hash: str) -> None:
-    """Remove the features of a slide whose embedding is finished, and what an interrupted run left of them.
+    """Remove the features of a slide whose embedding is finished.
 
     A features file that was made with other settings is not removed: it is not what this embedding was computed from.
     """
-    remove_finished(paths.features.with_name(f".{paths.features.name}.part"))
     if not paths.features.exists():
         return
     try:

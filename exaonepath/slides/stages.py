@@ -23,7 +23,13 @@ from exaonepath.errors import SettingsError
 from exaonepath.files.patches import read_patches
 from exaonepath.slides.embed import embed_features_file, finished_embedding, remove_patch_embeddings
 from exaonepath.slides.features.batch_size import check_batch_size
-from exaonepath.slides.features.extraction import Extraction, ExtractionResult, ImageEncoder, prepare_extraction
+from exaonepath.slides.features.extraction import (
+    Extraction,
+    ExtractionResult,
+    ImageEncoder,
+    prepare_extraction,
+    remove_partial_files,
+)
 from exaonepath.slides.features.identity import FeatureDtype, check_feature_dtype, feature_identity
 from exaonepath.slides.features.preprocessing import PreprocessingConfig
 from exaonepath.slides.features.reader import PatchBatch, PatchReader
@@ -222,6 +228,7 @@ class SlideStages:
         self._check()
         if self._finished is not None:
             self.image.check_unchanged()
+            remove_partial_files(paths.features, self._token)  # of a run that was to compute it again, and was killed
             if settings.keep == "slide":
                 remove_patch_embeddings(paths.embedding)
                 remove_features(paths, self._features_key)

@@ -48,6 +48,13 @@ def on_disk(folder, name):
     return sum(path.stat().st_size for path in vars(output_paths(folder, name)).values() if path.exists())
 
 
+def test_json_is_about_the_dry_run(run, slide, tmp_path):
+    done = run("encode", slide, "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 2
+    assert "--dry-run" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_written(plan, slide, tmp_path):
     (one,) = plan(slide)["slides"]
     assert (one["id"], one["width"], one["height"], one["state"]) == ("one", 2500, 2000, "new")
@@ -155,6 +162,24 @@ def test_slides_that_cannot_be_opened_are_rows(plan, run, slide, tmp_path):
     assert "a.svs is not a slide" in done.stderr
     assert f"skipped: {folder / '._c.svs'}" in done.stderr
     assert "are free" in done.stderr
+
+
+def test_any_error_of_a_slide_is_its_row(plan, slide, tmp_path, monkeypatch):
+    from exaonepath.slides.image import SlideImage
+
+    class Odd(Exception):
+        pass
+
+    def broken(self):
+        raise Odd("a library's own")
+
+    other = tmp_path / "two.svs"
+    other.write_bytes(slide.read_bytes())
+    real = SlideImage.fingerprint
+    monkeypatch.setattr(SlideImage, "fingerprint", lambda self: broken(self) if self.name == "one" else real(self))
+    one, two = plan(slide, other, status=1)["slides"]
+    assert "unexpected Odd: a library's own" in one["error"]
+    assert two["state"] == "new"
 
 
 def test_a_flat_slide_is_counted_by_its_area(plan, tmp_path, monkeypatch):

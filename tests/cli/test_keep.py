@@ -119,6 +119,29 @@ def test_reducing_and_restoring(encode, never, tmp_path):
     assert np.array_equal(read_embedding(paths.embedding).patch_embedding, everything.patch_embedding)
 
 
+@pytest.mark.parametrize("function", ["embed_features_file", "remove_features", "remove_patch_embeddings"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_that_ends_at_any_step_is_completed_by_the_next(encode, monkeypatch, function, when):
+    expected = read_slide_embedding(encode("--keep", "slide", out="undisturbed")[1].embedding)[0]
+    encode("--keep", "features")
+    real = getattr(stages, function)
+
+    def interrupted(*arguments, **options):
+        if when == "after":
+            real(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as once:
+        once.setattr(stages, function, interrupted)
+        # The embedding is finished, so that only --overwrite computes it again.
+        overwrite = ("--overwrite",) if function == "embed_features_file" else ()
+        encode("--keep", "slide", *overwrite, status=130)
+    _, paths = encode("--keep", "slide")
+    assert np.array_equal(read_slide_embedding(paths.embedding)[0], expected)
+    assert sorted(path.name for path in paths.patches.parent.iterdir()) == ["one.h5"]
+    assert [path.name for path in paths.embedding.parent.iterdir()] == ["one.h5"]
+
+
 def test_embeddings_of_earlier_versions_can_be_reduced(encode, never, monkeypatch):
     """They do not state what their features were made from: the statement is added before the features are removed."""
     from exaonepath.slides import embed
@@ -130,6 +153,16 @@ def test_embeddings_of_earlier_versions_can_be_reduced(encode, never, monkeypatc
     assert not paths.features.exists()
     never()
     assert "already there" in encode()[0].stdout
+
+
+@pytest.mark.parametrize("arguments", [(), ("--keep", "slide")])
+def test_what_a_killed_overwriting_run_left_is_removed(encode, arguments):
+    _, paths = encode("--keep", "slide")
+    left = [paths.features.with_name(f".{paths.features.name}.{token}part") for token in ("", "0123456789abcdef.")]
+    for path in left:
+        path.write_bytes(b"{}\n")
+    assert "already there" in encode(*arguments)[0].stdout
+    assert not [path for path in left if path.exists()]
 
 
 def test_features_of_other_settings_are_not_removed(encode, tmp_path):
@@ -167,6 +200,17 @@ def test_embeddings_are_those_of_the_stored_features(encode, slide_encoder, tmp_
     again, _ = embed_features_file(paths.features, tmp_path / "again.h5", slide_encoder)
     assert np.array_equal(read_embedding(again).patch_embedding, read_embedding(paths.embedding).patch_embedding)
     assert read_embedding(paths.embedding).attrs["feature_dtype"] == "float16"
+
+
+def test_the_features_stage_alone_stores_them_too(encode, run, slide, tmp_path):
+    _, paths = encode("--feature-dtype", "float16")
+    alone = tmp_path / "alone.h5"
+    arguments = ("--out", alone, "--weights", "random:0", "--feature-dtype", "float16")
+    assert run("features", slide, paths.patches, *arguments).exit_code == 0
+    with h5py.File(alone) as one, h5py.File(paths.features) as two:
+        assert one["features"].dtype == two["features"].dtype == np.dtype("<f2")
+        assert np.array_equal(one["features"], two["features"])
+        assert one.attrs["settings_hash"] == two.attrs["settings_hash"]
 
 
 @pytest.mark.parametrize("wrong", [("--keep", "nothing"), ("--feature-dtype", "float64")])

@@ -12,15 +12,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from exaonepath.errors import DataFileError, FileBusyError, OutputCollisionError, OutputError
+from exaonepath.errors import DamagedFileError, DataFileError, FileBusyError, OutputCollisionError, OutputError
 from exaonepath.files.artifact import settings_hash
 from exaonepath.files.embeddings import read_slide_embedding
 from exaonepath.files.features import ATTRIBUTES as FEATURES_ATTRIBUTES
 from exaonepath.files.hdf5 import open_h5
+from exaonepath.files.hdf5_output import encodable
 from exaonepath.files.slide_vectors import (
     COLUMNS,
     NAME,
@@ -78,6 +79,14 @@ class Collected:
     problems: tuple[str, ...]
 
 
+class _Embedding(NamedTuple):
+    """An embeddings file: id of the slide, path, and what tells whether it has changed since (`_IDENTITY`)."""
+
+    name: str
+    path: Path
+    identity: tuple[str, int, int]
+
+
 @dataclass
 class _Rows:
     """The rows of one table."""
@@ -126,19 +135,20 @@ def collect_slide_vectors(out: str | os.PathLike[str], patients: Mapping[str, st
     return total
 
 
-def _embeddings(folder: Path) -> dict[str, tuple[str, int, int]]:
-    """(path in the folder, size, modification time) of every embedding by id."""
+def _embeddings(folder: Path) -> dict[str, _Embedding]:
+    """Every embeddings file by id."""
     found = {}
     for name, path in stored_ids(folder, "embedding"):
         try:
             status = path.stat()
         except OSError:  # removed a moment ago
             continue
-        found[name] = (path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns)
+        place = encodable(path.relative_to(folder).as_posix())
+        found[encodable(name)] = _Embedding(name, path, (place, status.st_size, status.st_mtime_ns))
     return found
 
 
-def _collect(folder: Path, found: Mapping[str, tuple[str, int, int]], patients: Mapping[str, str]) -> Collected:
+def _collect(folder: Path, found: Mapping[str, _Embedding], patients: Mapping[str, str]) -> Collected:
     earlier, replaced = _earlier(folder)
     if earlier and not found:
         raise DataFileError(
@@ -149,7 +159,7 @@ def _collect(folder: Path, found: Mapping[str, tuple[str, int, int]], patients: 
     changed = n_kept = 0
     for name in sorted(found):
         old = earlier.get(name)
-        if old is not None and tuple(old[0][column] for column in _IDENTITY) == found[name]:
+        if old is not None and tuple(old[0][column] for column in _IDENTITY) == found[name].identity:
             row, vector = old
             n_kept += 1
         else:
@@ -159,9 +169,9 @@ def _collect(folder: Path, found: Mapping[str, tuple[str, int, int]], patients: 
             except (DataFileError, FileBusyError) as exc:
                 problems.append(str(exc))
                 continue
-        patient = patients.get(name) or row["patient"] or (old[0]["patient"] if old else None)
+        patient = patients.get(found[name].name) or row["patient"] or (old[0]["patient"] if old else None)
         if patient != row["patient"]:
-            row, changed = {**row, "patient": patient}, changed + 1
+            row, changed = {**row, "patient": None if patient is None else encodable(patient)}, changed + 1
         key = (len(vector), row["patch_weights_fingerprint"] or "", row["weights_fingerprint"] or "")
         groups.setdefault(key, _Rows()).add(row, vector)
     n_removed = len(earlier.keys() - found.keys())
@@ -197,10 +207,10 @@ def _earlier(folder: Path) -> tuple[dict[str, tuple[dict[str, Any], np.ndarray]]
     return rows, files
 
 
-def _read(folder: Path, name: str, identity: tuple[str, int, int]) -> tuple[dict[str, Any], np.ndarray]:
-    vector, attrs = read_slide_embedding(folder / identity[0])
+def _read(folder: Path, name: str, embedding: _Embedding) -> tuple[dict[str, Any], np.ndarray]:
+    vector, attrs = read_slide_embedding(embedding.path)
     if "patch_weights_fingerprint" not in attrs:
-        attrs |= _stated_by_features(folder, name)
+        attrs |= _stated_by_features(folder, embedding.name)
     row: dict[str, Any] = {column: attrs.get(column) for column in COLUMNS}
     settings = {key: str(attrs.get(key, "")) for key in _SETTINGS}
     row |= {
@@ -210,7 +220,7 @@ def _read(folder: Path, name: str, identity: tuple[str, int, int]) -> tuple[dict
         "random_weights": bool(attrs.get("random_weights", False)),
         "settings_hash": settings_hash({**settings, "feature_dtype": str(attrs.get("feature_dtype", "float32"))}),
     }
-    return row | dict(zip(_IDENTITY, identity, strict=True)), vector
+    return row | dict(zip(_IDENTITY, embedding.identity, strict=True)), vector
 
 
 def _stated_by_features(folder: Path, name: str) -> dict[str, Any]:
@@ -224,12 +234,12 @@ def _stated_by_features(folder: Path, name: str) -> dict[str, Any]:
     return {to: attrs[of] for to, of in {**names, "preprocessing": "preprocessing"}.items() if of in attrs}
 
 
-def _up_to_date(folder: Path, found: Mapping[str, tuple[str, int, int]], latest: Collected) -> bool:
+def _up_to_date(folder: Path, found: Mapping[str, _Embedding], latest: Collected) -> bool:
     """Whether the tables on disk have a row for every embedding that could be read."""
     rows, _ = _earlier(folder)
     stored = {name: tuple(row[column] for column in _IDENTITY) for name, (row, _) in rows.items()}
     return len(stored) == len(found) - len(latest.problems) and all(
-        found.get(name) == one for name, one in stored.items()
+        name in found and found[name].identity == one for name, one in stored.items()
     )
 
 
@@ -262,9 +272,10 @@ def _refuse_other_tables(path: Path, ours: list[Path]) -> None:
         raise OutputCollisionError(f"{path} is no table of slide embeddings, and is not replaced; move it away")
     try:
         read_table(path)
+    except DamagedFileError:
+        return
     except DataFileError as exc:
-        if exc.__cause__ is None:  # it was read, and is of another kind or of a later version
-            raise OutputCollisionError(f"{exc}; it is not replaced: move it away") from exc
+        raise OutputCollisionError(f"{exc}; it is not replaced: move it away") from exc
 
 
 def _remove(path: Path) -> None:

@@ -112,9 +112,10 @@ def _slide(folder: Path, where: str, row: Mapping[str, str], problems: list[str]
         problems.append(f"{where}: the slide is not given")
     path = folder / text
     if text:
-        missing = _why_no_slide(path)
-        if missing:
-            problems.append(f"{where}: {path} {missing}")
+        try:
+            path = _existing(path)
+        except SlideOpenError as exc:
+            problems.append(f"{where}: {exc}")
     name = values.get("id") or slide_id(Path(text))
     if text or "id" in values:
         reason = why_not_an_id(name)
@@ -135,17 +136,26 @@ def _slide(folder: Path, where: str, row: Mapping[str, str], problems: list[str]
     return CohortSlide(path, name, values.get("patient"), mpp, mask, weights)
 
 
-def _why_no_slide(path: Path) -> str:
+def _existing(path: Path) -> Path:
+    """The slide file at a path: the path itself, or the file to open of the DICOM slide in a folder.
+
+    Raises:
+        SlideOpenError: there is none.
+    """
     try:
         if path.is_dir():
-            return "" if dicom_slide_in(path) else "is a folder, and holds no DICOM slide; name a file"
+            found = dicom_slide_in(path)
+            if found is None:
+                raise SlideOpenError(f"{path} is a folder, and holds no DICOM slide; name a file")
+            return found
         if path.exists():
-            return ""
-        return "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
-    except PermissionError:
-        return "may not be read (permission denied)"
-    except (OSError, ValueError, SlideOpenError) as exc:  # ValueError: a null character
-        return f"cannot be used ({exc})"
+            return path
+        link = path.is_symlink()
+    except PermissionError as exc:
+        raise SlideOpenError(f"{path} may not be read (permission denied)") from exc
+    except (OSError, ValueError) as exc:  # ValueError: a null character
+        raise SlideOpenError(f"{path} cannot be used ({exc})") from exc
+    raise SlideOpenError(f"{path} is a link to a file that does not exist" if link else f"{path} does not exist")
 
 
 def _is_file(path: Path) -> bool:
@@ -253,7 +263,8 @@ def _parquet_rows(path: Path, problems: list[str]) -> tuple[list[str], Iterator[
             f"{path} is a Parquet file, which needs pyarrow: pip install 'exaonepath[cohort]', or save it as CSV"
         ) from exc
     try:
-        table = pyarrow.parquet.read_table(path)
+        with path.open("rb") as file:  # pyarrow would look for a meaning in parts of a path
+            table = pyarrow.parquet.ParquetFile(file).read(use_threads=False)
         columns = [column.to_pylist() for column in table.columns]
     except (pyarrow.ArrowException, OSError, ValueError) as exc:
         raise SlideListError(f"the manifest {path} cannot be read:", [" ".join(str(exc).split())]) from exc

@@ -29,6 +29,7 @@ from exaonepath.slides.cohort.run_options import RunOptions, RunStatus, open_lea
 from exaonepath.slides.cohort.schedule import Schedule
 from exaonepath.slides.cohort.scheduler import begin_at
 from exaonepath.slides.cohort.slide_settings import check_patching
+from exaonepath.slides.outputs import choose_layout
 from exaonepath.slides.stages import EncodeResult, EncodeSettings
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ def encode_slides(
 
     Args:
         slides: a slide file, a folder of slides or a pattern, or several of them.
-        out: output folder, as for `encode_slide`.
+        out: output folder, as for `encode_slide`; a new folder for more than 10,000 slides is hashed (see
+            `exaonepath.slides.outputs`).
         patch_encoder, slide_encoder: as for `encode_slide`; loaded once.
         progress: called with (patches done, total patches) of the slide that is being encoded.
         arguments: the other keyword arguments of `encode_slide`, but those that are about one slide.
@@ -79,6 +81,7 @@ def encode_slides(
         raise found.problems[0] if found is not None and found.problems else SlideOpenError("no slide was named")
     settings = EncodeSettings(**arguments)
     check_patching(found.slides, settings.patching)
+    choose_layout(out, len(found.slides))
     if isinstance(patch_encoder, str):
         patch_encoder = load_patch_encoder(patch_encoder, device="auto")
     if isinstance(slide_encoder, str):

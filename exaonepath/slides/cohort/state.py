@@ -35,7 +35,7 @@ from exaonepath.slides.outputs import OutputPaths, output_paths
 State = Literal["new", "partial", "running", "failed", "stale", "finished", "empty"]
 
 CLAIMS, FAILURES = "claims", "failures"
-_PATCHES_ATTRIBUTES = ("n_coords", "complete", "settings_hash", "slide_fingerprint", "slide_path", "slide_mtime_ns")
+_PATCHES_ATTRIBUTES = ("n_coords", "no_patch", "settings_hash", "slide_fingerprint", "slide_path", "slide_mtime_ns")
 _MAX_REASON = 1 << 12
 
 
@@ -149,6 +149,8 @@ def slide_state(out: str | os.PathLike[str], name: str, expected: Expected) -> S
         reason = _why_stale(found, expected, finished=state.state != "partial")
         if reason:
             state = replace(state, state="stale", reason=reason)
+        elif state.state == "finished" and state.n_failed:
+            state = replace(state, reason=f"{state.n_failed} patches could not be read; they are tried again")
     return _with_claim(out, state)
 
 
@@ -165,6 +167,9 @@ def _from_files(
     state = SlideState(name)
     if isinstance(embedding, dict):
         state = _of_embedding(name, embedding)
+        if state.state == "empty":
+            stored = patches if patches is not None else _attributes(paths.patches, _PATCHES_ATTRIBUTES)
+            state = replace(state, reason=str(stored.get("no_patch", "")) if isinstance(stored, dict) else "")
         if state.state != "partial":
             return _unless_changed(paths, state, embedding, slide_is_open)
     if isinstance(patches, dict):

@@ -23,6 +23,7 @@ PICTURES = 500  # slides with a picture, unless another number is asked for; a p
 _SIDE, _QUALITY = 160, 70  # pixels
 _MOST_PIXELS = 1 << 25
 _MOST_FAILURES = 1000
+_MOST_PROCESSES = 100
 _COLOURS = {
     "finished": "#2e7d32",
     "empty": "#9e9e9e",
@@ -74,6 +75,7 @@ def _page(status: CohortStatus, pictures: int) -> Iterable[str]:
     yield _counts(status)
     yield _seconds(status.slides)
     yield _running(status)
+    yield _processes(status)
     yield _failures(status)
     yield from _slides(status, pictures)
     yield "</body>\n</html>\n"
@@ -108,7 +110,7 @@ def _seconds(slides: Sequence[SlideStatus]) -> str:
         seconds = sorted(one.stages[stage].seconds for one in slides if stage in one.stages)
         if seconds:
             median, largest = seconds[len(seconds) // 2], seconds[-1]
-            rows.append((stage, len(seconds), f"{sum(seconds):,.0f}", f"{median:,.1f}", f"{largest:,.1f}"))
+            rows.append((stage, len(seconds), f"{sum(seconds):,.1f}", f"{median:,.1f}", f"{largest:,.1f}"))
     if not rows:
         return ""
     header = ("stage", "slides", "seconds in all", "median", "longest")
@@ -125,8 +127,30 @@ def _running(status: CohortStatus) -> str:
             rows.append((one.state.id, *where, heartbeat))
     if not rows:
         return ""
-    header = ("slide", "host", "process", "job", "since", "last sign of life")
+    header = ("slide", "host", "process", "job", "since", "heartbeat")
     return "<h2>Running</h2>\n" + _table(header, rows)
+
+
+def _processes(status: CohortStatus) -> str:
+    if not status.runs:
+        return ""
+    rows = [
+        (
+            run.host,
+            run.pid,
+            run.job,
+            run.engine,
+            run.began,
+            run.latest if run.ended else "not ended, or killed",
+            "" if run.exit_status is None else run.exit_status,
+            ", ".join(f"{count} {outcome}" for outcome, count in run.counts.items()),
+        )
+        for run in reversed(status.runs[-_MOST_PROCESSES:])
+    ]
+    earlier = len(status.runs) - len(rows)
+    more = f'<p class="muted">and {earlier} earlier ones</p>\n' if earlier else ""
+    header = ("host", "process", "job", "kind", "began", "ended", "exit status", "slides")
+    return "<h2>Processes</h2>\n" + _table(header, rows) + more
 
 
 def _failures(status: CohortStatus) -> str:

@@ -266,7 +266,7 @@ def prepare_extraction(
     extraction = Extraction(slide, out, patches, preprocessing, attrs, None)
     retry, partly_missing = finished(overwrite)
     if retry == ():
-        _remove_partial_files(out, token)
+        remove_partial_files(out, token)
         logger.info("%s is up to date", out)
         extraction.result = _reused(slide, out, n, (), partly_missing)
         return extraction
@@ -314,7 +314,7 @@ def _reused(
     )
 
 
-def _remove_partial_files(out: Path, token: str) -> None:
+def remove_partial_files(out: Path, token: str) -> None:
     """Remove what killed processes left next to a finished output; with a claim on the slide, those of all owners."""
     for path in partial_files(out) if token else [partial_path(out)]:
         if has_token(path):

@@ -92,6 +92,15 @@ def test_only_what_changed_is_read(write, tmp_path, reads):
     assert read_slide_vectors(tmp_path).vectors[:, 0].tolist() == [1.0, 7.0, 8.0]
 
 
+def test_a_name_that_is_not_utf_8(write, tmp_path):
+    write("b\udcff", patient="P\udcff")
+    assert collect_slide_vectors(tmp_path).n_read == 1
+    assert collect_slide_vectors(tmp_path, {"b\udcff": "Q"}).n_kept == 1
+    vectors = read_slide_vectors(tmp_path)
+    assert (vectors.ids, vectors.columns["patient"]) == (("b\\udcff",), ["Q"])
+    assert collect_slide_vectors(tmp_path).n_kept == 1
+
+
 def test_patients_are_kept_and_replaced(write, tmp_path):
     write("a")
     write("b", patient="stated")
@@ -256,4 +265,28 @@ def test_the_columns_are_the_documented_ones(write, tmp_path):
     table = arrow.parquet.read_table(tmp_path / "slides.parquet")
     assert table.column_names == [*slide_vectors.COLUMNS, "slide_embedding"]
     assert table.schema.field("slide_embedding").type == arrow.list_(arrow.float32(), 6)
-    assert json.loads(table.schema.metadata[b"exaonepath"]) == {"format": 1}
+    mark = json.loads(table.schema.metadata[b"exaonepath"])
+    assert (mark["format"], mark["width"], set(mark)) == (1, 6, {"format", "width", "crc32"})
+
+
+def test_no_damage_is_read_as_data(write, tmp_path):
+    """Bits are flipped at random: the table is refused, or is the one that was written."""
+    for name in "abc":
+        write(name, ord(name) / 7, patient="P")
+    collect_slide_vectors(tmp_path)
+    good = read_slide_vectors(tmp_path)
+    target, rng = tmp_path / "slides.parquet", np.random.default_rng(0)
+    data, refused = target.read_bytes(), 0
+    for _ in range(200):
+        damaged = bytearray(data)
+        damaged[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        target.write_bytes(damaged)
+        try:
+            found = read_slide_vectors(tmp_path)
+        except DataFileError:
+            refused += 1
+        else:
+            assert found.ids == good.ids
+            assert np.array_equal(found.vectors, good.vectors)
+            assert found.columns == good.columns
+    assert refused > 50

@@ -43,6 +43,14 @@ def test_a_folder_of_folders(tree, caplog):
     assert "--recursive" in caplog.text
 
 
+def test_as_many_hidden_files_as_slides_are_counted(tree, caplog):
+    root = tree(*(f"{prefix}{at}.svs" for at in range(9) for prefix in ("s", "._s")))
+    assert len(cohort_inputs([root]).skipped) == 9
+    assert [record.message for record in caplog.records] == [
+        f"{root} has 9 hidden files, such as {root / '._s0.svs'}, which are skipped"
+    ]
+
+
 def test_links_in_circles_end(tree):
     root = tree("a/one.svs", "b/two.svs")
     (root / "a" / "up").symlink_to(root)

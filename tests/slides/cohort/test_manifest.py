@@ -156,6 +156,25 @@ def test_other_kinds_of_files(folder, data, message):
     assert message in problems_of(folder / "m.csv")[0]
 
 
+def test_a_folder_of_dicom_files_is_a_slide(write, folder, monkeypatch):
+    """Its id is the name of the folder: the files in it are often named by long numbers."""
+    from exaonepath.slides.cohort import manifest
+
+    (folder / "case.12").mkdir()
+    level0 = folder / "case.12" / "1.2.840.dcm"
+    level0.write_bytes(b"")
+    monkeypatch.setattr(manifest, "dicom_slide_in", lambda path: level0 if path.name == "case.12" else None)
+    assert read_manifest(write("slide\ncase.12\n")).slides == (CohortSlide(level0, "case.12"),)
+
+
+def test_links(write, folder):
+    (folder / "good.svs").symlink_to(folder / "a.svs")
+    (folder / "bad.svs").symlink_to(folder / "gone.svs")
+    assert problems_of(write("slide\ngood.svs\nbad.svs\n")) == (
+        f"line 3: {folder / 'bad.svs'} is a link to a file that does not exist",
+    )
+
+
 def test_no_manifest(folder):
     assert "No such file" in problems_of(folder / "nope.csv")[0]
     assert problems_of(folder / "sub")

@@ -69,6 +69,7 @@ def test_a_run_as_it_was(slides, tmp_path, stand_ins, layout):
     assert {name: one.state.state for name, one in by_id.items()} == {
         "a": "finished", "b": "finished", "c": "empty", "d": "finished", "e": "failed", "f": "new",
     }  # fmt: skip
+    assert "saturation" in by_id["c"].state.reason
     assert set(by_id["a"].stages) == {"patches", "features", "slide"}
     assert by_id["a"].stages["features"].device == "cpu"
     assert by_id["a"].stages["features"].reader == "tiff"

@@ -2,14 +2,18 @@
 
 import json
 import os
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from exaonepath.errors import DataFileError, OutputError, SettingsError
 from exaonepath.files import atomic
 from exaonepath.files.atomic import write_text_once
 from exaonepath.slides import outputs
+from exaonepath.slides.cohort.run import encode_slides
+from exaonepath.slides.encode import encode_slide
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.outputs import choose_layout, output_paths, read_layout, stored_ids
 from exaonepath.slides.patches.pipeline import patchfy
@@ -114,6 +118,27 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="disk is full"):
         choose_layout(tmp_path, 1)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_id_travels_to_other_processes(tmp_path):
+    slide = make_slide(tmp_path / "one.svs", 600, 500, fragments=0)
+    with SlideImage(slide, name="another") as opened, pickle.loads(pickle.dumps(opened)) as copy:  # noqa: S301
+        assert copy.name == "another"
+    with SlideImage(slide) as opened, pytest.raises(SettingsError, match="already open as 'one'"):
+        encode_slide(opened, tmp_path / "out", "random:0", "random:0", name="two")
+    for name in ("", ".", "a/b", "a\0b"):
+        with pytest.raises(SettingsError, match="part of file names"):
+            SlideImage(slide, name=name)
+
+
+def test_many_slides_of_a_call_are_hashed(tmp_path, monkeypatch, stand_ins):
+    monkeypatch.setattr(outputs, "HASHED_ABOVE", 1)
+    slides = [make_slide(tmp_path / f"{name}.svs", 600, 500, fragments=0) for name in "ab"]
+    pair = stand_ins.load("stand-in", torch.device("cpu"))
+    for result in encode_slides(slides, tmp_path / "out", *pair, **stand_ins.SETTINGS):
+        assert result.embedding_path == output_paths(tmp_path / "out", result.name).embedding
+        assert result.embedding_path.parent.parent.parent.name == "embeddings"
+        assert result.embedding_path.is_file()
 
 
 @pytest.mark.parametrize("layout", ["flat", "hashed"])
