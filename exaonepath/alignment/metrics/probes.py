@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.alignment.metrics.intervals import Estimate, bootstrap, bootstrap_weighted, one_thread
+from exaonepath.alignment.metrics.intervals import (
+    Estimate,
+    bootstrap,
+    bootstrap_weighted,
+    certain_as_share,
+    mean_of_shares,
+    one_thread,
+)
 from exaonepath.alignment.metrics.probe_rows import (
     Columns,
     labelled_rows,
@@ -253,9 +260,17 @@ def class_scores(
     def auroc(weights: np.ndarray) -> np.ndarray:
         return np.mean([weighted_auc(probability[:, c], rows, weights) for c, rows in enumerate(member)], axis=0)
 
+    accuracy = bootstrap_weighted(balanced, groups, strata=y, seed=seed)
+    recalls = [float(right[rows].mean()) for rows in member[tested]]
+    if any(recall in (0.0, 1.0) for recall in recalls):
+        # The resamples of such a class are all equal.
+        patients = [len(np.unique(groups[rows])) for rows in member[tested]]
+        low, high = mean_of_shares(recalls, patients)
+        accuracy = Estimate(accuracy.value, min(low, accuracy.low), max(high, accuracy.high), accuracy.n)
+    smallest = int(min(min(rows.sum(), (~rows).sum()) for rows in member[tested]))
     return ProbeScores(
-        bootstrap_weighted(balanced, groups, strata=y, seed=seed),
-        bootstrap_weighted(auroc, groups, strata=y, seed=seed),
+        accuracy,
+        certain_as_share(bootstrap_weighted(auroc, groups, strata=y, seed=seed), smallest),
         1 / len(classes),
         tuple(classes.tolist()),
         len(y),
