@@ -10,7 +10,6 @@ Wilson's interval there (Wilson 1927), and means of shares its combination (Zou 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -152,7 +151,7 @@ def mean_of_shares(shares: Sequence[float], counts: Sequence[int]) -> tuple[floa
 def certain_as_share(estimate: Estimate, n: int) -> Estimate:
     """The estimate; if it is 0 or 1 in every resample, with Wilson's interval of n patients."""
     if estimate.value in (0.0, 1.0) and estimate.low == estimate.high == estimate.value:
-        return dataclasses.replace(estimate, **dict(zip(("low", "high"), wilson(estimate.value, n), strict=True)))
+        return Estimate(estimate.value, *wilson(estimate.value, n), estimate.n)
     return estimate
 
 

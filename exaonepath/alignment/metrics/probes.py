@@ -149,8 +149,13 @@ class FittedProbe:
     @one_thread()
     def hits(self, embedding: Any, labels: Columns) -> tuple[np.ndarray, np.ndarray]:
         """(1.0 if the probe is right, the class as a number), [n] each, for the rows that `score` uses."""
-        x, y, _ = self._known(embedding, labels)
-        return (self.predict(x).argmax(1) == y).astype(np.float64), np.unique(y, return_inverse=True)[1]
+        return self.hits_of_rows(embedding, labels)[:2]
+
+    @one_thread()
+    def hits_of_rows(self, embedding: Any, labels: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`hits`, and the row of each in `embedding`, int64 [n]."""
+        x, y, rows = self._known(embedding, labels)
+        return (self.predict(x).argmax(1) == y).astype(np.float64), np.unique(y, return_inverse=True)[1], rows
 
     def _known(self, embedding: Any, labels: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows of the fit's classes: embedding, position in `classes`, patient code."""

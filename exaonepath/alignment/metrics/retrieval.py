@@ -217,18 +217,18 @@ def recall_by_group(
         return {}
     all_hits, all_excess, all_owners = np.concatenate(hits), np.concatenate(excess), np.concatenate(owners)
     groups = np.array([group_of[patient] for patient in all_owners.tolist()])
-    found = {}
+    groups_found = {}
     for group in np.unique(groups).tolist():
         rows = groups == group
         recall = bootstrap_mean(all_hits[rows], all_owners[rows], shares=True, seed=seed)
-        excess = bootstrap_mean(all_excess[rows], all_owners[rows], seed=seed)
+        gap = bootstrap_mean(all_excess[rows], all_owners[rows], seed=seed)
         if recall.value in (0.0, 1.0):
             # Without a hit, only the chance of the directions varies between resamples. The certainty is that of the
             # recall.
-            shift = excess.value - recall.value
-            excess = Estimate(excess.value, recall.low + shift, recall.high + shift, excess.n)
-        found[group] = GroupRecall(recall, excess)
-    return found
+            shift = gap.value - recall.value
+            gap = Estimate(gap.value, recall.low + shift, recall.high + shift, gap.n)
+        groups_found[group] = GroupRecall(recall, gap)
+    return groups_found
 
 
 def unit_rows(embedding: Any, name: str) -> np.ndarray:

@@ -79,15 +79,27 @@ def test_baselines_stand_beside_every_number(report, subject):
     for found in labels.values():
         probe = report["probes"]["subtype"][found["compared_with"]]["linear"]
         gain = found["difference"]["balanced_accuracy"]
-        assert gain["value"] == pytest.approx(
-            probe["balanced_accuracy"]["value"] - found["balanced_accuracy"]["value"]
-        )
+        assert gain["value"] == pytest.approx(probe["balanced_accuracy"]["value"] - found["balanced_accuracy"]["value"])
     assert report["baselines"]["survival"]["PCA + Cox (all)"]["difference"]["low"] is not None
     assert report["probe_patients"] == "test"
     assert report["probes"]["subtype"]["fused"]["linear"]["n"] == len(subject.parts["test"])
     text = table(report | {"provenance": {"split_known": True}})
     assert "Retrieval of test patients beside baselines" in text
     assert "| attention MIL (ABMIL) |" in text
+
+
+def test_site_is_told(report, subject):
+    """The generator's centres are in the column `batch`: retrieval within a centre, and a probe of it."""
+    found = report["site"]["retrieval"]
+    assert found["sites"] == 3
+    assert not found["suspicious"]
+    assert set(report["site"]["probes"]) == {*NAMES, "fused"}
+    assert report["site"]["probes"]["fused"]["chance"] == pytest.approx(1 / 3)
+    text = table(report | {"provenance": {"split_known": True}})
+    assert "## Site (3 sites of the patients asked for)" in text
+    settings = EvaluationSettings(labels=("subtype",), targets=("rna",), missing=False, baselines=False, site="ward")
+    with pytest.raises(SettingsError, match="no column 'ward'"):
+        evaluate(subject, settings)
 
 
 def test_training_is_seen(report):
