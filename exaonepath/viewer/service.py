@@ -36,6 +36,7 @@ from exaonepath.viewer.results import (
 from exaonepath.viewer.slide_pool import SlidePool
 from exaonepath.viewer.table import PatchTable
 from exaonepath.viewer.vectors import UnitRows, VectorStore, most_similar
+from exaonepath.viz.canvas import grid_step
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ class Service:
                 "patches": {
                     "count": len(results.coords),
                     "size": results.patch_size,
+                    "step": grid_step(results.coords, results.patch_size),
                     "failed": len(results.failures),
                     "fragments": int(results.fragments.max(initial=-1)) + 1,
                 },
