@@ -55,7 +55,6 @@ class Service:
         library: the slides.
         table: values of patches from a CSV file.
         weights, device: of the slide encoder, for attention (see `Attention`).
-        threads: threads of a similarity query.
     """
 
     def __init__(
@@ -65,12 +64,11 @@ class Service:
         *,
         weights: str | None = None,
         device: str = "auto",
-        threads: int | None = None,
     ) -> None:
         self._library, self._table = library, table
         self._pool = SlidePool()
         self.pixels = Pixels(self._pool)
-        self._store = VectorStore(threads)
+        self._store = VectorStore()
         self._attention = Attention(weights, device)
         self._results, self._arrays = Memo(_RESULTS_KEPT), Memo(_ARRAYS_KEPT)
         self.arrays: dict[str, Callable[[str, Query], Answer]] = {

@@ -57,6 +57,7 @@ export class Pane {
       visibilityRatio: 0.25,
       zoomPerScroll: 1.25,
       timeout: 120000,
+      tabIndex: -1, // the page has its own keys, which work wherever the focus is
       gestureSettingsMouse: { clickToZoom: false },
       gestureSettingsTouch: { clickToZoom: false },
       gestureSettingsPen: { clickToZoom: false },

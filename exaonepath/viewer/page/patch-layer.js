@@ -1,20 +1,29 @@
-// All patches of a slide as one WebGL draw call: a square an instance, with its colour and two marks.
+// All patches of a slide as one WebGL draw call: two triangles a patch. Positions, colours and marks are textures that
+// the vertex shader reads by its number, so that each of them is uploaded once and as it is. (One instance a patch would
+// be the usual way, and takes 25 times as long where WebGL is emulated on the CPU: bench/test_viewer.py.)
 
-import { attribute, context, fit, program } from "./webgl.js";
+import { context, fit, program } from "./webgl.js";
 
 export const SELECTED = 1;
 export const DIMMED = 2;
 
+const WIDTH = 2048; // of the textures; patch i is the texel (i % WIDTH, i / WIDTH)
+
 const VERTEX = `
-in vec2 corner; in vec2 place; in vec4 colour; in float mark;
+precision highp int;
+uniform highp sampler2D places; uniform sampler2D colours; uniform highp sampler2D marks;
 uniform vec2 origin; uniform float scale; uniform float cell; uniform float offset; uniform vec2 canvas;
 out vec4 fill; out vec2 inside; flat out float marked;
 void main() {
+  int patch_ = gl_VertexID / 6, k = gl_VertexID - 6 * patch_;
+  ivec2 at = ivec2(patch_ & ${WIDTH - 1}, patch_ / ${WIDTH});
+  vec2 corner = vec2(k == 1 || k == 3 || k == 4 ? 1.0 : 0.0, k == 2 || k == 4 || k == 5 ? 1.0 : 0.0);
   // Positions are taken relative to the corner of the view before they are scaled: exact for slides of any size.
-  vec2 pixel = ((place - origin) + offset + corner * cell) * scale;
+  vec2 pixel = ((texelFetch(places, at, 0).xy - origin) + offset + corner * cell) * scale;
   gl_Position = vec4(pixel / canvas * 2.0 - 1.0, 0.0, 1.0);
   gl_Position.y = -gl_Position.y;
-  fill = colour; inside = corner * cell * scale; marked = mark;
+  fill = texelFetch(colours, at, 0); inside = corner * cell * scale;
+  marked = floor(texelFetch(marks, at, 0).r * 255.0 + 0.5);
 }`;
 
 const FRAGMENT = `
@@ -34,6 +43,13 @@ void main() {
   }
   result = vec4(rgb * alpha, alpha);
 }`;
+
+// Each texture: its format inside and outside, the type of its values, and how many a patch has.
+const TEXTURES = {
+  places: ["RG32F", "RG", "FLOAT", 2],
+  colours: ["RGBA8", "RGBA", "UNSIGNED_BYTE", 4],
+  marks: ["R8", "RED", "UNSIGNED_BYTE", 1],
+};
 
 export class PatchLayer {
   constructor(canvas) {
@@ -55,19 +71,19 @@ export class PatchLayer {
     this.count = corners.length / 2;
     this.cell = cell;
     this.offset = offset;
-    this._upload("place", corners);
+    this._upload("places", corners);
     this.setColours(new Uint8Array(4 * this.count));
     this.setMarks(new Uint8Array(this.count));
   }
 
   /** RGBA, Uint8Array [4n]. */
   setColours(colours) {
-    this._upload("colour", colours);
+    this._upload("colours", colours);
   }
 
   /** SELECTED, DIMMED or 0, Uint8Array [n]. */
   setMarks(marks) {
-    this._upload("mark", marks);
+    this._upload("marks", marks);
   }
 
   /** Draw; `view` is {x, y, scale}: the level-0 position of the top left corner, and CSS pixels per level-0 pixel. */
@@ -95,7 +111,7 @@ export class PatchLayer {
     gl.uniform1f(places.opacity, this.opacity);
     gl.uniform1f(places.side, cell * scale);
     gl.uniform1f(places.ratio, ratio);
-    gl.drawArraysInstanced(gl.TRIANGLE_STRIP, 0, 4, this.count);
+    gl.drawArrays(gl.TRIANGLES, 0, 6 * this.count);
   }
 
   destroy() {
@@ -104,22 +120,19 @@ export class PatchLayer {
 
   _make() {
     const gl = this.gl;
-    this.program = program(
-      gl,
-      VERTEX,
-      FRAGMENT,
-      ["corner", "place", "colour", "mark"],
-      ["origin", "scale", "cell", "offset", "canvas", "opacity", "side", "ratio"],
-    );
+    const uniforms = ["origin", "scale", "cell", "offset", "canvas", "opacity", "side", "ratio", ...Object.keys(TEXTURES)];
+    this.program = program(gl, VERTEX, FRAGMENT, [], uniforms);
     this.arrays = gl.createVertexArray();
-    gl.bindVertexArray(this.arrays);
-    attribute(gl, 0, 2, gl.FLOAT, false);
-    gl.bufferData(gl.ARRAY_BUFFER, new Float32Array([0, 0, 1, 0, 0, 1, 1, 1]), gl.STATIC_DRAW);
-    this.buffers = {
-      place: attribute(gl, 1, 2, gl.FLOAT, false, 1),
-      colour: attribute(gl, 2, 4, gl.UNSIGNED_BYTE, true, 1),
-      mark: attribute(gl, 3, 1, gl.UNSIGNED_BYTE, false, 1),
-    };
+    gl.useProgram(this.program.made);
+    this.textures = {};
+    Object.keys(TEXTURES).forEach((name, unit) => {
+      this.textures[name] = gl.createTexture();
+      gl.activeTexture(gl.TEXTURE0 + unit);
+      gl.bindTexture(gl.TEXTURE_2D, this.textures[name]);
+      for (const filter of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) gl.texParameteri(gl.TEXTURE_2D, filter, gl.NEAREST);
+      gl.uniform1i(this.program.places[name], unit);
+    });
+    gl.pixelStorei(gl.UNPACK_ALIGNMENT, 1);
   }
 
   _restore() {
@@ -129,8 +142,14 @@ export class PatchLayer {
 
   _upload(name, values) {
     this._data[name] = values;
-    if (!this.gl || this.gl.isContextLost()) return;
-    this.gl.bindBuffer(this.gl.ARRAY_BUFFER, this.buffers[name]);
-    this.gl.bufferData(this.gl.ARRAY_BUFFER, values, this.gl.DYNAMIC_DRAW);
+    const gl = this.gl;
+    if (!gl || gl.isContextLost()) return;
+    const [inside, format, type, parts] = TEXTURES[name];
+    const rows = Math.max(1, Math.ceil(this.count / WIDTH));
+    const whole = new values.constructor(parts * WIDTH * rows);
+    whole.set(values);
+    gl.activeTexture(gl.TEXTURE0 + Object.keys(TEXTURES).indexOf(name));
+    gl.bindTexture(gl.TEXTURE_2D, this.textures[name]);
+    gl.texImage2D(gl.TEXTURE_2D, 0, gl[inside], WIDTH, rows, 0, gl[format], gl[type], whole);
   }
 }

@@ -27,13 +27,12 @@ export function program(gl, vertex, fragment, attributes, uniforms) {
   return { made, places };
 }
 
-/** A buffer as an attribute; `divisor` 1 means one value an instance. */
-export function attribute(gl, at, size, type, normalised, divisor = 0) {
+/** A buffer as an attribute of a vertex. */
+export function attribute(gl, at, size, type, normalised) {
   const buffer = gl.createBuffer();
   gl.bindBuffer(gl.ARRAY_BUFFER, buffer);
   gl.enableVertexAttribArray(at);
   gl.vertexAttribPointer(at, size, type, normalised, 0, 0);
-  gl.vertexAttribDivisor(at, divisor);
   return buffer;
 }
 
