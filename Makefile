@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-matrix faults lint bench plots wheel clean
+.PHONY: demo test test-matrix faults lint bench docs plots wheel wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/exaonepath demo --out demo-output
@@ -32,6 +32,11 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/pytest bench/ --benchmark-only
 
+# The documentation site, in site/index.html; a broken link or a public name without documentation is an error.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27" "mkdocs-jupyter>=0.25"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # One picture a question, from whatever bench/results/ holds.
 plots: $(INSTALLED)
 	$(BIN)/python bench/plots.py
@@ -41,6 +46,10 @@ wheel: $(INSTALLED)
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
 
+# A wheel for each Python at hand, each checked in a new environment. PYTHONS="3.10 3.13" restricts it.
+wheels:
+	$(PYTHON) tests/wheels.py
+
 # The virtual environment is made again whenever what it is made of changes.
 $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt exaonepath/version.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -48,4 +57,4 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt exaonepath/
 	touch $@
 
 clean:
-	rm -rf $(VENV) .matrix build dist demo-output exaonepath/_C*.so *.egg-info
+	rm -rf $(VENV) .matrix build dist demo-output site exaonepath/_C*.so *.egg-info

@@ -38,12 +38,15 @@ from .files.outlines import Outlines as Outlines
 from .files.patches import PatchSet as PatchSet
 from .files.patches import read_contours as read_contours
 from .files.patches import read_patches as read_patches
+from .files.slide_vectors import SlideVectors as SlideVectors
+from .files.slide_vectors import read_slide_vectors as read_slide_vectors
 from .ops.attention.fragment_attention import fragment_attention as fragment_attention
+from .slides.cohort.collect import collect_slide_vectors as collect_slide_vectors
+from .slides.cohort.run import EncodeFailure as EncodeFailure
+from .slides.cohort.run import encode_slides as encode_slides
 from .slides.embed import embed_features_file as embed_features_file
-from .slides.encode import EncodeFailure as EncodeFailure
 from .slides.encode import EncodeResult as EncodeResult
 from .slides.encode import encode_slide as encode_slide
-from .slides.encode import encode_slides as encode_slides
 from .slides.features.extract import extract_features as extract_features
 from .slides.find import find_slides as find_slides
 from .slides.image import SlideImage as SlideImage

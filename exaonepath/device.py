@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from exaonepath.errors import BackendError, DeviceError
+from exaonepath.errors import DeviceError, DeviceMemoryError
 
 _DTYPES = {
     "float32": torch.float32,
@@ -62,17 +62,18 @@ def resolve_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def inference(device: torch.device, dtype: torch.dtype, what: str, advice: str = "") -> Iterator[None]:
-    """Inference mode with autocast to `dtype`; an out-of-memory error becomes a `BackendError` that names `what`.
+    """Inference mode with autocast to `dtype`; an out-of-memory error becomes a `DeviceMemoryError` that names `what`.
 
     Raises:
         DeviceError: the dtype is not one of float32, bfloat16, float16.
+        DeviceMemoryError: the device's memory is exhausted.
     """
     resolve_dtype(dtype, device)
     try:
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             yield
     except torch.OutOfMemoryError as exc:
-        raise BackendError(f"{what} does not fit into the memory of {device}{advice}: {exc}") from exc
+        raise DeviceMemoryError(f"{what} does not fit into the memory of {device}{advice}: {exc}") from exc
 
 
 @contextmanager

@@ -40,6 +40,10 @@ class MemoryLimitError(BackendError):
     """A computation needs more memory than the limit, or than the device has; raised before anything is allocated."""
 
 
+class DeviceMemoryError(BackendError):
+    """A computation ran out of the device's memory."""
+
+
 class MissingDependencyError(BackendError):
     """A required optional package is not installed; the message names the extra that contains it."""
 
@@ -163,3 +167,7 @@ class LeaseLostError(ExaonePathError):
 
 class SlideBusyError(ExaonePathError):
     """Another process works on this slide now."""
+
+
+class WorkerError(ExaonePathError):
+    """A worker process ended before its work was done: it was killed, or ran out of memory."""

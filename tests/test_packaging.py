@@ -29,7 +29,7 @@ def test_the_extension_belongs_to_this_version():
 
 # From below. A room imports itself and what comes before it; rooms of one line do not import each other.
 LAYERS = [
-    ("errors", "version", "text", "memory", "log_once", "random_state"),
+    ("errors", "version", "text", "memory", "processors", "log_once", "random_state"),
     ("files", "reference", "kernels", "plotting"),
     ("ops", "device"),
     ("encoders",),

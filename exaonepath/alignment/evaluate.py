@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
+from exaonepath.alignment.baselines.comparison import compare_retrieval
 from exaonepath.alignment.data.cohort import Cohort
 from exaonepath.alignment.metrics.geometry import alignment, effective_rank, uniformity
 from exaonepath.alignment.metrics.missing import (
@@ -20,23 +20,26 @@ from exaonepath.alignment.metrics.missing import (
     probe_from_subsets,
     retrieval_from_subsets,
 )
-from exaonepath.alignment.metrics.probes import knn_probe, linear_probe
 from exaonepath.alignment.metrics.projections import direction_reuse, pair_spectrum
 from exaonepath.alignment.metrics.retrieval import PairEmbeddings, cross_modal_retrieval, recall_by_group
-from exaonepath.alignment.metrics.survival import cox_probe
+from exaonepath.alignment.probing import (
+    column,
+    embeddings_of,
+    held_out_labels,
+    held_out_survival,
+    read_follow_up,
+    transfer_possible,
+    transferred_labels,
+    transferred_survival,
+)
 from exaonepath.alignment.subject import Subject, as_subject
 from exaonepath.alignment.training.validation import EmbeddedPatients
 from exaonepath.errors import SettingsError
-from exaonepath.text import few
 
 logger = logging.getLogger(__name__)
 
-# Values in tables for whether the event was observed; "1:DECEASED" is used by cBioPortal.
-_EVENTS = {
-    **dict.fromkeys(("1", "1.0", "true", "yes", "dead", "deceased", "died", "event", "1:deceased"), 1),
-    **dict.fromkeys(("0", "0.0", "false", "no", "alive", "living", "censored", "0:living"), 0),
-}
 _MOST_CLASSES = 20
+PROBES = ("train", "held-out")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class EvaluationSettings:
         time, event: columns of survival; used if both exist.
         targets: modalities to retrieve from subsets of the others; empty: all.
         missing: whether to compute curves over missing modalities.
+        baselines: whether to fit the baselines on the training patients of the split (see `baselines`).
+        probes: "train": probes are fitted on the labelled training patients and scored on the test patients;
+            "held-out": cross-validation within all held-out patients, also used if the split has no training patients
+            or no test patients.
         seed: seed of folds and intervals.
     """
 
@@ -56,7 +63,13 @@ class EvaluationSettings:
     event: str = "event"
     targets: tuple[str, ...] = ()
     missing: bool = True
+    baselines: bool = True
+    probes: str = "train"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.probes not in PROBES:
+            raise SettingsError(f"probes must be one of {', '.join(PROBES)}, got {self.probes!r}")
 
 
 def evaluate(
@@ -85,18 +98,58 @@ def evaluate(
     settings = settings or EvaluationSettings()
     subject = as_subject(subject, cohort, split)
     labels = _labels(subject, settings)
-    _follow_up(subject, subject.held_out, settings)
+    read_follow_up(subject, subject.held_out, settings.time, settings.event)
     parts = {name: subject.embed(ids) for name, ids in subject.parts.items()}
     embedded = subject.embed(subject.held_out)
-    return {
-        "modalities": list(subject.model.modalities),
+    report = {
+        "modalities": list(subject.modalities),
         "trained_pairs": [list(pair) for pair in subject.model.trained_pairs],
         "parts": {name: _part(part) for name, part in parts.items()},
         "held_out": len(embedded.patients),
-        "probes": {label: _probes(subject, embedded, label, settings.seed) for label in labels},
-        "survival": _survival(subject, embedded, settings),
-        "missing": _missing(subject, parts.get("train"), embedded, labels, settings) if settings.missing else {},
-        "projections": _projections(subject, embedded),
+        **_probed(subject, parts, embedded, labels, settings),
+    }
+    report["missing"] = _missing(subject, parts.get("train"), embedded, labels, settings) if settings.missing else {}
+    return {**report, "projections": _projections(subject, embedded)}
+
+
+def _probed(
+    subject: Subject,
+    parts: Mapping[str, EmbeddedPatients],
+    embedded: EmbeddedPatients,
+    labels: Sequence[str],
+    settings: EvaluationSettings,
+) -> dict[str, Any]:
+    """The entries "probes", "survival", "probe_patients" and "baselines" of the report."""
+    seed, time, event = settings.seed, settings.time, settings.event
+    can = transfer_possible(subject)
+    if settings.baselines and not can:
+        logger.warning("no baselines: the split has no training patients, or no test patients, of this cohort")
+    baselines = settings.baselines and can
+    compared: dict[str, Any] = {"retrieval": {}, "probes": {}, "survival": {}}
+    if baselines:
+        pairs = [pair for pair in subject.model.trained_pairs if set(pair) <= set(subject.modalities)]
+        compared["retrieval"] = compare_retrieval(subject.data, parts["test"].pairs, pairs, seed=seed)
+    if settings.probes == "held-out" or not can:
+        probes = {label: held_out_labels(subject, embedded, label, seed) for label in labels}
+        survival = held_out_survival(subject, embedded, time, event, seed)
+        where = "held-out"
+    else:
+        views = [
+            embeddings_of(subject, parts[name] if name in parts else subject.embed(()))
+            for name in ("train", "val", "test")
+        ]
+        found = {label: transferred_labels(subject, views, label, baselines=baselines, seed=seed) for label in labels}
+        probes = {label: ours for label, (ours, _) in found.items()}
+        compared["probes"] = {label: theirs for label, (_, theirs) in found.items() if theirs}
+        survival, compared["survival"] = transferred_survival(
+            subject, views, time, event, baselines=baselines, seed=seed
+        )
+        where = "test"
+    return {
+        "probe_patients": where,
+        "probes": probes,
+        "survival": survival,
+        "baselines": compared if baselines else {},
     }
 
 
@@ -138,74 +191,6 @@ def _part(part: EmbeddedPatients) -> dict[str, Any]:
         },
         "alignment": {f"{pair.left}-{pair.right}": alignment(*_common(pair)) for pair in part.pairs},
     }
-
-
-def embeddings_of(subject: Subject, embedded: EmbeddedPatients) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Name -> (rows, embedding): every modality for its patients, and the fused embedding for all patients.
-
-    A modality is represented by the fused embedding of it alone: its projections into the spaces of all its pairs.
-    """
-    found = {}
-    for name, flags in embedded.available.items():
-        rows = np.flatnonzero(flags)
-        if len(rows):
-            found[name] = (rows, subject.fuse(embedded, (name,))[rows])
-    found["fused"] = (np.arange(len(embedded.patients)), embedded.fused)
-    return found
-
-
-def _probes(subject: Subject, embedded: EmbeddedPatients, label: str, seed: int) -> dict[str, Any]:
-    values = column(subject, embedded.patients, label)
-    out = {}
-    for name, (rows, x) in embeddings_of(subject, embedded).items():
-        try:
-            found = [probe(x, values[rows], seed=seed).as_dict() for probe in (linear_probe, knn_probe)]
-        except SettingsError as exc:
-            logger.warning("no probe of %s from %s: %s", label, name, exc)
-            continue
-        out[name] = dict(zip(("linear", "knn"), found, strict=True))
-    return out
-
-
-def _survival(subject: Subject, embedded: EmbeddedPatients, settings: EvaluationSettings) -> dict[str, Any]:
-    found = _follow_up(subject, embedded.patients, settings)
-    if found is None:
-        return {}
-    time, event, known = found
-    out = {}
-    for name, (rows, x) in embeddings_of(subject, embedded).items():
-        x, rows = x[known[rows]], rows[known[rows]]
-        try:
-            out[name] = cox_probe(x, time[rows], event[rows], seed=settings.seed).as_dict()
-        except SettingsError as exc:
-            logger.warning("no survival probe from %s: %s", name, exc)
-    return out
-
-
-def _follow_up(
-    subject: Subject, patients: Sequence[str], settings: EvaluationSettings
-) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """(time, whether the event was observed, whether both are known), [n] each; None without such columns.
-
-    Raises:
-        SettingsError: a time is no number, or an event is neither yes nor no (the values are named).
-    """
-    if not {settings.time, settings.event} <= set(subject.cohort.labels):
-        return None
-    raw = pd.Series(column(subject, patients, settings.time))
-    time = pd.to_numeric(raw, errors="coerce")
-    if wrong := sorted({str(v) for v in raw[time.isna() & raw.notna()]}):
-        raise SettingsError(f"column {settings.time} must hold times, got {few(wrong)}; name another with --time")
-    events = pd.Series(column(subject, patients, settings.event))
-    words = events.map(lambda v: str(v).strip().lower())
-    event = words.map(_EVENTS)
-    if wrong := sorted({str(v) for v in events[event.isna() & events.notna()]}):
-        raise SettingsError(
-            f"column {settings.event} must state whether the event was observed (1 or 0, true or false, deceased or "
-            f"living), got {few(wrong)}; name another with --event"
-        )
-    known = time.notna() & event.notna()
-    return time.to_numpy(np.float64), event.fillna(0).to_numpy() > 0, known.to_numpy(bool)
 
 
 def _missing(
@@ -294,13 +279,6 @@ def _projections(subject: Subject, embedded: EmbeddedPatients) -> dict[str, Any]
 def complete_rows(embedded: EmbeddedPatients) -> np.ndarray:
     """Rows of the patients who have every modality of the model."""
     return np.flatnonzero(np.stack([*embedded.available.values()]).all(0))
-
-
-def column(subject: Subject, patients: Sequence[str], label: str) -> np.ndarray:
-    """Values of a label, as objects, in the order of the patients; NaN if unknown."""
-    found = subject.cohort.labels[label].reindex(list(patients)).astype(object)
-    values: np.ndarray = found.where(found.notna(), np.nan).to_numpy(object)
-    return values
 
 
 def _common(pair: PairEmbeddings) -> tuple[np.ndarray, np.ndarray]:

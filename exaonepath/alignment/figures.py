@@ -16,6 +16,7 @@ from exaonepath.files.atomic import atomic_path
 from exaonepath.plotting import HAIRLINE, INK, MUTED, require_matplotlib
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+_BASELINES = {"CCA": ("^", VERMILION), "ridge": ("x", ORANGE), "PLS": ("+", GREEN)}
 _ROW = 0.27  # height of a row of a chart, in inches
 _TITLE, _FOOT = 0.95, 0.55
 
@@ -54,8 +55,9 @@ def draw_outcome(outcome: Outcome, measures: Sequence[str], path: str | os.PathL
 
 
 def draw_retrieval(report: Mapping[str, Any], part: str, path: str | os.PathLike[str]) -> Path:
-    """Draw recall@1 and @10 of every direction with intervals, compared with chance."""
+    """Draw recall@1 and @10 of every direction with intervals, compared with chance and, if known, with baselines."""
     scores = report["parts"][part]["retrieval"]
+    baselines = (report.get("baselines") or {}).get("retrieval", {}) if part == "test" else {}
     names = list(scores)
     figure, panels = _panels(f"Cross-modal retrieval, {part} patients", 2, len(names), width=3.4, label=1.5)
     for axes, k in zip(panels, ("1", "10"), strict=True):
@@ -64,10 +66,17 @@ def draw_retrieval(report: Mapping[str, Any], part: str, path: str | os.PathLike
             axes.plot([found["low"], found["high"]], [row, row], color=BLUE, linewidth=2, alpha=0.45)
             axes.scatter([found["value"]], [row], s=28, color=BLUE, zorder=3)
             axes.plot([chance, chance], [row - 0.35, row + 0.35], color=MUTED, linewidth=1.2)
+            for (method, (mark, color)), found_by in ((m, baselines.get(m[0], {})) for m in _BASELINES.items()):
+                if name in found_by:
+                    axes.scatter(
+                        [found_by[name]["recall"][k]["value"]], [row], s=26, marker=mark, color=color, label=method,
+                        zorder=2, linewidths=1.2,
+                    )  # fmt: skip
         _rows(axes, [name.replace("->", " → ") for name in names] if axes is panels[0] else [""] * len(names))
         axes.set_xlim(0, 1.02)
         axes.set_title(f"recall@{k}", loc="left", color=INK, size=9)
-    return _save(figure, path, "bars: 95 % interval over patients; grey ticks: chance")
+    marks = "; triangle: CCA, cross: ridge, plus: PLS" if baselines else ""
+    return _save(figure, path, f"dot and bar: ours, 95 % interval over patients; grey ticks: chance{marks}")
 
 
 def draw_missing(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:

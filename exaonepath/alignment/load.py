@@ -64,7 +64,7 @@ def load_alignment(run: str | os.PathLike[str], *, device: str = "auto") -> Alig
     """Load a trained alignment model.
 
     Args:
-        run: the folder of a run (its final model is used), or of a model.
+        run: the folder of a run (its best model is used, else its final one), or of a model.
         device: "auto", "cpu" or "cuda".
 
     Raises:

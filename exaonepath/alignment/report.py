@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from exaonepath.alignment.evaluate import EvaluationSettings, embeddings_of, evaluate
+from exaonepath.alignment.evaluate import EvaluationSettings, evaluate
 from exaonepath.alignment.figures import draw_attention, draw_missing, draw_projections, draw_retrieval
 from exaonepath.alignment.metrics.exports import export_pooled
+from exaonepath.alignment.probing import embeddings_of
+from exaonepath.alignment.report_table import table
 from exaonepath.alignment.subject import Subject, as_subject
 from exaonepath.encoders.attention_map import AttentionMap, attention_map
 from exaonepath.errors import SettingsError
@@ -76,6 +78,7 @@ def provenance(subject: Subject, settings: Mapping[str, Any]) -> dict[str, Any]:
         "settings_hash": settings_hash(json.loads(json.dumps(settings))),
         "cohort_hash": subject.cohort.fingerprint,
         "model": dict(subject.model.config.provenance),
+        "model_used": subject.used,
         "split_known": subject.seen,
         "exaonepath_version": __version__,
     }
@@ -135,83 +138,3 @@ def export_embeddings(subject: Subject, out: Path) -> list[Path]:
         patients = np.asarray(embedded.patients)[rows]
         written += export_pooled(out / name, dict(zip(patients.tolist(), x, strict=True)), embedding=name, **note)
     return written
-
-
-def table(report: Mapping[str, Any]) -> str:
-    """The report as Markdown."""
-    lines = ["# Evaluation", ""]
-    known = report["provenance"]["split_known"]
-    lines += [
-        f"{report['held_out']} patients held out from training."
-        if known
-        else f"{report['held_out']} patients; as far as is known, none of them is in the training data of the model.",
-        "Intervals: 95 %, bootstrap over patients.",
-        "",
-    ]
-    for part, found in report["parts"].items():
-        if not found["retrieval"]:
-            continue
-        lines += [f"## Retrieval, {part} ({found['patients']} patients)", ""]
-        lines += _rows(
-            ("direction", "recall@1", "chance", "recall@5", "recall@10", "median rank", "of"),
-            [
-                (
-                    name.replace("->", " to "),
-                    _interval(score["recall"]["1"]),
-                    _number(score["chance"]["1"]),
-                    _interval(score["recall"]["5"]),
-                    _interval(score["recall"]["10"]),
-                    _number(score["median_rank"], 1),
-                    str(score["n_gallery"]),
-                )
-                for name, score in found["retrieval"].items()
-            ],
-        )
-    for label, found in report["probes"].items():
-        lines += [
-            f"## {label} (held-out patients; 5 folds, fewer if a class has fewer patients)",
-            "",
-        ]
-        lines += _rows(
-            ("embedding", "linear: balanced accuracy", "linear: AUROC", "kNN: balanced accuracy", "chance", "n"),
-            [
-                (
-                    name,
-                    _interval(score["linear"]["balanced_accuracy"]),
-                    _interval(score["linear"]["auroc"]),
-                    _interval(score["knn"]["balanced_accuracy"]),
-                    _number(score["linear"]["chance"]),
-                    str(score["linear"]["n"]),
-                )
-                for name, score in found.items()
-            ],
-        )
-    for label, found in (report["missing"] or {"probes": {}})["probes"].items():
-        if "gain_over_single" in found:
-            lines += [f"## {label}: all modalities compared with each alone (patients with all modalities)", ""]
-            alone = found["refitted"]["subsets"]
-            lines += _rows(
-                ("modality", "balanced accuracy alone", "gain with all modalities (paired)"),
-                [(name, _interval(alone[name]), _interval(gain)) for name, gain in found["gain_over_single"].items()],
-            )
-    if report["survival"]:
-        lines += ["## Survival (Cox probe, cross-validated; 0.5 is chance)", ""]
-        lines += _rows(
-            ("embedding", "c-index", "patients", "events"),
-            [(name, _interval(s["c_index"]), str(s["n"]), str(s["events"])) for name, s in report["survival"].items()],
-        )
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return [*("| " + " | ".join(cells) + " |" for cells in lines), ""]
-
-
-def _interval(estimate: Mapping[str, Any]) -> str:
-    value = _number(estimate["value"])
-    return value if estimate["low"] is None else f"{value} [{_number(estimate['low'])}, {_number(estimate['high'])}]"
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

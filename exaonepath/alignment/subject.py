@@ -29,6 +29,7 @@ from exaonepath.alignment.training.distributed import Processes
 from exaonepath.alignment.training.settings import DataSettings, build_settings
 from exaonepath.alignment.training.settings_file import read_settings
 from exaonepath.alignment.training.validation import EmbeddedPatients, embed_patients
+from exaonepath.encoders.loading import no_bars
 from exaonepath.errors import DataFileError, SettingsError
 from exaonepath.text import few
 
@@ -47,17 +48,24 @@ class Subject:
         data: the cohort, standardised as in training.
         seen: whether the training patients are known from the split; else all patients count as held out.
         processes: the device.
+        used: which model it is, in words.
     """
 
     model: ExaonePathAlignmentModel
     data: TrainingData
     seen: bool
     processes: Processes
+    used: str = ""
 
     @property
     def cohort(self) -> Cohort:
         """The cohort."""
         return self.data.cohort
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Modalities of the model that the cohort has."""
+        return tuple(name for name in self.model.modalities if name in self.cohort.held)
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
@@ -118,7 +126,8 @@ def open_subject(
     """Load a model and the cohort of its evaluation.
 
     Args:
-        model: folder of a run (its final model is used), or of a model.
+        model: folder of a run (its best model is used, by the metric that the run selects by, or the final one if
+            nothing was validated), or of a model.
         cohort: a folder with cohort.h5mu, slides.csv and labels.csv (those that exist), or a settings file with a table
             `data`; None: the cohort of the run, with its split.
         split: file of a split of `cohort`; None: the training patients of the run do not count as held out.
@@ -134,6 +143,8 @@ def open_subject(
     if cohort is None and not is_run(model):
         raise SettingsError(f"{model} is a model without a run; name the cohort to evaluate it on")
     loaded, run, processes = load_model(model, device)
+    used = describe_model(loaded, run, model)
+    logger.info("%s", used)
     known, settings = open_cohort(loaded, run, cohort, by_name=by_name, id_column=id_column)
     if cohort is None and run is not None:
         split = split or run / "split.json"
@@ -141,7 +152,8 @@ def open_subject(
         parts, seen = load_split(split, known), True
     else:
         parts, seen = _apart_from_training(run, loaded, known)
-    return Subject(loaded, TrainingData(known, parts, standardizer_of(loaded), settings, 0), seen, processes)
+    data = TrainingData(known, parts, standardizer_of(loaded), settings, 0)
+    return Subject(loaded, data, seen, processes, used)
 
 
 def as_subject(
@@ -170,9 +182,26 @@ def load_model(folder: Path, device: str) -> tuple[ExaonePathAlignmentModel, Pat
     """
     run = is_run(folder)
     processes = Processes.start(device)
-    model: ExaonePathAlignmentModel = ExaonePathAlignmentModel.from_pretrained(folder / "model" if run else folder)
+    with no_bars():
+        model: ExaonePathAlignmentModel = ExaonePathAlignmentModel.from_pretrained(best_of(folder) if run else folder)
     model.eval().to(processes.device)
     return model, folder if run else None, processes
+
+
+def best_of(run: Path) -> Path:
+    """The folder of a run's best model, or of its final one if there is no best."""
+    return run / "best" if (run / "best").is_dir() else run / "model"
+
+
+def describe_model(model: ExaonePathAlignmentModel, run: Path | None, folder: Path) -> str:
+    """Which model is used, in words."""
+    step = model.config.provenance.get("step")
+    at = "" if step is None else f", step {step}"
+    if run is None:
+        return f"{folder}{at}"
+    chosen = best_of(run)
+    what = "best by validation" if chosen.name == "best" else "final model; nothing was validated"
+    return f"{chosen} ({what}{at})"
 
 
 def open_cohort(

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from exaonepath.cli.ablate import ablate
+from exaonepath.cli.collect import collect
 from exaonepath.cli.demo import demo
 from exaonepath.cli.doctor import doctor
 from exaonepath.cli.encode import encode
@@ -15,6 +16,7 @@ from exaonepath.cli.features import features
 from exaonepath.cli.guard import guarded, interruptible
 from exaonepath.cli.patch import patch
 from exaonepath.cli.slide import slide
+from exaonepath.cli.status import status
 from exaonepath.cli.train import train
 from exaonepath.cli.view import view
 from exaonepath.version import __version__
@@ -47,5 +49,5 @@ def _root(
     """Whole-slide pathology images to slide embeddings."""
 
 
-for command in (encode, patch, features, slide, view, doctor, demo, train, evaluate, ablate):
+for command in (encode, patch, features, slide, status, collect, view, doctor, demo, train, evaluate, ablate):
     app.command()(guarded(command))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
+import typer
+
 from exaonepath.cli import options
-from exaonepath.cli.console import note_random, progress_bar, say_result, say_unreadable, status
-from exaonepath.cli.guard import EXIT_UNREADABLE, EmptySlides, each
+from exaonepath.cli.cohort_report import CohortReport
+from exaonepath.cli.collect import keep_collected
+from exaonepath.cli.console import cohort_bars, note_random, status
+from exaonepath.cli.dry_run import dry_run as show_plan
+from exaonepath.cli.guard import EmptySlides
+from exaonepath.cli.logs import set_up_logging
 
 if TYPE_CHECKING:
-    from exaonepath.encoders.loading import LoadedEncoder
-    from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
-    from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
+    import torch
+
     from exaonepath.slides.cohort.cohort_slide import CohortSlide
 
 
@@ -23,6 +30,12 @@ def encode(
     layout: options.Layout = None,
     weights: options.Weights = options.DEFAULT_WEIGHTS,
     device: options.Device = "auto",
+    devices: options.Devices = None,
+    jobs: options.Jobs = 1,
+    shard: options.ShardOption = None,
+    stage: options.Stage = None,
+    retry_failed: options.RetryFailed = False,
+    stale_after: options.StaleAfter = 120.0,
     dtype: options.Dtype = "auto",
     patch_size: options.PatchSize = 256,
     step_size: options.StepSize = None,
@@ -48,6 +61,8 @@ def encode(
     feature_dtype: options.FeatureDtype = "float32",
     keep: options.Keep = None,
     fail_on_empty: options.FailOnEmpty = False,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
     overwrite: options.Overwrite = False,
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
@@ -55,26 +70,42 @@ def encode(
     """Slides to embeddings, all stages; finished stages are kept, an interrupted run resumes.
 
     Writes <out>/embeddings/<id>.h5, and on the way <out>/patches/<id>.h5, <id>_features.h5 and <out>/masks/<id>.jpg.
-    Example: exaonepath encode slides/ --out results --device cuda
+    Several processes, on several machines, may work on one output folder: each slide is done by one of them.
+    Example: exaonepath encode slides/ --out results --devices all
     """
     found = options.inputs(slides, manifest, recursive, quiet)
     from exaonepath.device import resolve_device, resolve_dtype
     from exaonepath.encoders import loading
-    from exaonepath.encoders.memory_plan import parse_memory
-    from exaonepath.slides.cohort.encoder_pool import EncoderPool
-    from exaonepath.slides.cohort.slide_settings import by_weights, patching_of
-    from exaonepath.slides.encode import encode_slide
+    from exaonepath.processors import usable_processors
+    from exaonepath.slides.cohort.encoders import EncoderPair
+    from exaonepath.slides.cohort.plan import PlanSettings
+    from exaonepath.slides.cohort.run import encode_cohort
+    from exaonepath.slides.cohort.run_options import RunOptions
+    from exaonepath.slides.cohort.scheduler import parse_shard, shard_of_job
+    from exaonepath.slides.cohort.slide_settings import by_weights
+    from exaonepath.slides.cohort.worker import limit_threads
+    from exaonepath.slides.cohort.worker_devices import worker_devices
+    from exaonepath.slides.cohort.workers import encode_with_workers
     from exaonepath.slides.features.identity import check_feature_dtype
     from exaonepath.slides.features.preprocessing import PreprocessingConfig
     from exaonepath.slides.keep import check_keep
     from exaonepath.slides.outputs import choose_layout
+    from exaonepath.slides.stages import EncodeSettings
 
-    stored_as, kept = check_feature_dtype(feature_dtype), check_keep(keep)
-    target = resolve_device(device)
+    def load(weights: str, device: torch.device) -> EncoderPair:
+        with status("loading weights", quiet):
+            patch_encoder = loading.load_patch_encoder(weights, device=device)
+            slide_encoder = loading.load_slide_encoder(weights, device=device)
+        note_random(patch_encoder.is_random, weights, quiet)
+        return EncoderPair(patch_encoder, slide_encoder)
+
+    workers = worker_devices(devices, device, jobs)
+    target = resolve_device(workers[0])
     resolve_dtype(dtype, target)
-    limit = None if max_memory is None else parse_memory(max_memory)
-    preprocessing = PreprocessingConfig(resize=resize)
-    settings = options.patching(
+    how = RunOptions(
+        shard_of_job() if shard is None else parse_shard(shard), stage, retry_failed, stale_after=stale_after
+    )
+    patching = options.patching(
         patch_size,
         step_size,
         {
@@ -96,51 +127,64 @@ def encode(
     )
     if not found.slides:
         raise found.problems[0]
+    run = EncodeSettings(
+        patching=patching,
+        preprocessing=PreprocessingConfig(resize=resize),
+        batch_size=options.batch_size(batch_size),
+        num_workers=num_workers,
+        dtype=dtype,
+        compile=compile,
+        max_memory=max_memory,
+        reader=reader,
+        feature_dtype=check_feature_dtype(feature_dtype),
+        keep=check_keep(keep),
+        overwrite=overwrite,
+    )
+    if dry_run:
+        show_plan(
+            found,
+            out,
+            PlanSettings(
+                patching,
+                reader,
+                weights,
+                run.preprocessing,
+                resolve_dtype(dtype, target),
+                run.feature_dtype,
+                run.keep,
+                overwrite,
+            ),
+            threads=num_workers,
+            as_json=json,
+            verbose=verbose,
+            quiet=quiet,
+        )
+        return
     choose_layout(out, len(found.slides), options.layout(layout))  # fails, if it must, before the weights are loaded
-
-    def load(
-        weights: str,
-    ) -> tuple[LoadedEncoder[ExaonePathPatchEncoderModel], LoadedEncoder[ExaonePathSlideEncoderModel]]:
-        with status("loading weights", quiet):
-            patch_encoder = loading.load_patch_encoder(weights, device=target)
-            slide_encoder = loading.load_slide_encoder(weights, device=target)
-        note_random(patch_encoder.is_random, weights, quiet)
-        return patch_encoder, slide_encoder
-
-    encoders = EncoderPool(load)
     ordered = by_weights(found.slides, weights)
-    encoders.get(ordered[0].weights or weights)  # if the weights are wrong, one error is enough
+    # If all slides state weights of their own, those of the run are not needed.
+    first = weights if any(slide.weights is None for slide in ordered) else str(ordered[0].weights)
+    arguments = {"arguments": sys.argv[1:]}
+    with cohort_bars(len(ordered), disable=quiet) as bars:
 
-    empty = EmptySlides(fail_on_empty, quiet)
+        def progress(slide: CohortSlide, done: int, total: int) -> None:
+            if bars is not None:
+                bars.progress(slide.id, done, total)
 
-    def encode_one(slide: CohortSlide) -> int:
-        patch_encoder, slide_encoder = encoders.get(slide.weights or weights)
-        with progress_bar(slide.path.name, disable=quiet) as progress:
-            result = encode_slide(
-                slide.path,
-                out,
-                patch_encoder,
-                slide_encoder,
-                name=slide.id,
-                patient=slide.patient,
-                patching=patching_of(slide, settings),
-                preprocessing=preprocessing,
-                batch_size=options.batch_size(batch_size),
-                num_workers=num_workers,
-                dtype=dtype,
-                compile=compile,
-                max_memory=limit,
-                reader=reader,
-                feature_dtype=stored_as,
-                keep=kept,
-                overwrite=overwrite,
-                progress=progress,
-            )
-        say_result(result.embedding_path, f"{result.n_patches} patches", "slide" in result.reused, quiet)
-        if result.no_patch:
-            empty.add(slide.path, result.no_patch)
-        if result.n_failed:
-            say_unreadable(result.n_failed, result.n_patches + result.n_failed, slide.path, result.features_path)
-        return EXIT_UNREADABLE if result.n_failed else 0
-
-    each(ordered, encode_one, found.problems, verbose, empty)
+        if len(workers) == 1:
+            limit_threads(usable_processors())
+            pair = load(first, target)
+            outcomes = encode_cohort(ordered, out, pair, run, how, load=load, arguments=arguments, progress=progress)
+        else:
+            note_random(first.startswith("random:"), first, quiet)
+            outcomes = encode_with_workers(
+                ordered, out, first, run, workers, how, initialize=partial(set_up_logging, verbose, quiet),
+                arguments=arguments, progress=progress,
+            )  # fmt: skip
+        report = CohortReport(len(ordered), found.problems, EmptySlides(fail_on_empty, quiet), verbose, quiet, bars)
+        for outcome in outcomes:
+            report.add(outcome)
+    keep_collected(out, ordered)
+    code = report.exit_code()
+    if code:
+        raise typer.Exit(code)

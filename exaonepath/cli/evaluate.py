@@ -24,6 +24,10 @@ def evaluate(
     time: Annotated[str, typer.Option(help="Column of survival times.")] = "time",
     event: Annotated[str, typer.Option(help="Column that is 1 where the event was seen.")] = "event",
     missing: Annotated[bool, typer.Option(help="Curves over modalities missing at inference.")] = True,
+    baselines: Annotated[bool, typer.Option(help="Fit baselines on the training patients of the split.")] = True,
+    probes: Annotated[
+        str, typer.Option(help="train: fit probes on training patients; held-out: cross-validate within the held-out.")
+    ] = "train",
     figures: Annotated[bool, typer.Option(help="Draw figures (matplotlib).")] = True,
     export: Annotated[
         bool, typer.Option("--export", help="Also write embeddings in the format that Patho-Bench reads.")
@@ -35,7 +39,7 @@ def evaluate(
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
 ) -> None:
-    """Retrieval, probes, survival, missing modalities, projections and attention of a trained model.
+    """Retrieval, probes, survival, missing modalities, projections and attention of a trained model, beside baselines.
 
     Writes <out>/evaluation.json, <out>/evaluation.md, figures, and with --export <out>/embeddings/.
     Example: exaonepath evaluate run --out evaluation
@@ -49,7 +53,9 @@ def evaluate(
     from exaonepath.alignment.subject import open_subject
 
     subject = open_subject(model, cohort, split=split, by_name=by_name, device=device, id_column=id_column)
-    settings = EvaluationSettings(labels=tuple(label or ()), time=time, event=event, missing=missing)
+    settings = EvaluationSettings(
+        labels=tuple(label or ()), time=time, event=event, missing=missing, baselines=baselines, probes=probes
+    )
     write_report(subject, out, settings, figures=figures)
     if export:
         export_embeddings(subject, out / "embeddings")

@@ -173,6 +173,47 @@ MaxMemory = Annotated[
         "beforehand. Default: what is free on a GPU, no limit on a CPU."
     ),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Open every slide and print what would be done: format, size, scale, patches, state, disk; nothing is "
+        "written.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs in place of a table.")]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        metavar="all|NAMES",
+        help="A process for each GPU: all, or names with commas between them, such as cuda:0,cuda:1.",
+    ),
+]
+Jobs = Annotated[int, typer.Option(min=1, metavar="N", help="Processes on the device, or on each of --devices.")]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="K/N",
+        help="Begin with the K-th of N parts of the slides, then take whatever is free. Default: from the variables of "
+        "SLURM, LSF or PBS, if there are any.",
+    ),
+]
+Stage = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Copy each slide to this folder, on a local disk, before it is read."),
+]
+RetryFailed = Annotated[
+    bool, typer.Option("--retry-failed", help="Try slides again that failed three times and are left out since.")
+]
+StaleAfter = Annotated[
+    float,
+    typer.Option(
+        min=1.0,
+        metavar="S",
+        help="Seconds after which a slide is taken over from a process of another machine that gives no sign of life.",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Compute finished results again.")]
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More output; repeat for debug output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]

@@ -42,10 +42,10 @@ def patch(
     """Find tissue and compute the patch grid: <out>/patches/<id>.h5, masks/<id>.jpg and contours/<id>.geojson."""
     found = options.inputs(slides, manifest, recursive, quiet)
     from exaonepath.slides.cohort.slide_settings import patching_of
-    from exaonepath.slides.encode import why_no_patch
     from exaonepath.slides.image import SlideImage
     from exaonepath.slides.outputs import choose_layout
     from exaonepath.slides.patches.pipeline import patchfy
+    from exaonepath.slides.stages import why_no_patch
 
     arguments = options.patching(
         patch_size,

@@ -11,6 +11,8 @@ import logging
 import math
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -155,6 +157,20 @@ def randomize(model: nn.Module, seed: int) -> None:
         values = torch.randn(parameter.shape, generator=generator)
         scale = 0.02 if "token" in leaf or leaf == "pos_embed" else 1 / math.sqrt(math.prod(parameter.shape[1:]))
         parameter.copy_(values * scale)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the progress bars of transformers, which show the shards of a model while it is read or written."""
+    from transformers.utils import logging as verbosity
+
+    shown_before = verbosity.is_progress_bar_enabled()
+    verbosity.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown_before:
+            verbosity.enable_progress_bar()
 
 
 def weights_fingerprint(model: nn.Module) -> str:

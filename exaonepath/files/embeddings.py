@@ -41,6 +41,7 @@ ATTRIBUTES = (
     "preprocessing",
     "features_computed_in",
     "feature_dtype",
+    "patches_settings_hash",
     "patient",
     "complete",
 )

@@ -35,6 +35,7 @@ ATTRIBUTES = (
     "weights_fingerprint",
     "dtype",
     "feature_dtype",
+    "patches_settings_hash",
     "settings_hash",
     "slide_path",
     "slide_mtime_ns",

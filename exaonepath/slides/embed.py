@@ -35,6 +35,7 @@ _OF_FEATURES = {
     "preprocessing": "preprocessing",
     "dtype": "features_computed_in",
     "feature_dtype": "feature_dtype",
+    "patches_settings_hash": "patches_settings_hash",
 }
 
 

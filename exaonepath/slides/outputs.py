@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,19 @@ def stored_ids(out: str | os.PathLike[str], kind: Kind, layout: Layout | None = 
         if kind == "patches" and name.endswith(_FOLDERS["features"][1]):
             continue
         yield name[: -len(ending)], Path(entry.path)
+
+
+def partial_ids(out: str | os.PathLike[str], layout: Layout | None = None) -> set[str]:
+    """Ids of the slides of which an unfinished features stage has left a file.
+
+    Raises:
+        DataFileError, OutputError: see `stored_ids`.
+    """
+    folder, ending = _FOLDERS["features"]
+    pattern = re.compile(rf"\.(.+){re.escape(ending)}\.(?:[0-9a-f]{{16}}\.)?part", re.DOTALL)
+    depth = 2 if (layout or read_layout(out)) == "hashed" else 0
+    matches = (pattern.fullmatch(entry.name) for entry in _entries(Path(out, folder), depth))
+    return {match[1] for match in matches if match is not None}
 
 
 def _entries(folder: Path, depth: int) -> Iterator[os.DirEntry[str]]:

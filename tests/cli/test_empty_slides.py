@@ -6,7 +6,8 @@ import pytest
 
 from exaonepath.errors import SettingsError
 from exaonepath.files.embeddings import read_embedding
-from exaonepath.slides.encode import encode_slide, encode_slides
+from exaonepath.slides.cohort.run import encode_slides
+from exaonepath.slides.encode import encode_slide
 from exaonepath.synthetic import make_slide
 
 

@@ -6,7 +6,7 @@ import zlib
 
 import pytest
 
-from exaonepath.slides import encode as pipeline
+from exaonepath.slides import stages
 
 
 @pytest.fixture
@@ -32,14 +32,14 @@ def slides(slide, tmp_path):
     ids=lambda error: type(error).__name__,
 )
 def test_whatever_a_slide_raises_is_one_line_and_the_next_slide(run, slides, tmp_path, monkeypatch, error):
-    extract = pipeline.extract_features
+    prepare = stages.prepare_extraction
 
     def failing(slide, *args, **kwargs):
         if slide.name == "b":
             raise error
-        return extract(slide, *args, **kwargs)
+        return prepare(slide, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "extract_features", failing)
+    monkeypatch.setattr(stages, "prepare_extraction", failing)
     done = run("encode", slides, "--out", tmp_path / "out", "--weights", "random:0")
     assert done.exit_code == 1
     assert sorted(p.stem for p in (tmp_path / "out" / "embeddings").glob("*.h5")) == ["a", "c"]
@@ -55,7 +55,7 @@ def test_the_trace_is_shown_where_asked_for(run, slides, tmp_path, monkeypatch):
     def failing(*_, **__):
         raise OverflowError("x")
 
-    monkeypatch.setattr(pipeline, "extract_features", failing)
+    monkeypatch.setattr(stages, "prepare_extraction", failing)
     done = run("encode", slides, "--out", tmp_path / "out", "--weights", "random:0", "-v")
     assert (done.exit_code, done.stderr.count("Traceback")) == (1, 3)
 
@@ -82,7 +82,7 @@ def test_what_ends_the_program_is_not_a_fault_of_a_slide(run, slides, tmp_path, 
     def failing(*_, **__):
         raise error(7)
 
-    monkeypatch.setattr(pipeline, "extract_features", failing)
+    monkeypatch.setattr(stages, "prepare_extraction", failing)
     done = run("encode", slides, "--out", tmp_path / "out", "--weights", "random:0")
     assert done.exit_code == (130 if error is KeyboardInterrupt else 7)
     assert "slides failed" not in done.stderr

@@ -6,7 +6,7 @@ import pytest
 
 from exaonepath.errors import DataFileError, SettingsError
 from exaonepath.files.embeddings import read_embedding, read_slide_embedding
-from exaonepath.slides import encode as pipeline
+from exaonepath.slides import stages
 from exaonepath.slides.embed import embed_features_file
 from exaonepath.slides.encode import encode_slide
 from exaonepath.slides.outputs import output_paths
@@ -33,7 +33,7 @@ def never(monkeypatch):
     """From here on, no features may be computed."""
 
     def refuse():
-        monkeypatch.setattr(pipeline, "extract_features", lambda *_, **__: pytest.fail("computed again"))
+        monkeypatch.setattr(stages, "prepare_extraction", lambda *_, **__: pytest.fail("computed again"))
 
     return refuse
 

@@ -9,10 +9,10 @@ import pytest
 import tifffile
 
 from exaonepath.errors import ScaleError, SettingsError
-from exaonepath.slides.encode import _patching
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.pipeline import PatchSettings, patchfy
 from exaonepath.slides.scale import GIVEN, slide_pixel_size
+from exaonepath.slides.stages import checked_patching as _patching
 from exaonepath.synthetic import make_slide
 
 

@@ -8,13 +8,14 @@ fixed: the interval includes the variation of the test patients, but not that of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from exaonepath.errors import SettingsError
+from exaonepath.errors import MissingDependencyError, SettingsError
 
 LEVEL = 0.95
 _RESAMPLES = 1000
@@ -43,6 +44,17 @@ class Estimate:
     def __format__(self, spec: str) -> str:
         spec = spec or ".3f"
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Use one BLAS thread for small fits: the start of a second one costs ten times more than it saves."""
+    try:
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    except ImportError as exc:
+        raise MissingDependencyError('probes need scikit-learn: pip install "exaonepath[train]"') from exc
+    with threadpool_limits(1):
+        yield
 
 
 def bootstrap(

@@ -32,11 +32,11 @@ def labelled_rows(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Embedding, label text and patient code of the rows that have a label."""
     x, groups = probe_inputs(embedding, labels, patients)
-    known = np.array([not _is_missing(label) for label in labels], bool)
+    known = np.array([not is_missing(label) for label in labels], bool)
     return x[known], np.array([str(label) for label in np.asarray(labels, object)[known]]), groups[known]
 
 
-def _is_missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
     """Whether a cell is None, NaN, NaT or pandas' NA."""
     try:
         return value is None or bool(value != value)  # NaN is not equal to itself
@@ -46,7 +46,7 @@ def _is_missing(value: Any) -> bool:
 
 def numbers(values: Columns) -> np.ndarray:
     """float64 [n], NaN for missing values."""
-    return np.array([math.nan if _is_missing(value) else float(value) for value in values], np.float64)
+    return np.array([math.nan if is_missing(value) else float(value) for value in values], np.float64)
 
 
 def without_rare(names: np.ndarray, groups: np.ndarray, patients: Columns | None) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -7,14 +7,13 @@ predictions of all folds are pooled. Intervals are a bootstrap over patients wit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from exaonepath.alignment.metrics.intervals import Estimate, bootstrap, bootstrap_weighted
+from exaonepath.alignment.metrics.intervals import Estimate, bootstrap, bootstrap_weighted, one_thread
 from exaonepath.alignment.metrics.probe_rows import (
     Columns,
     labelled_rows,
@@ -25,7 +24,7 @@ from exaonepath.alignment.metrics.probe_rows import (
     without_rare,
 )
 from exaonepath.alignment.metrics.retrieval import unit_rows
-from exaonepath.errors import MissingDependencyError, SettingsError
+from exaonepath.errors import SettingsError
 
 FOLDS = 5
 _INVERSE_PENALTIES = (1e-3, 3e-2, 1.0)
@@ -86,17 +85,6 @@ class RegressionScores:
         return {"r2": self.r2.as_dict(), "spearman": self.spearman.as_dict(), "n": self.n}
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one BLAS thread for small fits: the start of a second one costs ten times more than it saves."""
-    try:
-        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-    except ImportError as exc:
-        raise MissingDependencyError('probes need scikit-learn: pip install "exaonepath[train]"') from exc
-    with threadpool_limits(1):
-        yield
-
-
 @one_thread()
 def linear_probe(
     embedding: Any, labels: Columns, patients: Columns | None = None, *, folds: int = FOLDS, seed: int = 0
@@ -149,7 +137,7 @@ class FittedProbe:
             SettingsError: no patient of the fit has a class of these patients.
         """
         x, y, groups = self._known(embedding, labels)
-        return _scores(y, self.predict(x), groups, self.classes, seed)
+        return class_scores(y, self.predict(x), groups, self.classes, seed)
 
     @one_thread()
     def hits(self, embedding: Any, labels: Columns) -> tuple[np.ndarray, np.ndarray]:
@@ -243,10 +231,10 @@ def _classify(
     for train, test in stratified_folds(y, groups, folds, seed):
         predict = _fit_chosen(x[train], y[train], groups[train], choices, fit, seed, len(classes), standardise)
         probability[test] = predict(x[test])
-    return _scores(y, probability, groups, classes, seed, folds)
+    return class_scores(y, probability, groups, classes, seed, folds)
 
 
-def _scores(
+def class_scores(
     y: np.ndarray,
     probability: np.ndarray,
     groups: np.ndarray,

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.alignment.metrics.intervals import Estimate, bootstrap, check_rows
+from exaonepath.alignment.metrics.intervals import Estimate, bootstrap, check_rows, one_thread
 from exaonepath.alignment.metrics.probe_rows import numbers, probe_inputs, stratified_folds
-from exaonepath.alignment.metrics.probes import FOLDS, one_thread
+from exaonepath.alignment.metrics.probes import FOLDS
 from exaonepath.errors import SettingsError
 
 _PENALTIES = (1.0, 10.0, 100.0)  # on coefficients of standardised inputs, as a sum over samples

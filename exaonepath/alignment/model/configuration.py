@@ -27,6 +27,7 @@ TRANSFORMS = ("none", "log1p", "cpm_log1p")
 
 _MAX_WIDTH = 2**16
 _MAX_FFN_RATIO = 1024
+_MAX_NOISE = 100  # in standard deviations of the inputs
 _MAX_FOUNDATION = 2**20
 _MAX_MODALITIES = 32
 _MAX_PATIENTS = 2**31
@@ -43,6 +44,7 @@ _OMICS_DEFAULTS: dict[str, Any] = {
     "ffn_layer": "swiglu",
     "dropout": 0.1,
     "input_dropout": 0.0,
+    "input_noise": 0.0,
     "foundation": None,
 }
 
@@ -55,9 +57,10 @@ def complete_omics_cfg(cfg: Mapping[str, Any], where: str = "omics encoder") -> 
     standardised values, or None), `counted_features` (for counts: features in addition to `feature_names` that are part
     of a patient's total in training; None: not known), `n_patients` (number of patients of the statistics; 0: not
     known), `embed_dim` (width of the embedding), `ffn_ratio` and `ffn_layer` (SwiGLU hidden width, as in the slide
-    encoder), `dropout` (on the embedding and after the FFN), `input_dropout` (share of input features set to their
-    training mean in training), `foundation` (None, or {"dim": width of its output, "fingerprint": of its weights, or
-    None}).
+    encoder; ratio 0: no FFN, a linear encoder), `dropout` (on the embedding and after the FFN), `input_dropout` (share
+    of input features set to their training mean in training), `input_noise` (standard deviation of the noise that is
+    added to the standardised inputs in training), `foundation` (None, or {"dim": width of its output, "fingerprint": of
+    its weights, or None}).
 
     Raises:
         ConfigError: a key is unknown, or no encoder can be built from a value.
@@ -87,9 +90,13 @@ def complete_omics_cfg(cfg: Mapping[str, Any], where: str = "omics encoder") -> 
         )
     if out["ffn_layer"] not in tuple(FFN_ALIGN):
         raise ConfigError(f"{where}: ffn_layer must be one of {', '.join(FFN_ALIGN)}, got {shown(out['ffn_layer'])}")
-    if not _is_number(out["ffn_ratio"]) or not 0 < out["ffn_ratio"] <= _MAX_FFN_RATIO:
+    if not _is_number(out["ffn_ratio"]) or not 0 <= out["ffn_ratio"] <= _MAX_FFN_RATIO:
         raise ConfigError(
-            f"{where}: ffn_ratio must be a positive number, at most {_MAX_FFN_RATIO}, got {shown(out['ffn_ratio'])}"
+            f"{where}: ffn_ratio must be a number from 0 (linear) to {_MAX_FFN_RATIO}, got {shown(out['ffn_ratio'])}"
+        )
+    if not _is_number(out["input_noise"]) or not 0 <= out["input_noise"] <= _MAX_NOISE:
+        raise ConfigError(
+            f"{where}: input_noise must be a number from 0 to {_MAX_NOISE}, got {shown(out['input_noise'])}"
         )
     for key in ("dropout", "input_dropout"):
         if not _is_number(out[key]) or not 0 <= out[key] < 1:

@@ -27,7 +27,8 @@ class OmicsEncoder(nn.Module):
     """h = z + dropout(FFN(norm(z))), z = dropout(W x + b), then a norm (arXiv 2512.14019: "Linear, then SwiGLU FFN").
 
     x is the standardised profile; a missing value (NaN) counts as the training mean, which is 0. With a foundation
-    model, x is its normalised output instead, and its input is the profile as measured.
+    model, x is its normalised output instead, and its input is the profile as measured. With `ffn_ratio` 0, there is no
+    FFN: the encoder is linear up to the norm.
     """
 
     mean: Tensor
@@ -58,8 +59,11 @@ class OmicsEncoder(nn.Module):
         self.input_drop = nn.Dropout(cfg["input_dropout"])
         self.proj = Linear(n, width)
         self.drop = nn.Dropout(cfg["dropout"])
-        self.ffn_norm = LayerNorm(width, eps=_EPS)
-        self.ffn = SwiGLU(width, ffn_hidden(width, cfg["ffn_ratio"], cfg["ffn_layer"]), True, cfg["dropout"])
+        self.input_noise: float = cfg["input_noise"]
+        self.is_linear: bool = not cfg["ffn_ratio"]
+        if not self.is_linear:
+            self.ffn_norm = LayerNorm(width, eps=_EPS)
+            self.ffn = SwiGLU(width, ffn_hidden(width, cfg["ffn_ratio"], cfg["ffn_layer"]), True, cfg["dropout"])
         self.norm = LayerNorm(width, eps=_EPS)
 
     @torch.no_grad()
@@ -140,9 +144,10 @@ class OmicsEncoder(nn.Module):
             x = missing_as_mean(profiles.to(stream))
         else:
             x = self.foundation_norm(self._through_foundation(profiles).to(stream))
+        if self.training and self.input_noise:
+            x = x + self.input_noise * torch.randn_like(x)
         z: Tensor = self.drop(self.proj(self.input_drop(x).to(compute_dtype(weight)))).to(stream)
-        ffn: Tensor = self.ffn(self.ffn_norm(z).to(compute_dtype(weight)))
-        out: Tensor = self.norm(z + ffn)
+        out: Tensor = self.norm(z if self.is_linear else z + self.ffn(self.ffn_norm(z).to(compute_dtype(weight))))
         return out
 
     @torch.no_grad()

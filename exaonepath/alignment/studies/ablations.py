@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.alignment.evaluate import column, require_labels
+from exaonepath.alignment.evaluate import require_labels
 from exaonepath.alignment.metrics.intervals import Estimate, across_runs
 from exaonepath.alignment.metrics.probes import fit_probe
 from exaonepath.alignment.metrics.retrieval import cross_modal_retrieval
+from exaonepath.alignment.probing import column
 from exaonepath.alignment.studies.questions import Study
 from exaonepath.alignment.subject import Subject, open_subject
 from exaonepath.alignment.training.data import load_training_cohort, make_split

@@ -12,6 +12,7 @@ from exaonepath.alignment.data.standardizer import Scaling
 from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
 from exaonepath.alignment.model.configuration import ExaonePathAlignmentConfig
+from exaonepath.alignment.training.closed_form_start import zero_ffn
 from exaonepath.alignment.training.data import TrainingData
 from exaonepath.alignment.training.settings import ModelSettings, TrainSettings
 from exaonepath.encoders.loading import load_slide_encoder
@@ -68,6 +69,8 @@ def build_model(settings: TrainSettings, data: TrainingData) -> ExaonePathAlignm
         model.slide_encoder.load_state_dict(slide_encoder.state_dict())
     nn.init.constant_(model.loss.log_t, settings.loss.t_init)
     nn.init.constant_(model.loss.bias, settings.loss.b_init)
+    if model_settings.ffn_start == "zero" or model_settings.start == "cca":
+        zero_ffn(model)
     prepare_model(model, model_settings)
     return model
 

@@ -20,7 +20,7 @@ from exaonepath.alignment.data.config import CohortConfig, ModalitySource
 from exaonepath.alignment.data.dataset import PatientDataset, collate_patients
 from exaonepath.alignment.data.slides import SlideTable
 from exaonepath.alignment.data.splits import Split, split_patients
-from exaonepath.alignment.data.standardizer import Scaling, Standardizer, StandardizerSettings
+from exaonepath.alignment.data.standardizer import OmicsRows, Scaling, Standardizer, StandardizerSettings
 from exaonepath.alignment.modalities import MODALITIES, WSI
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
 from exaonepath.alignment.training.batch_plan import PlannedChunk
@@ -234,6 +234,14 @@ class TrainingData:
         """Facts about the data that a trained model stores in its configuration."""
         counts = {name: len(part) for name, part in self.split.parts.items()}
         return {"cohort_hash": self.cohort.fingerprint, "patients": counts}
+
+    def standardized_rows(self, modality: str) -> OmicsRows:
+        """Rows of the whole cohort's table of a molecular modality, as inputs of the model."""
+        return self._aligned[modality]
+
+    @cached_property
+    def _aligned(self) -> dict[str, OmicsRows]:
+        return self.standardizer.align(self.cohort)[0]
 
     @cached_property
     def probe_slide(self) -> Probe | None:

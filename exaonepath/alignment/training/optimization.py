@@ -20,34 +20,48 @@ def is_logit_parameter(name: str) -> bool:
     return name.startswith(_LOSS_PREFIX) and name.rsplit(".", 1)[-1] in _LOGIT_PARAMETERS
 
 
+def lr_share(name: str, settings: OptimizerSettings) -> float:
+    """Learning rate of a parameter of the alignment model, in multiples of `settings.peak`."""
+    parts = name.split(".")
+    if is_logit_parameter(name):
+        share = settings.logit_lr_share
+    elif parts[0] == "omics" and parts[2] in ("ffn", "ffn_norm"):
+        share = settings.ffn_lr_share
+    elif parts[0] == "omics":
+        share = settings.omics_lr_share
+    elif "projections" in parts:
+        share = settings.projection_lr_share
+    else:
+        share = None
+    return 1.0 if share is None else share
+
+
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW for all parameters that require a gradient: decay for matrices, none for norms, biases, tokens, t and b."""
-    decayed, plain, logit = [], [], []
+    """AdamW for all parameters that require a gradient: decay for matrices, none for norms, biases, tokens, t and b.
+
+    The parameters of one decay and one share of the learning rate (`lr_share`) are one group.
+    """
+    groups: dict[tuple[bool, bool, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if is_logit_parameter(name):
-            logit.append(parameter)
-        elif parameter.ndim == 2 or "projections" in name:
-            decayed.append(parameter)
-        else:
-            plain.append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay, "lr_share": 1.0},
-        {"params": plain, "weight_decay": 0.0, "lr_share": 1.0},
-        {"params": logit, "weight_decay": 0.0, "lr_share": settings.logit_lr_share},
+        if parameter.requires_grad:
+            logit = is_logit_parameter(name)
+            decayed = not logit and (parameter.ndim == 2 or "projections" in name)
+            groups.setdefault((logit, not decayed, lr_share(name, settings)), []).append(parameter)
+    tables = [
+        {"params": parameters, "weight_decay": 0.0 if plain else settings.weight_decay, "lr_share": share}
+        for (_, plain, share), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas)
+    return torch.optim.AdamW(tables, lr=settings.peak, betas=settings.betas)
 
 
 def learning_rate(step: int, total: int, settings: OptimizerSettings) -> float:
     """Learning rate of step 0 .. total - 1: linear warmup, then half a cosine down to `min_lr_share`."""
     warmup = settings.warmup if settings.warmup >= 1 else settings.warmup * total
     if step < warmup:
-        return settings.lr * (step + 1) / (warmup + 1)
+        return settings.peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(total - warmup, 1)
     floor = settings.min_lr_share
-    return settings.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    return settings.peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -29,6 +29,7 @@ from exaonepath.alignment.training.data import (
     standardizer_of,
 )
 from exaonepath.alignment.training.distributed import Processes
+from exaonepath.alignment.training.presets import resolve_settings
 from exaonepath.alignment.training.run_folder import RunFolder
 from exaonepath.alignment.training.run_log import summary_writer
 from exaonepath.alignment.training.settings import TrainSettings, build_settings
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """All checked inputs of a run; nothing has been written yet."""
+    """All checked inputs of a run; nothing has been written yet. `settings` have no unset values any more."""
 
     settings: TrainSettings
     data: TrainingData
@@ -57,6 +58,12 @@ class PreparedRun:
             lines.append(f"{part}: {len(patients)} patients{f' ({shown})' if shown else ''}")
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         lines.append(f"model: {', '.join(self.model.modalities)}; {trained:,} parameters to train")
+        run, model = self.settings.run, self.settings.model
+        length = f"{run.steps} steps" if run.steps else f"{run.epochs} epochs"
+        lines.append(
+            f"preset {model.preset}: start {model.start}, {length} with batches of {run.batch_size}, peak learning "
+            f"rate {self.settings.optimizer.peak:g}"
+        )
         return "\n".join(lines)
 
 
@@ -79,10 +86,12 @@ def prepare(settings: TrainSettings) -> PreparedRun:
         cohort, split = _restrict_to_model(model, cohort, split, settings)
         check_features(model, cohort, by_name=settings.model.match_by_name)
         data = TrainingData(cohort, split, standardizer_of(model), settings.data, settings.run.seed)
+        settings = resolve_settings(settings, data, processes.count)
     else:
         data = TrainingData(
             cohort, split, fit_standardizer(cohort, split, settings.data), settings.data, settings.run.seed
         )
+        settings = resolve_settings(settings, data, processes.count)
         torch.manual_seed(derive_seed(settings.run.seed, 0, 0))
         model = build_model(settings, data)
     return PreparedRun(settings, data, model, processes)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from exaonepath.alignment.training.settings import differing_keys
+from exaonepath.encoders.loading import no_bars
 from exaonepath.errors import DataFileError, FileBusyError, OutputCollisionError, SettingsError
 from exaonepath.files.artifact import settings_hash
 from exaonepath.files.atomic import (
@@ -150,7 +151,7 @@ class RunFolder:
 
     def save_model(self, model: PreTrainedModel, target: Path) -> None:
         """`save_pretrained` into `target`, completely or not at all; an earlier model in it is replaced."""
-        with atomic_folder(target) as work:
+        with atomic_folder(target) as work, no_bars():
             try:
                 model.save_pretrained(work)
             except SafetensorError as exc:

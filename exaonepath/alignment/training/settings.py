@@ -13,6 +13,8 @@ from exaonepath.alignment.model.configuration import ROPE_MODES
 from exaonepath.alignment.training.typed_tables import build_typed
 from exaonepath.errors import ConfigError, SettingsError
 
+PRESETS = ("small", "published")
+LR_SHARES = ("ffn_lr_share", "omics_lr_share", "projection_lr_share")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -70,6 +72,12 @@ class ModelSettings:
         wsi: keys of the slide encoder's `wsi_cfg`; `input_dim` follows from the features.
         omics: settings of all molecular encoders; a table in it with the name of a modality is for that one only.
         projection_dim: width d of each pair's shared space.
+        preset: values of all settings that are not set: "small" (small cohorts), "published" (the published
+            architecture), or "auto": chosen by the number of training patients (see `presets`).
+        start: initial weights of the linear parts: "random", "cca" (regularised canonical correlation analysis of the
+            training patients, see `closed_form_start`), or "auto": that of the preset.
+        ffn_start: last layer of the molecular encoders' FFN at the start: "random" or "zero" (the encoder is linear at
+            first).
         rope_mode: "full", or an ablation of F-RoPE.
         frozen: encoders that are not trained, by modality.
         gradient_checkpointing: recompute the slide encoder's activations in the backward pass.
@@ -82,6 +90,9 @@ class ModelSettings:
     wsi: dict[str, Any] = field(default_factory=dict)
     omics: dict[str, Any] = field(default_factory=dict)
     projection_dim: int = 256
+    preset: str = "auto"
+    start: str = "auto"
+    ffn_start: str = "random"
     rope_mode: str = "full"
     frozen: tuple[str, ...] = ()
     gradient_checkpointing: bool = False
@@ -105,22 +116,34 @@ class OptimizerSettings:
     """AdamW with warmup and cosine decay.
 
     Attributes:
-        lr: peak learning rate. min_lr_share: final learning rate of the cosine, as a share of it.
+        lr: peak learning rate; none: that of the preset. min_lr_share: final learning rate of the cosine, as a share of
+            it.
         warmup: steps of linear warmup; a value below 1 is a share of all steps.
         weight_decay: weight decay of matrices; norms, biases, tokens, t and b have none.
-        logit_lr_share: learning rate of t and b in multiples of `lr`; their initial values are far from the final ones.
+        logit_lr_share: learning rate of t and b in multiples of `lr`; their initial values are far from the final ones;
+            none: that of the preset.
+        ffn_lr_share: learning rate of the FFN of the molecular encoders in multiples of `lr`; none: that of the preset.
+        omics_lr_share, projection_lr_share: the same for the rest of the molecular encoders, and for the projections.
         clip: largest norm of the gradient; 0: no clipping.
         ema: decay of the averaged weights, which are validated and saved; 0: no averaging.
     """
 
-    lr: float = 1e-3
+    lr: float | None = None
     min_lr_share: float = 0.01
     warmup: float = 0.1
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
-    logit_lr_share: float = 10.0
+    logit_lr_share: float | None = None
+    ffn_lr_share: float | None = None
+    omics_lr_share: float | None = None
+    projection_lr_share: float | None = None
     clip: float = 1.0
     ema: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        """`lr`, or that of the published preset."""
+        return 1e-3 if self.lr is None else self.lr
 
 
 @dataclass(frozen=True)
@@ -129,8 +152,10 @@ class RunSettings:
 
     Attributes:
         epochs: passes over the training patients. steps: number of optimiser steps, instead of epochs; 0: use epochs.
-        batch_size: patients of one step, over all processes.
-        chunk_size: patients that are encoded together, with gradient caching; 0: the whole batch.
+            If both are 0: those of the preset.
+        batch_size: patients of one step, over all processes; 0: that of the preset.
+        chunk_size: patients that are encoded together, with gradient caching; 0: the whole batch, or that of the
+            preset if `batch_size` is 0 too.
         seed: seed of the initial weights, the order of patients, sub-sampling and dropout.
         precision: "float32", "bfloat16", "float16" (autocast), or "auto": bfloat16 if the device supports it.
         device: "auto", "cpu", "cuda".
@@ -144,9 +169,9 @@ class RunSettings:
         monitor: check for collapse, dominance and imbalance (see `HealthMonitors`).
     """
 
-    epochs: int = 30
+    epochs: int = 0
     steps: int = 0
-    batch_size: int = 64
+    batch_size: int = 0
     chunk_size: int = 0
     seed: int = 0
     precision: str = "auto"
@@ -231,17 +256,27 @@ def _check_objective(settings: TrainSettings) -> Iterator[tuple[bool, str]]:
     weight = loss.pos_weight
     fits = weight is None or weight == "balanced" or (isinstance(weight, float) and weight > 0)
     yield fits, f'loss.pos_weight must be positive, "balanced" or "none", got {weight!r}'
-    yield optimizer.lr > 0, f"optimizer.lr must be positive, got {optimizer.lr}"
-    for name in ("warmup", "weight_decay", "clip", "logit_lr_share"):
-        yield getattr(optimizer, name) >= 0, f"optimizer.{name} must not be negative, got {getattr(optimizer, name)}"
+    for name, choices in (
+        ("preset", ("auto", *PRESETS)),
+        ("start", ("auto", "random", "cca")),
+        ("ffn_start", ("random", "zero")),
+    ):
+        value = getattr(model, name)
+        yield value in choices, f"model.{name} must be one of {', '.join(choices)}, got {value!r}"
+    yield not (model.init and model.start == "cca"), "model.start = cca is a start of its own: remove model.init"
+    yield optimizer.lr is None or optimizer.lr > 0, f"optimizer.lr must be positive, got {optimizer.lr}"
+    for name in ("warmup", "weight_decay", "clip", "logit_lr_share", *LR_SHARES):
+        value = getattr(optimizer, name)
+        yield value is None or value >= 0, f"optimizer.{name} must not be negative, got {value}"
     yield 0 <= optimizer.min_lr_share <= 1, f"optimizer.min_lr_share must be in [0, 1], got {optimizer.min_lr_share}"
     yield all(0 <= b < 1 for b in optimizer.betas), f"optimizer.betas must be in [0, 1), got {optimizer.betas}"
     yield 0 <= optimizer.ema < 1, f"optimizer.ema must be in [0, 1), got {optimizer.ema}"
 
 
 def _check_run(run: RunSettings) -> Iterator[tuple[bool, str]]:
-    yield run.epochs >= 0 and run.steps >= 0 and run.epochs + run.steps > 0, "run.epochs or run.steps must be positive"
-    yield run.batch_size >= 2, f"run.batch_size must be at least 2 (one patient has no negatives), got {run.batch_size}"
+    yield run.epochs >= 0 and run.steps >= 0, "run.epochs and run.steps must not be negative"
+    fits = run.batch_size == 0 or run.batch_size >= 2
+    yield fits, f"run.batch_size must be at least 2 (one patient has no negatives), got {run.batch_size}"
     for name in ("chunk_size", "validate_every", "checkpoint_every", "num_workers", "seed"):
         yield getattr(run, name) >= 0, f"run.{name} must not be negative, got {getattr(run, name)}"
     for name in ("log_every", "keep_checkpoints"):

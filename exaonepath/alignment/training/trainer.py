@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
 from exaonepath.alignment.model.objective import AlignmentObjective
 from exaonepath.alignment.training.batch_plan import BatchPlan
@@ -27,6 +28,7 @@ from exaonepath.alignment.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from exaonepath.alignment.training.closed_form_start import start_in_closed_form
 from exaonepath.alignment.training.data import TrainingData
 from exaonepath.alignment.training.distributed import Processes
 from exaonepath.alignment.training.monitors import HealthMonitors
@@ -118,6 +120,7 @@ class Trainer:
         # Only the exponent range of float16 is too small for gradients.
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype == torch.float16)
         self.monitors = HealthMonitors()
+        self.noise: dict[str, float] = {}
         self.step = 0
         self.best: float | None = None
         self.best_step: int | None = None
@@ -142,6 +145,8 @@ class Trainer:
         rank, count = self.processes.rank, self.processes.count
         planned = self.plan.steps(self.step, rank, count)
         with self.log.opened(self.step), StopRequest().listening() as stop:
+            if self.step == 0 and self.settings.model.start == "cca":
+                self._start_in_closed_form()
             for step, chunks in self.data.chunks(planned, workers=self.settings.run.num_workers):
                 row = self._train_step(step, chunks)
                 self.step = step + 1
@@ -164,6 +169,32 @@ class Trainer:
             self._save_final()
         return TrainResult(self.step, self.total, finished, resumed_from, self.best, self.best_step)
 
+    def _start_in_closed_form(self) -> None:
+        """Set the start of the linear parts, and validate it: it may be the best model of the run."""
+        names = [name for name in self.model.modalities if name != WSI]
+        noise = torch.zeros(len(names), device=self.processes.device)
+        if self.processes.is_main:
+            found = start_in_closed_form(self.model, self.data, self.settings.model)
+            noise += torch.tensor([found.get(name, 0.0) for name in names], device=noise.device)
+        self._set_noise(dict(zip(names, self.processes.sum(noise).tolist(), strict=True)))
+        if self.processes.count > 1:
+            # All processes need the same bits, so only the first one computes them.
+            for parameter in self.model.parameters():
+                with torch.no_grad():
+                    self.processes.sum(parameter if self.processes.is_main else parameter.zero_())
+        if self.averaged is not None:
+            self.averaged = AveragedWeights(self.model, self.settings.optimizer.ema)
+        if self.data.validation:
+            self._validate()
+
+    def _set_noise(self, noise: Mapping[str, float]) -> None:
+        """Add this noise to the inputs of the molecular encoders, if the settings have no value for them."""
+        self.noise = dict(noise)
+        tables = self.settings.model.omics
+        for name, value in noise.items():
+            if "input_noise" not in {**tables, **tables.get(name, {})}:
+                self.model.omics_encoder(name).input_noise = value
+
     def save(self) -> None:
         """Write a checkpoint of this step."""
         if self.processes.is_main:
@@ -178,6 +209,7 @@ class Trainer:
                 "monitors": self.monitors.state_dict(),
                 "best": self.best,
                 "best_step": self.best_step,
+                "input_noise": self.noise,
             }
             keep = self.settings.run.keep_checkpoints
             save_checkpoint(self.folder.checkpoints, self.step, tensors, state, keep=keep)
@@ -206,6 +238,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.monitors.load_state_dict(state["monitors"])
         self.best, self.best_step = state["best"], state["best_step"]
+        self._set_noise(state.get("input_noise", {}))
         self.step = checkpoint.step
 
     def _train_step(self, step: int, chunks: list[Chunk]) -> dict[str, Any]:

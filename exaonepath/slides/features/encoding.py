@@ -10,7 +10,9 @@ other module runs under autocast.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -20,9 +22,11 @@ from torch import Tensor, nn
 
 from exaonepath.device import inference
 from exaonepath.encoders.prepared import PreparedPatchEncoder, can_prepare
-from exaonepath.errors import BackendError, DeviceError, SettingsError
+from exaonepath.errors import BackendError, DeviceError, DeviceMemoryError, SettingsError
 from exaonepath.slides.features.batch_size import check_batch_size, choose_batch_size
 from exaonepath.slides.features.preprocessing import PreprocessingConfig, normalise
+
+logger = logging.getLogger(__name__)
 
 
 class Features:
@@ -98,7 +102,8 @@ class BatchEncoder:
 
         Raises:
             SettingsError: the encoder does not return [b, D].
-            BackendError: the batch does not fit into the device's memory, or the encoder cannot be compiled.
+            DeviceMemoryError: the batch does not fit into the device's memory.
+            BackendError: the encoder cannot be compiled.
         """
         n = len(images)
         advice = "; use a smaller batch size (what was done is kept)"
@@ -119,6 +124,12 @@ class BatchEncoder:
         """D, for a slide without patches, where no output of the encoder shows it."""
         crop = self._preprocessing.crop
         return self.start(np.zeros((1, crop, crop, 3), np.uint8)).result().shape[1]
+
+    def with_batch_size(self, batch_size: int) -> BatchEncoder:
+        """The same encoder for batches of another size."""
+        other = copy.copy(self)
+        other.batch_size = batch_size
+        return other
 
     def _call_compiled(self, batch: Tensor) -> Any:
         from torch._dynamo.exc import TorchDynamoException  # takes long to import
@@ -151,6 +162,54 @@ class BatchEncoder:
             copied = torch.cuda.Event(blocking=True)  # waiting must not keep a core busy that could read patches
             copied.record(back)
         return Features(host, copied)
+
+
+class HalvingEncoder:
+    """An encoder of one slide that goes on with half the batch size, once, if the device's memory is exhausted.
+
+    Args:
+        encoder: the encoder; batches of its size still come in.
+    """
+
+    def __init__(self, encoder: BatchEncoder) -> None:
+        self._encoder = encoder
+        self._half: BatchEncoder | None = None
+        self.batch_size, self.page_locked = encoder.batch_size, encoder.page_locked
+
+    def start(self, images: np.ndarray) -> Features | JoinedFeatures:
+        """Encode images uint8 [b, crop, crop, 3] (see `BatchEncoder.start`), perhaps in two parts.
+
+        Raises:
+            DeviceMemoryError: half a batch does not fit either, or there is nothing to divide.
+        """
+        if self._half is None:
+            try:
+                return self._encoder.start(images)
+            except DeviceMemoryError as exc:
+                if self.batch_size < 2:
+                    raise
+                logger.warning("%s; going on with batches of %d", exc, self.batch_size // 2)
+                self._half = self._encoder.with_batch_size(self.batch_size // 2)
+            # Outside of the handler: the exception refers to frames that hold tensors.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        size = self._half.batch_size
+        return JoinedFeatures([self._half.start(images[at : at + size]) for at in range(0, len(images), size)])
+
+    def width(self) -> int:
+        """See `BatchEncoder.width`."""
+        return self._encoder.width()
+
+
+class JoinedFeatures:
+    """The features of a batch that was encoded in parts."""
+
+    def __init__(self, parts: Sequence[Features]) -> None:
+        self._parts = parts
+
+    def result(self) -> np.ndarray:
+        """Wait for the device; float32 [b, D]. Any thread may call this."""
+        return np.concatenate([part.result() for part in self._parts])
 
 
 # Compilation takes a minute, so an encoder of many slides is compiled once.

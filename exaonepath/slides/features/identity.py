@@ -68,6 +68,7 @@ def feature_identity(
     place, mtime = slide.stored_path, slide.mtime_ns
     attrs |= {"settings_hash": key, "slide_path": place, "feature_dtype": feature_dtype}
     attrs |= {} if mtime is None else {"slide_mtime_ns": mtime}
+    attrs |= {} if patches.settings_hash is None else {"patches_settings_hash": patches.settings_hash}
     return FeatureIdentity(MadeFrom(key, slide.fingerprint(), place, mtime), attrs)
 
 

@@ -8,7 +8,6 @@ tile would both decode it.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import Generator
@@ -21,6 +20,7 @@ import torch
 from exaonepath.errors import DataFileError, SettingsError, SlideReadError
 from exaonepath.files.features import PatchFailure
 from exaonepath.log_once import warn_once
+from exaonepath.processors import usable_processors
 from exaonepath.slides.features.preprocessing import PreprocessingConfig, ReadWindow, read_window
 from exaonepath.slides.image import SlideImage
 
@@ -53,12 +53,8 @@ class PatchBatch:
 
 
 def default_workers() -> int:
-    """Number of reading threads: one per core that this process may use, at most 16."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not available on macOS and Windows
-        cores = os.cpu_count() or 1
-    return min(cores, _MAX_DEFAULT_WORKERS)
+    """Number of reading threads: one per processor that this process may use, at most 16."""
+    return min(usable_processors(), _MAX_DEFAULT_WORKERS)
 
 
 class PatchReader:
@@ -111,6 +107,7 @@ class PatchReader:
         self.num_workers = num_workers
         self.page_locked = page_locked
         self._window: ReadWindow = read_window(patch_size, self.preprocessing)
+        self._stop = threading.Event()
 
     @property
     def batches_ahead(self) -> int:
@@ -126,6 +123,10 @@ class PatchReader:
         with self.slide.tile_cache(self._cache_bytes()):
             yield from self._batches()
 
+    def cancel(self) -> None:
+        """Let the threads of the current pass stop, from any thread; the batches that still come are not complete."""
+        self._stop.set()
+
     def _cache_bytes(self) -> int:
         """Bytes for the decoded tiles that one row of patches lies on, which are needed for the next row."""
         height = self.slide.properties.get("openslide.level[0].tile-height", "")
@@ -138,7 +139,7 @@ class PatchReader:
 
     def _batches(self) -> Generator[PatchBatch, None, None]:
         batches = (self.indices[at : at + self.batch_size] for at in range(0, len(self.indices), self.batch_size))
-        stop = threading.Event()
+        stop = self._stop = threading.Event()
         if not self.num_workers:
             for rows in batches:
                 job = _Job(rows, self.preprocessing.crop, self.page_locked)

@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from exaonepath.slides.scale import GIVEN
 logger = logging.getLogger(__name__)
 
 REFERENCE_MPP = 0.5
+_SOURCE = ("segmenter", "mask", "mask_class", "exclude", "exclude_class", "remove", "geojson_origin")
 _MAX_PATCH = 1 << 24  # pixels; the largest slides have 2^18 along a side
 
 
@@ -187,15 +188,10 @@ def patchfy(
         raise SettingsError(f"line_thickness must be a positive number, not {line_thickness!r}")
     save_contours = save_h5 if save_contours is None else save_contours
     with opened(wsi, mpp=mpp) as slide:
-        if not 0 <= patch_level < len(slide.level_dimensions):
-            raise SettingsError(
-                f"{slide.path} has no level {patch_level}: levels are 0 to {len(slide.level_dimensions) - 1}"
-            )
-        if strict_scale and slide.scale_doubts:
-            raise ScaleError(f"{slide.path} {'; '.join(slide.scale_doubts)} (strict_scale)")
-        settings.effective(slide)
-        source = tissue_source(
+        settings = settings_of_slide(
             slide,
+            settings,
+            strict_scale,
             segmenter=segmenter,
             mask=mask,
             mask_class=mask_class,
@@ -204,12 +200,7 @@ def patchfy(
             remove=remove,
             geojson_origin=geojson_origin,
         )
-        settings = replace(
-            settings,
-            source=source,
-            mpp=slide.mpp if slide.mpp_source == GIVEN else None,
-            reader=slide.reader_settings(),
-        )
+        source = settings.source
         folder = Path(out)
         paths = output_paths(folder, slide.name)
         h5_path, mask_path, geojson_path = paths.patches, paths.mask, paths.contours
@@ -270,6 +261,50 @@ def patchfy(
             )
         logger.info("%s: %d patches on %d contours", slide.path, len(grid.coords), len(tissue.contours))
         return (h5_path if save_h5 else None), grid.coords, grid.contour_index
+
+
+def settings_of_slide(
+    slide: SlideImage, settings: PatchSettings, strict_scale: bool = False, **source: Any
+) -> PatchSettings:
+    """The settings, with what the slide adds to them: its masks, a pixel size that was given, its reader.
+
+    Args:
+        slide: an open slide.
+        settings: without these.
+        strict_scale: a doubtful pixel size is an error.
+        source: the arguments of `tissue_source`.
+
+    Raises:
+        SettingsError, ScaleError, MaskError: see `patchfy`.
+    """
+    if not 0 <= settings.patch_level < len(slide.level_dimensions):
+        raise SettingsError(
+            f"{slide.path} has no level {settings.patch_level}: levels are 0 to {len(slide.level_dimensions) - 1}"
+        )
+    if strict_scale and slide.scale_doubts:
+        raise ScaleError(f"{slide.path} {'; '.join(slide.scale_doubts)} (strict_scale)")
+    settings.effective(slide)
+    return replace(
+        settings,
+        source=tissue_source(slide, **source),
+        mpp=slide.mpp if slide.mpp_source == GIVEN else None,
+        reader=slide.reader_settings(),
+    )
+
+
+def planned_settings(slide: SlideImage, arguments: Mapping[str, Any]) -> PatchSettings:
+    """The settings that `patchfy` would use for a slide with these keyword arguments; nothing is written.
+
+    Raises:
+        SettingsError, ScaleError, MaskError: see `patchfy`.
+    """
+    known = {each.name for each in fields(SegmentationSettings)}
+    segmentation = SegmentationSettings(**{name: value for name, value in arguments.items() if name in known})
+    grid = {name: arguments[name] for name in ("patch_size", "step_size", "patch_level") if name in arguments}
+    source = {name: arguments[name] for name in _SOURCE if name in arguments}
+    return settings_of_slide(
+        slide, PatchSettings(**grid, segmentation=segmentation), arguments.get("strict_scale", False), **source
+    )
 
 
 def _stored(path: Path, slide: SlideImage, settings: PatchSettings, overwrite: bool) -> PatchSet | None:

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from exaonepath.alignment.evaluate import EvaluationSettings, evaluate
-from exaonepath.alignment.evaluate import _follow_up as follow_up
 from exaonepath.alignment.metrics.retrieval import retrieval
+from exaonepath.alignment.probing import read_follow_up
 from exaonepath.alignment.report import draw_attention_of, table
 from exaonepath.alignment.subject import open_subject
 from exaonepath.cli.app import app
@@ -174,13 +174,16 @@ def with_labels(subject, **columns):
 def test_words_of_survival_are_read_and_others_refused(subject):
     patients = subject.cohort.patients
     flags = subject.cohort.labels["event"].reindex(patients).to_numpy()
-    settings = EvaluationSettings(labels=("subtype",), targets=("rna",), missing=False)
-    plain = follow_up(subject, patients, settings)
-    assert plain[2].all()
+    settings = EvaluationSettings(
+        labels=("subtype",), targets=("rna",), missing=False, baselines=False, probes="held-out"
+    )
+    plain = read_follow_up(subject, patients, "time", "event")
+    assert plain.known.all()
     for yes, no in (("DECEASED", "LIVING"), (True, False), ("1:DECEASED", "0:LIVING")):
         words = with_labels(subject, event=[yes if flag else no for flag in flags])
-        for mine, theirs in zip(follow_up(words, patients, settings), plain, strict=True):
-            np.testing.assert_array_equal(mine, theirs)
+        found = read_follow_up(words, patients, "time", "event")
+        for name in ("time", "event", "known"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(plain, name))
     # Who is unknown is left out, and not taken for alive.
     some_unknown = with_labels(subject, event=[None if i % 3 == 0 else flag for i, flag in enumerate(flags)])
     held = [i for i, p in enumerate(patients) if p in set(subject.held_out)]
@@ -196,7 +199,8 @@ def test_labels_that_may_be_missing_as_pandas_writes_it(subject):
     patients = subject.cohort.patients
     smoker = pd.array([None if i % 5 == 0 else bool(i % 2) for i in range(len(patients))], dtype="boolean")
     report = evaluate(
-        with_labels(subject, smoker=smoker), EvaluationSettings(labels=("smoker",), targets=("rna",), missing=True)
+        with_labels(subject, smoker=smoker),
+        EvaluationSettings(labels=("smoker",), targets=("rna",), missing=True, baselines=False, probes="held-out"),
     )
     assert report["probes"]["smoker"]["fused"]["linear"]["n"] < len(subject.held_out)
 

@@ -1,0 +1,63 @@
+"""Which results a run that computes everything again has still to replace: those that are older than the run.
+
+Several processes that overwrite one folder must not replace each other's results, and a slide whose worker was killed
+must be continued, not begun again. So a run notes at its start which files exist; what has changed since counts as new.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from exaonepath.slides.outputs import output_paths
+
+_Identity = tuple[int, int, int]  # inode, size, modification time in nanoseconds
+
+
+@dataclass(frozen=True)
+class Overwriting:
+    """The files at the start of a run.
+
+    Attributes:
+        enabled: whether the run computes everything again.
+        files: identities of the results that existed.
+        partial: names of the partial files that existed.
+    """
+
+    enabled: bool = False
+    files: dict[Path, _Identity] = field(default_factory=dict)
+    partial: frozenset[str] = frozenset()
+
+    def applies_to(self, path: Path) -> bool:
+        """Whether the file is to be computed again."""
+        return self.enabled and _identity(path) == self.files.get(path)
+
+
+def note_existing(out: str | os.PathLike[str], ids: Iterable[str], enabled: bool) -> Overwriting:
+    """Note what exists of these slides at the start of a run; nothing is looked at unless `enabled`."""
+    if not enabled:
+        return Overwriting()
+    files: dict[Path, _Identity] = {}
+    folders: set[Path] = set()
+    for name in ids:
+        paths = output_paths(out, name)
+        folders.add(paths.features.parent)
+        for path in (paths.patches, paths.features, paths.embedding):
+            identity = _identity(path)
+            if identity is not None:
+                files[path] = identity
+    partial: set[str] = set()
+    for folder in folders:
+        if folder.is_dir():
+            partial.update(path.name for path in folder.iterdir() if path.suffix == ".part")
+    return Overwriting(True, files, frozenset(partial))
+
+
+def _identity(path: Path) -> _Identity | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns

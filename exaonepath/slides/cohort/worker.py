@@ -1,0 +1,212 @@
+"""A worker process: runs the local engine over the slides that the process which started it hands out.
+
+Messages are tuples, the first item is their kind. From the worker: ("want",), ("busy", id), ("progress", id, done,
+total), ("outcome", id, SlideOutcome), ("fatal", error), ("end",). To the worker: a `Task`, or None at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exaonepath.slides.cohort.cohort_slide import CohortSlide
+from exaonepath.slides.cohort.encoders import Encoders, LoadEncoders
+from exaonepath.slides.cohort.failures import FailureRecord, Failures
+from exaonepath.slides.cohort.job import WorkContext
+from exaonepath.slides.cohort.lease import Leases
+from exaonepath.slides.cohort.local import LocalEngine
+from exaonepath.slides.cohort.local_copies import LocalCopies
+from exaonepath.slides.cohort.outcome import SlideOutcome, sendable
+from exaonepath.slides.cohort.overwriting import Overwriting
+from exaonepath.slides.cohort.run_log import RunLog, new_run_id
+from exaonepath.slides.cohort.run_options import EXIT_INTERRUPTED, RunOptions, RunStatus
+from exaonepath.slides.cohort.schedule import Task
+from exaonepath.slides.stages import EncodeSettings
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_EVERY = 0.2  # seconds between two messages about progress
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What a worker process is started with; it is pickled.
+
+    Attributes:
+        out: output folder.
+        weights: of the slides that do not state weights of their own.
+        load: loads encoders.
+        settings: of the run.
+        options: of the run.
+        device: where this worker encodes.
+        threads: of processors that this worker may use.
+        group: id of the run.
+        key: hash of the settings, for failure records.
+        known_failures: failure records at the start of the run.
+        overwriting: results at the start of the run.
+        claims: whether slides are claimed; not if the folder is read-only and everything is finished.
+        initialize: called first in the process (sets up logging).
+        arguments: of the run, for its log.
+        n_slides: slides of the run.
+    """
+
+    out: Path
+    weights: str
+    load: LoadEncoders
+    settings: EncodeSettings
+    options: RunOptions
+    device: str
+    threads: int
+    group: str
+    key: str
+    known_failures: dict[str, FailureRecord] = field(default_factory=dict)
+    overwriting: Overwriting = field(default_factory=Overwriting)
+    claims: bool = True
+    initialize: Callable[[], None] | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    n_slides: int = 0
+
+
+def worker_main(connection: Connection, config: WorkerConfig) -> None:
+    """Work until there are no more slides; the target of the process."""
+    # Ctrl-C reaches all processes of a terminal. The process that started this one decides what happens then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    source = PipeSource(connection)
+    try:
+        if config.initialize is not None:
+            config.initialize()
+        _work(source, config)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as exc:
+        logger.debug("the worker ends", exc_info=True)
+        source.send("fatal", sendable(exc))
+        sys.exit(1)
+    source.send("end")
+
+
+def _work(source: PipeSource, config: WorkerConfig) -> None:
+    limit_threads(config.threads)
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    settings, options = config.settings, config.options
+    if settings.num_workers is None:
+        settings = replace(settings, num_workers=config.threads)
+    run = new_run_id()
+    encoders = Encoders(config.load(config.weights, device), settings, config.load)
+    leases = Leases(config.out / "claims", run=run, stale_after=options.stale_after) if config.claims else None
+    copies = None if options.stage is None else LocalCopies(options.stage)
+    context = WorkContext(
+        config.out,
+        settings,
+        encoders,
+        Failures(
+            config.out / "failures",
+            config.key,
+            config.group,
+            retry=options.retry_failed,
+            known=config.known_failures,
+        ),
+        leases,
+        config.overwriting,
+        copies,
+        read_ahead_bytes=options.read_ahead_bytes,
+    )
+    log = RunLog(
+        config.out / "runs",
+        run,
+        group=config.group,
+        arguments=config.arguments,
+        n_slides=config.n_slides,
+        engine="worker",
+        devices=(config.device,),
+    )
+    status = RunStatus()
+    engine = LocalEngine(context, source, source.progress).run()
+    try:
+        for outcome in engine:
+            log.add(outcome)
+            status.add(outcome)
+        status.ended = True
+    finally:
+        engine.close()
+        log.close(status.exit_status)
+        encoders.close()
+        if copies is not None:
+            copies.close()
+        if leases is not None:
+            leases.close()
+
+
+class PipeSource:
+    """The slides that another process hands out. If that process is gone, this one is ended like by SIGTERM."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._last = 0.0
+        threading.Thread(target=self._listen, name="exaonepath-inbox", daemon=True).start()
+
+    def take(self) -> Task | None:
+        """Ask for a slide, and wait for it."""
+        self.send("want")
+        return self._inbox.get()
+
+    def busy(self, task: Task) -> None:
+        """Return a slide that another process holds."""
+        self.send("busy", task.slide.id)
+
+    def done(self, task: Task, outcome: SlideOutcome) -> None:
+        """Report what became of a slide."""
+        self.send("outcome", task.slide.id, outcome.sendable())
+
+    def stop(self) -> None:
+        """Let `take` return None."""
+        self._inbox.put(None)
+
+    def progress(self, slide: CohortSlide, done: int, total: int) -> None:
+        """Report progress, not more often than is useful."""
+        now = time.monotonic()
+        if done == 0 or done == total or now - self._last >= _PROGRESS_EVERY:
+            self._last = now
+            self.send("progress", slide.id, done, total)
+
+    def send(self, *message: Any) -> None:
+        """Send a message; without a receiver, nothing happens."""
+        try:
+            with self._sending:
+                self._connection.send(message)
+        except (BrokenPipeError, ConnectionError, ValueError, OSError):
+            logger.debug("nobody listens any more")
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                self._inbox.put(self._connection.recv())
+        except (EOFError, OSError):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def limit_threads(threads: int) -> None:
+    """Let the libraries of this process use at most so many threads for one computation."""
+    import cv2
+
+    if torch.get_num_threads() > threads:
+        torch.set_num_threads(threads)
+    if cv2.getNumThreads() > threads:
+        cv2.setNumThreads(threads)

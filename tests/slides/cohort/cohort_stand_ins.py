@@ -1,0 +1,104 @@
+"""Encoders that cost nothing, for runs in other processes: a module of its own, which those can import.
+
+As a program it is a process of a cohort run: `python cohort_stand_ins.py OUT SLIDE...`. It prints one JSON object a
+slide, and exits with the run's exit status. The environment disturbs it:
+
+    STAND_IN_BATCH_SECONDS  how long a batch takes
+    STAND_IN_DIE_AT         "<patches of a slide>": the process kills itself in the batch in which that many were begun
+    STAND_IN_STALE_AFTER    seconds until a claim is stale
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from exaonepath.encoders.configuration import ExaonePathSlideEncoderConfig
+from exaonepath.encoders.loading import LoadedEncoder, randomize, weights_fingerprint
+from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
+from exaonepath.slides.cohort.cohort_slide import CohortSlide
+from exaonepath.slides.cohort.encoders import EncoderPair
+from exaonepath.slides.cohort.run import RunOptions, RunStatus, encode_cohort
+from exaonepath.slides.stages import EncodeSettings
+
+WIDTH = 24
+SETTINGS = {"patching": {"step_size": 90, "a_t": 0.1}, "batch_size": 4, "num_workers": 1, "dtype": "float32"}
+_SLIDE = {
+    "input_dim": WIDTH, "embed_dim": 16, "depth": 2, "num_heads": 2, "ffn_layer": "swiglu", "n_storage_tokens": 2,
+    "nope_interval": 2, "embed_use_norm": True,
+}  # fmt: skip
+
+
+class Colours(torch.nn.Module):
+    """Maps [B, 3, crop, crop] to [B, WIDTH]: colours of a coarse grid, mixed."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.mix = torch.nn.Parameter(torch.randn(48, WIDTH, generator=generator) / 7)
+        self.batches: list[int] = []
+        self.seconds = float(os.environ.get("STAND_IN_BATCH_SECONDS", "0"))
+        self.die_at = int(os.environ.get("STAND_IN_DIE_AT", "0"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert not self.training
+        self.batches.append(len(x))
+        if self.die_at and sum(self.batches) >= self.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self.seconds)
+        return torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1) @ self.mix
+
+
+@cache
+def _slide_encoder(weights: str) -> LoadedEncoder:
+    model = ExaonePathSlideEncoderModel(ExaonePathSlideEncoderConfig(wsi_cfg=_SLIDE))
+    randomize(model, len(weights))
+    return LoadedEncoder(model.eval(), weights, weights_fingerprint(model), True)
+
+
+def load(weights: str, device: torch.device) -> EncoderPair:
+    """Stand-ins for the encoders with these weights."""
+    patch = LoadedEncoder(Colours(len(weights)).eval(), weights, f"colours:{weights}", True)
+    return EncoderPair(patch, _slide_encoder(weights))
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """The results in an output folder, and whatever else lies with them."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for folder in ("patches", "embeddings", "masks", "contours")
+        for path in sorted((out / folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+def main() -> int:
+    """Encode slides with the stand-ins."""
+    torch.set_num_threads(1)
+    out, *paths = sys.argv[1:]
+    slides = [CohortSlide(Path(path), Path(path).stem) for path in paths]
+    options = RunOptions(poll=(0.05, 0.2), stale_after=float(os.environ.get("STAND_IN_STALE_AFTER", "120")))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    status = RunStatus()
+    print(json.dumps({"ready": os.getpid()}), flush=True)
+    try:
+        for outcome in encode_cohort(
+            slides, out, load("stand-in", torch.device("cpu")), EncodeSettings(**SETTINGS), options, load=load
+        ):
+            status.add(outcome)
+            print(json.dumps({outcome.slide.id: outcome.outcome, "error": str(outcome.error or "")}), flush=True)
+        status.ended = True
+    except KeyboardInterrupt:
+        pass
+    return status.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
