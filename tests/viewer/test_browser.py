@@ -392,7 +392,8 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_it(visiting, client):
     with visiting(client) as visit:
         page = visit.open().page
         unnamed = visit.js(
-            "[...document.querySelectorAll(`button, select, input, [tabindex='0']`)].filter((e) => !(e.labels?.length ||"
+            "[...document.querySelectorAll(`button, select, input, [tabindex='0']`)]"
+            ".filter((e) => !(e.labels?.length ||"
             "e.getAttribute('aria-label') || e.innerText?.trim() || e.title || e.placeholder)).map((e) => e.outerHTML)"
         )
         assert unnamed == []

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from exaonepath.cli.app import app
+from exaonepath.demo import DemoResult
 from exaonepath.errors import SettingsError
 from exaonepath.slides.outputs import choose_layout
 from exaonepath.viewer import serve as serve_module
@@ -88,6 +89,16 @@ def test_mistakes_are_one_line(made, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["view", "--no-browser", str(made)])
     assert result.exit_code == 1
     assert 'pip install "exaonepath[viewer]"' in result.stderr
+
+
+def test_the_demo_ends_with_the_command_that_shows_its_result(tmp_path, monkeypatch):
+    result = DemoResult(tmp_path / "a.png", [(tmp_path / "a.png", "the picture")], 1.0, tmp_path / "a.svs", True, 1)
+    monkeypatch.setattr("exaonepath.demo.run_demo", lambda *_, **__: result)
+    out = tmp_path / "my demo"
+    done = CliRunner().invoke(app, ["demo", "--out", str(out)])
+    assert done.exit_code == 0
+    assert done.stderr.rstrip().endswith(f"look at it in the browser:\n  exaonepath view '{out}'")
+    assert "browser" not in CliRunner().invoke(app, ["demo", "--out", str(out), "--quiet"]).stderr
 
 
 def test_it_listens_on_the_loopback_address_only():
