@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.alignment.baselines.comparison import compare_retrieval
+from exaonepath.alignment.baselines.comparison import compare_retrieval, our_predictions
 from exaonepath.alignment.data.cohort import Cohort
+from exaonepath.alignment.data.sites import sites_of
 from exaonepath.alignment.metrics.geometry import alignment, effective_rank, uniformity
 from exaonepath.alignment.metrics.missing import (
     Subset,
@@ -22,6 +23,8 @@ from exaonepath.alignment.metrics.missing import (
 )
 from exaonepath.alignment.metrics.projections import direction_reuse, pair_spectrum
 from exaonepath.alignment.metrics.retrieval import PairEmbeddings, cross_modal_retrieval, recall_by_group
+from exaonepath.alignment.metrics.site import site_retrieval
+from exaonepath.alignment.metrics.transfer_probes import LabelTask
 from exaonepath.alignment.probing import (
     column,
     embeddings_of,
@@ -55,6 +58,7 @@ class EvaluationSettings:
         probes: "train": probes are fitted on the labelled training patients and scored on the test patients;
             "held-out": cross-validation within all held-out patients, also used if the split has no training patients
             or no test patients.
+        site: what tells the site of a patient: a column, or "tcga" for barcodes; None: see `data.sites.sites_of`.
         seed: seed of folds and intervals.
     """
 
@@ -65,6 +69,7 @@ class EvaluationSettings:
     missing: bool = True
     baselines: bool = True
     probes: str = "train"
+    site: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -108,6 +113,7 @@ def evaluate(
         "held_out": len(embedded.patients),
         **_probed(subject, parts, embedded, labels, settings),
     }
+    report["site"] = _site(subject, parts, embedded, settings)
     report["missing"] = _missing(subject, parts.get("train"), embedded, labels, settings) if settings.missing else {}
     return {**report, "projections": _projections(subject, embedded)}
 
@@ -151,6 +157,37 @@ def _probed(
         "survival": survival,
         "baselines": compared if baselines else {},
     }
+
+
+def _site(
+    subject: Subject, parts: Mapping[str, EmbeddedPatients], embedded: EmbeddedPatients, settings: EvaluationSettings
+) -> dict[str, Any]:
+    """Retrieval by site, and probes of the site; {} if the site is known of fewer than two sites' patients."""
+    source = settings.site if settings.site is not None else subject.data.settings.site
+    sites = sites_of(subject.cohort, source)
+    asked = parts.get("test", embedded)
+    found = site_retrieval(asked.pairs, sites, seed=settings.seed)
+    if found is None:
+        return {}
+    if found.is_suspicious:
+        logger.warning("%s", found.advice())
+    out: dict[str, Any] = {"retrieval": found.as_dict(), "probes": {}, "shared": []}
+    if transfer_possible(subject):
+        known = {
+            name: [sites.get(patient) for patient in subject.data.split[name]] for name in ("train", "val", "test")
+        }
+        out["shared"] = sorted(set(filter(None, known["train"])) & set(filter(None, known["test"])))
+        try:
+            task = LabelTask.of(*(np.array(values, object) for values in known.values()))
+        except SettingsError as exc:
+            logger.info("no probe of the site: %s", exc)  # as with a split by site: no test patient has a known one
+            return out
+        views = [embeddings_of(subject, parts[name] if name in parts else subject.embed(())) for name in known]
+        out["probes"] = {
+            name: prediction.scores(settings.seed).as_dict()
+            for name, prediction in our_predictions(task, views).items()
+        }
+    return out
 
 
 def require_labels(cohort: Cohort, labels: Iterable[str]) -> None:

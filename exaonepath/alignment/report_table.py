@@ -25,6 +25,7 @@ def table(report: Mapping[str, Any]) -> str:
     ]
     lines += _retrieval(report)
     lines += _retrieval_baselines(report)
+    lines += _site(report)
     lines += _probes(report)
     lines += _gains(report)
     lines += _survival(report)
@@ -79,6 +80,41 @@ def _retrieval_baselines(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _beside(found: Mapping[str, Any]) -> str:
     return f"{_number(found['recall']['1']['value'])} ({_signed(found['difference']['1'])})"
+
+
+def _site(report: Mapping[str, Any]) -> Iterator[str]:
+    site = report.get("site") or {}
+    if not site:
+        return
+    found = site["retrieval"]
+    yield from (f"## Site ({found['sites']} sites of the patients asked for)", "")
+    yield from _rows(
+        ("all pairs", "recall@1", "recall@1 within the site", "chance", "wrong answers from the own site", "chance"),
+        [
+            (
+                "**suspicious**" if found["suspicious"] else "",
+                _interval(found["recall"]),
+                _interval(found["within"]),
+                _number(found["within_chance"]),
+                _interval(found["wrong_from_own_site"]),
+                _number(found["chance"]),
+            )
+        ],
+    )
+    if site["probes"]:
+        yield from _rows(
+            ("probe of the site from", "balanced accuracy", "AUROC", "chance", "n"),
+            [
+                (
+                    name,
+                    _interval(score["balanced_accuracy"]),
+                    _interval(score["auroc"]),
+                    _number(score["chance"]),
+                    str(score["n"]),
+                )
+                for name, score in site["probes"].items()
+            ],
+        )
 
 
 def _probes(report: Mapping[str, Any]) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -38,3 +40,8 @@ def demo(
     note_random(weights.startswith("random:"), weights, quiet)
     for path, meaning in result.files:
         say_result(path, meaning, False, False)
+    if not quiet:
+        missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+        before = 'pip install "exaonepath[viewer]", then ' if missing else ""
+        say(f"{before}look at it in the browser:")
+        say(f"  exaonepath view {shlex.quote(str(out))}")

@@ -28,6 +28,9 @@ def evaluate(
     probes: Annotated[
         str, typer.Option(help="train: fit probes on training patients; held-out: cross-validate within the held-out.")
     ] = "train",
+    site: Annotated[
+        str | None, typer.Option(help="Column that tells the site, or tcga for barcodes; default: a usual name.")
+    ] = None,
     figures: Annotated[bool, typer.Option(help="Draw figures (matplotlib).")] = True,
     export: Annotated[
         bool, typer.Option("--export", help="Also write embeddings in the format that Patho-Bench reads.")
@@ -54,7 +57,13 @@ def evaluate(
 
     subject = open_subject(model, cohort, split=split, by_name=by_name, device=device, id_column=id_column)
     settings = EvaluationSettings(
-        labels=tuple(label or ()), time=time, event=event, missing=missing, baselines=baselines, probes=probes
+        labels=tuple(label or ()),
+        time=time,
+        event=event,
+        missing=missing,
+        baselines=baselines,
+        probes=probes,
+        site=site,
     )
     write_report(subject, out, settings, figures=figures)
     if export:

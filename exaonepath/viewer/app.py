@@ -39,6 +39,7 @@ _PAGE_TYPES = {
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
     ".txt": "text/plain",
+    ".woff2": "font/woff2",
 }
 _MAX_BODY = 16 << 20  # of a request that saves regions
 _STATUS: tuple[tuple[type[Exception], int], ...] = (

@@ -17,6 +17,7 @@ from exaonepath.files.hdf5 import StoredFile, open_h5
 from exaonepath.files.outlines import KINDS, Outlines, parse_outlines
 from exaonepath.files.patches import parse_patches
 from exaonepath.viewer.library import Entry
+from exaonepath.viz.canvas import grid_step
 
 # The vectors of a patch: what the patch encoder saw in it, and what the slide encoder made of it in its surroundings.
 APPEARANCE, CONTEXT = "appearance", "context"
@@ -47,7 +48,7 @@ class Results:
         coords: int32 [N, 2], top left corners of the patches in level-0 pixels: those with a vector, if there are
             vectors.
         fragments: int32 [N], the tissue contour of each patch.
-        patch_size: side of a patch in level-0 pixels; 0 if no file states it.
+        patch_size: side of a patch in level-0 pixels; inferred, with a note, if no file states it.
         outlines: contours and holes; None if no file has them.
         failures: patches that could not be read.
         vectors: the kinds of vectors, in the order in which they are offered.
@@ -123,11 +124,15 @@ def load_results(entry: Entry) -> Results:
                 vectors = _of_embedding(path, width, split)
             elif not vectors:
                 notes.append("The patch embeddings were not kept (--keep), so only the patches are shown.")
+    size = patches.size or int(attrs.get("patch_size", 0))
+    if not size and len(coords):
+        size = max(1, grid_step(coords, 0))
+        notes.append("No file states the size of the patches; the distance between them is shown instead.")
     return Results(
         version,
         coords,
         fragments,
-        patches.size,
+        size,
         patches.outlines,
         failures,
         vectors,

@@ -36,6 +36,7 @@ from exaonepath.viewer.results import (
 from exaonepath.viewer.slide_pool import SlidePool
 from exaonepath.viewer.table import PatchTable
 from exaonepath.viewer.vectors import UnitRows, VectorStore, most_similar
+from exaonepath.viz.canvas import grid_step
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,6 @@ class Service:
         library: the slides.
         table: values of patches from a CSV file.
         weights, device: of the slide encoder, for attention (see `Attention`).
-        threads: threads of a similarity query.
     """
 
     def __init__(
@@ -64,12 +64,11 @@ class Service:
         *,
         weights: str | None = None,
         device: str = "auto",
-        threads: int | None = None,
     ) -> None:
         self._library, self._table = library, table
         self._pool = SlidePool()
         self.pixels = Pixels(self._pool)
-        self._store = VectorStore(threads)
+        self._store = VectorStore()
         self._attention = Attention(weights, device)
         self._results, self._arrays = Memo(_RESULTS_KEPT), Memo(_ARRAYS_KEPT)
         self.arrays: dict[str, Callable[[str, Query], Answer]] = {
@@ -130,6 +129,7 @@ class Service:
                 "patches": {
                     "count": len(results.coords),
                     "size": results.patch_size,
+                    "step": grid_step(results.coords, results.patch_size),
                     "failed": len(results.failures),
                     "fragments": int(results.fragments.max(initial=-1)) + 1,
                 },

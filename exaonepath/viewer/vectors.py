@@ -1,8 +1,8 @@
 """Exact cosine similarity between patches, of one slide or of a whole cohort.
 
 The vectors of a slide are read once, through all checks of the file, and written as rows of length 1 to a temporary
-file that is memory-mapped. A query is then a matrix-vector product over that file in blocks: exhaustive, so exact, and
-as fast as the memory is. Memory stays free for other programs, whatever the size of the cohort.
+file that is memory-mapped. A query is then a matrix-vector product over that file: exhaustive, so exact, and as fast as
+the memory is. Memory stays free for other programs, whatever the size of the cohort.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import tempfile
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +19,6 @@ import numpy as np
 from exaonepath.errors import OutputError
 from exaonepath.files.hdf5 import open_h5
 from exaonepath.viewer.results import VectorSource
-
-_BLOCK_BYTES = 8 << 20  # rows of a block: large enough for BLAS, small enough to share the work between threads
 
 
 @dataclass(frozen=True)
@@ -44,13 +41,11 @@ class VectorStore:
     """Unit vectors of slides in a temporary folder. Safe to share between threads; `close` removes the folder.
 
     Args:
-        threads: threads that a query uses.
         folder: where the temporary folder is made; None: the system's (TMPDIR).
     """
 
-    def __init__(self, threads: int | None = None, folder: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="exaonepath-viewer-", dir=folder, ignore_cleanup_errors=True)
-        self._threads = ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1))
         self._lock = threading.Lock()
         self._made: dict[str, tuple[threading.Lock, list[UnitRows]]] = {}
         self._files = 0
@@ -82,20 +77,15 @@ class VectorStore:
         """Cosine between a unit vector [D] and every row: float32 [N]; NaN for rows that are not usable."""
         result = np.empty(len(unit), np.float32)
         if len(unit):
-            step = max(1, _BLOCK_BYTES // max(1, unit.rows[:1].nbytes))
-            vector = np.ascontiguousarray(query, np.float32)
-
-            def block(start: int) -> None:
-                np.dot(unit.rows[start : start + step], vector, out=result[start : start + step])
-
-            list(self._threads.map(block, range(0, len(unit), step)))
+            # One call of BLAS, which shares the rows between its threads: with threads of our own around it, this takes
+            # twice as long on a busy machine (bench/test_viewer.py).
+            np.dot(unit.rows, np.ascontiguousarray(query, np.float32), out=result)
             if not unit.usable.all():
                 result[~unit.usable] = np.nan
         return result
 
     def close(self) -> None:
         """Remove the temporary files; vectors that are still mapped stay usable where the system allows it."""
-        self._threads.shutdown()
         with self._lock:
             self._made.clear()
         self._folder.cleanup()

@@ -87,6 +87,7 @@ def split_patients(
     *,
     fractions: Mapping[str, float] = DEFAULT_FRACTIONS,
     seed: int = 0,
+    groups: Mapping[str, str] | None = None,
 ) -> Split:
     """Divide patients into parts.
 
@@ -100,6 +101,8 @@ def split_patients(
             If most labels of the column have only one patient, a warning is logged.
         fractions: part to fraction, positive, with sum 1.
         seed: different seeds give different splits.
+        groups: patient to group (for example, the site): a group is never divided, and sizes are only as exact as the
+            groups allow. Then `labels` are not used. Patients without a group count as groups of one.
 
     Raises:
         SettingsError: fractions do not add up to 1, ids occur twice, or a part has no patients.
@@ -110,6 +113,8 @@ def split_patients(
         raise SettingsError(f"{len(twice)} patient id(s) occur more than once: {few(twice)}")
     if not fractions or min(fractions.values()) <= 0 or abs(sum(fractions.values()) - 1) > 1e-6:
         raise SettingsError(f"fractions must be positive and add up to 1, got {dict(fractions)}")
+    if groups is not None:
+        return _split_groups(patients, fractions, seed, groups)
     strata: dict[str, list[str]] = {}
     for patient in patients:
         label = None if labels is None else labels.get(patient)
@@ -131,6 +136,25 @@ def split_patients(
         raise SettingsError(f"{len(patients)} patients are too few: nobody is left for {', '.join(nobody)}")
     column = None if labels is None else str(labels.name)
     return Split({name: tuple(sorted(ids)) for name, ids in parts.items()}, seed, column)
+
+
+def _split_groups(
+    patients: Sequence[str], fractions: Mapping[str, float], seed: int, groups: Mapping[str, str]
+) -> Split:
+    """Whole groups, the largest first, each to the part that is furthest below its size; equal ones by their hash."""
+    members: dict[tuple[bool, str], list[str]] = {}
+    for patient in patients:
+        members.setdefault((patient in groups, groups.get(patient, patient)), []).append(patient)
+    order = sorted(
+        members.items(), key=lambda item: (-len(item[1]), hashlib.sha256(f"{seed}\0{item[0][1]}".encode()).digest())
+    )
+    parts: dict[str, list[str]] = {name: [] for name in fractions}
+    for _, ids in order:
+        lag = {name: share * len(patients) - len(parts[name]) for name, share in fractions.items()}
+        parts[max(lag, key=lambda name: lag[name])] += ids
+    if nobody := [name for name, ids in parts.items() if not ids]:
+        raise SettingsError(f"{len(members)} groups are too few: nobody is left for {', '.join(nobody)}")
+    return Split({name: tuple(sorted(ids)) for name, ids in parts.items()}, seed)
 
 
 def _warn_of_singles(column: str, strata: Mapping[str, Sequence[str]]) -> None:

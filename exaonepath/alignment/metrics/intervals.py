@@ -3,6 +3,9 @@
 Rows of one patient (several slides) are not independent, so patients are resampled, never rows. Intervals are
 percentiles of the resampled statistic (Efron & Tibshirani 1993, chapter 13). For predictions, the fitted models are
 fixed: the interval includes the variation of the test patients, but not that of the training patients.
+
+Where nobody is a hit, or everybody, all resamples are equal, and their percentiles would claim certainty. Shares have
+Wilson's interval there (Wilson 1927), and means of shares its combination (Zou & Donner 2008).
 """
 
 from __future__ import annotations
@@ -95,19 +98,67 @@ def bootstrap_mean(
     values: np.ndarray,
     patients: Sequence[Any] | np.ndarray,
     *,
+    shares: bool = False,
     resamples: int = _RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """Interval of the mean of per-row values float [N]; like `bootstrap`, but with one matrix product."""
+    """Interval of the mean of per-row values float [N]; like `bootstrap`, but with one matrix product.
+
+    With `shares`, values are hits between 0 and 1. If all are 0, or all are 1, the interval is Wilson's, for the number
+    of patients. Without, values are differences of hits. If all are 0, the interval is that of no discordant patient,
+    to both sides.
+    """
     values = np.asarray(values, np.float64)
     group = np.unique(np.asarray(patients), return_inverse=True)[1]
     if not len(values):
         return Estimate(math.nan, math.nan, math.nan, 0)
     n = int(group.max()) + 1
     sums, counts = np.bincount(group, values, n), np.bincount(group, minlength=n)
+    value = float(values.mean())
+    if shares and values.min() == values.max() and value in (0.0, 1.0):
+        return Estimate(value, *wilson(value, n), n)
+    if not shares and not values.any():
+        return Estimate(0.0, -wilson(0.0, n)[1], wilson(0.0, n)[1], n)
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
     means = (weights @ sums) / (weights @ counts)
-    return Estimate(float(values.mean()), *_percentiles(means), n)
+    return Estimate(value, *_percentiles(means), n)
+
+
+def wilson(share: float, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Wilson's interval of a share of n independent patients; (NaN, NaN) for n = 0."""
+    if n < 1:
+        return math.nan, math.nan
+    z = _normal_quantile(level)
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    # Rounding must not exclude the share itself at 0 and 1.
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
+
+
+def mean_of_shares(shares: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """Interval of the mean of shares of independent groups, from the Wilson intervals of each (Zou & Donner 2008).
+
+    Args:
+        shares: share of each group. counts: patients of each group, positive.
+    """
+    value = float(np.mean(shares))
+    limits = np.array([wilson(share, n) for share, n in zip(shares, counts, strict=True)])
+    distance = np.abs(limits - np.asarray(shares)[:, None])
+    low, high = np.sqrt(np.square(distance).sum(0)) / len(shares)
+    return max(0.0, value - float(low)), min(1.0, value + float(high))
+
+
+def certain_as_share(estimate: Estimate, n: int) -> Estimate:
+    """The estimate; if it is 0 or 1 in every resample, with Wilson's interval of n patients."""
+    if estimate.value in (0.0, 1.0) and estimate.low == estimate.high == estimate.value:
+        return Estimate(estimate.value, *wilson(estimate.value, n), estimate.n)
+    return estimate
+
+
+def _normal_quantile(level: float) -> float:
+    from statistics import NormalDist
+
+    return NormalDist().inv_cdf((1 + level) / 2)
 
 
 def bootstrap_weighted(

@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.alignment.metrics.intervals import Estimate, bootstrap, bootstrap_weighted, one_thread
+from exaonepath.alignment.metrics.intervals import (
+    Estimate,
+    bootstrap,
+    bootstrap_weighted,
+    certain_as_share,
+    mean_of_shares,
+    one_thread,
+)
 from exaonepath.alignment.metrics.probe_rows import (
     Columns,
     labelled_rows,
@@ -142,8 +149,13 @@ class FittedProbe:
     @one_thread()
     def hits(self, embedding: Any, labels: Columns) -> tuple[np.ndarray, np.ndarray]:
         """(1.0 if the probe is right, the class as a number), [n] each, for the rows that `score` uses."""
-        x, y, _ = self._known(embedding, labels)
-        return (self.predict(x).argmax(1) == y).astype(np.float64), np.unique(y, return_inverse=True)[1]
+        return self.hits_of_rows(embedding, labels)[:2]
+
+    @one_thread()
+    def hits_of_rows(self, embedding: Any, labels: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`hits`, and the row of each in `embedding`, int64 [n]."""
+        x, y, rows = self._known(embedding, labels)
+        return (self.predict(x).argmax(1) == y).astype(np.float64), np.unique(y, return_inverse=True)[1], rows
 
     def _known(self, embedding: Any, labels: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows of the fit's classes: embedding, position in `classes`, patient code."""
@@ -253,9 +265,17 @@ def class_scores(
     def auroc(weights: np.ndarray) -> np.ndarray:
         return np.mean([weighted_auc(probability[:, c], rows, weights) for c, rows in enumerate(member)], axis=0)
 
+    accuracy = bootstrap_weighted(balanced, groups, strata=y, seed=seed)
+    recalls = [float(right[rows].mean()) for rows in member[tested]]
+    if any(recall in (0.0, 1.0) for recall in recalls):
+        # The resamples of such a class are all equal.
+        patients = [len(np.unique(groups[rows])) for rows in member[tested]]
+        low, high = mean_of_shares(recalls, patients)
+        accuracy = Estimate(accuracy.value, min(low, accuracy.low), max(high, accuracy.high), accuracy.n)
+    smallest = int(min(min(rows.sum(), (~rows).sum()) for rows in member[tested]))
     return ProbeScores(
-        bootstrap_weighted(balanced, groups, strata=y, seed=seed),
-        bootstrap_weighted(auroc, groups, strata=y, seed=seed),
+        accuracy,
+        certain_as_share(bootstrap_weighted(auroc, groups, strata=y, seed=seed), smallest),
         1 / len(classes),
         tuple(classes.tolist()),
         len(y),

@@ -159,7 +159,7 @@ def retrieval(
     return RetrievalScores(
         len(ranks.query),
         len(gallery_patients),
-        {k: bootstrap_mean(hits, patients, seed=seed) for k, hits in ranks.hits.items()},
+        {k: bootstrap_mean(hits, patients, shares=True, seed=seed) for k, hits in ranks.hits.items()},
         {k: float("nan") if empty else float(chance.mean()) for k, chance in ranks.chance.items()},
         float("nan") if empty else float(np.median(ranks.rank)),
         float("nan") if empty else float(np.median(ranks.chance_rank)),
@@ -217,13 +217,18 @@ def recall_by_group(
         return {}
     all_hits, all_excess, all_owners = np.concatenate(hits), np.concatenate(excess), np.concatenate(owners)
     groups = np.array([group_of[patient] for patient in all_owners.tolist()])
-    return {
-        group: GroupRecall(
-            bootstrap_mean(all_hits[groups == group], all_owners[groups == group], seed=seed),
-            bootstrap_mean(all_excess[groups == group], all_owners[groups == group], seed=seed),
-        )
-        for group in np.unique(groups).tolist()
-    }
+    groups_found = {}
+    for group in np.unique(groups).tolist():
+        rows = groups == group
+        recall = bootstrap_mean(all_hits[rows], all_owners[rows], shares=True, seed=seed)
+        gap = bootstrap_mean(all_excess[rows], all_owners[rows], seed=seed)
+        if recall.value in (0.0, 1.0):
+            # Without a hit, only the chance of the directions varies between resamples. The certainty is that of the
+            # recall.
+            shift = gap.value - recall.value
+            gap = Estimate(gap.value, recall.low + shift, recall.high + shift, gap.n)
+        groups_found[group] = GroupRecall(recall, gap)
+    return groups_found
 
 
 def unit_rows(embedding: Any, name: str) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.alignment.metrics.intervals import Estimate, bootstrap, check_rows, one_thread
+from exaonepath.alignment.metrics.intervals import Estimate, bootstrap, certain_as_share, check_rows, one_thread
 from exaonepath.alignment.metrics.probe_rows import numbers, probe_inputs, stratified_folds
 from exaonepath.alignment.metrics.probes import FOLDS
 from exaonepath.errors import SettingsError
@@ -110,7 +110,8 @@ def cox_probe(
     def c_index(rows: np.ndarray) -> float:
         return concordance_index(risk[rows], t[rows], e[rows], fold[rows])
 
-    return SurvivalScores(bootstrap(c_index, groups, strata=e, resamples=200, seed=seed), len(t), int(e.sum()))
+    estimate = bootstrap(c_index, groups, strata=e, resamples=200, seed=seed)
+    return SurvivalScores(certain_as_share(estimate, int(e.sum())), len(t), int(e.sum()))
 
 
 def fit_cox(x: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: float) -> np.ndarray:

@@ -14,10 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.alignment.metrics.intervals import Estimate, bootstrap, bootstrap_weighted, one_thread
+from exaonepath.alignment.metrics.intervals import (
+    Estimate,
+    bootstrap,
+    bootstrap_weighted,
+    certain_as_share,
+    one_thread,
+)
 from exaonepath.alignment.metrics.probes import ProbeScores, class_scores
 from exaonepath.alignment.metrics.survival import SurvivalScores, concordance_index, fit_cox
 from exaonepath.errors import SettingsError
+from exaonepath.text import few
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +80,10 @@ class LabelTask:
             )
         left_out = sorted({*known["test"]} - {*classes, ""})
         if left_out:
-            logger.warning("test patients of classes with fewer than two training patients are left out: %s", left_out)
+            logger.warning(
+                "test patients of classes with fewer than two training patients are left out: %s",
+                few([str(name) for name in left_out]),
+            )
         parts = {}
         for name, values in known.items():
             rows = np.flatnonzero(np.isin(values, classes))
@@ -244,7 +254,7 @@ class Risk:
 
         n = np.arange(len(self.risk))
         estimate = bootstrap(c_index, n, strata=self.event, resamples=200, seed=seed)
-        return SurvivalScores(estimate, len(n), int(self.event.sum()))
+        return SurvivalScores(certain_as_share(estimate, int(self.event.sum())), len(n), int(self.event.sum()))
 
 
 @one_thread()

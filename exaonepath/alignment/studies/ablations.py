@@ -20,8 +20,9 @@ import numpy as np
 from exaonepath.alignment.evaluate import require_labels
 from exaonepath.alignment.metrics.intervals import Estimate, across_runs
 from exaonepath.alignment.metrics.probes import fit_probe
-from exaonepath.alignment.metrics.retrieval import cross_modal_retrieval
+from exaonepath.alignment.metrics.retrieval import PairEmbeddings, cross_modal_retrieval, rank_queries
 from exaonepath.alignment.probing import column
+from exaonepath.alignment.studies.paired import PairedDifference, compare_variants
 from exaonepath.alignment.studies.questions import Study
 from exaonepath.alignment.subject import Subject, open_subject
 from exaonepath.alignment.training.data import load_training_cohort, make_split
@@ -33,7 +34,7 @@ from exaonepath.files.atomic import ensure_folder, write_text
 
 logger = logging.getLogger(__name__)
 
-_MEASURES = 3  # version of the results of `measure`; stored results with another version are computed again
+_MEASURES = 4  # version of the results of `measure`; stored results with another version are computed again
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Outcome:
         values: variant -> measure -> one value per seed (None if the variant does not have it).
         chance: measure -> value of random guesses.
         intervals: as `values`: the interval of each run over patients.
+        patients: variant -> for each seed: measure -> patient -> value, whose mean is the value of the run.
     """
 
     study: Study
@@ -84,6 +86,11 @@ class Outcome:
     values: dict[str, dict[str, list[float | None]]]
     chance: dict[str, float]
     intervals: dict[str, dict[str, list[tuple[float, float] | None]]] = field(default_factory=dict)
+    patients: dict[str, list[dict[str, dict[str, float]]]] = field(default_factory=dict)
+
+    def differences(self) -> dict[str, dict[str, PairedDifference]]:
+        """Variant -> measure -> its difference to the first variant, paired over seeds and patients."""
+        return compare_variants(self.patients, self.study.variants[0].name) if self.patients else {}
 
     def estimate(self, variant: str, measure: str) -> Estimate:
         """Mean over seeds, with an interval over seeds and patients (`across_runs`)."""
@@ -109,6 +116,10 @@ class Outcome:
             "chance": self.chance,
             "estimates": {
                 name: {m: self.estimate(name, m).as_dict() for m in found} for name, found in self.values.items()
+            },
+            "differences": {
+                name: {m: difference.as_dict() for m, difference in found.items()}
+                for name, found in self.differences().items()
             },
         }
 
@@ -142,6 +153,7 @@ def run_study(
     ensure_folder(out / "runs")
     values: dict[str, dict[str, list[float | None]]] = {}
     intervals: dict[str, dict[str, list[tuple[float, float] | None]]] = {}
+    patients: dict[str, list[dict[str, dict[str, float]]]] = {}
     chance: dict[str, float] = {}
     for variant in study.variants:
         runs = []
@@ -154,7 +166,8 @@ def run_study(
         names = list(dict.fromkeys(name for run in runs for name in run["values"]))
         values[variant.name] = {name: [run["values"].get(name) for run in runs] for name in names}
         intervals[variant.name] = {name: [run["intervals"].get(name) for run in runs] for name in names}
-    return Outcome(study, tuple(seeds), values, chance, intervals)
+        patients[variant.name] = [run["by_patient"] for run in runs]
+    return Outcome(study, tuple(seeds), values, chance, intervals, patients)
 
 
 def run_variant(
@@ -196,19 +209,22 @@ def measure(subject: Subject, labels: Iterable[str]) -> dict[str, Any]:
     """Numbers of one run on its held-out patients.
 
     Returns:
-        "values", "intervals" (over patients) and "chance" by measure: recall@1 of every pair (mean of both directions)
-        and of all; balanced accuracy of each label by a linear probe fitted on the training patients, from the slide
-        encoder's output ("slide tokens", without the mean of the features) and from the fused embedding ("all
-        modalities"). The interval of a mean is the mean of the intervals: it is not smaller, because the patients are
-        the same.
+        "values", "intervals" (over patients), "chance" and "by_patient" (values of every patient) by measure: recall@1
+        of every pair (mean of both directions) and of all; balanced accuracy of each label by a linear probe fitted on
+        the training patients, from the slide encoder's output ("slide tokens", without the mean of the features) and
+        from the fused embedding ("all modalities"). The interval of a mean is the mean of the intervals: it is not
+        smaller, because the patients are the same.
     """
     held_out, known = subject.embed(subject.held_out), subject.embed(subject.parts["train"])
     found: dict[str, tuple[Estimate, float]] = {}
+    by_patient: dict[str, dict[str, float]] = {}
     scores = cross_modal_retrieval(held_out.pairs)
     for pair in held_out.pairs:
+        by_patient[f"recall@1 {pair.left} x {pair.right}"] = _hits_of([pair])
         both = [scores[f"{a}->{b}"] for a, b in ((pair.left, pair.right), (pair.right, pair.left))]
         found[f"recall@1 {pair.left} x {pair.right}"] = _mean([(s.recall[1], s.chance[1]) for s in both])
     found["recall@1, all pairs"] = _mean(list(found.values()))
+    by_patient["recall@1, all pairs"] = _hits_of(held_out.pairs)
     for label in labels:
         train_labels, test_labels = column(subject, known.patients, label), column(subject, held_out.patients, label)
         all_rows = np.ones(len(known.patients), bool), np.ones(len(held_out.patients), bool)
@@ -223,8 +239,14 @@ def measure(subject: Subject, labels: Iterable[str]) -> dict[str, Any]:
                 held_out.available["wsi"],
             )
         for view, (x, y, x_rows, y_rows) in views.items():
-            score = fit_probe(x[x_rows], train_labels[x_rows]).score(y[y_rows], test_labels[y_rows])
+            probe = fit_probe(x[x_rows], train_labels[x_rows])
+            score = probe.score(y[y_rows], test_labels[y_rows])
             found[f"{label} from {view}"] = score.balanced_accuracy, score.chance
+            right, classes, rows = probe.hits_of_rows(y[y_rows], test_labels[y_rows])
+            # Weighted so that the mean over patients is the balanced accuracy.
+            weight = len(classes) / (len(np.unique(classes)) * np.bincount(classes)[classes])
+            ids = np.asarray(held_out.patients)[y_rows][rows].tolist()
+            by_patient[f"{label} from {view}"] = dict(zip(ids, (right * weight).tolist(), strict=True))
     return {
         "values": {name: estimate.value for name, (estimate, _) in found.items()},
         "intervals": {
@@ -233,7 +255,22 @@ def measure(subject: Subject, labels: Iterable[str]) -> dict[str, Any]:
         },
         "chance": {name: chance for name, (_, chance) in found.items()},
         "patients": len(held_out.patients),
+        "by_patient": by_patient,
     }
+
+
+def _hits_of(pairs: Sequence[PairEmbeddings]) -> dict[str, float]:
+    """Patient to recall@1, the mean over pairs and directions in which the patient is a query."""
+    hits: dict[str, list[float]] = {}
+    for pair in pairs:
+        for u, v, queries, gallery in (
+            (pair.u, pair.v, pair.left_patients, pair.right_patients),
+            (pair.v, pair.u, pair.right_patients, pair.left_patients),
+        ):
+            ranks = rank_queries(u, v, queries, gallery, recall_at=(1,))
+            for patient, hit in zip(np.asarray(queries)[ranks.query].tolist(), ranks.hits[1].tolist(), strict=True):
+                hits.setdefault(patient, []).append(hit)
+    return {patient: float(np.mean(values)) for patient, values in hits.items()}
 
 
 def _mean(found: Sequence[tuple[Estimate, float]]) -> tuple[Estimate, float]:

@@ -12,8 +12,8 @@ output has a mean of zero over its channels, because of the last LayerNorm: with
 constant, and the rows for the encoder's output, all equal, subtract the mean.
 
 What only the arrangement of patches shows is not in the mean features. So the molecular side of a slide's pair has
-further columns, with the directions that it shares with another molecular modality; those of the slide are 0 there, and
-the slide encoder learns them.
+further columns, with the directions that it shares with the other molecular modalities; those of the slide are 0
+there, and the slide encoder learns them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MOST_VALUES = 1 << 28  # of one modality: 1 GiB
 # Shrinkage of the whitening in the linear layers. The projections contain the difference to that of their pair.
 _WHITENING = 0.1
 # Energy of the further columns of a slide's pair, relative to the shared directions.
-_FURTHER = 0.1
+_FURTHER = 0.5
 # Noise on the inputs in training, relative to the noise that has the same effect on a covariance as its shrinkage.
 _NOISE = 0.5
 _TINY = 1e-30
@@ -78,8 +78,7 @@ def start_in_closed_form(
     }
     sides = {name: _Side(model, name, found) for name, found in axes.items()}
     shrinkages: dict[str, list[float]] = {}
-    shared: dict[str, np.ndarray] = {}  # directions of a modality that it shares most with another molecular one
-    strength: dict[str, float] = {}
+    shared: dict[str, list[np.ndarray]] = {}  # directions of a modality that it shares with other molecular ones
     for a, b in sorted(model.trained_pairs, key=lambda pair: WSI in pair):  # those of the slide use the others
         if a not in sides or b not in sides:
             continue
@@ -89,9 +88,9 @@ def start_in_closed_form(
         chosen = Profiles.common(held_out[a], held_out[b])
         found = choose_directions(axes[a], axes[b], both, chosen, model.config.projection_dim)
         found = choose_weights(axes[a], axes[b], both, chosen, found)
-        for name, directions in ((a, found.left), (b, found.right)):
-            if WSI not in (a, b) and np.square(found.correlations).sum() > strength.get(name, 0.0):
-                shared[name], strength[name] = directions, float(np.square(found.correlations).sum())
+        if WSI not in (a, b):
+            shared.setdefault(a, []).append(found.left)
+            shared.setdefault(b, []).append(found.right)
         _set_pair(model, (a, b), found, sides, shared)
         for name, shrinkage in zip((a, b), found.shrinkage, strict=True):
             shrinkages.setdefault(name, []).append(shrinkage)
@@ -144,7 +143,7 @@ def _set_pair(
     pair: tuple[str, str],
     found: Directions,
     sides: Mapping[str, _Side],
-    shared: Mapping[str, np.ndarray],
+    shared: Mapping[str, Sequence[np.ndarray]],
 ) -> None:
     a, b = pair
     for name, other, directions in ((a, b, found.left), (b, a, found.right)):
@@ -152,7 +151,9 @@ def _set_pair(
         start = sides[name].projection(directions)
         wide, k = weight.shape[1], directions.shape[1]
         if other == WSI and name in shared and wide > k:
-            further = sides[name].projection(shared[name][:, : wide - k])
+            each = -(-(wide - k) // len(shared[name]))
+            further = sides[name].projection(np.concatenate([found[:, :each] for found in shared[name]], 1))
+            further = further[:, : wide - k]
             further *= math.sqrt(_FURTHER) * start.norm() / further.norm().clamp(min=_TINY)
             start = torch.cat([start, further], 1)
         # The scale has no effect on the similarities. It is that of a random start, to which the learning rate fits.

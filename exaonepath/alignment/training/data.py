@@ -18,6 +18,7 @@ from exaonepath.alignment.batch import PatientBatch
 from exaonepath.alignment.data.cohort import Cohort, load_cohort
 from exaonepath.alignment.data.config import CohortConfig, ModalitySource
 from exaonepath.alignment.data.dataset import PatientDataset, collate_patients
+from exaonepath.alignment.data.sites import sites_of
 from exaonepath.alignment.data.slides import SlideTable
 from exaonepath.alignment.data.splits import Split, split_patients
 from exaonepath.alignment.data.standardizer import OmicsRows, Scaling, Standardizer, StandardizerSettings
@@ -108,7 +109,13 @@ def make_split(cohort: Cohort, settings: DataSettings) -> Split:
             labels = cohort.labels[settings.stratify]
         shares = {"val": settings.validation_share, "test": settings.test_share}
         fractions = {"train": 1 - sum(shares.values()), **{name: share for name, share in shares.items() if share}}
-        split = split_patients(cohort.patients, labels, fractions=fractions, seed=settings.split_seed)
+        groups = sites_of(cohort, settings.site) if settings.split_sites else None
+        if groups is not None and len(set(groups.values())) < len(fractions):
+            raise SettingsError(
+                f"data.split_sites: the cohort has {len(set(groups.values()))} sites for {len(fractions)} parts; name "
+                "the column that tells the site with data.site"
+            )
+        split = split_patients(cohort.patients, labels, fractions=fractions, seed=settings.split_seed, groups=groups)
     parts = {name: split.parts.get(name, ()) for name in PARTS}
     if len(parts["train"]) < 2:
         raise SettingsError(f"{len(parts['train'])} patients to train on; at least 2 are needed")
@@ -242,6 +249,11 @@ class TrainingData:
     @cached_property
     def _aligned(self) -> dict[str, OmicsRows]:
         return self.standardizer.align(self.cohort)[0]
+
+    @cached_property
+    def sites(self) -> dict[str, str]:
+        """Patient to site, as far as it is known; raises `SettingsError` if `settings.site` cannot be used."""
+        return sites_of(self.cohort, self.settings.site)
 
     @cached_property
     def probe_slide(self) -> Probe | None:

@@ -2,9 +2,9 @@
 
 The training loop passes embeddings, their gradients and the losses of pairs to `HealthMonitors`; at validation also the
 retrieval pairs and a slide. The monitors keep running means, and return a `HealthWarning` if a limit is exceeded: an
-embedding collapses, one modality or pair dominates, retrieval is worse for patients with few modalities or with a rare
-modality, or attention crosses tissue fragments. They never change the training. Their state is plain JSON, so that a
-resumed run logs the same warnings as an uninterrupted one.
+embedding collapses, one modality or pair dominates, retrieval fails in one of several ways (`retrieval_checks`), or
+attention crosses tissue fragments. They never change the training. Their state is plain JSON, so that a resumed run
+logs the same warnings as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -12,81 +12,30 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from exaonepath.alignment.metrics.geometry import effective_rank, uniformity
-from exaonepath.alignment.metrics.intervals import Estimate
-from exaonepath.alignment.metrics.retrieval import PairEmbeddings, cross_modal_retrieval, recall_by_group
+from exaonepath.alignment.metrics.retrieval import PairEmbeddings
+from exaonepath.alignment.training.health import HealthWarning as HealthWarning
+from exaonepath.alignment.training.health import MonitorSettings as MonitorSettings
+from exaonepath.alignment.training.health import monitor_settings as monitor_settings
+from exaonepath.alignment.training.retrieval_checks import (
+    Checks,
+    check_chance,
+    check_few,
+    check_information,
+    check_memorising,
+    check_rare,
+    check_site,
+    share_found,
+)
 from exaonepath.encoders.leakage import fragment_leakage
-from exaonepath.errors import SettingsError
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class MonitorSettings:
-    """Limits of the warnings.
-
-    Attributes:
-        smoothing: weight of the past in the running means of shares (so that one batch alone causes no warning).
-        warmup: number of observations before shares are checked.
-        min_effective_rank: smallest number of directions of an embedding; below it, the embedding has collapsed.
-        max_uniformity: largest uniformity of an embedding; 0 is one point, -4 the whole sphere.
-        max_modality_share: largest share of the gradient for one modality, if at least three have a gradient.
-        max_pair_ratio: largest ratio of a pair's share of the loss to 1 / pairs (never above `max_pair_share`).
-        max_pair_share: largest share of the loss for one pair, if at least three pairs have a loss.
-        min_group: smallest number of patients with the same number of modalities, for a comparison.
-        rare_presence: a modality is rare if a smaller share of patients has it.
-        min_rare_ratio: smallest ratio of retrieval with a rare modality to that of the others, both relative to chance.
-        repeat_after: number of observations after which a warning that is still true is repeated.
-    """
-
-    smoothing: float = 0.9
-    warmup: int = 5
-    min_effective_rank: float = 2.0
-    max_uniformity: float = -0.1
-    max_modality_share: float = 0.75
-    max_pair_ratio: float = 4.0
-    max_pair_share: float = 0.9
-    min_group: int = 15
-    rare_presence: float = 0.5
-    min_rare_ratio: float = 0.5
-    repeat_after: int = 100
-
-    def __post_init__(self) -> None:
-        for name in ("smoothing", "max_modality_share", "max_pair_share", "rare_presence", "min_rare_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SettingsError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        if self.warmup < 0 or self.repeat_after < 1:
-            raise SettingsError("warmup must be 0 or more, repeat_after 1 or more")
-
-
-@dataclass(frozen=True)
-class HealthWarning:
-    """One finding.
-
-    Attributes:
-        step: training step.
-        check: "collapse", "dominant_modality", "dominant_pair", "few_modalities", "rare_modality" or "leakage".
-        subject: the affected modality, pair, group or block.
-        value, limit: the measured value, and the limit that it exceeds.
-        message: one line for the user, with advice.
-    """
-
-    step: int
-    check: str
-    subject: str
-    value: float
-    limit: float
-    message: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self)
 
 
 class HealthMonitors:
@@ -101,6 +50,8 @@ class HealthMonitors:
         self.settings = settings or MonitorSettings()
         self._shares: dict[str, dict[str, float]] = {"gradient": {}, "loss": {}}
         self._observed = 0
+        self._validations = 0
+        self._start_recall: float | None = None
         self._last_logged: dict[str, int] = {}
         self._metrics: dict[str, float] = {}
 
@@ -143,20 +94,38 @@ class HealthMonitors:
         return self._log_new(found)
 
     def observe_retrieval(
-        self, step: int, pairs: Sequence[PairEmbeddings], modalities: Mapping[Any, Iterable[str]]
+        self,
+        step: int,
+        pairs: Sequence[PairEmbeddings],
+        modalities: Mapping[Any, Iterable[str]],
+        *,
+        training: Sequence[PairEmbeddings] = (),
+        sites: Mapping[Any, str] | None = None,
     ) -> list[HealthWarning]:
-        """Check whether retrieval on held-out patients is worse for few modalities, or for a rare modality.
+        """Check retrieval on held-out patients: for few modalities, a rare modality, memorising, chance, and site.
 
         Args:
             step: training step.
             pairs: pairs of modalities, as for `cross_modal_retrieval`.
             modalities: patient -> available modalities.
+            training: the same pairs for about as many training patients; empty: not checked for memorising.
+            sites: patient -> site, as far as it is known.
         """
+        self._validations += 1
         present = {patient: frozenset(names) for patient, names in modalities.items()}
         if not present or not pairs:
             return []
-        found = self._check_few(step, pairs, {patient: len(names) for patient, names in present.items()})
-        found += self._check_rare(step, pairs, list(present.values()))
+        checks = Checks(self.settings, self._metrics)
+        found = check_few(checks, step, pairs, {patient: len(names) for patient, names in present.items()})
+        found += check_rare(checks, step, pairs, list(present.values()))
+        held_out = share_found(pairs)
+        if not step:
+            self._start_recall = held_out[0]
+        if step and self._validations >= self.settings.min_validations:
+            found += check_chance(checks, step, held_out)
+            found += check_memorising(checks, step, held_out, share_found(training), self._start_recall)
+        found += check_information(checks, step, pairs, sites or {})
+        found += check_site(checks, step, pairs, sites or {})
         return self._log_new(found)
 
     def observe_leakage(
@@ -195,6 +164,8 @@ class HealthMonitors:
             "settings": asdict(self.settings),
             "shares": {kind: dict(shares) for kind, shares in self._shares.items()},
             "observed": self._observed,
+            "validations": self._validations,
+            "start_recall": self._start_recall,
             "last_told": dict(self._last_logged),  # the key of existing checkpoints
             "metrics": dict(self._metrics),
         }
@@ -203,6 +174,8 @@ class HealthMonitors:
         """Restore the state of `state_dict()`; the settings of this object are kept."""
         self._shares = {kind: dict(state["shares"].get(kind, {})) for kind in self._shares}
         self._observed = int(state["observed"])
+        self._validations = int(state.get("validations", 0))  # earlier checkpoints have neither of the two
+        self._start_recall = state.get("start_recall")
         self._last_logged = {key: int(value) for key, value in state["last_told"].items()}
         self._metrics = {key: float(value) for key, value in state["metrics"].items()}
 
@@ -248,51 +221,6 @@ class HealthMonitors:
             text = f"{name} makes up {share:.0%} of the loss over {len(running)} pairs; consider pair weights"
         return [HealthWarning(step, check, name, share, limit, text)] if share > limit else []
 
-    def _check_few(self, step: int, pairs: Sequence[PairEmbeddings], count: Mapping[Any, int]) -> list[HealthWarning]:
-        recalls = recall_by_group(pairs, count, recall_at=1)
-        for group, value in recalls.items():
-            self._metrics[f"recall@1/{group}_modalities"] = value.recall.value
-        # For very few patients, the interval of a bootstrap is too narrow.
-        enough = [group for group, value in recalls.items() if value.recall.n >= self.settings.min_group]
-        if len(enough) < 2:
-            return []
-        fewest, most = min(enough), max(enough)
-        low, high = recalls[fewest].excess, recalls[most].excess
-        # Only groups whose intervals do not overlap: other differences may be chance.
-        if not low.high < high.low:
-            return []
-        text = (
-            f"patients with {fewest} modalities are found less often (recall@1 {recalls[fewest].recall}) than "
-            f"those with {most} ({recalls[most].recall}), also after correction for their different pairs: training "
-            "favours complete patients"
-        )
-        return [HealthWarning(step, "few_modalities", f"{fewest} modalities", low.value, high.low, text)]
-
-    def _check_rare(
-        self, step: int, pairs: Sequence[PairEmbeddings], present: Sequence[frozenset[str]]
-    ) -> list[HealthWarning]:
-        gains: dict[str, list[float]] = {}
-        for direction, score in cross_modal_retrieval(pairs, recall_at=(1,)).items():
-            recall: Estimate = score.recall[1]
-            for name in direction.split("->"):
-                gains.setdefault(name, []).append(recall.value / score.chance[1])
-        if len(gains) < 3:
-            return []
-        mean = {name: sum(values) / len(values) for name, values in gains.items()}
-        found = []
-        for name, gain in mean.items():
-            presence = sum(name in names for names in present) / len(present)
-            self._metrics[f"recall@1_over_chance/{name}"] = gain
-            others = sorted(value for key, value in mean.items() if key != name)
-            limit = self.settings.min_rare_ratio * others[len(others) // 2]
-            if presence < self.settings.rare_presence and gain < limit:
-                text = (
-                    f"{name}, which {presence:.0%} of the patients have, is found {gain:.1f} times chance, the other "
-                    f"modalities {others[len(others) // 2]:.1f} times: weight its pairs up, or sample its patients more"
-                )
-                found.append(HealthWarning(step, "rare_modality", name, gain, limit, text))
-        return found
-
     def _log_new(self, found: Iterable[HealthWarning]) -> list[HealthWarning]:
         new = []
         for warning in found:
@@ -303,15 +231,6 @@ class HealthMonitors:
                 logger.warning("step %d: %s", warning.step, warning.message)
                 new.append(warning)
         return new
-
-
-def monitor_settings(values: Mapping[str, Any]) -> MonitorSettings:
-    """Settings from a table of a config; raises `SettingsError` for an unknown key."""
-    known = {field.name for field in fields(MonitorSettings)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise SettingsError(f"unknown monitor settings {unknown}; known are {sorted(known)}")
-    return MonitorSettings(**values)
 
 
 def _rows(values: Tensor, available: Tensor | None) -> Tensor:

@@ -31,6 +31,9 @@ class DataSettings:
         split: file of a split (parts "train", "val", "test"); None: a random split from `split_seed`.
         validation_share, test_share: shares of the held-out patients.
         split_seed: seed of the random split.
+        site: what tells the site of a patient: a column of the labels, or "tcga" for barcodes; none: a column with a
+            usual name, or barcodes (see `data.sites`).
+        split_sites: keep all patients of a site in one part of the random split.
         top_variance: modality to the number of features to keep: those with the largest variance in training patients.
         clip: standardised values are clipped to +-clip; 0: no clipping.
         slides_per_step: "one" (a random slide of each patient in each epoch) or "all" (averaged).
@@ -54,6 +57,8 @@ class DataSettings:
     validation_share: float = 0.15
     test_share: float = 0.15
     split_seed: int = 0
+    site: str | None = None
+    split_sites: bool = False
     top_variance: dict[str, int] = field(default_factory=dict)
     clip: float = 10.0
     slides_per_step: str = "one"

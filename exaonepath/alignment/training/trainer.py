@@ -14,9 +14,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from exaonepath.alignment.metrics.retrieval import PairEmbeddings
 from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
 from exaonepath.alignment.model.objective import AlignmentObjective
@@ -351,7 +353,11 @@ class Trainer:
             available = {
                 p: [n for n, flags in embedded.available.items() if flags[i]] for i, p in enumerate(embedded.patients)
             }
-            self.log.warnings(self.monitors.observe_retrieval(self.step, embedded.pairs, available))
+            self.log.warnings(
+                self.monitors.observe_retrieval(
+                    self.step, embedded.pairs, available, training=self._some_training_pairs(), sites=self.data.sites
+                )
+            )
             self._check_leakage()
         if not math.isnan(score) and (self.best is None or score > self.best):
             self.best, self.best_step = score, self.step
@@ -359,6 +365,15 @@ class Trainer:
                 self._note_provenance()
                 self.folder.save_model(self.model, self.folder.best)
         self.log.row(row)
+
+    def _some_training_pairs(self) -> tuple[PairEmbeddings, ...]:
+        """Pairs of as many training patients as there are validation patients, always the same ones."""
+        wanted = min(len(self.data.validation), len(self.data.train))
+        order = np.random.default_rng((self.settings.run.seed, 2)).permutation(len(self.data.train))
+        patients = [self.data.train[at] for at in np.sort(order[:wanted])]
+        own_rows = list(range(self.processes.rank, len(patients), self.processes.count))
+        batches = self.data.evaluation_batches(patients, own_rows, self.plan.chunk_size)
+        return embed_patients(self.model, batches, patients, autocast=self.autocast, processes=self.processes).pairs
 
     def _check_leakage(self) -> None:
         slide = self.data.probe_slide

@@ -147,3 +147,33 @@ def test_nothing_in_common():
     assert score.n_queries == 0
     assert math.isnan(score.median_rank)
     assert score.as_dict()["recall"]["1"]["value"] is None
+
+
+def test_no_hit_and_all_hits_are_not_certain():
+    """Wilson's interval at the edges, for the number of patients and not of rows."""
+    n = 40
+    patients = np.arange(n)
+    circle = np.stack([np.cos(2 * np.pi * patients / n), np.sin(2 * np.pi * patients / n)], 1)
+    none = retrieval(circle, -circle, patients, patients).recall[1]
+    everyone = retrieval(circle, circle, patients, patients).recall[1]
+    z = 1.959964
+    assert (none.value, none.low) == (0, 0)
+    assert none.high == pytest.approx(z * z / n / (1 + z * z / n), abs=1e-6)
+    assert (everyone.low, everyone.high) == (pytest.approx(1 - none.high), 1)
+    twice = retrieval(np.tile(circle, (2, 1)), -circle, np.tile(patients, 2), patients).recall[1]
+    assert (twice.n, twice.high) == (n, pytest.approx(none.high))
+
+
+def test_a_group_without_a_hit_is_not_certainly_worse():
+    """Fifteen patients who are not found among others of whom few are: the interval has to reach them."""
+    rng = np.random.default_rng(0)
+    patients = np.arange(75)
+    u = rng.normal(size=(75, 5))
+    v = rng.normal(size=(75, 5))
+    pair = PairEmbeddings("a", "b", u, v, patients, patients)
+    ranks = rank_queries(u, v, patients, patients).hits[1]
+    missed = np.flatnonzero(ranks == 0)[:15]
+    group = {p: "few" if p in set(missed.tolist()) else "most" for p in patients.tolist()}
+    found = recall_by_group([pair], group)
+    assert found["few"].recall.value == 0 or found["few"].recall.low < found["few"].recall.high
+    assert found["few"].excess.high > found["few"].excess.value + 0.1

@@ -148,6 +148,13 @@ def test_command(base, cohort_folder, tmp_path, monkeypatch):
         assert (out / f"ablation-{name}.png").is_file()
         assert json.loads((out / f"{name}.json").read_text())
     assert len(list((out / "runs").iterdir())) == 2
+    found = json.loads((out / "frope.json").read_text())
+    base_name, other = list(found["values"])
+    for measure, difference in found["differences"][other].items():
+        gap = found["values"][other][measure][0] - found["values"][base_name][measure][0]
+        # Means over pairs of different patients weigh patients otherwise than the mean over patients.
+        close = 0.02 if measure == "recall@1, all pairs" else 1e-9
+        assert difference["difference"]["value"] == pytest.approx(gap, abs=close), measure
     wrong = CliRunner().invoke(app, ["ablate", "nothing", "--out", str(out)])
     assert wrong.exit_code == 1
     assert "no study nothing" in wrong.output

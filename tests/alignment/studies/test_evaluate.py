@@ -65,6 +65,43 @@ def test_every_measure_is_there(report):
     json.dumps(report, allow_nan=False)
 
 
+def test_baselines_stand_beside_every_number(report, subject):
+    """Each direction of the test patients, each label and survival: a value, and a paired difference to ours."""
+    directions = set(report["parts"]["test"]["retrieval"])
+    for method in ("CCA", "ridge", "PLS"):
+        assert set(report["baselines"]["retrieval"][method]) == directions
+    ours = report["parts"]["test"]["retrieval"]["rna->cnv"]["recall"]["1"]["value"]
+    theirs = report["baselines"]["retrieval"]["CCA"]["rna->cnv"]
+    assert theirs["difference"]["1"]["value"] == pytest.approx(ours - theirs["recall"]["1"]["value"])
+    labels = report["baselines"]["probes"]["subtype"]
+    assert {found["compared_with"] for found in labels.values()} == {*NAMES, "fused"}
+    assert {"mean patch features + logistic regression", "attention MIL (ABMIL)"} <= set(labels)
+    for found in labels.values():
+        probe = report["probes"]["subtype"][found["compared_with"]]["linear"]
+        gain = found["difference"]["balanced_accuracy"]
+        assert gain["value"] == pytest.approx(probe["balanced_accuracy"]["value"] - found["balanced_accuracy"]["value"])
+    assert report["baselines"]["survival"]["PCA + Cox (all)"]["difference"]["low"] is not None
+    assert report["probe_patients"] == "test"
+    assert report["probes"]["subtype"]["fused"]["linear"]["n"] == len(subject.parts["test"])
+    text = table(report | {"provenance": {"split_known": True}})
+    assert "Retrieval of test patients beside baselines" in text
+    assert "| attention MIL (ABMIL) |" in text
+
+
+def test_site_is_told(report, subject):
+    """The generator's centres are in the column `batch`: retrieval within a centre, and a probe of it."""
+    found = report["site"]["retrieval"]
+    assert found["sites"] == 3
+    assert not found["suspicious"]
+    assert set(report["site"]["probes"]) == {*NAMES, "fused"}
+    assert report["site"]["probes"]["fused"]["chance"] == pytest.approx(1 / 3)
+    text = table(report | {"provenance": {"split_known": True}})
+    assert "## Site (3 sites of the patients asked for)" in text
+    settings = EvaluationSettings(labels=("subtype",), targets=("rna",), missing=False, baselines=False, site="ward")
+    with pytest.raises(SettingsError, match="no column 'ward'"):
+        evaluate(subject, settings)
+
+
 def test_training_is_seen(report):
     """Twenty steps are enough for patients that were trained on to be found more often than by chance."""
     found = report["parts"]["train"]["retrieval"]["rna->methylation"]

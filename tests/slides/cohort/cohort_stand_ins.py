@@ -6,6 +6,7 @@ slide, and exits with the run's exit status. The environment disturbs it:
     STAND_IN_BATCH_SECONDS  how long a batch takes
     STAND_IN_DIE_AT         "<patches of a slide>": the process kills itself in the batch in which that many were begun
     STAND_IN_STALE_AFTER    seconds until a claim is stale
+    STAND_IN_LOG            a file to which each batch adds a line with its number of patches
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ class Colours(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert not self.training
         self.batches.append(len(x))
+        if "STAND_IN_LOG" in os.environ:
+            with Path(os.environ["STAND_IN_LOG"]).open("a") as log:
+                log.write(f"{len(x)}\n")
         if len(x) > 1 and self.die_at and sum(self.batches) >= self.die_at:  # of one image: asked for the width
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.seconds)
@@ -96,6 +100,20 @@ def results(out: Path) -> dict[str, bytes]:
         for path in sorted((out / folder).rglob("*"))
         if path.is_file()
     }
+
+
+def as_process(arguments: list[str], environment: dict[str, str | None], stdout: str, stderr: str) -> None:
+    """What a process of `multiprocessing` runs in place of the program, with its own environment and streams."""
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    for number, path in ((0, os.devnull), (1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+    # `multiprocessing` leaves Ctrl-C to the parent's process group; here each process is asked by itself.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main(arguments))
 
 
 def main(arguments: list[str]) -> int:

@@ -1,0 +1,174 @@
+"""Checks of retrieval at validation: bias, memorising, chance, a modality that dominates by information, and site.
+
+Each returns its warnings, and adds the numbers that it compares to the metrics of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from exaonepath.alignment.metrics.intervals import Estimate
+from exaonepath.alignment.metrics.retrieval import (
+    PairEmbeddings,
+    cross_modal_retrieval,
+    rank_queries,
+    recall_by_group,
+)
+from exaonepath.alignment.metrics.site import MOST_EXCESS, information_by_modality, site_retrieval
+from exaonepath.alignment.training.health import HealthWarning, MonitorSettings
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Limits, and the run's metrics, to which checks add their numbers."""
+
+    settings: MonitorSettings
+    metrics: dict[str, float]
+
+
+def check_few(
+    checks: Checks, step: int, pairs: Sequence[PairEmbeddings], count: Mapping[Any, int]
+) -> list[HealthWarning]:
+    """Patients with few modalities are found less often than complete ones, after correction for their pairs."""
+    recalls = recall_by_group(pairs, count, recall_at=1)
+    for group, value in recalls.items():
+        checks.metrics[f"recall@1/{group}_modalities"] = value.recall.value
+    # For very few patients, the interval of a bootstrap is too narrow.
+    enough = [group for group, value in recalls.items() if value.recall.n >= checks.settings.min_group]
+    if len(enough) < 2:
+        return []
+    fewest, most = min(enough), max(enough)
+    low, high = recalls[fewest].excess, recalls[most].excess
+    # Only groups whose intervals do not overlap: other differences may be chance.
+    if not low.high < high.low:
+        return []
+    text = (
+        f"patients with {fewest} modalities are found less often (recall@1 {recalls[fewest].recall}) than "
+        f"those with {most} ({recalls[most].recall}), also after correction for their different pairs: training "
+        "favours complete patients"
+    )
+    return [HealthWarning(step, "few_modalities", f"{fewest} modalities", low.value, high.low, text)]
+
+
+def check_rare(
+    checks: Checks, step: int, pairs: Sequence[PairEmbeddings], present: Sequence[frozenset[str]]
+) -> list[HealthWarning]:
+    """A modality that few patients have is found less often than the others, relative to chance."""
+    gains: dict[str, list[float]] = {}
+    for direction, score in cross_modal_retrieval(pairs, recall_at=(1,)).items():
+        recall: Estimate = score.recall[1]
+        for name in direction.split("->"):
+            gains.setdefault(name, []).append(recall.value / score.chance[1])
+    if len(gains) < 3:
+        return []
+    mean = {name: sum(values) / len(values) for name, values in gains.items()}
+    found = []
+    for name, gain in mean.items():
+        presence = sum(name in names for names in present) / len(present)
+        checks.metrics[f"recall@1_over_chance/{name}"] = gain
+        others = sorted(value for key, value in mean.items() if key != name)
+        limit = checks.settings.min_rare_ratio * others[len(others) // 2]
+        if presence < checks.settings.rare_presence and gain < limit:
+            text = (
+                f"{name}, which {presence:.0%} of the patients have, is found {gain:.1f} times chance, the other "
+                f"modalities {others[len(others) // 2]:.1f} times: weight its pairs up, or sample its patients more"
+            )
+            found.append(HealthWarning(step, "rare_modality", name, gain, limit, text))
+    return found
+
+
+def share_found(pairs: Sequence[PairEmbeddings]) -> tuple[float, float, float]:
+    """(recall@1, chance, standard deviation of the recall by chance), over all pairs and directions."""
+    hits, chance = [], []
+    for pair in pairs:
+        for u, v, queries, gallery in (
+            (pair.u, pair.v, pair.left_patients, pair.right_patients),
+            (pair.v, pair.u, pair.right_patients, pair.left_patients),
+        ):
+            ranks = rank_queries(u, v, queries, gallery, recall_at=(1,))
+            hits.append(ranks.hits[1])
+            chance.append(ranks.chance[1])
+    found, expected = (np.concatenate(x) if x else np.zeros(0) for x in (hits, chance))
+    if not len(found):
+        return math.nan, math.nan, math.nan
+    deviation = float(np.sqrt((expected * (1 - expected)).sum()) / len(found))
+    return float(found.mean()), float(expected.mean()), deviation
+
+
+def check_chance(checks: Checks, step: int, held_out: tuple[float, float, float]) -> list[HealthWarning]:
+    """Retrieval over all pairs (`share_found`) is that of a random order."""
+    recall, chance, deviation = held_out
+    limit = chance + 2 * deviation
+    if math.isnan(recall) or recall >= limit:
+        return []
+    text = (
+        f"held-out patients are found as by chance (recall@1 {recall:.3f} over all pairs, chance {chance:.3f}): "
+        "the modalities may not belong to the same patients (check ids), or share too little; a higher optimizer.lr "
+        "and model.start = cca are the first things to try"
+    )
+    return [HealthWarning(step, "at_chance", "all pairs", recall, limit, text)]
+
+
+def check_memorising(
+    checks: Checks,
+    step: int,
+    held_out: tuple[float, float, float],
+    training: tuple[float, float, float],
+    start: float | None,
+) -> list[HealthWarning]:
+    """Training patients are found, and as many held-out ones hardly (`share_found` of both).
+
+    After a start in closed form (`start`: what it finds), weak signals are no fault of the training: only what the
+    training lost is.
+    """
+    known, recall = training[0], held_out[0]
+    if math.isnan(known) or math.isnan(recall):
+        return []
+    checks.metrics["recall@1/train"] = known
+    limit = checks.settings.max_memorised_ratio * known
+    if start is not None:
+        limit = min(limit, checks.settings.max_lost_ratio * start)
+    if known < checks.settings.memorised or recall >= limit:
+        return []
+    text = (
+        f"{known:.0%} of the training patients are found, and {recall:.0%} of as many held-out ones (recall@1 over all "
+        "pairs): the encoders memorise; model.preset = small, larger batches, and input noise help"
+    )
+    return [HealthWarning(step, "memorising", "all pairs", recall, limit, text)]
+
+
+def check_information(
+    checks: Checks, step: int, pairs: Sequence[PairEmbeddings], sites: Mapping[Any, str]
+) -> list[HealthWarning]:
+    """Pairs with one modality tell patients apart, pairs without it do not."""
+    found = []
+    for name, (own, others, error) in information_by_modality(pairs, sites).items():
+        checks.metrics[f"information/{name}"] = own
+        ratio = checks.settings.max_information_ratio
+        # Three errors: neither a small difference of strong modalities, nor the noise of weak ones.
+        if own > ratio * max(others, 0.0) and own - others > 3 * error:
+            text = (
+                f"only pairs with {name} tell patients of a site apart (own row ahead in {0.5 + own:.0%} of the "
+                f"comparisons; {0.5 + others:.0%} without {name}): it dominates by its information, and the other "
+                "modalities share little with each other"
+            )
+            found.append(HealthWarning(step, "dominant_information", name, own, ratio * max(others, 0.0), text))
+    return found
+
+
+def check_site(
+    checks: Checks, step: int, pairs: Sequence[PairEmbeddings], sites: Mapping[Any, str]
+) -> list[HealthWarning]:
+    """Nearly all wrong answers are patients of the query's own site."""
+    by_site = site_retrieval(pairs, sites) if sites else None
+    if by_site is None:
+        return []
+    checks.metrics["wrong_from_own_site"] = by_site.wrong_from_own_site.value
+    if not by_site.is_suspicious:
+        return []
+    return [HealthWarning(step, "site", "all pairs", by_site.excess, MOST_EXCESS, by_site.advice())]

@@ -1,0 +1,85 @@
+"""Variants against their base: paired over seeds and patients, and corrected for their number."""
+
+import numpy as np
+import pytest
+
+from exaonepath.alignment.studies.paired import compare_variants, holm, paired_over_seeds
+from exaonepath.errors import SettingsError
+
+
+def runs(shift, seeds=3, patients=80, seed=0, spread=0.05):
+    """Hits of the same patients in several runs: patients differ much, runs little."""
+    rng = np.random.default_rng(0)
+    ease = rng.random(patients)
+    own = np.random.default_rng([seed, 1])
+    return [
+        {f"P{p}": float(x) for p, x in enumerate(np.clip(ease + shift + spread * own.normal(size=patients), -1, 2))}
+        for _ in range(seeds)
+    ]
+
+
+def test_pairing_removes_the_variation_of_patients():
+    """Values of patients vary by 0.3, the difference is 0.03: unpaired intervals would overlap by far."""
+    found = paired_over_seeds(runs(0.03, seed=1), runs(0.0, seed=2))
+    assert found.difference.low > 0
+    assert found.difference.value == pytest.approx(0.03, abs=0.01)
+    assert found.p < 0.05
+    nothing = paired_over_seeds(runs(0.0, seed=1), runs(0.0, seed=2))
+    assert nothing.difference.low < 0 < nothing.difference.high
+    assert nothing.p > 0.05
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    agree = paired_over_seeds(runs(0.1, seed=1), runs(0.0, seed=2))
+    unsteady = [*runs(0.3, 1, seed=1), *runs(-0.1, 1, seed=2), *runs(0.1, 1, seed=3)]
+    disagree = paired_over_seeds(unsteady, runs(0.0, seed=4))
+    assert disagree.difference.value == pytest.approx(agree.difference.value, abs=0.02)
+    assert disagree.difference.low < 0 < agree.difference.low
+    assert disagree.p > 0.05 > agree.p
+
+
+def test_equal_runs_differ_by_nothing():
+    same = runs(0.0)
+    found = paired_over_seeds(same, same)
+    assert found.difference.value == 0
+    assert found.p == 1
+    assert found.difference.low < 0 < found.difference.high
+
+
+def test_the_interval_covers_the_truth():
+    """The difference of each run has its own error: 95 % of the intervals hold the true 0.05, within 3 errors."""
+    covered = 0
+    for trial in range(120):
+        rng = np.random.default_rng(trial)
+        base, variant = [], []
+        for _ in range(3):
+            error = 0.03 * rng.normal()
+            base.append({p: float(rng.normal()) for p in range(40)})
+            variant.append({p: base[-1][p] + 0.05 + error + 0.2 * rng.normal() for p in range(40)})
+        found = paired_over_seeds(variant, base).difference
+        covered += found.low <= 0.05 <= found.high
+    assert covered / 120 >= 0.95 - 3 * np.sqrt(0.95 * 0.05 / 120)
+
+
+def test_holm():
+    """Holm's own rule: the smallest times their number, the next times one less, never falling."""
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
+
+
+def test_more_variants_need_stronger_evidence():
+    base, better = runs(0.0, seed=2), runs(0.03, seed=1)
+    alone = compare_variants({"base": [{"m": r} for r in base], "v0": [{"m": r} for r in better]}, "base")
+    others = {f"v{k}": [{"m": r} for r in runs(0.0, seed=10 + k)] for k in range(1, 6)}
+    many = compare_variants({"base": [{"m": r} for r in base], "v0": [{"m": r} for r in better], **others}, "base")
+    assert alone["v0"]["m"].p_corrected == alone["v0"]["m"].p == many["v0"]["m"].p
+    assert many["v0"]["m"].p_corrected == pytest.approx(6 * alone["v0"]["m"].p)
+
+
+def test_a_measure_that_a_variant_lacks_is_left_out():
+    found = compare_variants({"base": [{"m": {"p": 1.0}, "n": {"p": 1.0}}], "v": [{"m": {"p": 0.0}}]}, "base")
+    assert set(found["v"]) == {"m"}
+    with pytest.raises(SettingsError, match="same seeds"):
+        paired_over_seeds(runs(0, 2), runs(0, 3))
+    with pytest.raises(SettingsError, match="in all runs"):
+        paired_over_seeds([{"a": 1.0}], [{"b": 1.0}])
