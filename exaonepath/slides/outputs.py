@@ -129,8 +129,8 @@ def choose_layout(out: str | os.PathLike[str], n_slides: int, wanted: Layout | N
     found = read_layout(root)  # another process may have been first
     if wanted not in (None, found):
         raise SettingsError(
-            f"{root} has results in the layout {found!r}, and a folder has one layout; leave the option out, or name "
-            f"another output folder for the layout {wanted!r}"
+            f"{root} has the layout {found!r}, as its first run decided, and a folder has one layout; leave the option "
+            f"out, or name another output folder for the layout {wanted!r}"
         )
     return found
 
