@@ -13,13 +13,13 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from exaonepath.errors import DataFileError, OutputError, SettingsError
-from exaonepath.files.atomic import ensure_folder, write_text_once
+from exaonepath.files.atomic import ensure_folder, remove_abandoned, write_text_once
 from exaonepath.files.strict_json import parse_json
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,15 @@ def output_paths(out: str | os.PathLike[str], name: str) -> OutputPaths:
         DataFileError: `layout.json` is damaged, or was written by a later version.
     """
     return paths_in_layout(out, name, read_layout(out))
+
+
+def remove_leftovers(out: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Remove temporary files that killed processes left in the folders of these slides.
+
+    The next writer of a file removes those of the same name; a slide that another process has finished has none.
+    """
+    for folder in {path.parent for name in names for path in vars(output_paths(out, name)).values()}:
+        remove_abandoned(folder)
 
 
 def paths_in_layout(out: str | os.PathLike[str], name: str, layout: Layout) -> OutputPaths:

@@ -30,7 +30,7 @@ from exaonepath.slides.cohort.run_options import RunOptions, RunStatus, open_lea
 from exaonepath.slides.cohort.schedule import Schedule
 from exaonepath.slides.cohort.scheduler import begin_at
 from exaonepath.slides.cohort.slide_settings import check_patching
-from exaonepath.slides.outputs import choose_layout
+from exaonepath.slides.outputs import choose_layout, remove_leftovers
 from exaonepath.slides.stages import EncodeResult, EncodeSettings
 
 logger = logging.getLogger(__name__)
@@ -171,4 +171,5 @@ def encode_cohort(
             if outcome.error is not None:
                 # The traceback refers to the frames of the failed call and so keeps their arrays in memory.
                 outcome.error.__traceback__ = None
+        remove_leftovers(root, (slide.id for slide in slides))
         status.ended = True

@@ -40,6 +40,7 @@ from exaonepath.slides.cohort.run_options import EXIT_INTERRUPTED, RunOptions, R
 from exaonepath.slides.cohort.schedule import Schedule, Task
 from exaonepath.slides.cohort.scheduler import begin_at
 from exaonepath.slides.cohort.worker import WorkerConfig, worker_main
+from exaonepath.slides.outputs import remove_leftovers
 from exaonepath.slides.stages import EncodeSettings
 
 logger = logging.getLogger(__name__)
@@ -173,6 +174,7 @@ class _WorkersRun:
                 outcome = self._outcomes.popleft()
                 status.add(outcome)
                 yield outcome
+            remove_leftovers(self._config.out, self._slides)
             status.ended = True
         finally:
             self._stop()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,6 +14,7 @@ from random import Random
 
 from cohort_stand_ins import results
 
+from exaonepath.files.atomic import _process_space
 from exaonepath.slides.cohort.lease import read_claim
 from exaonepath.slides.cohort.run_log import read_run_log
 
@@ -111,6 +115,23 @@ def test_sigterm_releases_and_the_next_run_continues(start, slide_files, tmp_pat
     assert second.returncode == 0, stderr
     assert_as_reference(out, reference)
     assert encoded(out) == dict.fromkeys("abcd", 1)
+
+
+def test_temporary_files_of_killed_processes_are_removed(start, slide_files, tmp_path):
+    """Also of a file that another process has finished since, so that nobody writes it again."""
+    out = tmp_path / "out"
+    assert start(out, slide_files).communicate()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = [out / folder / f".a.h5.{_process_space()}-{dead.pid}-0123abcd.tmp" for folder in ("patches", "embeddings")]
+    of_a_living = out / "patches" / f".a.h5.{_process_space()}-{os.getpid()}-0123abcd.tmp"
+    for path in (*left, of_a_living):
+        path.touch()
+    process = start(out, slide_files)
+    process.communicate()
+    assert process.returncode == 0
+    assert [path.exists() for path in left] == [False, False]
+    assert of_a_living.exists()
 
 
 def test_random_kills(start, slide_files, tmp_path, reference):
