@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import webbrowser
 from collections.abc import Callable
 
@@ -68,5 +69,6 @@ def serve(service: Service, port: int, announce: Callable[[str], None], *, brows
         url = f"http://{_HOST}:{server.getsockname()[1]}/{token}/"
         announce(url)
         if browser:
-            webbrowser.open(url)
+            # In a thread: a browser in the terminal would not return before it has shown the page.
+            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         make_server(service, token).run(sockets=[server])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from exaonepath.viewer.results import (
 )
 from exaonepath.viewer.slide_pool import SlidePool
 from exaonepath.viewer.table import PatchTable
-from exaonepath.viewer.vectors import UnitRows, VectorStore, most_similar
+from exaonepath.viewer.vectors import Match, UnitRows, VectorStore, most_similar
 from exaonepath.viz.canvas import grid_step
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,15 @@ Answer = tuple[np.ndarray, dict[str, str]]  # an array, and headers about it
 _RESULTS_KEPT, _ARRAYS_KEPT = 16, 96
 _MOST_SIMILAR = 100
 _INDEXING_SECONDS = 1.0  # of one request that searches the cohort: then the page is told how far it is
+
+
+@dataclass(frozen=True)
+class _Member:
+    """What the search of all slides knows of one; the fields are those of `Results`."""
+
+    version: str
+    vectors: dict[str, VectorSource]
+    made_by: dict[str, str]
 
 
 class Service:
@@ -70,6 +79,7 @@ class Service:
         self.pixels = Pixels(self._pool)
         self._store = VectorStore()
         self._attention = Attention(weights, device)
+        self._members: dict[str, _Member] = {}
         self._results, self._arrays = Memo(_RESULTS_KEPT), Memo(_ARRAYS_KEPT)
         self.arrays: dict[str, Callable[[str, Query], Answer]] = {
             "coords": self._coords,
@@ -170,31 +180,28 @@ class Service:
         unit = self._unit(entry, results, kind)
         if not unit.usable[patch]:
             raise NotFound("the vector of this patch is zero or not finite")
-        members, left_out = [(entry, results, unit)], 0
+        members, left_out = [(entry, unit)], 0
         if query.get("scope") == "cohort":
             found = self._cohort(entry, results, kind)
             if isinstance(found, dict):
                 return found
             members, left_out = found
         own = next(at for at, member in enumerate(members) if member[0].key == key)
-        best = most_similar(self._store, [member[2] for member in members], unit.rows[patch], count, (own, patch))
+        best = most_similar(self._store, [member[1] for member in members], unit.rows[patch], count, (own, patch))
         return {
             "slides": len(members),
             "left_out": left_out,
-            "patches": sum(len(member[2]) for member in members),
-            "matches": [
-                {
-                    "key": members[match.slide][0].key,
-                    "id": printable(members[match.slide][0].id),
-                    "patch": match.row,
-                    "x": int(members[match.slide][1].coords[match.row, 0]),
-                    "y": int(members[match.slide][1].coords[match.row, 1]),
-                    "size": members[match.slide][1].patch_size,
-                    "cosine": round(match.cosine, 6),
-                }
-                for match in best
-            ],
+            "patches": sum(len(member[1]) for member in members),
+            "matches": [self._match_json(members[match.slide][0], match) for match in best],
         }
+
+    def _match_json(self, entry: Entry, match: Match) -> dict[str, Any]:
+        results = self._load(entry)
+        if match.row >= len(results.coords):
+            raise Outdated(f"the results of {printable(entry.id)} were replaced during the search; search again")
+        x, y = results.coords[match.row].tolist()
+        where = {"patch": match.row, "x": x, "y": y, "size": results.patch_size}
+        return {"key": entry.key, "id": printable(entry.id), **where, "cosine": round(match.cosine, 6)}
 
     def regions(self, key: str) -> dict[str, Any]:
         """The saved regions of a slide."""
@@ -266,6 +273,7 @@ class Service:
             raise AttentionUnavailable("attention needs the embeddings file with its patch features")
         source = results.vectors[APPEARANCE]
         features = self._arrays.get(("features", key, results.version), lambda: _read(source))
+        self._check_version(self.entry(key), results)
         maps = self._attention.of_patch(
             f"{key}:{results.version}", results.attrs, features, results.coords, results.fragments, patch
         )
@@ -275,7 +283,10 @@ class Service:
     def _column(self, key: str, query: Query) -> Answer:
         results, entry, table = self._asked(key, query), self.entry(key), self._table
         name = query.get("name", "")
-        column = None if table is None else table.column(name, entry.id, results.coords)
+        column = None
+        if table is not None:
+            kept = ("column", key, results.version, name)
+            column = self._arrays.get(kept, lambda: table.column(name, entry.id, results.coords))
         if column is None:
             raise NotFound("the table has no such column, or no row of this slide")
         return column.values, {}
@@ -296,26 +307,42 @@ class Service:
             raise Outdated("the results of this slide have changed since the page was loaded; load it again")
         return results
 
-    def _unit(self, entry: Entry, results: Results, kind: str) -> UnitRows:
-        return self._store.get(_unit_name(entry, results, kind), results.vectors[kind])
+    def _member(self, entry: Entry) -> _Member:
+        """What the search of all slides keeps of one: not its patches, of which there may be millions in a cohort."""
+        member, version = self._members.get(entry.key), version_of(entry)
+        if member is None or member.version != version:
+            results = self._load(entry)
+            member = _Member(results.version, results.vectors, results.made_by)
+            self._members[entry.key] = member
+        return member
+
+    def _unit(self, entry: Entry, results: Results | _Member, kind: str) -> UnitRows:
+        unit = self._store.get(_unit_name(entry, results, kind), results.vectors[kind])
+        self._check_version(entry, results)
+        return unit
+
+    def _check_version(self, entry: Entry, results: Results | _Member) -> None:
+        """To be called after vectors were read: if no file was replaced since, they belong to the other arrays."""
+        if version_of(entry) != results.version:
+            raise Outdated("the results of this slide have changed since the page was loaded; load it again")
 
     def _cohort(
         self, entry: Entry, results: Results, kind: str
-    ) -> tuple[list[tuple[Entry, Results, UnitRows]], int] | dict[str, Any]:
+    ) -> tuple[list[tuple[Entry, UnitRows]], int] | dict[str, Any]:
         """The slides with comparable vectors and how many others there are; or how far reading them is."""
         entries = [other for other in self._library.entries() if other.state in ("embedded", "features")]
         members, left_out, began = [], 0, time.monotonic()
         for done, other in enumerate(entries):
             try:
-                loaded = self._load(other)
+                loaded = self._member(other)
                 if kind not in loaded.vectors or loaded.made_by.get(kind) != results.made_by.get(kind):
                     left_out += 1
                     continue
                 ready = self._store.has(_unit_name(other, loaded, kind))
                 if not ready and time.monotonic() - began > _INDEXING_SECONDS:
                     return {"pending": {"done": done, "total": len(entries)}}
-                members.append((other, loaded, self._unit(other, loaded, kind)))
-            except (DataFileError, FileBusyError) as exc:
+                members.append((other, self._unit(other, loaded, kind)))
+            except (DataFileError, FileBusyError, Outdated) as exc:
                 logger.warning("%s is left out of the search: %s", other.id, exc)
                 left_out += 1
         return members, left_out
@@ -341,7 +368,7 @@ def _region_json(region: Region) -> dict[str, Any]:
     return {"name": printable(region.name), "class": printable(region.class_name), "points": region.ring}
 
 
-def _unit_name(entry: Entry, results: Results, kind: str) -> str:
+def _unit_name(entry: Entry, results: Results | _Member, kind: str) -> str:
     return f"{entry.key}:{results.version}:{kind}"
 
 

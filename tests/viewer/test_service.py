@@ -176,6 +176,20 @@ def test_results_of_another_version_are_never_returned(results, view, encode):
         assert len(client.array("similarity", "<f4", patch=0)) == again["patches"]["count"]
 
 
+def test_a_file_that_is_replaced_between_two_reads_is_not_mixed(results, view, encode, monkeypatch):
+    original = service_module.VectorStore.get
+
+    def get(self, name, source):
+        unit = original(self, name, source)
+        encode(results / "slides" / "CMU-1-Small-Region.svs", results, 512, overwrite=True)
+        return unit
+
+    with view(results, [results / "slides"]) as client:
+        version = client.slide()["version"]
+        monkeypatch.setattr(service_module.VectorStore, "get", get)
+        assert client.get(f"api/slides/{FIRST}/colours", v=version)[0] == 409
+
+
 def test_damaged_results_do_not_hide_the_slide(results, view):
     path = results / "embeddings" / "CMU-1-Small-Region.h5"
     path.write_bytes(path.read_bytes()[:-2000])

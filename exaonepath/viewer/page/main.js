@@ -486,6 +486,13 @@ class App {
     $("magnifications").append(
       ...MAGNIFICATIONS.map((value, at) => h("button", { title: `${value}× (${at + 1})`, onclick: () => this.active.magnify(value) }, `${value}×`)),
     );
+    // A list that was opened with the pointer gives the focus back, so that the keys of the page work again.
+    for (const list of document.querySelectorAll("select")) {
+      let pointed = false;
+      list.addEventListener("pointerdown", () => (pointed = true));
+      list.addEventListener("keydown", () => (pointed = false));
+      list.addEventListener("change", () => pointed && list.blur());
+    }
     $("fit").addEventListener("click", () => this.active.fit());
     $("split").addEventListener("click", () => this.split());
     $("export").addEventListener("click", () => this.export());
@@ -530,8 +537,8 @@ class App {
         event.preventDefault();
         return this.regions.save();
       }
-      const typing = event.target.closest?.("input[type=text], input[type=search], dialog");
-      const choosing = event.target.closest?.("select, input[type=range]") && event.key.startsWith("Arrow");
+      const typing = event.target.closest?.("input[type=text], input[type=search], select, dialog");
+      const choosing = event.target.closest?.("input[type=range]") && event.key.startsWith("Arrow");
       if (typing || choosing || event.ctrlKey || event.metaKey || event.altKey) return;
       const action = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
       if (!action) return;
