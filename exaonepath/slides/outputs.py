@@ -135,6 +135,8 @@ def choose_layout(out: str | os.PathLike[str], n_slides: int, wanted: Layout | N
         # Results without a layout were made before layouts were recorded, or by a function for one slide.
         by_size: Layout = "hashed" if n_slides > HASHED_ABOVE else "flat"
         _record(root, "flat" if _has_results(root) else wanted or by_size)
+    else:
+        remove_abandoned(root, LAYOUT_FILE)  # of a process that was killed just after it had recorded the layout
     found = read_layout(root)  # another process may have been first
     if wanted not in (None, found):
         raise SettingsError(

@@ -77,8 +77,8 @@ def content(folder: Path) -> dict:
     found: dict = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.parent.name == "runs" or (path.name == "failures" and not any(path.iterdir())):
-            continue  # a log of each run; where failures were noted, and forgotten since
+        if "runs" in (path.name, path.parent.name) or (path.name == "failures" and not any(path.iterdir())):
+            continue  # logs, without which a run goes on; where failures were noted, and forgotten since
         if path.is_dir():
             found[name] = "folder"
         elif path.suffix == ".h5":

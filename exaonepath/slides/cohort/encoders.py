@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from exaonepath.device import evaluating, resolve_dtype
-from exaonepath.encoders.loading import LoadedEncoder, load_patch_encoder, load_slide_encoder
+from exaonepath.encoders import loading
+from exaonepath.encoders.loading import LoadedEncoder
 from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.slides.cohort.encoder_pool import MOST_LOADED, EncoderPool
@@ -38,7 +39,8 @@ def load_encoders(weights: str, device: torch.device) -> EncoderPair:
     Raises:
         WeightsError, DeviceError: they cannot be loaded.
     """
-    return EncoderPair(load_patch_encoder(weights, device=device), load_slide_encoder(weights, device=device))
+    patch = loading.load_patch_encoder(weights, device=device)
+    return EncoderPair(patch, loading.load_slide_encoder(weights, device=device))
 
 
 @dataclass

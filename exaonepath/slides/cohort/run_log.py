@@ -6,6 +6,7 @@ row with the counts. A row is appended with one write, so that a killed process 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -67,7 +68,9 @@ class RunLog:
             ensure_folder(folder)
             self._descriptor = open_private(self.path)
         except OutputError as exc:
-            logger.info("this run is not logged: %s", exc)
+            # A finished folder may be read-only: this is no reason to warn.
+            read_only = getattr(exc.__cause__, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
+            logger.log(logging.INFO if read_only else logging.WARNING, "this run is not logged: %s", exc)
         self.write(
             "run",
             format=FORMAT,
