@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-matrix faults lint bench docs plots wheel wheels clean
+.PHONY: demo test test-cluster test-matrix faults lint bench docs plots wheel wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/exaonepath demo --out demo-output
@@ -14,6 +14,11 @@ demo: $(INSTALLED)
 # Two at a time, a file's tests together: they share what is slow to make.
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadfile --durations=10
+
+# The Ray engine on a real cluster of three nodes on this machine. Ray (about 250 MB) is installed next to the environment.
+test-cluster: $(INSTALLED)
+	test -d .cluster/ray || $(BIN)/python -m pip install --quiet --disable-pip-version-check --target .cluster "ray>=2.44"
+	PYTHONPATH="$(CURDIR)/.cluster" $(BIN)/pytest --durations=10 tests/slides/cohort/test_ray.py
 
 # A fast part of the tests on every Python at hand, with the oldest and the newest dependencies; not part of CI, since it
 # installs torch each time. PYTHONS="3.10 3.13" and SETS="oldest newest-4 newest-5" restrict it.
@@ -57,4 +62,4 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt exaonepath/
 	touch $@
 
 clean:
-	rm -rf $(VENV) .matrix build dist demo-output site exaonepath/_C*.so *.egg-info
+	rm -rf $(VENV) .cluster .matrix build dist demo-output site exaonepath/_C*.so *.egg-info

@@ -48,6 +48,27 @@ class MissingDependencyError(BackendError):
     """A required optional package is not installed; the message names the extra that contains it."""
 
 
+class ClusterError(ExaonePathError, RuntimeError):
+    """A Ray cluster cannot be reached, differs from this installation, or lacks what is asked for.
+
+    Args:
+        head: the first line of the message.
+        problems: the reasons, if there are several.
+    """
+
+    def __init__(self, head: str, problems: Iterable[str] = ()) -> None:
+        self.head, self.problems = head, tuple(problems)
+        super().__init__("\n".join(self.lines))
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The first line, and a line for each reason; of very many reasons, the first ones."""
+        return _listed(self.head, self.problems)
+
+    def __reduce__(self) -> tuple[type[ClusterError], tuple[str, tuple[str, ...]]]:
+        return type(self), (self.head, self.problems)
+
+
 class SlideError(ExaonePathError):
     """Something is wrong with a slide file."""
 

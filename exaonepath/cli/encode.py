@@ -34,6 +34,11 @@ def encode(
     device: options.Device = "auto",
     devices: options.Devices = None,
     jobs: options.Jobs = 1,
+    engine: options.Engine = "local",
+    address: options.Address = None,
+    readers: options.Readers = None,
+    encoders: options.EncodersOption = None,
+    wait_for_nodes: options.WaitForNodes = 30.0,
     shard: options.ShardOption = None,
     stage: options.Stage = None,
     retry_failed: options.RetryFailed = False,
@@ -89,6 +94,7 @@ def encode(
     from exaonepath.processors import usable_processors
     from exaonepath.slides.cohort.encoders import EncoderPair
     from exaonepath.slides.cohort.plan import PlanSettings
+    from exaonepath.slides.cohort.ray_cluster import ray_options
     from exaonepath.slides.cohort.run import encode_cohort
     from exaonepath.slides.cohort.run_options import RunOptions
     from exaonepath.slides.cohort.scheduler import parse_shard, shard_of_job
@@ -109,9 +115,12 @@ def encode(
         note_random(patch_encoder.is_random, weights, quiet)
         return EncoderPair(patch_encoder, slide_encoder)
 
-    workers = worker_devices(devices, device, jobs)
+    cluster = ray_options(engine, device, devices, jobs, address, readers, encoders, wait_for_nodes)
+    # On a cluster, nothing is encoded by this process.
+    workers = worker_devices(devices, device, jobs) if cluster is None else ["cpu"]
     target = resolve_device(workers[0])
-    resolve_dtype(dtype, target)
+    if cluster is None:
+        resolve_dtype(dtype, target)
     how = RunOptions(
         shard_of_job() if shard is None else parse_shard(shard), stage, retry_failed, stale_after=stale_after
     )
@@ -179,7 +188,15 @@ def encode(
             if bars is not None:
                 bars.progress(slide.id, done, total)
 
-        if len(workers) == 1:
+        if cluster is not None:
+            from exaonepath.slides.cohort.ray_engine import encode_on_ray
+
+            note_random(first.startswith("random:"), first, quiet)
+            outcomes = encode_on_ray(
+                ordered, out, first, run, cluster, how, initialize=partial(set_up_logging, verbose, quiet),
+                arguments=arguments, progress=progress,
+            )  # fmt: skip
+        elif len(workers) == 1:
             limit_threads(usable_processors())
             pair = load(first, target)
             outcomes = encode_cohort(ordered, out, pair, run, how, load=load, arguments=arguments, progress=progress)

@@ -193,6 +193,34 @@ Devices = Annotated[
     ),
 ]
 Jobs = Annotated[int, typer.Option(min=1, metavar="N", help="Processes on the device, or on each of --devices.")]
+Engine = Annotated[
+    str,
+    typer.Option(
+        metavar="local|ray", help="Work on this machine, or on a Ray cluster, whose nodes share the slides and --out."
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Of the Ray cluster: auto (this machine is one of its nodes), HOST:PORT, or local (one is started here). "
+        "Default: auto.",
+    ),
+]
+Readers = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Tasks that read slides on the Ray cluster. Default: all its processors."),
+]
+EncodersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--encoders", min=1, metavar="N", help="Encoders on the Ray cluster. Default: one for each GPU, or node."
+    ),
+]
+WaitForNodes = Annotated[
+    float,
+    typer.Option(min=0.0, metavar="S", help="Seconds to wait for nodes of the Ray cluster, which may start them."),
+]
 ShardOption = Annotated[
     str | None,
     typer.Option(

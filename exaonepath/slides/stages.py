@@ -157,9 +157,12 @@ class SlideStages:
 
     def find_patches(self) -> int:
         """Compute the patches, or take the stored ones; returns their number."""
-        arguments = {name: value for name, value in self.settings.patching.items() if name != "mpp"}
-        _, coords, _ = patchfy(self.image, self._out, **arguments, overwrite=self._overwrite(self.paths.patches))
-        return len(coords)
+        return find_patches(self.image, self._out, self.settings.patching, self._overwrite(self.paths.patches))
+
+    @property
+    def overwrites_patches(self) -> bool:
+        """Whether `find_patches` computes them again, whatever is stored."""
+        return self._overwrite(self.paths.patches)
 
     def prepare(self) -> bool:
         """Look up what is stored of the features and the embedding; False if no patch is to be encoded."""
@@ -279,6 +282,22 @@ class SlideStages:
             reused,
             no_patch,
         )
+
+
+def find_patches(
+    image: SlideImage, out: str | os.PathLike[str], patching: Mapping[str, Any], overwrite: bool = False
+) -> int:
+    """Compute the patches of a slide, or take the stored ones; returns their number.
+
+    Args:
+        image: the open slide.
+        out: output folder.
+        patching: see `EncodeSettings`.
+        overwrite: compute them again.
+    """
+    arguments = {name: value for name, value in patching.items() if name != "mpp"}
+    _, coords, _ = patchfy(image, out, **arguments, overwrite=overwrite)
+    return len(coords)
 
 
 def request_hash(

@@ -33,6 +33,7 @@ from exaonepath.slides.cohort.local_copies import LocalCopies
 from exaonepath.slides.cohort.outcome import FailedBeforeError, Outcome, SlideOutcome, StageName, StageRecord
 from exaonepath.slides.cohort.overwriting import Overwriting
 from exaonepath.slides.cohort.read_ahead import ReadAhead
+from exaonepath.slides.cohort.reading import Reading
 from exaonepath.slides.cohort.schedule import Task
 from exaonepath.slides.cohort.slide_settings import patching_of
 from exaonepath.slides.features.encoding import HalvingEncoder
@@ -63,6 +64,7 @@ class WorkContext:
         copies: local copies of slides; None: slides are read where they are.
         gate: lets the slide encoder have the device's memory for itself.
         read_ahead_bytes: see `READ_AHEAD_BYTES`.
+        reading: where slides are read.
     """
 
     out: Path
@@ -75,6 +77,7 @@ class WorkContext:
     copies: LocalCopies | None = None
     gate: DeviceGate = field(default_factory=DeviceGate)
     read_ahead_bytes: int = READ_AHEAD_BYTES
+    reading: Reading = field(default_factory=Reading)
 
 
 class Job:
@@ -181,7 +184,7 @@ class Job:
         )
         self._stack.callback(stages.close)
         before = _changed_at(stages.paths.patches)
-        n_patches = stages.find_patches()
+        n_patches = context.reading.find_patches(self.task, stages)
         reused = before is not None and before == _changed_at(stages.paths.patches)
         self._note("patches", begin, n_patches, 0, reused, torch.device("cpu"))
         begin = time.monotonic()
@@ -191,7 +194,7 @@ class Job:
             assert stages.extraction is not None
             encoder = context.encoders.batch_encoder(slide.weights, stages.extraction.earlier_batch_size)
             self._encoder = HalvingEncoder(encoder)
-            self._batches = ReadAhead(stages.reader(encoder), context.read_ahead_bytes)
+            self._batches = ReadAhead(context.reading.reader(self.task, stages, encoder), context.read_ahead_bytes)
             self._stack.callback(self._batches.close)
         self._preparing = time.monotonic() - begin
 

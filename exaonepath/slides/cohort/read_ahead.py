@@ -6,7 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 
-from exaonepath.slides.features.reader import PatchBatch, PatchReader
+from exaonepath.slides.cohort.reading import BatchReader
+from exaonepath.slides.features.reader import PatchBatch
 
 
 class ReadAhead(Iterator[PatchBatch]):
@@ -17,7 +18,7 @@ class ReadAhead(Iterator[PatchBatch]):
         max_bytes: of the images that wait; one batch may always wait.
     """
 
-    def __init__(self, reader: PatchReader, max_bytes: int) -> None:
+    def __init__(self, reader: BatchReader, max_bytes: int) -> None:
         self._reader, self._max_bytes = reader, max_bytes
         self._batches: deque[PatchBatch] = deque()
         self._bytes = 0

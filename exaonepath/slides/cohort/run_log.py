@@ -48,6 +48,7 @@ class RunLog:
         n_slides: slides of the run.
         engine: "local", "workers" (a process that starts others), "worker", or the name of another engine.
         devices: devices that are used.
+        node: id of the cluster's node that the process runs on, where a cluster gives one.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class RunLog:
         n_slides: int = 0,
         engine: str = "local",
         devices: tuple[str, ...] = (),
+        node: str = "",
     ) -> None:
         self.run, self.path = run, folder / f"{run}.jsonl"
         self.counts: Counter[str] = Counter()
@@ -84,6 +86,7 @@ class RunLog:
             n_slides=n_slides,
             engine=engine,
             devices=list(devices),
+            **({"node": node} if node else {}),
         )
 
     def write(self, event: str, **values: Any) -> None:

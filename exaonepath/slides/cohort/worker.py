@@ -17,7 +17,7 @@ from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -31,6 +31,7 @@ from exaonepath.slides.cohort.local import LocalEngine
 from exaonepath.slides.cohort.local_copies import LocalCopies
 from exaonepath.slides.cohort.outcome import SlideOutcome, sendable
 from exaonepath.slides.cohort.overwriting import Overwriting
+from exaonepath.slides.cohort.reading import Reading
 from exaonepath.slides.cohort.run_log import RunLog, new_run_id
 from exaonepath.slides.cohort.run_options import EXIT_INTERRUPTED, RunOptions, RunStatus
 from exaonepath.slides.cohort.schedule import Task
@@ -91,7 +92,7 @@ def worker_main(connection: Connection, config: WorkerConfig) -> None:
     try:
         if config.initialize is not None:
             config.initialize()
-        _work(source, config)
+        work(source, config)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as exc:
@@ -101,7 +102,17 @@ def worker_main(connection: Connection, config: WorkerConfig) -> None:
     source.send("end")
 
 
-def _work(source: PipeSource, config: WorkerConfig) -> None:
+def work(
+    source: PipeSource, config: WorkerConfig, reading: Reading | None = None, engine: str = "worker", node: str = ""
+) -> None:
+    """Work on the slides of a source until there are no more.
+
+    Args:
+        source: the slides.
+        config: see `WorkerConfig`.
+        reading: where slides are read; None: in this process.
+        engine, node: see `RunLog`.
+    """
     limit_threads(config.threads)
     device = only_visible(config.device)
     settings, options = config.settings, config.options
@@ -127,6 +138,7 @@ def _work(source: PipeSource, config: WorkerConfig) -> None:
         config.finished,
         copies,
         read_ahead_bytes=options.read_ahead_bytes,
+        reading=reading or Reading(),
     )
     log = RunLog(
         config.out / "runs",
@@ -134,17 +146,18 @@ def _work(source: PipeSource, config: WorkerConfig) -> None:
         group=config.group,
         arguments=config.arguments,
         n_slides=config.n_slides,
-        engine="worker",
+        engine=engine,
         devices=(config.device,),
+        node=node,
     )
     status = RunStatus()
-    engine = LocalEngine(context, source, source.progress, log.add).run()
+    outcomes = LocalEngine(context, source, source.progress, log.add).run()
     try:
-        for outcome in engine:
+        for outcome in outcomes:
             status.add(outcome)
-        status.ended = True
+        status.ended = not source.interrupted
     finally:
-        engine.close()
+        outcomes.close()
         log.close(status.exit_status)
         encoders.close()
         if copies is not None:
@@ -153,10 +166,22 @@ def _work(source: PipeSource, config: WorkerConfig) -> None:
             leases.close()
 
 
+class Channel(Protocol):
+    """What messages go through; a `Connection`, for example."""
+
+    def send(self, message: Any, /) -> None:
+        """Send a message."""
+
+    def recv(self) -> Any:
+        """Wait for a message; `EOFError` is raised if the sender is gone."""
+
+
 class PipeSource:
     """The slides that another process hands out. If that process is gone, this one is ended like by SIGTERM."""
 
-    def __init__(self, connection: Connection) -> None:
+    interrupted = False  # whether the work ends early (a process is ended by an exception instead)
+
+    def __init__(self, connection: Channel) -> None:
         self._connection = connection
         self._sending = threading.Lock()
         self._inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()

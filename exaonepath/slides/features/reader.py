@@ -192,7 +192,7 @@ class _Job:
 
     def __init__(self, rows: np.ndarray, crop: int, page_locked: bool) -> None:
         self.rows = rows
-        self.images = _images((len(rows), crop, crop, 3), page_locked)
+        self.images = image_memory((len(rows), crop, crop, 3), page_locked)
         self.failures: dict[int, PatchFailure] = {}
         self.partly_missing: dict[int, float] = {}
         self.runs: list[Future[None]] = []
@@ -209,8 +209,8 @@ class _Job:
         return PatchBatch(rows, images, failures, stop=int(self.rows[-1]) + 1, partly_missing=partial)
 
 
-def _images(shape: tuple[int, ...], page_locked: bool) -> np.ndarray:
-    """Uninitialised uint8 memory for images."""
+def image_memory(shape: tuple[int, ...], page_locked: bool) -> np.ndarray:
+    """Uninitialised uint8 memory for images, page-locked if that is possible."""
     if page_locked:
         try:
             # torch keeps such memory when it is freed, and gives it out again after the copies from it have ended.

@@ -5,6 +5,7 @@ slide, and exits with the run's exit status. The environment disturbs it:
 
     STAND_IN_BATCH_SECONDS  how long a batch takes
     STAND_IN_DIE_AT         "<patches of a slide>": the process kills itself in the batch in which that many were begun
+    STAND_IN_RAY            address of a Ray cluster that does the work, slowly
     STAND_IN_STALE_AFTER    seconds until a claim is stale
     STAND_IN_LOG            a file to which each batch adds a line with its number of patches
 """
@@ -16,7 +17,8 @@ import os
 import signal
 import sys
 import time
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.errors import WeightsError
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.encoders import EncoderPair
+from exaonepath.slides.cohort.outcome import SlideOutcome
 from exaonepath.slides.cohort.run import RunOptions, RunStatus, encode_cohort
 from exaonepath.slides.stages import EncodeSettings
 
@@ -81,6 +84,19 @@ def deadly(weights: str, device: torch.device) -> EncoderPair:
     return pair
 
 
+def load_noting(noted: Path, weights: str, device: torch.device) -> EncoderPair:
+    """Slow stand-ins that append the number of patches of each batch to a file, when it was encoded."""
+    pair = load(weights, device)
+
+    def note(module: torch.nn.Module, given: object, result: torch.Tensor) -> None:
+        with noted.open("a") as file:
+            file.write(f"{len(result)}\n")
+
+    pair.patch.model.seconds = 0.2
+    pair.patch.model.register_forward_hook(note)
+    return pair
+
+
 def no_weights(weights: str, device: torch.device) -> EncoderPair:
     """Weights that cannot be loaded."""
     raise WeightsError(f"no such weights: {weights}")
@@ -126,15 +142,26 @@ def main(arguments: list[str]) -> int:
     status = RunStatus()
     print(json.dumps({"ready": os.getpid()}), flush=True)
     try:
-        for outcome in encode_cohort(
-            slides, out, load("stand-in", torch.device("cpu")), EncodeSettings(**SETTINGS), options, load=load
-        ):
+        for outcome in _outcomes(slides, Path(out), options):
             status.add(outcome)
             print(json.dumps({outcome.slide.id: outcome.outcome, "error": str(outcome.error or "")}), flush=True)
         status.ended = True
     except KeyboardInterrupt:
         pass
     return status.exit_status
+
+
+def _outcomes(slides: list[CohortSlide], out: Path, options: RunOptions) -> Iterator[SlideOutcome]:
+    settings, address = EncodeSettings(**SETTINGS), os.environ.get("STAND_IN_RAY")
+    if address is None:
+        return encode_cohort(slides, out, load("stand-in", torch.device("cpu")), settings, options, load=load)
+    import cohort_stand_ins  # under this name, the nodes can import it
+
+    from exaonepath.slides.cohort.ray_cluster import RayOptions
+    from exaonepath.slides.cohort.ray_engine import encode_on_ray
+
+    slow = partial(cohort_stand_ins.load_noting, out.with_name("batches"))
+    return encode_on_ray(slides, out, "stand-in", settings, RayOptions(address), options, load=slow)
 
 
 if __name__ == "__main__":
