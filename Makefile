@@ -18,7 +18,7 @@ test: $(INSTALLED)
 # The Ray engine on a real cluster of three nodes on this machine. Ray (about 250 MB) is installed next to the environment.
 test-cluster: $(INSTALLED)
 	test -d .cluster/ray || $(BIN)/python -m pip install --quiet --disable-pip-version-check --target .cluster "ray>=2.44"
-	PYTHONPATH="$(CURDIR)/.cluster" $(BIN)/pytest --durations=10 tests/slides/cohort/test_ray.py
+	PYTHONPATH="$(CURDIR)/.cluster" OMP_NUM_THREADS=1 $(BIN)/pytest --durations=10 tests/slides/cohort/test_ray.py
 
 # A fast part of the tests on every Python at hand, with the oldest and the newest dependencies; not part of CI, since it
 # installs torch each time. PYTHONS="3.10 3.13" and SETS="oldest newest-4 newest-5" restrict it.
