@@ -3,6 +3,7 @@ long."""
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
 from collections.abc import Iterable
 
@@ -30,3 +31,10 @@ def few(names: Iterable[object], limit: int = 5) -> str:
     names = list(names)
     shown = ", ".join(map(str, names[:limit]))
     return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"
+
+
+def close_to(key: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown key: the most similar known key, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"

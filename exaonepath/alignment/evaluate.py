@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -177,8 +178,11 @@ def _site(
             name: [sites.get(patient) for patient in subject.data.split[name]] for name in ("train", "val", "test")
         }
         out["shared"] = sorted(set(filter(None, known["train"])) & set(filter(None, known["test"])))
+        often = {site for site, count in Counter(known["train"]).items() if site is not None and count > 1}
         try:
-            task = LabelTask.of(*(np.array(values, object) for values in known.values()))
+            task = LabelTask.of(
+                *(np.array([site if site in often else None for site in found], object) for found in known.values())
+            )
         except SettingsError as exc:
             logger.info("no probe of the site: %s", exc)  # as with a split by site: no test patient has a known one
             return out

@@ -19,14 +19,18 @@ def evaluate(
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the report.")] = Path("evaluation"),
     split: Annotated[Path | None, typer.Option(help="Split of COHORT; default: all of it is held out.")] = None,
-    id_column: Annotated[str | None, typer.Option(help="Column of the labels with patient ids.")] = None,
+    id_column: options.PatientColumn = None,
     label: options.Labels = None,
     time: Annotated[str, typer.Option(help="Column of survival times.")] = "time",
     event: Annotated[str, typer.Option(help="Column that is 1 where the event was seen.")] = "event",
     missing: Annotated[bool, typer.Option(help="Curves over modalities missing at inference.")] = True,
     baselines: Annotated[bool, typer.Option(help="Fit baselines on the training patients of the split.")] = True,
     probes: Annotated[
-        str, typer.Option(help="train: fit probes on training patients; held-out: cross-validate within the held-out.")
+        str,
+        typer.Option(
+            help="train: fit probes on training patients; held-out: cross-validate within the held-out.",
+            callback=options.one_of("train", "held-out"),
+        ),
     ] = "train",
     site: Annotated[
         str | None, typer.Option(help="Column that tells the site, or tcga for barcodes; default: a usual name.")
@@ -47,9 +51,10 @@ def evaluate(
     Writes <out>/evaluation.json, <out>/evaluation.md, figures, and with --export <out>/embeddings/.
     Example: exaonepath evaluate run --out evaluation
     """
-    from exaonepath.alignment.early_checks import check_headers, tables_of_evaluation
+    from exaonepath.alignment.early_checks import check_folders, check_headers, tables_of_evaluation
 
-    check_headers(tables_of_evaluation(model, cohort, id_column))
+    check_folders(model, cohort)
+    check_headers(tables_of_evaluation(model, cohort, id_column), label or ())
     # This import takes seconds, so it comes after the checks.
     from exaonepath.alignment.evaluate import EvaluationSettings
     from exaonepath.alignment.report import export_embeddings, write_report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -248,6 +248,23 @@ StaleAfter = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Compute finished results again.")]
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More output; repeat for debug output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """A callback that refuses any other value."""
+
+    def check(value: str) -> str:
+        if value not in choices:
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}")
+        return value
+
+    return check
+
+
+PatientColumn = Annotated[
+    str | None,
+    typer.Option("--patient-column", "--id-column", help="Column of patient ids in the labels; data.id_column."),
+]
 Labels = Annotated[list[str] | None, typer.Option("--label", help="Column to probe; may be repeated.")]
 
 

@@ -24,7 +24,7 @@ def train(
     mudata: Annotated[str | None, typer.Option(help="Molecular profiles (.h5mu); data.mudata.")] = None,
     slides: Annotated[str | None, typer.Option(help="Table of slides; data.slides.")] = None,
     labels: Annotated[str | None, typer.Option(help="Table of labels; data.labels.")] = None,
-    id_column: Annotated[str | None, typer.Option(help="Column of patient ids in the labels; data.id_column.")] = None,
+    id_column: options.PatientColumn = None,
     epochs: Annotated[int | None, typer.Option(help="run.epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Patients of a step; run.batch_size.")] = None,
     chunk_size: Annotated[int | None, typer.Option(help="Patients encoded at once; run.chunk_size.")] = None,

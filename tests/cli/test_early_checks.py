@@ -54,7 +54,7 @@ def test_a_wrong_id_column_is_told_before_anything_heavy_is_imported(call, files
     assert status == 1
     assert stderr.splitlines()[0] == "error: the cohort cannot be used:"
     assert "labels.csv lacks the column patient; it has 'Kennung', 'age'" in stderr
-    assert "--id-column" in stderr
+    assert "--patient-column" in stderr
     assert imported == "[]"
     assert not (files / "run").exists()
 
@@ -112,3 +112,38 @@ def test_what_an_evaluation_reads(files):
     assert tables_of_evaluation(files / "nothing", None, None) is None
     assert tables_of_evaluation(files / "run", files, "Kennung")["id_column"] == "Kennung"
     assert tables_of_evaluation(files / "run", files / "s.toml", None)["labels"] == str(files / "labels.csv")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("train", "s.toml", "--set", "run.epoch=3", "--patient-column", "Kennung"), "did you mean 'epochs'"),
+        (("train", "s.toml", "--batch-size", "1", "--patient-column", "Kennung"), "no negatives"),
+        (("train", "s.toml", "--set", "run.select=best", "--patient-column", "Kennung"), "run.select must be"),
+        (("evaluate", "nosuch"), "nosuch: no such folder"),
+        (("evaluate", "."), "holds neither a run"),
+    ],
+)
+def test_settings_and_folders_are_checked_before_torch_is_imported(call, files, arguments, named):
+    """One message each, and no wait of seconds for it."""
+    status, stderr, imported = call(*arguments)
+    assert status == 1
+    assert named in stderr
+    assert len(stderr.splitlines()) == 1
+    assert "torch" not in imported
+    assert "transformers" not in imported
+
+
+def test_a_label_that_the_table_lacks_is_reported_early(files):
+    with pytest.raises(ExaonePathError, match=r"labels\.csv has no column grade; it has Kennung, age"):
+        check_headers({"labels": str(files / "labels.csv"), "id_column": "Kennung"}, ["age", "grade"])
+
+
+def test_the_patient_column_counts_for_slides_that_have_it(files):
+    """A table of slides with the same name for its ids, and one with a usual name."""
+    data = {"slides": str(files / "slides.csv"), "labels": str(files / "labels.csv"), "id_column": "Kennung"}
+    check_headers(data)
+    (files / "slides.csv").write_text("Kennung,features\np1,a.h5\n")
+    check_headers(data)
+    with pytest.raises(ExaonePathError, match=r"slides\.csv lacks the column patient"):
+        check_headers({**data, "labels": None, "id_column": None})

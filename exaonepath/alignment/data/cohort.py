@@ -125,6 +125,7 @@ def load_cohort(config: CohortConfig) -> Cohort:
             report,
             patient_ids=config.patient_ids,
             expected_dim=config.feature_dim,
+            id_column=config.id_column,
             check=config.check_features,
         )
     labels = read_labels(obs, config, report)

@@ -39,12 +39,18 @@ def patient_column(columns: Sequence[str], source: str, wanted: str | None = Non
     if found:
         raise DataFileError(
             f"{source}: {' and '.join(map(repr, found))} may both be the column of patient ids; name one with "
-            "`id_column` (--id-column), or rename it to patient"
+            "`id_column` (--patient-column), or rename it to patient"
         )
     raise DataFileError(
         f"{source} lacks the column patient; it has {_shown(columns)}; name the column of patient ids with `id_column` "
-        "(--id-column), or rename it to patient"
+        "(--patient-column), or rename it to patient"
     )
+
+
+def patient_column_of_slides(columns: Sequence[str], source: str, wanted: str | None) -> str:
+    """The same for a table of slides: the name that the user gives for the labels counts where the table has it."""
+    has = wanted is not None and any(_plain(name) == _plain(wanted) for name in columns)
+    return patient_column(columns, source, wanted if has else None)
 
 
 def _plain(name: str) -> str:

@@ -11,7 +11,7 @@ from exaonepath.alignment.data.config import CohortConfig, ModalitySource
 from exaonepath.alignment.data.dialect import sample_of
 from exaonepath.alignment.data.formats import format_of_header, read_anndata, read_gistic, read_maf, read_mudata
 from exaonepath.alignment.data.frames import read_frame
-from exaonepath.alignment.data.id_columns import patient_column
+from exaonepath.alignment.data.id_columns import patient_column, patient_column_of_slides
 from exaonepath.alignment.data.matrices import RawMatrix, read_matrix
 from exaonepath.alignment.data.names import clean_name
 from exaonepath.alignment.data.orientation import is_feature_name, orient
@@ -128,12 +128,12 @@ def _named(config: CohortConfig) -> tuple[set[str], set[str]]:
     """
     ids: set[str] = set()
     columns: set[str] = set()
-    for path, id_column in ((config.slides, None), (config.labels, config.id_column)):
+    for path, column_of in ((config.slides, patient_column_of_slides), (config.labels, patient_column)):
         if path is None:
             continue
         try:
             frame = read_frame(path)
-            column = patient_column(list(map(str, frame.columns)), str(path), id_column)
+            column = column_of(list(map(str, frame.columns)), str(path), config.id_column)
         except ExaonePathError:
             continue
         ids.update(frame[column].map(clean_name))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from exaonepath.alignment.data.frames import read_frame
-from exaonepath.alignment.data.id_columns import patient_column
+from exaonepath.alignment.data.id_columns import patient_column_of_slides
 from exaonepath.alignment.data.names import clean_name
 from exaonepath.alignment.data.patient_ids import PatientIds, tcga_patient
 from exaonepath.alignment.data.report import CohortReport
@@ -70,6 +70,7 @@ def read_slides(
     *,
     patient_ids: PatientIds = "as_is",
     expected_dim: int | None = None,
+    id_column: str | None = None,
     check: FeatureCheck = "full",
 ) -> SlideTable:
     """Read the table of slides and check every features file.
@@ -80,6 +81,7 @@ def read_slides(
         report: receives the findings; a slide that cannot be used is named there and left out.
         patient_ids: "tcga": patients are extracted from barcodes.
         expected_dim: input width of the slide encoder; None: any width, but the same for all slides.
+        id_column: a name of the column of patient ids that is used if the table has it.
         check: "full": reads every file completely, so that a NaN is found before training; "header": reads shapes only.
     """
     path = Path(path)
@@ -92,7 +94,8 @@ def read_slides(
     try:
         if "features" not in frame.columns:
             raise DataFileError(f"{path} lacks the column features; it has {list(frame)}")
-        frame = frame.rename(columns={patient_column(list(frame.columns), str(path)): "patient"})
+        wanted = None if id_column is None else id_column.lower()
+        frame = frame.rename(columns={patient_column_of_slides(list(frame.columns), str(path), wanted): "patient"})
     except ExaonePathError as exc:
         report.add("error", "no-column", "slides", str(exc))
         return SlideTable()

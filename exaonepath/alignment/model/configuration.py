@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from exaonepath.alignment.modalities import OMICS, WSI
+from exaonepath.alignment.modalities import OMICS, ROPE_MODES, WSI
 from exaonepath.encoders.base_configuration import ExaonePathPretrainedConfig, check_size, is_integer
 from exaonepath.encoders.configuration import FFN_ALIGN, complete_wsi_cfg, ffn_parameters, wsi_parameters
 from exaonepath.errors import ConfigError
 from exaonepath.files.strict_json import shown
-
-# Changes of F-RoPE for ablations; the weights have the same shapes in every mode.
-ROPE_MODES = {
-    "full": "rotation by position, attention inside fragments",
-    "no_rotation": "fragments kept, positions unknown",
-    "no_fragments": "rotation by position, attention across fragments",
-    "off": "neither: every block is a NoPE block",
-    "shuffled": "positions permuted among the patches of the slide",
-}
+from exaonepath.text import close_to
 
 TRANSFORMS = ("none", "log1p", "cpm_log1p")
 
@@ -256,12 +247,6 @@ class ExaonePathAlignmentConfig(ExaonePathPretrainedConfig):
             wsi = complete_wsi_cfg(self.wsi_cfg)
             widths[WSI] = wsi["input_dim"] + wsi["embed_dim"]
         return {name: widths[name] for name in self.modalities}
-
-
-def close_to(key: str, known: Mapping[str, Any] | set[str]) -> str:
-    """The end of an error message about an unknown key: the most similar known key, or all of them."""
-    close = difflib.get_close_matches(key, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
 def _is_number(value: object) -> bool:

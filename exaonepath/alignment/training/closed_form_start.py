@@ -44,6 +44,7 @@ _MOST_VALUES = 1 << 28  # of one modality: 1 GiB
 _WHITENING = 0.1
 # Energy of the further columns of a slide's pair, relative to the shared directions.
 _FURTHER = 0.5
+_MOST_FURTHER = 8  # of each other modality; the rest hardly holds more than noise
 # Noise on the inputs in training, relative to the noise that has the same effect on a covariance as its shrinkage.
 _NOISE = 0.5
 _TINY = 1e-30
@@ -151,8 +152,8 @@ def _set_pair(
         start = sides[name].projection(directions)
         wide, k = weight.shape[1], directions.shape[1]
         if other == WSI and name in shared and wide > k:
-            each = -(-(wide - k) // len(shared[name]))
-            further = sides[name].projection(np.concatenate([found[:, :each] for found in shared[name]], 1))
+            each = min(_MOST_FURTHER, -(-(wide - k) // len(shared[name])))
+            further = sides[name].projection(np.concatenate([_equal(found[:, :each]) for found in shared[name]], 1))
             further = further[:, : wide - k]
             further *= math.sqrt(_FURTHER) * start.norm() / further.norm().clamp(min=_TINY)
             start = torch.cat([start, further], 1)
@@ -161,6 +162,11 @@ def _set_pair(
         with torch.no_grad():
             weight.zero_()
             weight[:, : start.shape[1]] = start
+
+
+def _equal(directions: np.ndarray) -> np.ndarray:
+    """Directions with the same energy for each other modality."""
+    return np.asarray(directions / max(float(np.linalg.norm(directions)), _TINY))
 
 
 def _room(model: ExaonePathAlignmentModel, name: str) -> int:

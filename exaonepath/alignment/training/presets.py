@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,20 +24,21 @@ logger = logging.getLogger(__name__)
 LARGE_COHORT = 5000
 # Patches whose activations are in memory at once.
 _PATCHES = 1 << 16
-_LARGEST_BATCH = 1024
+# Patients of a step. With slides, more steps of fewer patients teach the slide encoder more than the reverse.
+_LARGEST_BATCH, _LARGEST_BATCH_OF_SLIDES = 1024, 128
 
 _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
         "model": {"start": "cca"},
         # The linear layers start near their optimum, so that a full learning rate would leave it at once.
         "optimizer": {
-            "lr": 3e-3,
+            "lr": 6e-3,
             "omics_lr_share": 0.0,
             "projection_lr_share": 0.1,
             "ffn_lr_share": 0.03,
             "logit_lr_share": 1.0,
         },
-        "run": {"epochs": 30, "fewest_steps": 120},
+        "run": {"epochs": 30, "fewest_steps": 240},
     },
     "published": {
         "model": {"start": "random"},
@@ -52,7 +54,7 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 _OMICS = {"small": {"embed_dim": 512, "ffn_ratio": 0, "dropout": 0.0}, "published": {}}
 _SMALL_SLIDE_ENCODER = {
-    "embed_dim": 64, "depth": 2, "num_heads": 2, "n_storage_tokens": 1, "ffn_layer": "swiglu64", "attn_drop": 0.0,
+    "embed_dim": 32, "depth": 2, "num_heads": 2, "n_storage_tokens": 1, "ffn_layer": "swiglu64", "attn_drop": 0.0,
     "ffn_drop": 0.0,
 }  # fmt: skip
 
@@ -82,12 +84,13 @@ def resolve_settings(settings: TrainSettings, data: TrainingData, processes: int
     omics = model.omics if model.init is not None else {**_OMICS[name], **model.omics}
     wsi = model.wsi
     if name == "small" and not wsi and model.slide_weights is None and model.init is None:
-        wsi = dict(_SMALL_SLIDE_ENCODER)
+        wsi = {**_SMALL_SLIDE_ENCODER, **_periods(data)}
     optimizer = {key: value for key, value in preset["optimizer"].items() if getattr(settings.optimizer, key) is None}
     batch, chunk = run.batch_size, run.chunk_size
     if not batch:
-        batch = max(2, min(len(data.train), _LARGEST_BATCH))
-        if not chunk and WSI in data.modalities:
+        slides = WSI in data.modalities
+        batch = max(2, min(len(data.train), _LARGEST_BATCH_OF_SLIDES if slides and name == "small" else _LARGEST_BATCH))
+        if not chunk and slides:
             chunk = _chunk_of(data, -(-batch // processes))
     epochs = run.epochs
     if not epochs and not run.steps:
@@ -99,6 +102,20 @@ def resolve_settings(settings: TrainSettings, data: TrainingData, processes: int
         optimizer=dataclasses.replace(settings.optimizer, **optimizer),
         run=dataclasses.replace(run, epochs=epochs, batch_size=batch, chunk_size=chunk),
     )
+
+
+def _periods(data: TrainingData) -> dict[str, float]:
+    """Periods of the rotation, in patches: from neighbours to the width of a typical slide.
+
+    Half of the pairs of a narrow encoder would hardly rotate on a small slide with the published base of 10,000.
+    """
+    if WSI not in data.modalities:
+        return {}
+    sizes = sorted(slide.n_patches for slide in data.cohort.slides.slides)
+    return {
+        "pos_embed_rope_min_period": 2.0,
+        "pos_embed_rope_max_period": max(20.0, 2 * math.sqrt(sizes[len(sizes) // 2])),
+    }
 
 
 def _chunk_of(data: TrainingData, share: int) -> int:

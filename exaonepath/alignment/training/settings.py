@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from exaonepath.alignment.modalities import WSI
-from exaonepath.alignment.model.configuration import ROPE_MODES
+from exaonepath.alignment.modalities import ROPE_MODES, WSI
 from exaonepath.alignment.training.typed_tables import build_typed
 from exaonepath.errors import ConfigError, SettingsError
 

@@ -359,12 +359,19 @@ class Trainer:
                 )
             )
             self._check_leakage()
-        if not math.isnan(score) and (self.best is None or score > self.best):
+        if not math.isnan(score) and (self.best is None or score > self.best + self._margin()):
             self.best, self.best_step = score, self.step
             if self.processes.is_main:
                 self._note_provenance()
                 self.folder.save_model(self.model, self.folder.best)
         self.log.row(row)
+
+    def _margin(self) -> float:
+        """By how much a model has to be better than the best one: by one standard error of a share, if that is the
+        start in closed form, which depends less on chance than the best of many steps; else by anything."""
+        if self.best is None or self.best_step or self.settings.model.start != "cca":
+            return 0.0
+        return math.sqrt(max(self.best * (1 - self.best), 0.0) / max(len(self.data.validation), 1))
 
     def _some_training_pairs(self) -> tuple[PairEmbeddings, ...]:
         """Pairs of as many training patients as there are validation patients, always the same ones."""

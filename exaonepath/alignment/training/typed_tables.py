@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from exaonepath.alignment.model.configuration import close_to
 from exaonepath.errors import ConfigError
+from exaonepath.text import close_to
 
 
 def build_typed(cls: type[Any], table: Any, where: str = "") -> Any:

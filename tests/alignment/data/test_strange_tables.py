@@ -425,9 +425,9 @@ def test_ids_under_another_name_or_two_are_asked_about(tmp_path):
     labels = pd.DataFrame({"case_id": range(12), "Kennung": PATIENTS, "age": 60})
     labels.drop(columns="case_id").to_csv(tmp_path / "none.csv", index=False)
     labels.assign(submitter_id=PATIENTS).to_csv(tmp_path / "two.csv", index=False)
-    with pytest.raises(CohortError, match=r"lacks the column patient; it has 'Kennung', 'age'.*--id-column"):
+    with pytest.raises(CohortError, match=r"lacks the column patient; it has 'Kennung', 'age'.*--patient-column"):
         load(rna, cnv, labels=tmp_path / "none.csv")
-    with pytest.raises(CohortError, match=r"'case_id' and 'submitter_id' may both be.*--id-column"):
+    with pytest.raises(CohortError, match=r"'case_id' and 'submitter_id' may both be.*--patient-column"):
         load(rna, cnv, labels=tmp_path / "two.csv")
     for file, column in (("none.csv", "kennung"), ("two.csv", "submitter_id")):
         assert "age" in load(rna, cnv, labels=tmp_path / file, id_column=column).labels

@@ -14,7 +14,9 @@ from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.training.closed_form_start import start_in_closed_form
 from exaonepath.alignment.training.presets import LARGE_COHORT, choose_preset, resolve_settings
 from exaonepath.alignment.training.run import prepare, train
+from exaonepath.alignment.training.run_folder import RunFolder
 from exaonepath.alignment.training.settings import build_settings
+from exaonepath.alignment.training.trainer import Trainer
 from exaonepath.synthetic.cohort import SyntheticCohortSettings, write_synthetic_cohort
 
 WSI_CFG = {"embed_dim": 16, "depth": 1, "num_heads": 2, "n_storage_tokens": 1, "ffn_layer": "swiglu"}
@@ -89,7 +91,7 @@ def test_slides_start_with_the_mean_of_their_patches(started):
     ratio = ours / expected
     spread = np.abs(ratio / ratio[:1] - 1).max()
     assert spread < 1e-2
-    assert (ratio > 0.8).all()
+    assert (ratio > 0.4).all()
     assert (ratio < 1.001).all()
 
 
@@ -154,6 +156,17 @@ def test_the_start_is_validated_and_a_resumed_run_is_the_same(folder, tmp_path):
     ).read_bytes()
 
 
+def test_the_start_is_replaced_only_by_a_clearly_better_model(started, tmp_path):
+    """By one standard error of a share of the validation patients; other models only have to be better."""
+    prepared = started
+    trainer = Trainer(prepared.model, prepared.data, prepared.settings, RunFolder(tmp_path), prepared.processes)
+    assert trainer._margin() == 0
+    trainer.best, trainer.best_step = 0.5, 0
+    assert trainer._margin() == pytest.approx(0.5 / np.sqrt(len(prepared.data.validation)))
+    trainer.best_step = 4
+    assert trainer._margin() == 0
+
+
 def test_an_ffn_adds_nothing_at_the_start(folder):
     """The published encoder can start in closed form too: its branch is zero, and learns."""
     prepared = prepare(settings(folder, model={"start": "cca", "omics": {"embed_dim": 64, "ffn_ratio": 2.0}}))
@@ -203,6 +216,8 @@ def test_the_preset_follows_from_the_cohort_and_from_what_is_set(folder, started
     assert published.model.omics == published.model.wsi == {}
     assert WSI in data.modalities
     assert started.settings.run.batch_size == len(data.train)
+    # Periods in patches, from the size of the slides.
+    assert resolve_settings(settings(folder, model={"wsi": {}}), data).model.wsi["pos_embed_rope_max_period"] == 20
     again = resolve_settings(found, data)
     assert again == found  # nothing is left to choose
 

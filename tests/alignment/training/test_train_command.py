@@ -94,7 +94,7 @@ def test_tables_of_any_writing_and_the_column_of_ids(tmp_path):
     labels = ["--labels", tmp_path / "people.csv"]
     refused = call(path, "-o", tmp_path / "run", "--dry-run", *labels)
     assert refused.exit_code == 1
-    assert "--id-column" in refused.stderr
+    assert "--patient-column" in refused.stderr
     done = call(path, "-o", tmp_path / "run", "--dry-run", *labels, "--id-column", "Kennung", "--device", "cpu")
     assert done.exit_code == 0, done.output
     assert "train: 8 patients (rna 8, cnv 8)" in done.stderr
