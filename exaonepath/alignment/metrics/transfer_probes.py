@@ -19,9 +19,10 @@ from exaonepath.alignment.metrics.intervals import (
     bootstrap,
     bootstrap_weighted,
     certain_as_share,
+    mean_of_shares,
     one_thread,
 )
-from exaonepath.alignment.metrics.probes import ProbeScores, class_scores
+from exaonepath.alignment.metrics.probes import ProbeScores, class_scores, weighted_auc
 from exaonepath.alignment.metrics.survival import SurvivalScores, concordance_index, fit_cox
 from exaonepath.errors import SettingsError
 from exaonepath.text import few
@@ -210,8 +211,6 @@ def paired_difference(ours: Prediction, theirs: Prediction, seed: int = 0) -> Di
     def balanced(weights: np.ndarray) -> np.ndarray:
         return np.mean([(weights[:, rows] @ right[rows]) / weights[:, rows].sum(1) for rows in member], axis=0)
 
-    from exaonepath.alignment.metrics.probes import weighted_auc
-
     def auroc(weights: np.ndarray) -> np.ndarray:
         return np.mean(
             [
@@ -221,7 +220,12 @@ def paired_difference(ours: Prediction, theirs: Prediction, seed: int = 0) -> Di
             axis=0,
         )
 
-    return Difference(*(bootstrap_weighted(s, np.arange(len(y)), strata=y, seed=seed) for s in (balanced, auroc)))
+    found = [bootstrap_weighted(s, np.arange(len(y)), strata=y, seed=seed) for s in (balanced, auroc)]
+    if not right.any():
+        # No discordant patient: all resamples are equal, and the interval is that of none among so many.
+        _, high = mean_of_shares([0.0] * len(member), [int(rows.sum()) for rows in member])
+        found[0] = Estimate(found[0].value, -high, high, found[0].n)
+    return Difference(*found)
 
 
 @dataclass(frozen=True)
