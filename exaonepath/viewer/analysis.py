@@ -48,8 +48,9 @@ def _projection(unit: UnitRows) -> Projection:
         rows[~unit.usable] = np.nan
         return project(rows)
     # The components that matter lie within the first few of a sample; distances to them are kept by the projection.
-    reduced = np.full((len(unit), _CLUSTER_WIDTH), np.nan, np.float32)
-    reduced[usable] = _reduced(unit, usable)
+    found = _reduced(unit, usable)
+    reduced = np.full((len(unit), found.shape[1]), np.nan, np.float32)
+    reduced[usable] = found
     return project(reduced)
 
 

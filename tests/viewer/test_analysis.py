@@ -117,9 +117,10 @@ def test_components_of_any_number_of_patches(n):
     assert np.isfinite(found.points).all()
 
 
-def test_components_of_many_patches_are_those_of_all(monkeypatch):
+@pytest.mark.parametrize("width", [64, 20, 3])
+def test_components_of_many_patches_are_those_of_all(monkeypatch, width):
     """Above the sample size the axes come from a sample; the picture stays the same."""
-    values, labels = planted(np.random.default_rng(2), [500, 500, 500])
+    values, labels = planted(np.random.default_rng(2), [500, 500, 500], width)
     values[7] = 0
     exact = components(unit(values))
     monkeypatch.setattr(analysis, "_SAMPLE", 600)

@@ -20,6 +20,7 @@ from PIL import Image
 
 from exaonepath.encoders import loading
 from exaonepath.files.annotations import read_polygons
+from exaonepath.files.embeddings import SlideEmbedding, write_embedding
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 
@@ -362,6 +363,31 @@ def test_a_slide_that_vanishes_leaves_a_page_that_works(visiting, results, view,
         colour = visit.drawn(4)
         assert colour[:3] == colour[3:]
         visit.errors.clear()
+
+
+def test_a_hundred_thousand_patches_of_a_slide_that_is_gone(visiting, tmp_path, view):
+    """The plane in place of a large slide costs a few tiles, and every patch is drawn, marked and found."""
+    side, size = 320, 256
+    number = np.arange(side * side)
+    coords = np.stack([number % side * size, number // side * size], 1).astype(np.int32)
+    vectors = np.random.default_rng(0).normal(size=(side * side, 8)).astype(np.float32)
+    embedding = SlideEmbedding(vectors.mean(0), vectors, coords, (number % 7).astype(np.int32))
+    (tmp_path / "embeddings").mkdir()
+    write_embedding(tmp_path / "embeddings" / "large.h5", embedding, {"slide_path": str(tmp_path / "gone.svs")})
+    with view(tmp_path) as client, visiting(client) as visit:
+        visit.open()
+        visit.until("pane.osd.world.getItemAt(0).getFullyLoaded()")
+        assert visit.js("pane.osd.tileCache.numTilesLoaded()") <= 2  # of the slide, and of the navigator
+        assert "gone.svs" in visit.page.inner_text(".banner.error")
+        visit.choose("fragments")
+        for patch in (0, 51_234, side * side - 1):
+            colour = visit.drawn(patch)
+            assert np.abs(np.subtract(colour[:3], colour[3:])).max() <= 1
+        visit.page.mouse.click(*visit.on_screen(51_234))
+        visit.until("pane.patch === 51234")
+        visit.page.locator("#legend .keys button").nth(0).click()
+        assert visit.js("pane.selected") == (number % 7 == 0).sum()
+        visit.errors.clear()  # the thumbnail of the slide that is gone
 
 
 def test_a_tablet(visiting, client):

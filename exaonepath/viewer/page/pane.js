@@ -272,8 +272,9 @@ export class Pane {
       height = Math.max(height, this.coords[i + 1] + 1.1 * size);
     }
     if (!this.coords.length) return;
-    const top = Math.ceil(Math.log2(Math.max(width, height)));
-    const source = { width, height, tileSize: 254, minLevel: top, maxLevel: top, getTileUrl: () => "page/blank.svg" };
+    // One tile of one level, however large the slide is: tiles of the usual size would be a hundred thousand.
+    const tileSize = Math.ceil(Math.max(width, height));
+    const source = { width, height, tileSize, minLevel: 0, maxLevel: 0, getTileUrl: () => "page/blank.svg" };
     this._openSource(source, [width, height], at);
   }
 
