@@ -20,6 +20,29 @@ class ExaonePathError(Exception):
         return (str(self),)
 
 
+class _ListedError(ExaonePathError):
+    """An error with several reasons.
+
+    Args:
+        head: the first line of the message.
+        problems: the reasons, if there are several.
+    """
+
+    def __init__(self, head: str, problems: Iterable[str] = ()) -> None:
+        self.head, self.problems = head, tuple(problems)
+        super().__init__("\n".join(self.lines))
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The first line, and a line for each reason; of very many reasons, the first ones."""
+        shown = [f"  - {problem}" for problem in self.problems[:_LISTED]]
+        more = len(self.problems) - _LISTED
+        return (self.head, *shown, *([f"  ... and {more} more"] if more > 0 else []))
+
+    def __reduce__(self) -> tuple[type[_ListedError], tuple[str, tuple[str, ...]]]:
+        return type(self), (self.head, self.problems)
+
+
 class SettingsError(ExaonePathError, ValueError):
     """An argument or option has a value that cannot be used (patch size <= 0, unknown backend, ...)."""
 
@@ -48,25 +71,8 @@ class MissingDependencyError(BackendError):
     """A required optional package is not installed; the message names the extra that contains it."""
 
 
-class ClusterError(ExaonePathError, RuntimeError):
-    """A Ray cluster cannot be reached, differs from this installation, or lacks what is asked for.
-
-    Args:
-        head: the first line of the message.
-        problems: the reasons, if there are several.
-    """
-
-    def __init__(self, head: str, problems: Iterable[str] = ()) -> None:
-        self.head, self.problems = head, tuple(problems)
-        super().__init__("\n".join(self.lines))
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """The first line, and a line for each reason; of very many reasons, the first ones."""
-        return _listed(self.head, self.problems)
-
-    def __reduce__(self) -> tuple[type[ClusterError], tuple[str, tuple[str, ...]]]:
-        return type(self), (self.head, self.problems)
+class ClusterError(_ListedError, RuntimeError):
+    """A Ray cluster cannot be reached, differs from this installation, or lacks what is asked for."""
 
 
 class SlideError(ExaonePathError):
@@ -105,52 +111,12 @@ class OutputCollisionError(OutputError):
     """The output would overwrite the result of a different slide, or two inputs would write the same file."""
 
 
-class SlideListError(SettingsError):
-    """The slides of a cohort cannot be used as they are listed; `problems` has every reason.
-
-    Args:
-        head: the first line of the message.
-        problems: the reasons.
-    """
-
-    def __init__(self, head: str, problems: Iterable[str]) -> None:
-        self.head, self.problems = head, tuple(problems)
-        super().__init__("\n".join(self.lines))
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """The first line, and a line for each reason; of very many reasons, the first ones."""
-        return _listed(self.head, self.problems)
-
-    def __reduce__(self) -> tuple[type[SlideListError], tuple[str, tuple[str, ...]]]:
-        return type(self), (self.head, self.problems)
+class SlideListError(_ListedError, SettingsError):
+    """The slides of a cohort cannot be used as they are listed; `problems` has every reason."""
 
 
-class IdCollisionError(OutputCollisionError):
-    """Several slides would write the same files, because their ids are equal; `problems` names all of them.
-
-    Args:
-        head: the first line of the message.
-        problems: the collisions.
-    """
-
-    def __init__(self, head: str, problems: Iterable[str]) -> None:
-        self.head, self.problems = head, tuple(problems)
-        super().__init__("\n".join(self.lines))
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """The first line, and a line for each collision; of very many collisions, the first ones."""
-        return _listed(self.head, self.problems)
-
-    def __reduce__(self) -> tuple[type[IdCollisionError], tuple[str, tuple[str, ...]]]:
-        return type(self), (self.head, self.problems)
-
-
-def _listed(head: str, problems: tuple[str, ...]) -> tuple[str, ...]:
-    shown = [f"  - {problem}" for problem in problems[:_LISTED]]
-    more = len(problems) - _LISTED
-    return (head, *shown, *([f"  ... and {more} more"] if more > 0 else []))
+class IdCollisionError(_ListedError, OutputCollisionError):
+    """Several slides would write the same files, because their ids are equal; `problems` names all of them."""
 
 
 class DataFileError(ExaonePathError):

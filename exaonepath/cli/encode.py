@@ -97,7 +97,7 @@ def encode(
     from exaonepath.slides.cohort.ray_cluster import ray_options
     from exaonepath.slides.cohort.run import encode_cohort
     from exaonepath.slides.cohort.run_options import RunOptions
-    from exaonepath.slides.cohort.scheduler import parse_shard, shard_of_job
+    from exaonepath.slides.cohort.batch_system import parse_shard, shard_of_job
     from exaonepath.slides.cohort.slide_settings import by_weights
     from exaonepath.slides.cohort.worker import limit_threads
     from exaonepath.slides.cohort.worker_devices import worker_devices

@@ -70,29 +70,6 @@ def find_slides(
         SlideOpenError: a path does not exist, or a folder contains no slide.
         IdCollisionError: slides would write the same files.
     """
-    slides = list_slides(paths, problems, recursive=recursive, skipped=skipped)
-    found = collisions((slide_id(slide), slide) for slide in slides)
-    if found:
-        raise IdCollisionError(
-            "slides would write the same files, since the id of a slide is its file stem; rename files, use different "
-            "output folders, or give ids in a manifest (--manifest FILE, with the columns slide and id):",
-            found,
-        )
-    return slides
-
-
-def list_slides(
-    paths: Iterable[str | os.PathLike[str]],
-    problems: list[SlideOpenError] | None = None,
-    *,
-    recursive: bool = False,
-    skipped: list[Skipped] | None = None,
-) -> list[Path]:
-    """`find_slides` without the check of ids; no file is returned twice.
-
-    Raises:
-        SlideOpenError: a path does not exist, or a folder contains no slide.
-    """
     problems_here: list[SlideOpenError] = [] if problems is None else problems
     search = _Search(recursive, problems_here, [] if skipped is None else skipped)
     for path in map(Path, paths):
@@ -102,18 +79,22 @@ def list_slides(
     unique: dict[tuple[str, Path], Path] = {}
     for slide in _one_per_series(search.slides):
         unique.setdefault((slide_id(slide), slide.resolve()), slide)
-    return list(unique.values())
+    slides = list(unique.values())
+    collisions = _collisions(slides)
+    if collisions:
+        raise IdCollisionError(
+            "slides would write the same files, since the id of a slide is its file stem; rename files, use different "
+            "output folders, or give ids in a manifest (--manifest FILE, with the columns slide and id):",
+            collisions,
+        )
+    return slides
 
 
-def collisions(named: Iterable[tuple[str, Path]]) -> list[str]:
-    """A line for every group of slides whose files would have the same names.
-
-    Args:
-        named: (id, slide file) of each slide.
-    """
+def _collisions(slides: Iterable[Path]) -> list[str]:
+    """A line for every group of slides whose files would have the same names."""
     by_id: dict[str, list[Path]] = {}
-    for name, slide in named:
-        by_id.setdefault(name, []).append(slide)
+    for slide in slides:
+        by_id.setdefault(slide_id(slide), []).append(slide)
     found = [
         f"{' and '.join(map(str, slides))} have one stem, {name}, and would write the same files"
         for name, slides in by_id.items()

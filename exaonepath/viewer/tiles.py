@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import cv2
@@ -12,6 +10,7 @@ import numpy as np
 import simplejpeg
 
 from exaonepath.slides.image import SlideImage
+from exaonepath.viewer.memo import Memo
 
 TILE, OVERLAP = 254, 1
 _QUALITY = 85
@@ -59,9 +58,7 @@ class Overviews:
     """
 
     def __init__(self, limit: int = 64) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._made: OrderedDict[str, tuple[threading.Lock, list[np.ndarray]]] = OrderedDict()
+        self._made = Memo(limit)
 
     def get(self, key: str, slide: SlideImage) -> np.ndarray:
         """The slide as RGB uint8 [h, w, 3], shrunk from its smallest level by `_MOST_SHRINK`, at least 512 pixels.
@@ -69,16 +66,8 @@ class Overviews:
         Raises:
             SlideReadError: the slide cannot be read.
         """
-        with self._lock:
-            lock, made = self._made.setdefault(key, (threading.Lock(), []))
-            self._made.move_to_end(key)
-            while len(self._made) > self._limit:
-                self._made.popitem(last=False)
-        with lock:
-            if not made:
-                smallest = max(slide.level_dimensions[-1])
-                made.append(slide.thumbnail(max(512, -(-smallest // _MOST_SHRINK))))
-            return made[0]
+        smallest = max(slide.level_dimensions[-1])
+        return self._made.get(key, lambda: slide.thumbnail(max(512, -(-smallest // _MOST_SHRINK))))
 
 
 def tile_pixels(slide: SlideImage, key: str, overviews: Overviews, level: int, column: int, row: int) -> np.ndarray:

@@ -31,7 +31,7 @@ from exaonepath.slides.cohort.overwriting import note_existing
 from exaonepath.slides.cohort.run_log import RunLog, new_run_id
 from exaonepath.slides.cohort.run_options import RunOptions, RunStatus, open_leases
 from exaonepath.slides.cohort.schedule import Schedule, Task
-from exaonepath.slides.cohort.scheduler import begin_at
+from exaonepath.slides.cohort.batch_system import begin_at
 from exaonepath.slides.cohort.worker import WorkerConfig
 from exaonepath.slides.outputs import remove_leftovers
 from exaonepath.slides.stages import EncodeSettings

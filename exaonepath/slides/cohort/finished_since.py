@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from exaonepath.errors import DataFileError, FileBusyError
+from exaonepath.files.file_identity import FileIdentity, file_identity
 from exaonepath.files.hdf5 import open_h5
 from exaonepath.files.hdf5_output import encodable
 from exaonepath.slides.companions import companion_files
@@ -20,7 +21,6 @@ from exaonepath.slides.outputs import OutputPaths, output_paths
 from exaonepath.slides.stages import EncodeResult, why_no_patch
 
 _NAMES = ("complete", "request", "slide_path", "slide_mtime_ns", "n_patches", "n_failed")
-_Identity = tuple[int, int, int]
 
 
 class FinishedSince:
@@ -32,10 +32,10 @@ class FinishedSince:
     """
 
     def __init__(self, out: str | os.PathLike[str], ids: Iterable[str]) -> None:
-        self._before: dict[Path, _Identity] = {}
+        self._before: dict[Path, FileIdentity] = {}
         for name in ids:
             path = output_paths(out, name).embedding
-            identity = _identity(path)
+            identity = file_identity(path)
             if identity is not None:
                 self._before[path] = identity
 
@@ -48,7 +48,7 @@ class FinishedSince:
             paths: its outputs.
             request: see `exaonepath.slides.stages.request_hash`.
         """
-        identity = _identity(paths.embedding)
+        identity = file_identity(paths.embedding)
         if identity is None or identity == self._before.get(paths.embedding):
             return None
         try:
@@ -65,11 +65,3 @@ class FinishedSince:
             return None  # whatever it is, the stages find out
         files = paths.patches, paths.features, paths.embedding
         return EncodeResult(name, slide, *files, n_patches, n_failed, ("features", "slide"), no_patch)
-
-
-def _identity(path: Path) -> _Identity | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns

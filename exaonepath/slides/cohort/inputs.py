@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from exaonepath.errors import SettingsError, SlideOpenError
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
@@ -62,8 +61,3 @@ def cohort_inputs(
     files = find_slides(paths, problems, recursive=recursive, skipped=skipped)
     slides = tuple(CohortSlide(file, slide_id(file)) for file in files)
     return CohortInputs(slides, tuple(problems), tuple(skipped))
-
-
-def of_paths(files: Iterable[Path]) -> list[CohortSlide]:
-    """Slides whose ids are their file stems, and of which nothing else is known."""
-    return [CohortSlide(file, slide_id(file)) for file in files]

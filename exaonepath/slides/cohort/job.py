@@ -24,6 +24,7 @@ from exaonepath.errors import (
     SlideBusyError,
     WeightsError,
 )
+from exaonepath.files.file_identity import file_identity
 from exaonepath.slides.cohort.device_gate import DeviceGate
 from exaonepath.slides.cohort.encoders import Encoders
 from exaonepath.slides.cohort.failures import Failures
@@ -183,9 +184,9 @@ class Job:
             check=self._check,
         )
         self._stack.callback(stages.close)
-        before = _changed_at(stages.paths.patches)
+        before = file_identity(stages.paths.patches)
         n_patches = context.reading.find_patches(self.task, stages)
-        reused = before is not None and before == _changed_at(stages.paths.patches)
+        reused = before is not None and before == file_identity(stages.paths.patches)
         self._note("patches", begin, n_patches, 0, reused, torch.device("cpu"))
         begin = time.monotonic()
         self._stages = stages
@@ -271,14 +272,6 @@ def _kind(result: EncodeResult) -> Outcome:
     if {"features", "slide"} <= set(result.reused):
         return "reused"
     return "empty" if result.no_patch else "finished"
-
-
-def _changed_at(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns
 
 
 def _peak_memory(device: torch.device) -> int:

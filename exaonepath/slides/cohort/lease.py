@@ -33,7 +33,7 @@ from typing import Any, Literal
 from exaonepath.errors import LeaseLostError, OutputError
 from exaonepath.files.atomic import ensure_folder, output_error, remove_abandoned, temporary_name
 from exaonepath.files.processes import is_running, process_space, start_time
-from exaonepath.slides.cohort.scheduler import job_id
+from exaonepath.slides.cohort.batch_system import job_id
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from exaonepath.files.file_identity import FileIdentity, file_identity
 from exaonepath.slides.outputs import output_paths
-
-_Identity = tuple[int, int, int]  # inode, size, modification time in nanoseconds
 
 
 @dataclass(frozen=True)
@@ -27,25 +26,25 @@ class Overwriting:
     """
 
     enabled: bool = False
-    files: dict[Path, _Identity] = field(default_factory=dict)
+    files: dict[Path, FileIdentity] = field(default_factory=dict)
     partial: frozenset[str] = frozenset()
 
     def applies_to(self, path: Path) -> bool:
         """Whether the file is to be computed again."""
-        return self.enabled and _identity(path) == self.files.get(path)
+        return self.enabled and file_identity(path) == self.files.get(path)
 
 
 def note_existing(out: str | os.PathLike[str], ids: Iterable[str], enabled: bool) -> Overwriting:
     """Note what exists of these slides at the start of a run; nothing is looked at unless `enabled`."""
     if not enabled:
         return Overwriting()
-    files: dict[Path, _Identity] = {}
+    files: dict[Path, FileIdentity] = {}
     folders: set[Path] = set()
     for name in ids:
         paths = output_paths(out, name)
         folders.add(paths.features.parent)
         for path in (paths.patches, paths.features, paths.embedding):
-            identity = _identity(path)
+            identity = file_identity(path)
             if identity is not None:
                 files[path] = identity
     partial: set[str] = set()
@@ -53,11 +52,3 @@ def note_existing(out: str | os.PathLike[str], ids: Iterable[str], enabled: bool
         if folder.is_dir():
             partial.update(path.name for path in folder.iterdir() if path.suffix == ".part")
     return Overwriting(True, files, frozenset(partial))
-
-
-def _identity(path: Path) -> _Identity | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -28,7 +28,7 @@ from exaonepath.slides.cohort.overwriting import note_existing
 from exaonepath.slides.cohort.run_log import RunLog, new_run_id
 from exaonepath.slides.cohort.run_options import RunOptions, RunStatus, open_leases
 from exaonepath.slides.cohort.schedule import Schedule
-from exaonepath.slides.cohort.scheduler import begin_at
+from exaonepath.slides.cohort.batch_system import begin_at
 from exaonepath.slides.cohort.slide_settings import check_patching
 from exaonepath.slides.outputs import choose_layout, remove_leftovers
 from exaonepath.slides.stages import EncodeResult, EncodeSettings

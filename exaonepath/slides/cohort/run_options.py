@@ -13,7 +13,7 @@ from exaonepath.slides.cohort.job import READ_AHEAD_BYTES
 from exaonepath.slides.cohort.lease import STALE_AFTER, Leases
 from exaonepath.slides.cohort.outcome import SlideOutcome
 from exaonepath.slides.cohort.schedule import POLL
-from exaonepath.slides.cohort.scheduler import Shard
+from exaonepath.slides.cohort.batch_system import Shard
 from exaonepath.slides.outputs import output_paths
 from exaonepath.slides.stages import EncodeSettings
 

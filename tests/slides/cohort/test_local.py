@@ -414,7 +414,7 @@ def test_the_run_log(run, tmp_path, slides, slide_files):
 
 
 def test_a_shard_begins_elsewhere_and_does_everything(run, tmp_path, reference):
-    from exaonepath.slides.cohort.scheduler import parse_shard
+    from exaonepath.slides.cohort.batch_system import parse_shard
 
     outcomes = run(options=RunOptions(shard=parse_shard("2/2")))
     assert [outcome.slide.id for outcome in outcomes] == list("cdab")

@@ -20,7 +20,7 @@ from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.dispatch import in_order
 from exaonepath.slides.cohort.run_log import read_run_log
 from exaonepath.slides.cohort.run_options import RunOptions
-from exaonepath.slides.cohort.scheduler import parse_shard
+from exaonepath.slides.cohort.batch_system import parse_shard
 from exaonepath.slides.cohort.worker import only_visible
 from exaonepath.slides.cohort.worker_devices import worker_devices
 from exaonepath.slides.cohort.workers import encode_with_workers

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from exaonepath.errors import SettingsError
-from exaonepath.slides.cohort.scheduler import Shard, begin_at, job_id, parse_shard, shard_of_job
+from exaonepath.slides.cohort.batch_system import Shard, begin_at, job_id, parse_shard, shard_of_job
 
 
 def first(environment, slides=100):
