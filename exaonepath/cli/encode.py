@@ -92,12 +92,14 @@ def encode(
     from exaonepath.device import resolve_device, resolve_dtype
     from exaonepath.encoders import loading
     from exaonepath.processors import usable_processors
+    from exaonepath.slides.cohort.batch_system import parse_shard, shard_of_job
+    from exaonepath.slides.cohort.dispatch import CohortWork
     from exaonepath.slides.cohort.encoders import EncoderPair
     from exaonepath.slides.cohort.plan import PlanSettings
     from exaonepath.slides.cohort.ray_cluster import ray_options
+    from exaonepath.slides.cohort.ray_engine import encode_on_ray
     from exaonepath.slides.cohort.run import encode_cohort
     from exaonepath.slides.cohort.run_options import RunOptions
-    from exaonepath.slides.cohort.batch_system import parse_shard, shard_of_job
     from exaonepath.slides.cohort.slide_settings import by_weights
     from exaonepath.slides.cohort.worker import limit_threads
     from exaonepath.slides.cohort.worker_devices import worker_devices
@@ -188,24 +190,18 @@ def encode(
             if bars is not None:
                 bars.progress(slide.id, done, total)
 
-        if cluster is not None:
-            from exaonepath.slides.cohort.ray_engine import encode_on_ray
-
-            note_random(first.startswith("random:"), first, quiet)
-            outcomes = encode_on_ray(
-                ordered, out, first, run, cluster, how, initialize=partial(set_up_logging, verbose, quiet),
-                arguments=arguments, progress=progress,
-            )  # fmt: skip
-        elif len(workers) == 1:
+        initialize = partial(set_up_logging, verbose, quiet)
+        work = CohortWork(ordered, out, first, run, how, initialize=initialize, arguments=arguments)
+        if cluster is None and len(workers) == 1:
             limit_threads(usable_processors())
             pair = load(first, target)
             outcomes = encode_cohort(ordered, out, pair, run, how, load=load, arguments=arguments, progress=progress)
         else:
             note_random(first.startswith("random:"), first, quiet)
-            outcomes = encode_with_workers(
-                ordered, out, first, run, workers, how, initialize=partial(set_up_logging, verbose, quiet),
-                arguments=arguments, progress=progress,
-            )  # fmt: skip
+            if cluster is None:
+                outcomes = encode_with_workers(work, workers, progress)
+            else:
+                outcomes = encode_on_ray(work, cluster, progress)
         report = CohortReport(len(ordered), found.problems, EmptySlides(fail_on_empty, quiet), verbose, quiet, bars)
         for outcome in outcomes:
             report.add(outcome)

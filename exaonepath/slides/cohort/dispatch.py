@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from exaonepath.errors import WorkerError
+from exaonepath.slides.cohort.batch_system import begin_at
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.encoders import LoadEncoders, load_encoders
 from exaonepath.slides.cohort.failures import Failures
@@ -31,7 +32,6 @@ from exaonepath.slides.cohort.overwriting import note_existing
 from exaonepath.slides.cohort.run_log import RunLog, new_run_id
 from exaonepath.slides.cohort.run_options import RunOptions, RunStatus, open_leases
 from exaonepath.slides.cohort.schedule import Schedule, Task
-from exaonepath.slides.cohort.batch_system import begin_at
 from exaonepath.slides.cohort.worker import WorkerConfig
 from exaonepath.slides.outputs import remove_leftovers
 from exaonepath.slides.stages import EncodeSettings

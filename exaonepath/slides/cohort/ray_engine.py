@@ -11,16 +11,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from exaonepath.errors import ClusterError, DeviceError, ExaonePathError, OutputError, SettingsError
-from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.dispatch import CohortWork, Dispatcher, Worker
-from exaonepath.slides.cohort.encoders import LoadEncoders, load_encoders
 from exaonepath.slides.cohort.lease import read_claim
 from exaonepath.slides.cohort.local import SlideProgress
 from exaonepath.slides.cohort.outcome import SlideOutcome
@@ -28,9 +26,7 @@ from exaonepath.slides.cohort.ray_cluster import RayOptions, check_nodes, connec
 from exaonepath.slides.cohort.ray_encoder import EncoderActor
 from exaonepath.slides.cohort.ray_reading import Place, ReaderOptions
 from exaonepath.slides.cohort.run_log import RunLog
-from exaonepath.slides.cohort.run_options import RunOptions
 from exaonepath.slides.cohort.schedule import Task
-from exaonepath.slides.stages import EncodeSettings
 from exaonepath.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -55,27 +51,16 @@ class _Encoder(Worker):
 
 
 def encode_on_ray(
-    slides: Sequence[CohortSlide],
-    out: Path,
-    weights: str,
-    settings: EncodeSettings,
-    cluster: RayOptions,
-    options: RunOptions | None = None,
-    *,
-    load: LoadEncoders = load_encoders,
-    initialize: Callable[[], None] | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    progress: SlideProgress | None = None,
+    work: CohortWork, cluster: RayOptions, progress: SlideProgress | None = None
 ) -> Iterator[SlideOutcome]:
     """Work on the slides of a cohort on a Ray cluster, the largest slides first.
 
     Args:
-        slides, out, weights, settings, options, arguments, progress: see `encode_with_workers`; all paths, and weights
-            that are a folder, mean the same on all nodes. `settings.num_workers` is the number of threads, and of
-            processors, of each task that reads.
+        work: what is to be done. All paths, and weights that are a folder, mean the same on all nodes, which must be
+            able to import `load` and `initialize`. `settings.num_workers` is the number of threads, and of processors,
+            of each task that reads.
         cluster: see `RayOptions`.
-        load: loads encoders; the nodes must be able to import it, like `initialize`.
-        initialize: called at the start of each actor.
+        progress: called with (slide, patches done, total patches).
 
     Yields:
         What became of each slide; exactly one outcome a slide (see `encode_cohort`).
@@ -87,24 +72,16 @@ def encode_on_ray(
         DeviceError, SettingsError: options that this engine does not have.
         OutputError, WorkerError, ExaonePathError: see `encode_with_workers`.
     """
-    options = options or RunOptions()
-    if options.stage is not None:
+    if work.options.stage is not None:
         raise SettingsError("local copies of slides (--stage) are not made on a Ray cluster")
     if cluster.device not in ("auto", "cpu", "cuda"):
         raise DeviceError(f"on a Ray cluster the device is auto, cpu or cuda, not {cluster.device!r}")
-    slides = [_with_full_paths(slide) for slide in slides]
-    patching = {
-        name: value.absolute() if isinstance(value, Path) else value for name, value in settings.patching.items()
-    }
-    settings = replace(settings, patching=patching)
-    out = Path(out).absolute()
+    work = _with_full_paths(work)
     with connected(cluster):
-        threads = max(1, settings.num_workers or 1)
+        threads = max(1, work.settings.num_workers or 1)
         device, encoders = _wait_for_nodes(cluster, threads)
-        check_nodes(out, [slide.path for slide in slides], cluster)
-        work = CohortWork(slides, out, weights, settings, options, load, initialize, arguments)
-        run = _RayRun(work, device, encoders, cluster, threads)
-        outcomes = run.run(progress)
+        check_nodes(work.out, [slide.path for slide in work.slides], cluster)
+        outcomes = _RayRun(work, device, encoders, cluster, threads).run(progress)
         try:
             yield from outcomes
         finally:
@@ -321,6 +298,14 @@ def _kill(worker: _Encoder) -> None:
         ray.kill(worker.actor, no_restart=True)
 
 
-def _with_full_paths(slide: CohortSlide) -> CohortSlide:
-    """Other processes have other current folders."""
-    return replace(slide, path=slide.path.absolute(), mask=None if slide.mask is None else slide.mask.absolute())
+def _with_full_paths(work: CohortWork) -> CohortWork:
+    """The same with absolute paths: other processes have other current folders."""
+    slides = [
+        replace(slide, path=slide.path.absolute(), mask=None if slide.mask is None else slide.mask.absolute())
+        for slide in work.slides
+    ]
+    patching = {
+        name: value.absolute() if isinstance(value, Path) else value for name, value in work.settings.patching.items()
+    }
+    settings = replace(work.settings, patching=patching)
+    return replace(work, slides=slides, out=work.out.absolute(), settings=settings)

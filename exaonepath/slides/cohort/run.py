@@ -15,6 +15,7 @@ from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
 from exaonepath.encoders.published import DEFAULT_WEIGHTS
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.errors import SlideOpenError
+from exaonepath.slides.cohort.batch_system import begin_at
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.encoders import EncoderPair, Encoders, LoadEncoders, load_encoders
 from exaonepath.slides.cohort.failures import Failures
@@ -28,7 +29,6 @@ from exaonepath.slides.cohort.overwriting import note_existing
 from exaonepath.slides.cohort.run_log import RunLog, new_run_id
 from exaonepath.slides.cohort.run_options import RunOptions, RunStatus, open_leases
 from exaonepath.slides.cohort.schedule import Schedule
-from exaonepath.slides.cohort.batch_system import begin_at
 from exaonepath.slides.cohort.slide_settings import check_patching
 from exaonepath.slides.outputs import choose_layout, remove_leftovers
 from exaonepath.slides.stages import EncodeResult, EncodeSettings

@@ -22,8 +22,8 @@ from typing import Any
 
 from exaonepath.errors import OutputError
 from exaonepath.files.atomic import ensure_folder, open_private
-from exaonepath.slides.cohort.outcome import SlideOutcome, StageRecord
 from exaonepath.slides.cohort.batch_system import job_id
+from exaonepath.slides.cohort.outcome import SlideOutcome, StageRecord
 from exaonepath.version import __version__
 
 logger = logging.getLogger(__name__)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from exaonepath.errors import OutputError
+from exaonepath.slides.cohort.batch_system import Shard
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.job import READ_AHEAD_BYTES
 from exaonepath.slides.cohort.lease import STALE_AFTER, Leases
 from exaonepath.slides.cohort.outcome import SlideOutcome
 from exaonepath.slides.cohort.schedule import POLL
-from exaonepath.slides.cohort.batch_system import Shard
 from exaonepath.slides.outputs import output_paths
 from exaonepath.slides.stages import EncodeSettings
 

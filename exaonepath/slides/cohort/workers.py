@@ -7,25 +7,21 @@ import math
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from typing import Any
 
 from exaonepath.processors import usable_processors
-from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.dispatch import CohortWork, Dispatcher, Worker
-from exaonepath.slides.cohort.encoders import LoadEncoders, load_encoders
 from exaonepath.slides.cohort.local import SlideProgress
 from exaonepath.slides.cohort.outcome import SlideOutcome
 from exaonepath.slides.cohort.run_log import RunLog
-from exaonepath.slides.cohort.run_options import EXIT_INTERRUPTED, RunOptions
+from exaonepath.slides.cohort.run_options import EXIT_INTERRUPTED
 from exaonepath.slides.cohort.schedule import Task
 from exaonepath.slides.cohort.worker import worker_main
-from exaonepath.slides.stages import EncodeSettings
 
 logger = logging.getLogger(__name__)
 
@@ -41,30 +37,13 @@ class _Worker(Worker):
 
 
 def encode_with_workers(
-    slides: Sequence[CohortSlide],
-    out: Path,
-    weights: str,
-    settings: EncodeSettings,
-    devices: Sequence[str],
-    options: RunOptions | None = None,
-    *,
-    load: LoadEncoders = load_encoders,
-    initialize: Callable[[], None] | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    progress: SlideProgress | None = None,
+    work: CohortWork, devices: Sequence[str], progress: SlideProgress | None = None
 ) -> Iterator[SlideOutcome]:
     """Work on the slides of a cohort in several processes, the largest slides first.
 
     Args:
-        slides: the slides.
-        out: output folder.
-        weights: of the slides that do not state weights of their own.
-        settings: of all slides.
+        work: what is to be done.
         devices: of the workers, one each; a device may be repeated.
-        options: see `RunOptions`.
-        load: loads encoders; it is pickled, like `initialize`.
-        initialize: called at the start of each worker.
-        arguments: plain JSON that describes the run; written into the run log.
         progress: called with (slide, patches done, total patches).
 
     Yields:
@@ -75,9 +54,7 @@ def encode_with_workers(
         WorkerError: workers die before they begin.
         ExaonePathError: a worker cannot begin, since the weights cannot be loaded, for example.
     """
-    work = CohortWork(slides, out, weights, settings, options or RunOptions(), load, initialize, arguments)
-    run = _WorkersRun(work, devices)
-    outcomes = run.run(progress)
+    outcomes = _WorkersRun(work, devices).run(progress)
     try:
         yield from outcomes
     finally:

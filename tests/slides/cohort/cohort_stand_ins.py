@@ -157,11 +157,12 @@ def _outcomes(slides: list[CohortSlide], out: Path, options: RunOptions) -> Iter
         return encode_cohort(slides, out, load("stand-in", torch.device("cpu")), settings, options, load=load)
     import cohort_stand_ins  # under this name, the nodes can import it
 
+    from exaonepath.slides.cohort.dispatch import CohortWork
     from exaonepath.slides.cohort.ray_cluster import RayOptions
     from exaonepath.slides.cohort.ray_engine import encode_on_ray
 
     slow = partial(cohort_stand_ins.load_noting, out.with_name("batches"))
-    return encode_on_ray(slides, out, "stand-in", settings, RayOptions(address), options, load=slow)
+    return encode_on_ray(CohortWork(slides, out, "stand-in", settings, options, slow), RayOptions(address))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from exaonepath.files.features import read_features
 from exaonepath.files.processes import is_running
 from exaonepath.slides.cohort import ray_cluster, ray_reading
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
+from exaonepath.slides.cohort.dispatch import CohortWork
 from exaonepath.slides.cohort.lease import Leases
 from exaonepath.slides.cohort.ray_cluster import RayOptions, check_nodes, connected, ray_options
 from exaonepath.slides.cohort.ray_encoder import EncoderActor
@@ -65,10 +66,9 @@ def encode(cluster, stand_ins, slides, tmp_path):
     """Run the engine on the slides: an iterator of outcomes."""
 
     def encode(slides=slides, out=tmp_path / "out", load=stand_ins.load, options=None, wait=20.0, **arguments):
-        return encode_on_ray(
-            slides, out, "stand-in", EncodeSettings(**stand_ins.SETTINGS), RayOptions(cluster.address, wait=wait),
-            options or RunOptions(poll=(0.05, 0.2)), load=load, **arguments,
-        )  # fmt: skip
+        settings, options = EncodeSettings(**stand_ins.SETTINGS), options or RunOptions(poll=(0.05, 0.2))
+        work = CohortWork(slides, out, "stand-in", settings, options, load)
+        return encode_on_ray(work, RayOptions(cluster.address, wait=wait), **arguments)
 
     return encode
 
@@ -300,7 +300,7 @@ def test_a_cluster_without_the_resources(encode, cluster, slides, tmp_path):
         (RayOptions(cluster.address, device="cuda", wait=0), "1 GPU"),
     ):
         with pytest.raises(ClusterError, match=words) as error:
-            list(encode_on_ray(slides, tmp_path / "out", "stand-in", EncodeSettings(), options))
+            list(encode_on_ray(CohortWork(slides, tmp_path / "out", "stand-in", EncodeSettings()), options))
         assert "1 CPU, 0 GPU" in str(error.value), "what is there"
     assert not (tmp_path / "out").exists(), "checked before work"
 
@@ -370,4 +370,4 @@ def test_options_of_other_engines(slides, tmp_path):
         (RunOptions(), RayOptions(device="cuda:1"), DeviceError),
     ):
         with pytest.raises(error):
-            list(encode_on_ray(slides, tmp_path / "out", "random:0", EncodeSettings(), cluster, options))
+            list(encode_on_ray(CohortWork(slides, tmp_path / "out", "random:0", EncodeSettings(), options), cluster))

@@ -16,11 +16,11 @@ import torch
 from cohort_stand_ins import results
 
 from exaonepath.errors import DeviceError, SettingsError, WeightsError, WorkerError
+from exaonepath.slides.cohort.batch_system import parse_shard
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
-from exaonepath.slides.cohort.dispatch import in_order
+from exaonepath.slides.cohort.dispatch import CohortWork, in_order
 from exaonepath.slides.cohort.run_log import read_run_log
 from exaonepath.slides.cohort.run_options import RunOptions
-from exaonepath.slides.cohort.batch_system import parse_shard
 from exaonepath.slides.cohort.worker import only_visible
 from exaonepath.slides.cohort.worker_devices import worker_devices
 from exaonepath.slides.cohort.workers import encode_with_workers
@@ -36,9 +36,8 @@ def encode(stand_ins, slides, tmp_path, monkeypatch):
 
     def encode(slides=slides, out=tmp_path / "out", workers=2, options=OPTIONS, load=stand_ins.load, **arguments):
         settings = EncodeSettings(**stand_ins.SETTINGS)
-        return encode_with_workers(
-            slides, out, "stand-in", settings, ["cpu"] * workers, options, load=load, **arguments
-        )
+        work = CohortWork(slides, out, "stand-in", settings, options, load)
+        return encode_with_workers(work, ["cpu"] * workers, **arguments)
 
     return encode
 
