@@ -23,13 +23,8 @@ from exaonepath.alignment.baselines.comparison import (
 )
 from exaonepath.alignment.metrics.probes import knn_probe, linear_probe
 from exaonepath.alignment.metrics.survival import cox_probe
-from exaonepath.alignment.metrics.transfer_probes import (
-    FollowUp,
-    LabelTask,
-    Risk,
-    cox_prediction,
-    nearest_prediction,
-)
+from exaonepath.alignment.metrics.transfer_probes import LabelTask, nearest_prediction
+from exaonepath.alignment.metrics.transfer_survival import FollowUp, Risk, cox_prediction
 from exaonepath.alignment.subject import Subject
 from exaonepath.alignment.training.validation import EmbeddedPatients
 from exaonepath.errors import SettingsError

@@ -9,18 +9,17 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from exaonepath.device import evaluating, resolve_dtype
+from exaonepath.device import evaluating
 from exaonepath.encoders.loading import LoadedEncoder, load_patch_encoder, load_slide_encoder
 from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
 from exaonepath.encoders.published import DEFAULT_WEIGHTS
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
-from exaonepath.slides.features.encoding import BatchEncoder
 from exaonepath.slides.features.identity import FeatureDtype
 from exaonepath.slides.features.preprocessing import PreprocessingConfig
 from exaonepath.slides.image import SlideImage, opened
 from exaonepath.slides.keep import Keep
 from exaonepath.slides.stages import EncodeResult as EncodeResult
-from exaonepath.slides.stages import EncodeSettings, Progress, SlideStages, check_tissue_source
+from exaonepath.slides.stages import EncodeSettings, Progress, SlideStages, batch_encoder, check_tissue_source
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -101,27 +100,12 @@ def encode_slide(
     ):
         stages.find_patches()
         if stages.prepare():
-            _encode_patches(stages, patch_encoder, progress)
+            assert stages.extraction is not None
+            with evaluating(patch_encoder.model):
+                encoder = batch_encoder(patch_encoder, settings, stages.extraction.earlier_batch_size)
+                stages.encode(stages.reader(encoder), encoder, progress)
         stages.write_features()
         return stages.embed()
-
-
-def _encode_patches(
-    stages: SlideStages, loaded: LoadedEncoder[ExaonePathPatchEncoderModel], progress: Progress | None
-) -> None:
-    settings, extraction = stages.settings, stages.extraction
-    assert extraction is not None
-    with evaluating(loaded.model):
-        encoder = BatchEncoder(
-            loaded.model,
-            settings.preprocessing,
-            loaded.device,
-            resolve_dtype(settings.dtype, loaded.device),
-            batch_size=settings.batch_size,
-            earlier_batch_size=extraction.earlier_batch_size,
-            compile=settings.compile,
-        )
-        stages.encode(stages.reader(encoder), encoder, progress)
 
 
 def each_slide(slides: Iterable[S], work: Callable[[S], T]) -> Iterator[tuple[S, T | Exception]]:

@@ -25,6 +25,7 @@ from exaonepath.files.artifact import settings_hash
 from exaonepath.files.patches import read_patches
 from exaonepath.slides.embed import embed_features_file, finished_embedding, remove_patch_embeddings
 from exaonepath.slides.features.batch_size import check_batch_size
+from exaonepath.slides.features.encoding import BatchEncoder
 from exaonepath.slides.features.extraction import (
     Extraction,
     ExtractionResult,
@@ -108,6 +109,23 @@ class EncodeResult:
     n_failed: int
     reused: tuple[str, ...] = field(default=())
     no_patch: str = ""
+
+
+def batch_encoder(
+    loaded: LoadedEncoder[ExaonePathPatchEncoderModel],
+    settings: EncodeSettings,
+    earlier_batch_size: int | None = None,
+) -> BatchEncoder:
+    """What encodes batches with a patch encoder, which has to be in evaluation mode while it is used."""
+    return BatchEncoder(
+        loaded.model,
+        settings.preprocessing,
+        loaded.device,
+        resolve_dtype(settings.dtype, loaded.device),
+        batch_size=settings.batch_size,
+        earlier_batch_size=earlier_batch_size,
+        compile=settings.compile,
+    )
 
 
 class SlideStages:

@@ -23,9 +23,8 @@ from exaonepath.demo import SLIDE_NAME
 from exaonepath.encoders.configuration import ExaonePathSlideEncoderConfig
 from exaonepath.encoders.loading import LoadedEncoder, randomize
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
-from exaonepath.slides.cohort.inputs import of_paths
+from exaonepath.slides.cohort.inputs import cohort_inputs
 from exaonepath.slides.encode import encode_slide
-from exaonepath.slides.find import find_slides
 from exaonepath.synthetic import make_slide
 from exaonepath.viewer.access import new_token
 from exaonepath.viewer.library import Library, key_of
@@ -143,7 +142,7 @@ class Client:
 @contextmanager
 def running(out: Path, slides=None, **options):
     """A viewer of a folder, served by uvicorn in a thread."""
-    found = of_paths(find_slides(slides)) if slides else ()
+    found = cohort_inputs(slides).slides if slides else ()
     service = Service(Library(out, found), **options)
     token = new_token()
     with listen(0) as server:

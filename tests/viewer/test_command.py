@@ -110,14 +110,14 @@ def test_it_listens_on_the_loopback_address_only():
 
 
 def test_slides_without_results_and_hashed_folders(made, tmp_path):
-    from exaonepath.slides.cohort.inputs import of_paths
+    from exaonepath.slides.cohort.inputs import cohort_inputs
     from exaonepath.slides.outputs import output_paths
 
     choose_layout(tmp_path, 1, "hashed")
     target = output_paths(tmp_path, "second").embedding
     target.parent.mkdir(parents=True)
     target.write_bytes((made / "embeddings" / "second.h5").read_bytes())
-    library = Library(tmp_path, of_paths(sorted((made / "slides").iterdir())))
+    library = Library(tmp_path, cohort_inputs([made / "slides"]).slides)
     assert [(e.id, e.state) for e in library.entries()] == [("CMU-1-Small-Region", "slide"), ("second", "embedded")]
     assert library.get(key_of("second")).slide_file() == made / "slides" / "second.svs"
     assert library.get("second") is None

@@ -14,16 +14,13 @@ from exaonepath.alignment.baselines.retrieval import baseline_pairs
 from exaonepath.alignment.metrics.intervals import Estimate, bootstrap_mean
 from exaonepath.alignment.metrics.retrieval import RECALL_AT, PairEmbeddings, rank_queries, retrieval
 from exaonepath.alignment.metrics.transfer_probes import (
-    FollowUp,
     LabelTask,
     Prediction,
-    Risk,
-    cox_prediction,
     linear_prediction,
     paired_difference,
     pca_prediction,
-    risk_difference,
 )
+from exaonepath.alignment.metrics.transfer_survival import FollowUp, Risk, cox_prediction, risk_difference
 from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.training.data import TrainingData
 from exaonepath.errors import SettingsError

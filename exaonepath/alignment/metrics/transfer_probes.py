@@ -16,14 +16,11 @@ import numpy as np
 
 from exaonepath.alignment.metrics.intervals import (
     Estimate,
-    bootstrap,
     bootstrap_weighted,
-    certain_as_share,
     mean_of_shares,
     one_thread,
 )
 from exaonepath.alignment.metrics.probes import ProbeScores, class_scores, weighted_auc
-from exaonepath.alignment.metrics.survival import SurvivalScores, concordance_index, fit_cox
 from exaonepath.errors import SettingsError
 from exaonepath.text import few
 
@@ -32,8 +29,7 @@ logger = logging.getLogger(__name__)
 Predict = Callable[[np.ndarray], np.ndarray]
 _INVERSE_PENALTIES = (1e-3, 1e-2, 0.1, 1.0)
 _NEIGHBOURS = (1, 5, 20, 50)
-_COMPONENTS = (10, 30, 100)
-_COX_PENALTIES = (1.0, 10.0, 100.0, 1000.0)
+COMPONENTS = (10, 30, 100)
 _USUAL = 1  # place of the choice that is used if validation patients cannot choose
 
 
@@ -179,7 +175,7 @@ def pca_prediction(task: LabelTask, train: np.ndarray, validation: np.ndarray, t
         predict = _scaled_logistic(inside, y, len(task.classes), *choice[1:])
         return lambda rows: predict(components.transform(rows))
 
-    choices = [(k, c, p) for p in _INVERSE_PENALTIES for k in _COMPONENTS for c in (True, False)]
+    choices = [(k, c, p) for p in _INVERSE_PENALTIES for k in COMPONENTS for c in (True, False)]
     return _fit(task, (train, validation, test), choices, fit)
 
 
@@ -201,9 +197,7 @@ def paired_difference(ours: Prediction, theirs: Prediction, seed: int = 0) -> Di
     Raises:
         SettingsError: no test patient is in both.
     """
-    rows, a, b = np.intersect1d(ours.rows, theirs.rows, return_indices=True)
-    if not len(rows):
-        raise SettingsError("the two predictions have no test patient in common")
+    a, b = shared_rows(ours.rows, theirs.rows)
     y, first, second = ours.y[a], ours.probability[a], theirs.probability[b]
     member = [y == c for c in np.unique(y)]
     right = (first.argmax(1) == y).astype(float) - (second.argmax(1) == y)
@@ -228,97 +222,16 @@ def paired_difference(ours: Prediction, theirs: Prediction, seed: int = 0) -> Di
     return Difference(*found)
 
 
-@dataclass(frozen=True)
-class FollowUp:
-    """Survival of all patients of a part; NaN and False where it is not known.
-
-    Attributes:
-        time: float64 [n], positive. event: bool [n]. known: bool [n].
-    """
-
-    time: np.ndarray
-    event: np.ndarray
-    known: np.ndarray
-
-
-@dataclass(frozen=True)
-class Risk:
-    """Predicted risks of test patients: their rows, risk, time and event, [m] each."""
-
-    rows: np.ndarray
-    risk: np.ndarray
-    time: np.ndarray
-    event: np.ndarray
-
-    def scores(self, seed: int = 0) -> SurvivalScores:
-        """Concordance with an interval over patients."""
-
-        def c_index(rows: np.ndarray) -> float:
-            return concordance_index(self.risk[rows], self.time[rows], self.event[rows])
-
-        n = np.arange(len(self.risk))
-        estimate = bootstrap(c_index, n, strata=self.event, resamples=200, seed=seed)
-        return SurvivalScores(certain_as_share(estimate, int(self.event.sum())), len(n), int(self.event.sum()))
-
-
-@one_thread()
-def cox_prediction(
-    follow_up: Sequence[FollowUp], embeddings: Sequence[np.ndarray], available: Sequence[np.ndarray], *, pca: bool
-) -> Risk:
-    """A ridge-penalised Cox model; validation patients choose the penalty and, with `pca`, the number of components.
-
-    Args:
-        follow_up: of train, validation and test.
-        embeddings: [n, d] of the same parts. available: bool [n], rows that have the embedding.
-        pca: whether principal components come first.
+def shared_rows(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the test patients that two predictions have in common, in each of them.
 
     Raises:
-        SettingsError: fewer than four training patients or two test patients have an event.
+        SettingsError: there is none.
     """
-    from sklearn.decomposition import PCA
-    from sklearn.preprocessing import StandardScaler
-
-    use = [np.flatnonzero(part.known & flags) for part, flags in zip(follow_up, available, strict=True)]
-    (x, held_out, test), events = [e[r] for e, r in zip(embeddings, use, strict=True)], []
-    for part, rows in zip(follow_up, use, strict=True):
-        events.append((part.time[rows], part.event[rows]))
-    if events[0][1].sum() < 4 or events[2][1].sum() < 2:
-        raise SettingsError(
-            f"a survival probe needs four events of training patients and two of test patients, got "
-            f"{int(events[0][1].sum())} and {int(events[2][1].sum())}"
-        )
-    best: tuple[float, np.ndarray] | None = None
-    can_choose = events[1][1].sum() >= 5
-    for count in [k for k in _COMPONENTS if k <= min(x.shape)] or [min(x.shape)] if pca else [0]:
-        first = PCA(count, random_state=0).fit(x) if pca else None
-        parts = [part if first is None else first.transform(part) for part in (x, held_out, test) if len(part)]
-        scaler = StandardScaler().fit(parts[0])
-        for penalty in _COX_PENALTIES if can_choose else _COX_PENALTIES[2:3]:
-            b = fit_cox(scaler.transform(parts[0]), *events[0], penalty)
-            risk = scaler.transform(parts[-1]) @ b
-            quality = concordance_index(scaler.transform(parts[1]) @ b, *events[1]) if can_choose else 0.0
-            if best is None or quality > best[0]:
-                best = quality, risk
-    assert best is not None
-    return Risk(use[2], best[1], *events[2])
-
-
-def risk_difference(ours: Risk, theirs: Risk, seed: int = 0) -> Estimate:
-    """Concordance of `ours` minus that of `theirs` on the test patients of both; the interval is paired.
-
-    Raises:
-        SettingsError: no test patient is in both.
-    """
-    rows, a, b = np.intersect1d(ours.rows, theirs.rows, return_indices=True)
+    rows, a, b = np.intersect1d(ours, theirs, return_indices=True)
     if not len(rows):
         raise SettingsError("the two predictions have no test patient in common")
-    time, event = ours.time[a], ours.event[a]
-
-    def difference(rows: np.ndarray) -> float:
-        first, second = ours.risk[a[rows]], theirs.risk[b[rows]]
-        return concordance_index(first, time[rows], event[rows]) - concordance_index(second, time[rows], event[rows])
-
-    return bootstrap(difference, np.arange(len(rows)), strata=event, resamples=200, seed=seed)
+    return a, b
 
 
 def _fit(

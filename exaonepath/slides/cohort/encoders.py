@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import torch
 
-from exaonepath.device import evaluating, resolve_dtype
+from exaonepath.device import evaluating
 from exaonepath.encoders import loading
 from exaonepath.encoders.loading import LoadedEncoder
 from exaonepath.encoders.patch_encoder import ExaonePathPatchEncoderModel
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.slides.cohort.encoder_pool import MOST_LOADED, EncoderPool
 from exaonepath.slides.features.encoding import BatchEncoder
-from exaonepath.slides.stages import EncodeSettings
+from exaonepath.slides.stages import EncodeSettings, batch_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -85,14 +85,7 @@ class Encoders:
         settings, loaded = self._settings, self._loaded(weights)
         patch = loaded.pair.patch
         if loaded.batches is None:
-            loaded.batches = BatchEncoder(
-                patch.model,
-                settings.preprocessing,
-                patch.device,
-                resolve_dtype(settings.dtype, patch.device),
-                batch_size=settings.batch_size,
-                compile=settings.compile,
-            )
+            loaded.batches = batch_encoder(patch, settings)
         encoder = loaded.batches
         earlier = earlier_batch_size if settings.batch_size == "auto" else None
         if earlier is None or earlier == encoder.batch_size:

@@ -15,85 +15,37 @@ writes into a deleted file, and cannot overwrite the lease of the new owner.
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
 import os
 import secrets
 import socket
-import stat
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from exaonepath.errors import LeaseLostError, OutputError
-from exaonepath.files.atomic import ensure_folder, output_error, remove_abandoned, temporary_name
+from exaonepath.errors import LeaseLostError
+from exaonepath.files.atomic import ensure_folder, output_error, remove_abandoned
 from exaonepath.files.processes import is_running, process_space, start_time
 from exaonepath.slides.cohort.batch_system import job_id
+from exaonepath.slides.cohort.claim_file import (
+    Claim,
+    Holder,
+    create_claim,
+    packed,
+    read_claim,
+    remove_claim,
+    write_all,
+)
 
 logger = logging.getLogger(__name__)
 
 STALE_AFTER = 120.0  # seconds without renewal after which a lease may be taken over
 _RENEW_EVERY = 30.0
 _RENEWALS = 3  # an observer waits for at least as many missed renewals, whatever its own settings are
-_FORMAT = 1
-_MAX_BYTES = 1 << 16
-_BLOCK = 256  # the file has a multiple of these bytes, always the same number: it is written over in place
-# Errors of `link` by which a file system reports that it has no hard links.
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
-
-
-@dataclass(frozen=True)
-class Holder:
-    """What a lease states about its owner.
-
-    Attributes:
-        token: random; names the partial files of this owner.
-        host, pid, job: where it runs; `job` is the id of a scheduler's job, or empty.
-        space, started: identify the process on its machine (see `files.processes`).
-        run: id of its run log.
-        since: when the slide was claimed, by the owner's clock (UTC, ISO 8601); only shown.
-        renew_every: seconds between two renewals.
-        counter: number of renewals.
-    """
-
-    token: str
-    host: str
-    pid: int
-    job: str
-    space: str
-    started: str
-    run: str
-    since: str
-    renew_every: float
-    counter: int
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A lease as an observer sees it.
-
-    Attributes:
-        content: the bytes of the file.
-        holder: what they state; None if they cannot be understood (a lease that is damaged, or not yet written).
-    """
-
-    content: bytes
-    holder: Holder | None
-
-
-def read_claim(path: str | os.PathLike[str]) -> Claim | None:
-    """Read a lease; None if there is none.
-
-    Raises:
-        OutputError: the path is a link, a folder or a special file, or cannot be read.
-    """
-    content = _content(Path(path))
-    return None if content is None else Claim(content, _parse(content))
 
 
 class Leases:
@@ -152,7 +104,7 @@ class Leases:
                 continue  # released since
             if claim.content != stale and not self._is_stale(slide, claim):
                 return None
-            if not _take(path, claim.content):
+            if not remove_claim(path, claim.content):
                 return None
             _log_takeover(slide, claim.holder)
         return None
@@ -220,7 +172,7 @@ class Leases:
             counter=0,
         )
         try:
-            descriptor = _create_exclusively(path, _packed(holder))
+            descriptor = create_claim(path, packed(holder))
         except OSError as exc:
             raise output_error(path, exc) from exc
         return None if descriptor is None else Lease(self, slide, path, descriptor, holder)
@@ -254,7 +206,7 @@ class Lease:
     def __init__(self, leases: Leases, slide: str, path: Path, descriptor: int, holder: Holder) -> None:
         self.slide, self.token = slide, holder.token
         self._leases, self._path, self._descriptor, self._holder = leases, path, descriptor, holder
-        self._size = len(_packed(holder))
+        self._size = len(packed(holder))
         self._lost = self._released = False
         self._lock = threading.Lock()
 
@@ -267,7 +219,7 @@ class Lease:
             try:
                 self._reopen_if_replaced()
                 os.lseek(self._descriptor, 0, os.SEEK_SET)
-                _write_all(self._descriptor, _packed(self._holder, self._size))
+                write_all(self._descriptor, packed(self._holder, self._size))
                 os.fsync(self._descriptor)
             except OSError as exc:
                 # If this goes on, others take the slide over, which the check below finds.
@@ -301,7 +253,7 @@ class Lease:
             try:
                 claim = None if self._lost else read_claim(self._path)
                 if claim is not None and claim.holder is not None and claim.holder.token == self.token:
-                    _take(self._path, claim.content)
+                    remove_claim(self._path, claim.content)
             except OSError as exc:  # the process ends soon, and so the lease becomes stale
                 logger.warning("%s cannot be removed (%s)", self._path, exc)
             finally:
@@ -309,7 +261,7 @@ class Lease:
                 self._leases._forget(self)
 
     def _reopen_if_replaced(self) -> None:
-        """Open the lease again if it was put back by a copy (see `_put_back`): the open file has no name any more."""
+        """Open the lease again if `remove_claim` put it back by a copy: the open file has no name any more."""
         if os.fstat(self._descriptor).st_nlink:
             return
         claim = read_claim(self._path)
@@ -326,143 +278,6 @@ class Lease:
             return
         if claim is None or (claim.holder is not None and claim.holder.token != self.token):
             self._lost = True
-
-
-def _create_exclusively(path: Path, content: bytes) -> int | None:
-    """A descriptor of a new file with this content; None if the file exists. Never seen by others without content,
-    unless the file system has no hard links."""
-    temporary = temporary_name(path)
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        _write_all(descriptor, content)
-        try:
-            os.link(temporary, path)
-            return descriptor
-        except FileExistsError:
-            # Over NFS, the answer to a successful request may get lost, and its repetition fails.
-            if os.fstat(descriptor).st_nlink == 2 and path.exists() and path.samefile(temporary):
-                return descriptor
-            os.close(descriptor)
-            return None
-        except OSError as exc:
-            if exc.errno not in _NO_LINKS:
-                raise
-    except BaseException:
-        os.close(descriptor)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    os.close(descriptor)
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-    except FileExistsError:
-        return None
-    try:
-        _write_all(descriptor, content)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _take(path: Path, expected: bytes) -> bool:
-    """Remove a lease if it has this content; False if it was renewed, released or taken over by another meanwhile.
-
-    The lease is renamed first: of several processes one succeeds. What it got may be another lease than it looked at;
-    then it is put back.
-    """
-    taken = temporary_name(path)
-    try:
-        try:
-            path.rename(taken)
-        except FileNotFoundError:
-            if not taken.exists():  # over NFS, a rename that was done may be reported as failed
-                return False
-        content = _content(taken)
-        if content != expected and content is not None:
-            _put_back(taken, path, content)
-            return False
-        taken.unlink(missing_ok=True)
-    except OutputError:
-        raise
-    except OSError as exc:
-        raise output_error(path, exc) from exc
-    return True
-
-
-def _put_back(taken: Path, path: Path, content: bytes) -> None:
-    try:
-        os.link(taken, path)
-    except FileExistsError:
-        pass  # claimed since; the owner of what was taken finds that it lost its lease
-    except OSError:
-        # Without hard links: a copy. Its owner opens it again when it renews it.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            _write_all(descriptor, content)
-        finally:
-            os.close(descriptor)
-    taken.unlink(missing_ok=True)
-
-
-def _content(path: Path) -> bytes | None:
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    try:
-        descriptor = os.open(path, flags)
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise _not_a_lease(path) from None
-        return None
-    except OSError as exc:
-        if path.is_symlink():
-            raise _not_a_lease(path) from exc
-        if exc.errno == errno.ESTALE:  # removed by another machine between two steps of opening it
-            return None
-        raise output_error(path, exc) from exc
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise _not_a_lease(path)
-        return os.read(descriptor, _MAX_BYTES)
-    except OSError as exc:
-        if isinstance(exc, OutputError):
-            raise
-        if exc.errno == errno.ESTALE:
-            return None
-        raise output_error(path, exc) from exc
-    finally:
-        os.close(descriptor)
-
-
-def _not_a_lease(path: Path) -> OutputError:
-    return OutputError(f"{path} stands where the claim of a slide is stored, and is no regular file; remove it")
-
-
-def _packed(holder: Holder, size: int = 0) -> bytes:
-    """JSON, filled up with spaces: the counter grows in place."""
-    text = json.dumps({"format": _FORMAT, **asdict(holder)}, ensure_ascii=True).encode() + b"\n"
-    size = size or -(-(len(text) + 20) // _BLOCK) * _BLOCK
-    return text[:-1].ljust(size - 1) + b"\n"
-
-
-def _parse(content: bytes) -> Holder | None:
-    try:
-        values: Any = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(values, dict):
-        return None
-    kinds: dict[str, type | tuple[type, ...]] = {"pid": int, "counter": int, "renew_every": (int, float)}
-    for each in fields(Holder):
-        value = values.get(each.name)
-        if not isinstance(value, kinds.get(each.name, str)) or isinstance(value, bool):
-            return None
-    return Holder(**{each.name: values[each.name] for each in fields(Holder)})
-
-
-def _write_all(descriptor: int, content: bytes) -> None:
-    rest = memoryview(content)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
 
 
 def _log_takeover(slide: str, holder: Holder | None) -> None:

@@ -13,7 +13,8 @@ import torch
 from exaonepath.files.processes import process_space, start_time
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.outcome import sendable
-from exaonepath.slides.cohort.ray_reading import Place, RayReading, ReaderOptions, check_version
+from exaonepath.slides.cohort.ray_reading import RayReading, ReaderOptions
+from exaonepath.slides.cohort.ray_tasks import Place, check_version
 from exaonepath.slides.cohort.schedule import Task
 from exaonepath.slides.cohort.worker import PipeSource, WorkerConfig, work
 

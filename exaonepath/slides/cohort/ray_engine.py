@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from exaonepath.errors import ClusterError, DeviceError, ExaonePathError, OutputError, SettingsError
+from exaonepath.slides.cohort.claim_file import read_claim
 from exaonepath.slides.cohort.dispatch import CohortWork, Dispatcher, Worker
-from exaonepath.slides.cohort.lease import read_claim
 from exaonepath.slides.cohort.local import SlideProgress
 from exaonepath.slides.cohort.outcome import SlideOutcome
 from exaonepath.slides.cohort.ray_cluster import RayOptions, check_nodes, connected, nodes, table, what_lacks
 from exaonepath.slides.cohort.ray_encoder import EncoderActor
-from exaonepath.slides.cohort.ray_reading import Place, ReaderOptions
+from exaonepath.slides.cohort.ray_reading import ReaderOptions
+from exaonepath.slides.cohort.ray_tasks import Place
 from exaonepath.slides.cohort.run_log import RunLog
 from exaonepath.slides.cohort.schedule import Task
 from exaonepath.version import __version__

@@ -27,8 +27,8 @@ from exaonepath.files.features import ATTRIBUTES as FEATURES_ATTRIBUTES
 from exaonepath.files.hdf5 import open_h5
 from exaonepath.files.hdf5_output import encodable
 from exaonepath.files.processes import is_running, process_space
+from exaonepath.slides.cohort.claim_file import Holder, read_claim
 from exaonepath.slides.cohort.failures import FailureRecord, read_failure
-from exaonepath.slides.cohort.lease import Holder, read_claim
 from exaonepath.slides.features.partial import partial_files
 from exaonepath.slides.outputs import OutputPaths, output_paths
 

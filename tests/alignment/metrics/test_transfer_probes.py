@@ -4,15 +4,13 @@ import numpy as np
 import pytest
 
 from exaonepath.alignment.metrics.transfer_probes import (
-    FollowUp,
     LabelTask,
-    cox_prediction,
     linear_prediction,
     nearest_prediction,
     paired_difference,
     pca_prediction,
-    risk_difference,
 )
+from exaonepath.alignment.metrics.transfer_survival import FollowUp, cox_prediction, risk_difference
 from exaonepath.errors import SettingsError
 
 

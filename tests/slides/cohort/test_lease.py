@@ -16,7 +16,8 @@ import pytest
 from exaonepath.errors import LeaseLostError, OutputError
 from exaonepath.files import atomic
 from exaonepath.slides.cohort import lease as module
-from exaonepath.slides.cohort.lease import Leases, read_claim
+from exaonepath.slides.cohort.claim_file import read_claim, remove_claim
+from exaonepath.slides.cohort.lease import Leases
 
 PATIENCE = 60
 
@@ -187,14 +188,14 @@ class TestRaces:
         mine = a.claim("s")
         b.claim("s")
         clock.now += 121
-        take = module._take
+        take = module.remove_claim
 
         def renew_first(path, expected):
-            monkeypatch.setattr(module, "_take", take)
+            monkeypatch.setattr(module, "remove_claim", take)
             mine.renew()
             return take(path, expected)
 
-        monkeypatch.setattr(module, "_take", renew_first)
+        monkeypatch.setattr(module, "remove_claim", renew_first)
         assert b.claim("s") is None
         mine.check()
         assert read_claim(a.path("s")).holder.token == mine.token
@@ -218,14 +219,14 @@ class TestRaces:
         a.claim("s")
         b.claim("s"), c.claim("s")
         clock.now += 121
-        take, won = module._take, []
+        take, won = module.remove_claim, []
 
         def overtaken(path, expected):
-            monkeypatch.setattr(module, "_take", take)
+            monkeypatch.setattr(module, "remove_claim", take)
             won.append(c.claim("s"))
             return take(path, expected)
 
-        monkeypatch.setattr(module, "_take", overtaken)
+        monkeypatch.setattr(module, "remove_claim", overtaken)
         assert b.claim("s") is None
         won[0].check()
         won[0].renew()
@@ -318,14 +319,14 @@ def test_without_hard_links(make, clock, monkeypatch, code):
     assert b.claim("s") is None
     c.look("s")
     clock.now += 121
-    take = module._take
+    take = module.remove_claim
 
     def renew_first(path, expected):
-        monkeypatch.setattr(module, "_take", take)
+        monkeypatch.setattr(module, "remove_claim", take)
         mine.renew()
         return take(path, expected)
 
-    monkeypatch.setattr(module, "_take", renew_first)
+    monkeypatch.setattr(module, "remove_claim", renew_first)
     assert b.claim("s") is None  # it was put back as a copy
     mine.renew()
     mine.check()
@@ -448,3 +449,18 @@ def test_temporary_files_of_killed_processes_are_removed(claims, abandoned):
     left.touch()
     Leases(claims).close()
     assert not left.exists()
+
+
+def test_a_lease_that_is_put_back_without_links_yields_to_a_new_one(tmp_path, monkeypatch):
+    """Another process claims the slide in the moment in which the lease that was taken by mistake has no name."""
+    path = tmp_path / "s.json"
+    path.write_bytes(b"renewed")
+
+    def no_link(*_):
+        path.write_bytes(b"new")
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", no_link)
+    assert not remove_claim(path, b"stale")
+    assert path.read_bytes() == b"new"
+    assert [each.name for each in tmp_path.iterdir()] == ["s.json"]

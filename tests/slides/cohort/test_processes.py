@@ -15,7 +15,7 @@ from random import Random
 from cohort_stand_ins import results
 
 from exaonepath.files.atomic import _process_space
-from exaonepath.slides.cohort.lease import read_claim
+from exaonepath.slides.cohort.claim_file import read_claim
 from exaonepath.slides.cohort.run_log import read_run_log
 
 PATIENCE = 120

@@ -23,7 +23,7 @@ from cohort_stand_ins import load_noting, results
 from exaonepath.errors import ClusterError, DeviceError, MissingDependencyError, SettingsError, WeightsError
 from exaonepath.files.features import read_features
 from exaonepath.files.processes import is_running
-from exaonepath.slides.cohort import ray_cluster, ray_reading
+from exaonepath.slides.cohort import ray_cluster, ray_reading, ray_tasks
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.dispatch import CohortWork
 from exaonepath.slides.cohort.lease import Leases
@@ -235,7 +235,7 @@ def test_several_tasks_read_a_slide_in_order(cluster, slides, stand_ins):
     preprocessing = PreprocessingConfig()
     with SlideImage(slides[0].path) as image:
         coords = np.stack(np.meshgrid(np.arange(5) * 200, np.arange(4) * 200), -1).reshape(-1, 2)
-        request = ray_reading.SlideRequest(
+        request = ray_tasks.SlideRequest(
             slides[0].path, "a", None, "auto", image.fingerprint(), image.reader_settings()
         )
         expected = list(PatchReader(image, coords, 256, preprocessing, batch_size=3, num_workers=0))
@@ -283,10 +283,10 @@ def test_a_reader_gives_way_to_an_older_one(monkeypatch):
 
 
 def test_another_file_on_the_readers_node_is_an_error(slides):
-    request = ray_reading.SlideRequest(slides[0].path, "a", None, "auto", "another", {})
+    request = ray_tasks.SlideRequest(slides[0].path, "a", None, "auto", "another", {})
     with pytest.raises(Exception, match="another file"), request.opened():
         pass
-    request = ray_reading.SlideRequest(slides[0].path, "a", None, "auto", "", {}, version="9.9")
+    request = ray_tasks.SlideRequest(slides[0].path, "a", None, "auto", "", {}, version="9.9")
     with pytest.raises(ClusterError, match=r"has exaonepath .* started by 9\.9"), request.opened():
         pass
     with pytest.raises(ClusterError, match="install the same version"):
