@@ -1,10 +1,10 @@
-"""Train on a synthetic cohort with default settings, and show the model beside the simplest alternatives.
+"""Train on a synthetic cohort with default settings, and compare the model with the simplest alternatives.
 
     python examples/compare_with_baselines.py --out compared
 
-The tables are <out>/evaluation/evaluation.md: retrieval beside CCA, ridge regression and PLS; labels beside principal
-components with logistic regression, mean patch features and attention MIL; survival beside Cox. All are fitted on the
-same training patients, and compared in pairs on the same test patients.
+The tables are <out>/evaluation/evaluation.md: retrieval compared with CCA, ridge regression and PLS; labels with
+principal components and logistic regression, mean patch features and attention MIL; survival with Cox. All are
+fitted on the same training patients, and compared in pairs on the same test patients.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def _retrieval_baselines(report: Mapping[str, Any]) -> Iterator[str]:
     if not baselines:
         return
     ours = report["parts"]["test"]["retrieval"]
-    yield from ("## Retrieval of test patients beside baselines: recall@1", "")
+    yield from ("## Retrieval of test patients compared with baselines: recall@1", "")
     yield from (
         "Baselines are fitted on the training patients; validation patients choose their hyperparameters. In brackets "
         "after the baseline: ours minus the baseline.",
@@ -71,14 +71,14 @@ def _retrieval_baselines(report: Mapping[str, Any]) -> Iterator[str]:
             (
                 _direction(name),
                 _interval(score["recall"]["1"]),
-                *(_beside(found[name]) if name in found else "-" for found in baselines.values()),
+                *(_with_baseline(found[name]) if name in found else "-" for found in baselines.values()),
             )
             for name, score in ours.items()
         ],
     )
 
 
-def _beside(found: Mapping[str, Any]) -> str:
+def _with_baseline(found: Mapping[str, Any]) -> str:
     return f"{_number(found['recall']['1']['value'])} ({_signed(found['difference']['1'])})"
 
 

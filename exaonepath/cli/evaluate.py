@@ -46,7 +46,9 @@ def evaluate(
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
 ) -> None:
-    """Retrieval, probes, survival, missing modalities, projections and attention of a trained model, beside baselines.
+    """Retrieval, probes, survival, missing modalities, projections and attention of a trained model.
+
+    The numbers of test patients are compared with simple baselines.
 
     Writes <out>/evaluation.json, <out>/evaluation.md, figures, and with --export <out>/embeddings/.
     Example: exaonepath evaluate run --out evaluation

@@ -203,18 +203,18 @@ def _below(folder: Path, skipped: list[Skipped]) -> list[Path]:
     seen: set[Path] = set()
     waiting = [folder]
     while waiting:
-        here = waiting.pop()
-        place = here.resolve()
+        current = waiting.pop()
+        place = current.resolve()
         if place in seen:
             continue
         seen.add(place)
         try:
-            entries = sorted(here.iterdir())
+            entries = sorted(current.iterdir())
         except OSError as exc:
-            if here == folder:
+            if current == folder:
                 raise
-            logger.warning("%s cannot be listed (%s) and is skipped", here, exc.strerror)
-            skipped.append(Skipped(here, f"a folder that cannot be listed: {exc.strerror}"))
+            logger.warning("%s cannot be listed (%s) and is skipped", current, exc.strerror)
+            skipped.append(Skipped(current, f"a folder that cannot be listed: {exc.strerror}"))
             continue
         folders = [entry for entry in entries if entry.is_dir()]
         found += [entry for entry in entries if not entry.is_dir()]

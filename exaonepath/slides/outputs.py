@@ -28,6 +28,8 @@ Layout = Literal["flat", "hashed"]
 Kind = Literal["patches", "features", "embedding", "mask", "contours", "skipped"]
 
 LAYOUT_FILE = "layout.json"
+# Folders of what processes note about a run; their files are named by slides or runs, in either layout.
+CLAIMS, FAILURES, RUNS = "claims", "failures", "runs"
 HASHED_ABOVE = 10_000  # slides
 _FORMAT = 1
 _MAX_BYTES = 1 << 12

@@ -1,4 +1,4 @@
-"""The baselines beside the model's numbers: on the same test patients, with paired intervals of the differences."""
+"""Baselines for the model's numbers: on the same test patients, with paired intervals of the differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The site (hospital, centre, batch) of each patient, from barcodes or from a column of the labels."""
+"""Which site a patient comes from, and splits that keep a site together."""
 
 from __future__ import annotations
 

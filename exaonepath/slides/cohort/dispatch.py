@@ -33,7 +33,7 @@ from exaonepath.slides.cohort.run_log import RunLog, new_run_id
 from exaonepath.slides.cohort.run_options import RunOptions, RunStatus, open_leases
 from exaonepath.slides.cohort.schedule import Schedule, Task
 from exaonepath.slides.cohort.worker import WorkerConfig
-from exaonepath.slides.outputs import remove_leftovers
+from exaonepath.slides.outputs import FAILURES, RUNS, remove_leftovers
 from exaonepath.slides.stages import EncodeSettings
 
 logger = logging.getLogger(__name__)
@@ -74,8 +74,8 @@ class Worker:
         device: where it encodes.
         wants: it waits for a slide.
         asked: it has asked for a slide: its encoders are loaded.
-        ended: it was told that there are no more slides, and has said that it ends.
-        dismissed: it was told that there are no more slides.
+        ended: it has reported its end.
+        dismissed: it was notified that there are no more slides.
         in_hand: the slides that it works on.
         progress: patches done of those.
     """
@@ -114,7 +114,7 @@ class Dispatcher(ABC, Generic[W]):
         self._schedule = Schedule(in_order(work.slides, options), self._leases, options.poll)
         self._slides = {slide.id: slide for slide in work.slides}
         key = settings_key(settings, work.weights)
-        self._failures = Failures(out / "failures", key, self._run, retry=options.retry_failed)
+        self._failures = Failures(out / FAILURES, key, self._run, retry=options.retry_failed)
         self._config = WorkerConfig(
             out,
             work.weights,
@@ -152,7 +152,7 @@ class Dispatcher(ABC, Generic[W]):
 
     @abstractmethod
     def _receive(self, delay: float, progress: SlideProgress | None, log: RunLog) -> None:
-        """Wait for messages of the workers, `delay` seconds at most, and handle them; bury those that have died."""
+        """Wait for messages of the workers, `delay` seconds at most, and handle them; remove those that have died."""
 
     @abstractmethod
     def _stop(self) -> None:
@@ -165,7 +165,7 @@ class Dispatcher(ABC, Generic[W]):
     def run(self, progress: SlideProgress | None) -> Generator[SlideOutcome, None, None]:
         """Yield what became of each slide."""
         log = RunLog(
-            self._config.out / "runs",
+            self._config.out / RUNS,
             self._run,
             arguments=self._config.arguments,
             n_slides=len(self._slides),
@@ -248,7 +248,7 @@ class Dispatcher(ABC, Generic[W]):
         elif kind == "fatal":
             raise values[0]
 
-    def _bury(self, worker: W, reason: str, orderly: bool, log: RunLog) -> None:
+    def _remove(self, worker: W, reason: str, orderly: bool, log: RunLog) -> None:
         """A worker has ended: return its slides, and start another one if it is needed.
 
         Args:

@@ -59,6 +59,10 @@ class FailureRecord:
         """Whether the slide has failed so often that it is not tried again by itself."""
         return self.tries >= MAX_TRIES
 
+    def is_about(self, slide: Path) -> bool:
+        """Whether the slide file is still the one that failed; a changed one is tried again."""
+        return (self.size, self.mtime_ns) == _identity(slide)
+
 
 def read_failure(path: Path) -> FailureRecord | None:
     """A failure record; None if there is none, or if it cannot be understood (the slide is then tried)."""
@@ -153,7 +157,7 @@ class Failures:
         record = read_failure(self._path(slide.id))
         if record is None or record.settings != self._settings:
             return None
-        return record if (record.size, record.mtime_ns) == _identity(slide.path) else None
+        return record if record.is_about(slide.path) else None
 
     def _path(self, slide: str) -> Path:
         return self.folder / f"{slide}.json"
@@ -169,6 +173,6 @@ class Failures:
 def _identity(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # the path may be one that a damaged record states
         return -1, -1
     return status.st_size, status.st_mtime_ns

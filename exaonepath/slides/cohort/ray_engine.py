@@ -145,7 +145,7 @@ class _RayRun(Dispatcher[_Encoder]):
                 self._handle_here(worker, message, progress, log)
             if worker.ended:
                 _kill(worker)
-                self._bury(worker, "ended", True, log)
+                self._remove(worker, "ended", True, log)
             else:
                 worker.messages = _ask(worker.actor)
         if time.monotonic() - self._looked >= _LOOK_EVERY:
@@ -171,11 +171,11 @@ class _RayRun(Dispatcher[_Encoder]):
             self._handle(worker, message, progress)
 
     def _dead(self, worker: _Encoder, exc: Exception, log: RunLog) -> None:
-        _kill(worker)  # it may only be out of reach; then it must not work on in vain
+        _kill(worker)  # it may only be out of reach; then it must not go on working
         where = f" on {worker.place.host} (node {worker.place.node[:8]})" if worker.place is not None else ""
         reason = f"was lost{where}: {type(exc).__name__}"
         logger.debug("%s: %s", reason, exc)
-        self._bury(worker, reason, False, log)
+        self._remove(worker, reason, False, log)
 
     def _stale(self, worker: _Encoder, task: Task) -> bytes | None:
         """The claim of an actor that Ray knows to be dead: nobody has to wait until it is not renewed."""

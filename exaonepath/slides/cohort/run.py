@@ -30,7 +30,7 @@ from exaonepath.slides.cohort.run_log import RunLog, new_run_id
 from exaonepath.slides.cohort.run_options import RunOptions, RunStatus, open_leases
 from exaonepath.slides.cohort.schedule import Schedule
 from exaonepath.slides.cohort.slide_settings import check_patching
-from exaonepath.slides.outputs import choose_layout, remove_leftovers
+from exaonepath.slides.outputs import FAILURES, RUNS, choose_layout, remove_leftovers
 from exaonepath.slides.stages import EncodeResult, EncodeSettings
 
 logger = logging.getLogger(__name__)
@@ -150,16 +150,14 @@ def encode_cohort(
             root,
             settings,
             used,
-            Failures(
-                root / "failures", settings_key(settings, encoders.patch.weights), run, retry=options.retry_failed
-            ),
+            Failures(root / FAILURES, settings_key(settings, encoders.patch.weights), run, retry=options.retry_failed),
             leases,
             note_existing(root, (slide.id for slide in slides), settings.overwrite),
             None if leases is None else FinishedSince(root, (slide.id for slide in slides)),
             copies,
             read_ahead_bytes=options.read_ahead_bytes,
         )
-        log = RunLog(root / "runs", run, arguments=arguments, n_slides=len(slides), devices=(str(used.device),))
+        log = RunLog(root / RUNS, run, arguments=arguments, n_slides=len(slides), devices=(str(used.device),))
         status = RunStatus()
         stack.callback(lambda: log.close(status.exit_status))
         schedule = Schedule(begin_at(slides, options.shard), leases, options.poll)

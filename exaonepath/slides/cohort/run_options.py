@@ -14,7 +14,7 @@ from exaonepath.slides.cohort.job import READ_AHEAD_BYTES
 from exaonepath.slides.cohort.lease import STALE_AFTER, Leases
 from exaonepath.slides.cohort.outcome import SlideOutcome
 from exaonepath.slides.cohort.schedule import POLL
-from exaonepath.slides.outputs import output_paths
+from exaonepath.slides.outputs import CLAIMS, output_paths
 from exaonepath.slides.stages import EncodeSettings
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def open_leases(
         OutputError: the folder of claims cannot be written, and slides are left to do.
     """
     try:
-        return Leases(root / "claims", run=run, stale_after=options.stale_after)
+        return Leases(root / CLAIMS, run=run, stale_after=options.stale_after)
     except OutputError as exc:
         if settings.overwrite or not all(output_paths(root, slide.id).embedding.exists() for slide in slides):
             raise

@@ -30,11 +30,10 @@ from exaonepath.files.processes import is_running, process_space
 from exaonepath.slides.cohort.claim_file import Holder, read_claim
 from exaonepath.slides.cohort.failures import FailureRecord, read_failure
 from exaonepath.slides.features.partial import partial_files
-from exaonepath.slides.outputs import OutputPaths, output_paths
+from exaonepath.slides.outputs import CLAIMS, FAILURES, OutputPaths, output_paths
 
 State = Literal["new", "partial", "running", "failed", "stale", "finished", "empty"]
 
-CLAIMS, FAILURES = "claims", "failures"
 _PATCHES_ATTRIBUTES = ("n_coords", "no_patch", "settings_hash", "slide_fingerprint", "slide_path", "slide_mtime_ns")
 _MAX_REASON = 1 << 12
 
@@ -180,7 +179,7 @@ def _from_files(
         state = replace(state, state="partial")
     failure = read_failure(Path(out, FAILURES, f"{name}.json"))
     if failure is not None:
-        given_up = failure.quarantined and _is_that_file(failure)
+        given_up = failure.quarantined and failure.is_about(Path(failure.slide))
         slide = state.slide or failure.slide
         return replace(state, state="failed", slide=slide, failure=failure, quarantined=given_up, reason=failure.reason)
     for file in (embedding, patches, found.features):
@@ -287,15 +286,6 @@ def _has_patch_embeddings(path: Path) -> bool:
     with suppress(DataFileError, FileBusyError), open_h5(path) as file:
         return "patch_embedding" in file
     return False
-
-
-def _is_that_file(failure: FailureRecord) -> bool:
-    """Whether the slide file is still the one that failed; a changed one is tried again."""
-    try:
-        status = Path(failure.slide).stat()
-    except (OSError, ValueError):
-        return failure.size < 0
-    return (status.st_size, status.st_mtime_ns) == (failure.size, failure.mtime_ns)
 
 
 def _mtime_ns(path: Path) -> int | None:

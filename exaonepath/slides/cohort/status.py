@@ -13,11 +13,20 @@ from typing import Any
 from exaonepath.errors import DataFileError, OutputError
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
 from exaonepath.slides.cohort.run_log import read_run_log
-from exaonepath.slides.cohort.state import CLAIMS, FAILURES, SlideState, State, stored_state
-from exaonepath.slides.outputs import Kind, Layout, partial_ids, paths_in_layout, read_layout, stored_ids
+from exaonepath.slides.cohort.state import SlideState, State, stored_state
+from exaonepath.slides.outputs import (
+    CLAIMS,
+    FAILURES,
+    RUNS,
+    Kind,
+    Layout,
+    partial_ids,
+    paths_in_layout,
+    read_layout,
+    stored_ids,
+)
 
 FORMAT = 1  # of `CohortStatus.as_json`
-RUNS = "runs"
 STATES: tuple[State, ...] = ("finished", "empty", "running", "failed", "stale", "partial", "new")
 STAGES = ("patches", "features", "slide")
 

@@ -35,6 +35,7 @@ from exaonepath.slides.cohort.reading import Reading
 from exaonepath.slides.cohort.run_log import RunLog, new_run_id
 from exaonepath.slides.cohort.run_options import EXIT_INTERRUPTED, RunOptions, RunStatus
 from exaonepath.slides.cohort.schedule import Task
+from exaonepath.slides.outputs import CLAIMS, FAILURES, RUNS
 from exaonepath.slides.stages import EncodeSettings
 
 logger = logging.getLogger(__name__)
@@ -120,14 +121,14 @@ def work(
         settings = replace(settings, num_workers=config.threads)
     run = new_run_id()
     encoders = Encoders(config.load(config.weights, device), settings, config.load)
-    leases = Leases(config.out / "claims", run=run, stale_after=options.stale_after) if config.claims else None
+    leases = Leases(config.out / CLAIMS, run=run, stale_after=options.stale_after) if config.claims else None
     copies = None if options.stage is None else LocalCopies(options.stage)
     context = WorkContext(
         config.out,
         settings,
         encoders,
         Failures(
-            config.out / "failures",
+            config.out / FAILURES,
             config.key,
             config.group,
             retry=options.retry_failed,
@@ -141,7 +142,7 @@ def work(
         reading=reading or Reading(),
     )
     log = RunLog(
-        config.out / "runs",
+        config.out / RUNS,
         run,
         group=config.group,
         arguments=config.arguments,
@@ -218,7 +219,7 @@ class PipeSource:
             with self._sending:
                 self._connection.send(message)
         except (BrokenPipeError, ConnectionError, ValueError, OSError):
-            logger.debug("nobody listens any more")
+            logger.debug("the receiver of messages has ended")
 
     def _listen(self) -> None:
         try:

@@ -98,7 +98,7 @@ class _WorkersRun(Dispatcher[_Worker]):
                 worker.process.join()
                 worker.connection.close()
                 code = worker.process.exitcode
-                self._bury(worker, _reason(code), code == EXIT_INTERRUPTED, log)
+                self._remove(worker, _reason(code), code == EXIT_INTERRUPTED, log)
 
     def _drain(self, worker: _Worker, progress: SlideProgress | None = None) -> bool:
         """Handle the messages of a worker that have arrived; False if there will be no more."""

@@ -31,7 +31,7 @@ class JpegError(ValueError):
 class Colours(Enum):
     """What the three channels of a stream are. In a TIFF its tags decide that, and not the stream.
 
-    The values are those of Adobe's mark, by which libjpeg is told.
+    The values are those of Adobe's marker, which libjpeg reads.
     """
 
     RGB = 0

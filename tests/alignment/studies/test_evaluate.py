@@ -65,7 +65,7 @@ def test_every_measure_is_there(report):
     json.dumps(report, allow_nan=False)
 
 
-def test_baselines_stand_beside_every_number(report, subject):
+def test_every_number_is_compared_with_baselines(report, subject):
     """Each direction of the test patients, each label and survival: a value, and a paired difference to ours."""
     directions = set(report["parts"]["test"]["retrieval"])
     for method in ("CCA", "ridge", "PLS"):
@@ -84,7 +84,7 @@ def test_baselines_stand_beside_every_number(report, subject):
     assert report["probe_patients"] == "test"
     assert report["probes"]["subtype"]["fused"]["linear"]["n"] == len(subject.parts["test"])
     text = table(report | {"provenance": {"split_known": True}})
-    assert "Retrieval of test patients beside baselines" in text
+    assert "Retrieval of test patients compared with baselines" in text
     assert "| attention MIL (ABMIL) |" in text
 
 
