@@ -13,8 +13,15 @@ import numpy as np
 
 from exaonepath.errors import DataFileError, ForeignFileError, UnfinishedFileError
 from exaonepath.files.hdf5 import StoredFile, open_h5
+from exaonepath.files.stored_array import StoredArray
 from exaonepath.text import few
 
+# Name to type and shape, as `StoredFile.dataset` takes them.
+_DATASETS: dict[str, tuple[str, tuple[int | None, ...]]] = {
+    "features": ("f", (None, None)),
+    "coords": ("iu", (None, 2)),
+    "contour_index": ("iu", (None,)),
+}
 _HALF = np.dtype(np.float16)
 _HALF_INFINITY = 0x7C00
 _CACHED_BYTES = 1 << 21  # a part of this size stays in the processor's cache
@@ -47,7 +54,8 @@ class OpenFeatures:
 
     def __init__(self, path: Path, file: StoredFile, expected_dim: int | None = None) -> None:
         self.path, self.stored = path, file
-        self._features = file.dataset("features", "f", (None, None))
+        self._arrays: dict[str, StoredArray] = {}
+        self._features = self._array("features")
         self.shape: tuple[int, int] = (self._features.shape[0], self._features.shape[1])
         if expected_dim is not None and self.shape[1] != expected_dim:
             raise DataFileError(
@@ -59,17 +67,31 @@ class OpenFeatures:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @property
+    def is_half(self) -> bool:
+        """Whether features are stored, and returned, as float16."""
+        return self.dtype == _HALF
+
+    def _array(self, name: str) -> StoredArray:
+        if name not in self._arrays:
+            found = self._arrays[name] = self.stored.dataset(name, *_DATASETS[name])
+            if len(found) != len(self._arrays["features"]):
+                raise DataFileError(
+                    f"{self.path}: {len(found)} rows in {name} but {len(self)} in features; they must be equal"
+                )
+        return self._arrays[name]
+
     @cached_property
     def coords(self) -> np.ndarray | None:
         """int32 [N, 2]; None if the file has none."""
-        return self._integers("coords", (len(self), 2)) if "coords" in self.stored else None
+        return self._integers("coords") if "coords" in self.stored else None
 
     @cached_property
     def contour_index(self) -> np.ndarray:
         """int32 [N]; zeros if the file has none."""
         if "contour_index" not in self.stored:
             return np.zeros(len(self), np.int32)
-        return self._integers("contour_index", (len(self),))
+        return self._integers("contour_index")
 
     @cached_property
     def header(self) -> str:
@@ -79,9 +101,9 @@ class OpenFeatures:
         files without checksums, it shows shapes and types only.
         """
         digest = hashlib.sha256()
-        for name, kinds, shape in _DATASETS:
+        for name in _DATASETS:
             if name in self.stored:
-                digest.update(self.stored.dataset(name, kinds, shape).summary() + b"\n")
+                digest.update(self._array(name).summary() + b"\n")
         return digest.hexdigest()
 
     def read(self) -> np.ndarray:
@@ -103,6 +125,19 @@ class OpenFeatures:
                 values[start : start + len(part)] = part
         self._check_finite(values, None)
 
+    def check(self) -> None:
+        """Read everything, as `read`, without keeping it.
+
+        Raises:
+            DataFileError: see `read_features`.
+        """
+        bad: list[int] = []
+        for start, part in self._features.parts():
+            values = part if part.dtype == self.dtype else part.astype(self.dtype)
+            bad += (start + _not_finite(values)).tolist()
+        self._raise_if(bad, len(self))
+        _ = self.coords, self.contour_index
+
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Features [n, D] of these rows, increasing int64 [n]; only the blocks of the file with these rows are read.
 
@@ -114,37 +149,33 @@ class OpenFeatures:
         return values
 
     def _check_finite(self, values: np.ndarray, rows: np.ndarray | None) -> None:
-        step = max(1, _CACHED_BYTES // max(1, values.shape[1] * values.itemsize))
-        bad: list[int] = []
-        for start in range(0, len(values), step):
-            part = values[start : start + step]
-            if not _all_finite(part):
-                bad += (start + np.flatnonzero(~np.isfinite(part).all(axis=1))).tolist()
+        bad = _not_finite(values)
+        self._raise_if((bad if rows is None else rows[bad]).tolist(), len(values))
+
+    def _raise_if(self, bad: list[int], of: int) -> None:
         if bad:
-            named = bad if rows is None else rows[bad].tolist()
             raise DataFileError(
-                f"{self.path}: {len(bad)} of {len(values)} feature rows hold NaN or infinity (row {few(named)}); "
+                f"{self.path}: {len(bad)} of {of} feature rows hold NaN or infinity (row {few(bad)}); "
                 "extract them again"
             )
 
-    def _integers(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        dataset = self.stored.dataset(name, "iu", (None, *shape[1:]))
-        if len(dataset) != shape[0]:
-            raise DataFileError(
-                f"{self.path}: {len(dataset)} rows in {name} but {shape[0]} in features; they must be equal"
-            )
-        values = dataset.read()
+    def _integers(self, name: str) -> np.ndarray:
+        values = self._array(name).read()
         limits = np.iinfo(np.int32)
         if values.size and (values.min() < limits.min or values.max() > limits.max):
             raise DataFileError(f"{self.path}: {name} holds values beyond 32 bits")
         return values.astype(np.int32, copy=False)
 
 
-_DATASETS: tuple[tuple[str, str, tuple[int | None, ...]], ...] = (
-    ("features", "f", (None, None)),
-    ("coords", "iu", (None, 2)),
-    ("contour_index", "iu", (None,)),
-)
+def _not_finite(values: np.ndarray) -> np.ndarray:
+    """Rows int64 [n] with NaN or infinity."""
+    step = max(1, _CACHED_BYTES // max(1, values.shape[1] * values.itemsize))
+    bad = [np.empty(0, np.int64)]
+    for start in range(0, len(values), step):
+        part = values[start : start + step]
+        if not _all_finite(part):
+            bad.append(start + np.flatnonzero(~np.isfinite(part).all(axis=1)))
+    return np.concatenate(bad)
 
 
 def _all_finite(values: np.ndarray) -> bool:

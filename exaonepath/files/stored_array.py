@@ -10,8 +10,10 @@ import numpy as np
 
 from exaonepath.files import checksums
 
-_READ_BYTES = 1 << 25  # bytes that are read and checked at a time
-_CACHED_BYTES = 1 << 21  # the same for an array of the caller: checked while it is in the processor's cache
+# Bytes that are read and checked at a time: what stays in the processor's cache. More of a dataset in chunks, so that
+# no chunk is unpacked twice.
+_READ_BYTES = 1 << 21
+_READ_BYTES_IN_CHUNKS = 1 << 25
 _ROWS_TOGETHER = 256  # without checksums and chunks: rows with smaller gaps between them are read together
 
 
@@ -43,6 +45,10 @@ class StoredArray:
     def _row_bytes(self) -> int:
         return max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
 
+    def _rows_at_once(self, unit: int) -> int:
+        limit = _READ_BYTES if self._dataset.chunks is None else _READ_BYTES_IN_CHUNKS
+        return unit * max(1, limit // (unit * self._row_bytes))
+
     def read(self) -> np.ndarray:
         """The whole dataset, in the stored type."""
         values = np.empty(self.shape, self.dtype)
@@ -54,7 +60,7 @@ class StoredArray:
         if not self._dataset.size:
             self._compare(0, values)
             return
-        step = self._unit * max(1, _CACHED_BYTES // (self._unit * self._row_bytes))
+        step = self._rows_at_once(self._unit)
         for start in range(0, len(self), step):
             rows = np.s_[start : min(start + step, len(self))]
             self._dataset.read_direct(values, rows, rows)
@@ -62,7 +68,7 @@ class StoredArray:
 
     def parts(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, rows), in order, in parts of bounded size; at least once, also for an empty dataset."""
-        step = self._unit * max(1, _READ_BYTES // (self._unit * self._row_bytes))
+        step = self._rows_at_once(self._unit)
         for start in range(0, max(1, len(self)), step):
             values = self._dataset[start : start + step]
             self._compare(start, values)
@@ -101,7 +107,7 @@ class StoredArray:
         """(first row, end) of what is read at once, and (first, end) of the part of `rows` inside."""
         chunk = 0 if self._dataset.chunks is None else self._dataset.chunks[0]
         unit = chunk or _ROWS_TOGETHER if self._crcs is None else self._unit
-        most = max(1, _CACHED_BYTES // (unit * self._row_bytes))
+        most = self._rows_at_once(unit) // unit
         blocks = rows // unit
         # Blocks that follow each other without a gap are read at once, up to the limit.
         ends = [*(np.flatnonzero(np.diff(blocks) > 1) + 1).tolist(), len(rows)]

@@ -56,7 +56,8 @@ ROWS = {
 @pytest.mark.parametrize("kind", ["float32", "float16", "foreign", "foreign-float64", "compressed", "odd-chunks"])
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_equal_those_of_the_whole_file(write, tmp_path, kind, name, monkeypatch):
-    monkeypatch.setattr("exaonepath.files.stored_array._CACHED_BYTES", 30_000)  # several reads for a run of blocks
+    for limit in ("_READ_BYTES", "_READ_BYTES_IN_CHUNKS"):
+        monkeypatch.setattr(f"exaonepath.files.stored_array.{limit}", 30_000)  # several reads for a run of blocks
     options = {"compressed": {"chunks": (64, D), "compression": "gzip"}, "odd-chunks": {"chunks": (17, 5)}}
     if kind in ("float32", "float16"):
         path = write(dtype=kind)

@@ -338,7 +338,9 @@ class Trainer:
         own_rows = range(self.processes.rank, len(patients), self.processes.count)
         embedded = embed_patients(
             self.model,
-            self.data.evaluation_batches(patients, list(own_rows), self.plan.chunk_size),
+            self.data.evaluation_batches(
+                patients, list(own_rows), self.plan.chunk_size, workers=self.settings.run.num_workers
+            ),
             patients,
             autocast=self.autocast,
             processes=self.processes,
@@ -379,7 +381,8 @@ class Trainer:
         order = np.random.default_rng((self.settings.run.seed, 2)).permutation(len(self.data.train))
         patients = [self.data.train[at] for at in np.sort(order[:wanted])]
         own_rows = list(range(self.processes.rank, len(patients), self.processes.count))
-        batches = self.data.evaluation_batches(patients, own_rows, self.plan.chunk_size)
+        workers = self.settings.run.num_workers
+        batches = self.data.evaluation_batches(patients, own_rows, self.plan.chunk_size, workers=workers)
         return embed_patients(self.model, batches, patients, autocast=self.autocast, processes=self.processes).pairs
 
     def _check_leakage(self) -> None:

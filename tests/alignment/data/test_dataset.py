@@ -1,6 +1,5 @@
 """Rows of patients: what they hold, and that they depend on seed, epoch and patient alone."""
 
-import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from exaonepath.alignment.data.dataset import FeatureCache, PatientDataset, collate_patients
+from exaonepath.alignment.data.dataset import PatientDataset, collate_patients
 from exaonepath.alignment.data.standardizer import Standardizer
 from exaonepath.alignment.modalities import MODALITIES
 from exaonepath.errors import DataFileError, SettingsError
@@ -134,21 +133,6 @@ def test_what_a_caller_does_to_a_row_does_not_reach_the_cache(small, standardize
     before = data[0].slides[0].features.clone()
     data[0].slides[0].features.zero_()
     torch.testing.assert_close(data[0].slides[0].features, before, rtol=0, atol=0)
-
-
-def test_the_cache_is_bounded_and_stays_at_home(small):
-    files = [slide.features for slide in small.slides.slides[:6]]
-    size = read_features(files[0])
-    one_file = size.features.nbytes + size.coords.nbytes + size.contour_index.nbytes
-    cache = FeatureCache(3 * one_file)
-    for file in files:
-        cache.read(file, 8)
-        assert cache.n_bytes <= 3 * one_file
-    assert cache.read(files[5], 8) is cache.read(files[5], 8)
-    again = pickle.loads(pickle.dumps(cache))  # noqa: S301 - what a spawned worker gets
-    assert again.n_bytes == 0
-    assert again.max_bytes == cache.max_bytes
-    assert FeatureCache(0).read(files[0], 8) is not None
 
 
 def test_a_slide_that_changed_under_way_is_named(small, standardizer, write_slide):
