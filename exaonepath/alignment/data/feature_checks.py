@@ -37,7 +37,7 @@ _FORMAT = 1  # of the record, and of the check: a stricter check needs another n
 # A change directly after the check may fall into the same tick of the clock and would not be seen.
 _SETTLED_SECONDS = 2.0
 _SAVE_SECONDS = 30.0  # what an interrupted check has found by then is kept
-# A check of fewer bytes takes less than a second; no record of it is written.
+# A check of fewer bytes takes about a second; no record of it is written.
 LEAST_BYTES = 256 << 20
 
 FileState = tuple[int, int, int, int]  # see `file_state`
@@ -82,16 +82,14 @@ class FeatureChecks:
         table: the table of slides, which names the record.
         kind: "full": all content is checked, or was checked before and the file has not changed; "again": all content
             is checked now; "header": shapes only.
-        least_bytes: a check of fewer bytes is not recorded.
 
     Attributes:
         bytes_read: bytes of the files that were read completely.
         remembered: number of files that were not read.
     """
 
-    def __init__(self, table: Path, kind: FeatureCheck, *, least_bytes: int | None = None) -> None:
+    def __init__(self, table: Path, kind: FeatureCheck) -> None:
         self.kind = kind
-        self._least_bytes = LEAST_BYTES if least_bytes is None else least_bytes
         folder = cache_folder()
         name = hashlib.sha256(os.fsencode(table.absolute())).hexdigest()[:32]
         self._table = table
@@ -136,7 +134,7 @@ class FeatureChecks:
         if only is not None:
             kept = {os.path.abspath(path) for path in only}  # noqa: PTH100
             self._known = {key: entry for key, entry in self._known.items() if key in kept}
-        if self._record is None or not self._changed or (self.bytes_read < self._least_bytes):
+        if self._record is None or not self._changed or self.bytes_read < LEAST_BYTES:
             return
         try:
             ensure_folder(self._record.parent)
