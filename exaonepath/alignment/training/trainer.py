@@ -320,9 +320,10 @@ class Trainer:
     def _validate_now(self, end_of_epoch: bool) -> bool:
         if not self.data.validation:
             return False
-        every = self.settings.run.validate_every
+        every, steps = self.settings.run.validate_every, self.settings.run.validate_every_steps
         epoch = self.step // self.plan.steps_per_epoch
-        return self.step == self.total or bool(end_of_epoch and every and epoch % every == 0)
+        after_epoch = bool(end_of_epoch and every and epoch % every == 0)
+        return self.step == self.total or after_epoch or bool(steps and self.step % steps == 0)
 
     def _validate(self) -> None:
         if self.averaged is not None:
