@@ -117,7 +117,7 @@ class OpenFeatures:
         return values
 
     def read_into(self, values: np.ndarray) -> None:
-        """`read` into an array [N, D] of `dtype`."""
+        """`read` into an array [N, D] of `dtype`, or of float32."""
         if self._features.dtype == values.dtype:
             self._features.read_into(values)
         else:
@@ -138,13 +138,22 @@ class OpenFeatures:
         self._raise_if(bad, len(self))
         _ = self.coords, self.contour_index
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
+    def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Features [n, D] of these rows, increasing int64 [n]; only the blocks of the file with these rows are read.
+
+        Args:
+            rows: the rows.
+            out: array [n, D] of `dtype` to return them in.
 
         Raises:
             DataFileError: a feature of these rows is NaN or infinite.
         """
-        values = self._features.take(rows).astype(self.dtype, copy=False)
+        if self._features.dtype == self.dtype:
+            values = self._features.take(rows, out)
+        else:
+            values = self._features.take(rows).astype(self.dtype)
+            if out is not None:
+                out[:] = values
         self._check_finite(values, rows)
         return values
 

@@ -195,10 +195,18 @@ class StoredFile:
         Raises:
             ForeignFileError: the attribute is larger than any attribute needs to be, or refers to another object.
         """
-        owner = self._file[of] if of else self._file
+        value = self._raw_attribute(self._file[of] if of else self._file, name)
+        if value is None:
+            return default
+        if isinstance(value, bytes):
+            return value.decode("utf-8", "replace")
+        return value.item() if isinstance(value, np.generic) else value
+
+    def _raw_attribute(self, owner: Any, name: str) -> Any:
+        """The value as h5py returns it, after the checks; None if there is none."""
         key = name.encode()
         if not h5py.h5a.exists(owner.id, key):
-            return default
+            return None
         attribute = h5py.h5a.open(owner.id, key)
         kind = attribute.get_type()
         if isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str():
@@ -210,10 +218,7 @@ class StoredFile:
             self.foreign(f"its attribute {name} is neither text nor numbers")
         if attribute.get_storage_size() > _MAX_ATTRIBUTE:
             self.foreign(f"its attribute {name} has {attribute.get_storage_size()} bytes")
-        value = owner.attrs[name]
-        if isinstance(value, bytes):
-            return value.decode("utf-8", "replace")
-        return value.item() if isinstance(value, np.generic) else value
+        return owner.attrs[name]
 
     def attributes(self, names: Iterable[str]) -> dict[str, Any]:
         """Those of the named attributes that the file has."""
@@ -324,24 +329,22 @@ class StoredFile:
             return None
         try:
             names = json.loads(covered)
-            values = {
-                owner: {name: (self._file[owner] if owner else self._file).attrs[name] for name in listed}
-                for owner, listed in names.items()
-                if self._readable(owner, listed)
-            }
+            values = {owner: self._listed(owner, listed) for owner, listed in names.items()}
         except (TypeError, ValueError, LookupError, AttributeError, OSError, RuntimeError, OverflowError) as exc:
             raise DamagedFileError(_damaged(self.path, f"its attributes cannot be read ({exc})")) from exc
         if checksums.attributes_checksum(covered, values) != stored:
             self.damaged("the checksum of its attributes does not match")
         return set(names)
 
-    def _readable(self, owner: str, names: Iterable[str]) -> bool:
-        """Return True after the checks that `attribute` makes."""
+    def _listed(self, owner: str, names: Iterable[str]) -> dict[str, Any]:
+        """The attributes of the file, or of a dataset, as h5py returns them."""
         if owner and owner not in self:
             self.damaged(f"{owner} is missing")
-        for name in names:
-            self.attribute(name, of=owner)
-        return True
+        item = self._file[owner] if owner else self._file
+        found = {name: self._raw_attribute(item, name) for name in names}
+        if missing := [name for name, value in found.items() if value is None]:
+            raise LookupError(f"{missing[0]} is missing")
+        return found
 
     def _bytes_elsewhere(self) -> int:
         """Bytes of the file that belong to no dataset: an upper bound for the size of its attributes."""

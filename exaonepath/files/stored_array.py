@@ -83,13 +83,17 @@ class StoredArray:
         self._compare(first, values)
         return values[start - first : stop - first]
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
+    def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Rows at increasing indices int64 [n], in the stored type.
 
         Only the blocks that contain them are read, so the cost depends on the rows and hardly on the size of the file.
         Each block is complete, so that its checksum can be compared.
+
+        Args:
+            rows: the indices.
+            out: array of the stored type and n rows to return them in.
         """
-        values = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        values = np.empty((len(rows), *self.shape[1:]), self.dtype) if out is None else out
         if not values.size:
             return values
         runs = list(self._runs(rows))

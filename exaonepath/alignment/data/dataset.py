@@ -9,11 +9,11 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from exaonepath.alignment.batch import PatientBatch, SlidePatches
 from exaonepath.alignment.data.cohort import Cohort
-from exaonepath.alignment.data.feature_cache import FeatureCache
+from exaonepath.alignment.data.feature_cache import Allocate, FeatureCache
 from exaonepath.alignment.data.sampling import choose_patches, stream
 from exaonepath.alignment.data.slides import Slide
 from exaonepath.alignment.data.standardizer import Standardizer
@@ -120,8 +120,25 @@ class PatientDataset(Dataset[PatientRow]):
     def __getitem__(self, row: int) -> PatientRow:
         return self.row(row, self.epoch)
 
-    def row(self, row: int, epoch: int) -> PatientRow:
-        """Row number `row`, with the random choices of an epoch."""
+    def batch(self, rows: Sequence[int], epoch: int) -> PatientBatch:
+        """Rows as a batch, with the random choices of an epoch.
+
+        The result is that of `collate_patients`. Features are read to their place in the batch, without copies.
+        """
+        features = _Features(sum(self._most_patches(row) for row in rows), self.cohort.slides.dim or 0)
+        return collate_patients([self.row(row, epoch, features.allocate) for row in rows], features.filled)
+
+    def _most_patches(self, row: int) -> int:
+        """The largest number of patches that a row can have."""
+        at, which = self._rows[row]
+        slides = self._slides[self.cohort.patients[at]]
+        counts = [min(slide.n_patches, self.patch_budget or slide.n_patches) for slide in slides]
+        if which is not None:
+            return counts[which]
+        return max(counts, default=0) if self.choice == "one" else sum(counts)
+
+    def row(self, row: int, epoch: int, allocate: Allocate | None = None) -> PatientRow:
+        """Row number `row`, with the random choices of an epoch; for `allocate`, see `FeatureCache.read`."""
         at, which = self._rows[row]
         patient = self.cohort.patients[at]
         rng = stream("row", self.seed, epoch, patient, -1 if which is None else which)
@@ -140,22 +157,52 @@ class PatientDataset(Dataset[PatientRow]):
             if table_row is not None:
                 omics[name] = torch.from_numpy(rows.rows([table_row])[0])
                 available[MODALITIES.index(name)] = True
-        patches = tuple(self._patches(slide, rng) for slide in chosen)
+        patches = tuple(self._patches(slide, rng, allocate) for slide in chosen)
         return PatientRow(patient, self._place[at], patches, omics, available)
 
-    def _patches(self, slide: Slide, rng: np.random.Generator) -> SlidePatches:
+    def _patches(self, slide: Slide, rng: np.random.Generator, allocate: Allocate | None) -> SlidePatches:
         budget = self.patch_budget
 
         def choose(coords: np.ndarray, contours: np.ndarray) -> np.ndarray | None:
             # The numbers of `rng` that are drawn depend on the slide only, not on where its features come from.
             return None if budget is None or len(coords) <= budget else choose_patches(coords, contours, budget, rng)
 
-        found = self.cache.read(slide, choose)
+        found = self.cache.read(slide, choose, allocate)
         return SlidePatches(found.features, found.coords, found.contour_index, slide.slide)
 
 
-def collate_patients(rows: Sequence[PatientRow]) -> PatientBatch:
-    """A batch of rows; slides are concatenated without padding."""
+class _Features:
+    """Memory for the features of a batch, which is given out in parts, one after the other.
+
+    In a worker of a loader, it is memory that the training process can use without a copy.
+    """
+
+    def __init__(self, n: int, dim: int) -> None:
+        self._used = 0
+        empty = torch.empty(0, dim)
+        if get_worker_info() is None or not n * dim:
+            self._rows = torch.empty(n, dim)
+        else:  # as torch's own collate function does it
+            self._rows = empty.new(empty._typed_storage()._new_shared(n * dim, device=empty.device)).resize_(n, dim)
+
+    def allocate(self, n: int) -> Tensor:
+        """The next n rows."""
+        self._used += n
+        return self._rows[self._used - n : self._used]
+
+    @property
+    def filled(self) -> Tensor:
+        """All rows that were given out."""
+        return self._rows[: self._used]
+
+
+def collate_patients(rows: Sequence[PatientRow], features: Tensor | None = None) -> PatientBatch:
+    """A batch of rows; slides are concatenated without padding.
+
+    Args:
+        rows: the rows.
+        features: the features of all slides of the rows, if they already lie one after the other; see `PatientBatch`.
+    """
     names = rows[0].omics if rows else {}
     available = (
         torch.stack([row.available for row in rows]) if rows else torch.zeros((0, len(MODALITIES)), dtype=torch.bool)
@@ -169,4 +216,5 @@ def collate_patients(rows: Sequence[PatientRow]) -> PatientBatch:
         {name: available[:, MODALITIES.index(name)] for name in held},
         tuple(row.patient for row in rows),
         torch.tensor([row.patient_index for row in rows], dtype=torch.int64),
+        features,
     )

@@ -27,6 +27,8 @@ from exaonepath.files.feature_rows import OpenFeatures, open_features
 
 # (coords int32 [N, 2], contour_index int32 [N]) to the rows that are wanted, increasing int64 [n]; None: all.
 ChooseRows = Callable[[np.ndarray, np.ndarray], np.ndarray | None]
+# A number of rows n to the tensor float32 [n, D] that takes them.
+Allocate = Callable[[int], Tensor]
 
 _ALIGNMENT = 64
 _EMPTY, _BEING_FILLED, _FIRST = 0, 1, 2  # states of a slide; from `_FIRST` on: its position plus `_FIRST`
@@ -122,24 +124,33 @@ class FeatureCache:
         with self._shared.lock:
             return int(self._shared.index[_OPENED])
 
-    def read(self, slide: Slide, choose: ChooseRows | None = None) -> SlideRows:
+    def read(self, slide: Slide, choose: ChooseRows | None = None, allocate: Allocate | None = None) -> SlideRows:
         """The patches of a slide: all, or the rows that `choose` selects.
 
         If there is space left, the whole file is read and stored. Otherwise only those blocks of the file are read that
         contain the rows.
 
+        Args:
+            slide: the slide.
+            choose: selects rows.
+            allocate: returns the tensor for the features, for example a part of that of a whole batch.
+
         Raises:
             DataFileError: the file cannot be read, or has changed since the cohort was checked.
         """
+        allocate = allocate or (lambda n: torch.empty(n, slide.dim))
         views = self._find(slide) or self._store(slide)
         if views is not None:
             rows = None if choose is None else choose(views.coords, views.contour_index)
-            # Copies, because a caller may change a row in place, which must not change the cache.
-            return _copied(views, rows, _some(views.features, rows, copy=True))
+            features = allocate(len(views.coords) if rows is None else len(rows))
+            _gather(views.features, rows, features)
+            return SlideRows(features, _copied(views.coords, rows), _copied(views.contour_index, rows))
         with self._open(slide) as file:
-            part = _Views(np.empty(0), _coords(file), file.contour_index)
-            rows = None if choose is None else choose(part.coords, part.contour_index)
-            return _copied(part, rows, file.read() if rows is None else file.take(rows))
+            coords, contours = _coords(file), file.contour_index
+            rows = None if choose is None else choose(coords, contours)
+            features = allocate(len(coords) if rows is None else len(rows))
+            _read(file, rows, features)
+            return SlideRows(features, _copied(coords, rows), _copied(contours, rows))
 
     def _find(self, slide: Slide) -> _Views | None:
         at = self._number.get(slide.features)
@@ -211,17 +222,28 @@ def _coords(file: OpenFeatures) -> np.ndarray:
     return file.coords
 
 
-def _some(values: np.ndarray, rows: np.ndarray | None, *, copy: bool) -> np.ndarray:
-    return values[rows] if rows is not None else values.copy() if copy else values
+def _gather(values: np.ndarray, rows: np.ndarray | None, out: Tensor) -> None:
+    """Copy rows of [N, D] to `out`."""
+    if values.dtype == np.float32 and rows is not None:
+        np.take(values, rows, axis=0, out=out.numpy(), mode="clip")  # "clip" avoids a copy; all rows are inside
+    else:
+        # torch converts float16 ten times faster than numpy does; the conversion is exact in both.
+        out.copy_(torch.from_numpy(values if rows is None else values[rows]))
 
 
-def _copied(views: _Views, rows: np.ndarray | None, features: np.ndarray) -> SlideRows:
-    # torch converts float16 ten times faster than numpy does; the conversion is exact in both.
-    return SlideRows(
-        torch.from_numpy(features).float(),
-        torch.from_numpy(_some(views.coords, rows, copy=True)),
-        torch.from_numpy(_some(views.contour_index, rows, copy=True)),
-    )
+def _read(file: OpenFeatures, rows: np.ndarray | None, out: Tensor) -> None:
+    """Read rows of the file to `out`."""
+    if file.is_half:
+        out.copy_(torch.from_numpy(file.read() if rows is None else file.take(rows)))
+    elif rows is None:
+        file.read_into(out.numpy())
+    else:
+        file.take(rows, out.numpy())
+
+
+def _copied(values: np.ndarray, rows: np.ndarray | None) -> Tensor:
+    """Rows of the values, as a copy: a caller may change it, which must not change the cache."""
+    return torch.from_numpy(values.copy() if rows is None else values[rows])
 
 
 def _size(slide: Slide) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from exaonepath.alignment.batch import PatientBatch
-from exaonepath.alignment.data.dataset import PatientDataset, collate_patients
+from exaonepath.alignment.data.dataset import PatientDataset
 
 # The epoch of the random choices, and rows of the data set.
 Request = tuple[int, Sequence[int]]
@@ -24,7 +24,7 @@ class _Batches(Dataset[PatientBatch]):
 
     def __getitem__(self, request: Request) -> PatientBatch:
         epoch, rows = request
-        return collate_patients([self._rows.row(row, epoch) for row in rows])
+        return self._rows.batch(rows, epoch)
 
 
 def read_batches(rows: PatientDataset, requests: Iterable[Request], *, workers: int = 0) -> Iterator[PatientBatch]:

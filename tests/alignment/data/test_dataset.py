@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from exaonepath.alignment.data.dataset import PatientDataset, collate_patients
+from exaonepath.alignment.data.slides import SlideTable
 from exaonepath.alignment.data.standardizer import Standardizer
 from exaonepath.alignment.modalities import MODALITIES
 from exaonepath.errors import DataFileError, SettingsError
@@ -126,6 +127,26 @@ def test_a_batch_keeps_slides_ragged(small, standardizer):
     assert batch.to("cpu").slides.features is not None
     empty = collate_patients([])
     assert (len(empty), empty.slides, dict(empty.profiles), dict(empty.available)) == (0, None, {}, {})
+
+
+@pytest.mark.parametrize("choice", ["one", "all", "rows"])
+@pytest.mark.parametrize("options", [{}, {"patch_budget": 11}, {"patch_budget": 11, "cache_bytes": 0}])
+def test_a_batch_is_that_of_its_rows(small, standardizer, choice, options):
+    data = PatientDataset(small, standardizer, slides=choice, **options)
+    rows = [5, 0, 7, 3]
+    batch, expected = data.batch(rows, 2), collate_patients([data.row(row, 2) for row in rows])
+    assert batch.patients == expected.patients
+    assert (batch.slides.lengths, batch.slides.patients) == (expected.slides.lengths, expected.slides.patients)
+    for name in ("features", "coords", "contour_index"):
+        assert torch.equal(getattr(batch.slides, name), getattr(expected.slides, name))
+    for name in expected.profiles:
+        assert torch.equal(batch.profiles[name], expected.profiles[name])
+    assert len(data.batch([], 0)) == 0
+    first = small.patients[0]
+    fewer = replace(small, slides=SlideTable(tuple(s for s in small.slides.slides if s.patient != first)))
+    data = PatientDataset(fewer, standardizer, slides=choice, **options)
+    assert data.batch([0], 0).slides is None
+    assert torch.equal(data.batch([0, 1], 0).slides.features, data.batch([1], 0).slides.features)
 
 
 def test_what_a_caller_does_to_a_row_does_not_reach_the_cache(small, standardizer):

@@ -7,8 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import torch
-
+from exaonepath.alignment.batch import PatientBatch
 from exaonepath.alignment.training.batch_plan import BatchPlan
 from exaonepath.alignment.training.loading import read_batches
 from exaonepath.alignment.training.run import prepare
@@ -47,10 +46,8 @@ def test_batches_depend_on_the_plan_only(make_settings):
 class _WhoReads:
     """Stands for a data set: the patients of a batch are the process that read it."""
 
-    def row(self, row, epoch):
-        from exaonepath.alignment.data.dataset import PatientRow
-
-        return PatientRow(f"{os.getpid()}", row, (), {}, torch.zeros(5, dtype=torch.bool))
+    def batch(self, rows, epoch):
+        return PatientBatch(1, patients=(str(os.getpid()),))
 
 
 def test_workers_stay_and_read_ahead():
