@@ -259,6 +259,4 @@ def test_check_is_remembered(benchmark, real, monkeypatch):
     benchmark.extra_info.update(
         seconds=round(again, 4), baseline_seconds=round(first, 4), ratio=round(first / again, 1), gigabytes=size / 1e9
     )
-    print(
-        f"\n{json.dumps({'first_s': round(first, 2), 'again_s': round(again, 3), 'gigabytes': round(size / 1e9, 2)})}"
-    )
+    print(f"\nfirst {first:.2f} s, remembered {again:.3f} s, {size / 1e9:.2f} GB")
