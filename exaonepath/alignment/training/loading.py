@@ -11,20 +11,28 @@ from torch.utils.data import DataLoader, Dataset
 
 from exaonepath.alignment.batch import PatientBatch
 from exaonepath.alignment.data.dataset import PatientDataset
+from exaonepath.errors import ExaonePathError
 
 # The epoch of the random choices, and rows of the data set.
 Request = tuple[int, Sequence[int]]
 
 
-class _Batches(Dataset[PatientBatch]):
-    """Batches by request: so one loader, with the same workers, serves a whole run and reads across epochs."""
+class _Batches(Dataset[PatientBatch | ExaonePathError]):
+    """Batches by request: so one loader, with the same workers, serves a whole run and reads across epochs.
+
+    Errors are returned and raised by the training process: a loader would raise another error, with the worker's
+    traceback as its message.
+    """
 
     def __init__(self, rows: PatientDataset) -> None:
         self._rows = rows
 
-    def __getitem__(self, request: Request) -> PatientBatch:
+    def __getitem__(self, request: Request) -> PatientBatch | ExaonePathError:
         epoch, rows = request
-        return self._rows.batch(rows, epoch)
+        try:
+            return self._rows.batch(rows, epoch)
+        except ExaonePathError as exc:
+            return exc
 
 
 def read_batches(rows: PatientDataset, requests: Iterable[Request], *, workers: int = 0) -> Iterator[PatientBatch]:
@@ -34,8 +42,11 @@ def read_batches(rows: PatientDataset, requests: Iterable[Request], *, workers: 
         rows: the data set.
         requests: consumed a few batches ahead if there are workers.
         workers: processes that read; 0: batches are read when they are needed.
+
+    Raises:
+        DataFileError: a features file cannot be read, or has changed since the cohort was checked.
     """
-    loader: DataLoader[PatientBatch] = DataLoader(
+    loader: DataLoader[PatientBatch | ExaonePathError] = DataLoader(
         _Batches(rows),
         batch_size=None,
         sampler=requests,
@@ -46,7 +57,10 @@ def read_batches(rows: PatientDataset, requests: Iterable[Request], *, workers: 
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )
-    yield from loader
+    for batch in loader:
+        if isinstance(batch, ExaonePathError):
+            raise batch
+        yield batch
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -2,15 +2,20 @@
 
 import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 
+import pytest
+
 from exaonepath.alignment.batch import PatientBatch
 from exaonepath.alignment.training.batch_plan import BatchPlan
-from exaonepath.alignment.training.loading import read_batches
+from exaonepath.alignment.training.loading import _Batches, read_batches
 from exaonepath.alignment.training.run import prepare
+from exaonepath.errors import DamagedFileError
 
 
 def _digest(batch):
@@ -66,6 +71,26 @@ def test_workers_stay_and_read_ahead():
     assert len(asked) == 20
     assert len(pids) == 2
     assert str(os.getpid()) not in pids
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_worker_is_the_error_without_one(make_settings, tmp_path, cohort_folder, workers):
+    base = make_settings()
+    shutil.copytree(cohort_folder, tmp_path / "cohort")
+    slides = str(tmp_path / "cohort" / "slides.csv")
+    data = prepare(replace(base, data=replace(base.data, slides=slides))).data
+    bad = next(slide for slide in data.cohort.slides.slides if slide.patient in data.train)
+    bad.features.write_bytes(bad.features.read_bytes()[:5000])
+    with pytest.raises(DamagedFileError) as raised:
+        list(read_batches(data._training, [(0, [data._number[bad.patient]])], workers=workers))
+    assert str(raised.value).startswith(f"{bad.features} is damaged")
+    assert "Traceback" not in str(raised.value)
+
+
+def test_a_worker_that_is_not_forked_can_be_sent_the_data(make_settings):
+    data = prepare(make_settings()).data
+    copy = pickle.loads(pickle.dumps(_Batches(data._training)))  # noqa: S301 - as a loader does it
+    assert _digest(copy[1, [0, 3]]) == _digest(_Batches(data._training)[1, [0, 3]])
 
 
 def test_a_signal_to_all_processes_of_a_job_ends_the_run_with_a_checkpoint(make_settings, tmp_path):
