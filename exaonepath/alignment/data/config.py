@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 
 from exaonepath.alignment.data.checks import SCALES, DuplicateFeatures, Missing
 from exaonepath.alignment.data.dialect import Decimal
+from exaonepath.alignment.data.feature_checks import FeatureCheck
 from exaonepath.alignment.data.orientation import Orientation
 from exaonepath.alignment.data.patient_ids import PatientIds
-from exaonepath.alignment.data.slides import FeatureCheck
 from exaonepath.alignment.modalities import MODALITIES, OMICS
 from exaonepath.errors import SettingsError
 
@@ -72,7 +72,7 @@ class CohortConfig:
         missing: treatment of single missing values; see `check_table`.
         min_modalities: patients with fewer modalities are left out, with a note that names them.
         feature_dim: input width of the slide encoder; None: any.
-        check_features: "full" or "header"; see `read_slides`.
+        check_features: "full", "again" or "header"; see `read_slides`.
     """
 
     mudata: str | os.PathLike[str] | None = None
