@@ -18,13 +18,15 @@ from exaonepath.files.strict_json import parse_json
 from exaonepath.text import printable
 from exaonepath.version import __version__
 from exaonepath.viewer import tiles
-from exaonepath.viewer.analysis import MOST_CLUSTERS, Components, clusters, components
-from exaonepath.viewer.attention import Attention, AttentionUnavailable
-from exaonepath.viewer.banners import banners
-from exaonepath.viewer.library import Entry, Library
 from exaonepath.viewer.memo import Memo, NotFound, Outdated
 from exaonepath.viewer.pixels import Pixels, SlideInfo
-from exaonepath.viewer.results import (
+from exaonepath.viewer.slide_pool import SlidePool
+from exaonepath.viz.canvas import grid_step
+from exaonepath.viz.values.analysis import MOST_CLUSTERS, Components, clusters, components
+from exaonepath.viz.values.attention import Attention, AttentionUnavailable
+from exaonepath.viz.values.banners import banners
+from exaonepath.viz.values.library import Entry, Library
+from exaonepath.viz.values.results import (
     APPEARANCE,
     CONTEXT,
     Results,
@@ -33,10 +35,8 @@ from exaonepath.viewer.results import (
     packed_outlines,
     version_of,
 )
-from exaonepath.viewer.slide_pool import SlidePool
-from exaonepath.viewer.table import PatchTable
-from exaonepath.viewer.vectors import Match, UnitRows, VectorStore, most_similar
-from exaonepath.viz.canvas import grid_step
+from exaonepath.viz.values.table import PatchTable
+from exaonepath.viz.values.vectors import Match, UnitRows, VectorStore, most_similar
 
 logger = logging.getLogger(__name__)
 

@@ -41,9 +41,9 @@ def start(
         raise MissingDependencyError(
             f'the viewer needs starlette and uvicorn ({exc}): pip install "exaonepath[viewer]"'
         ) from exc
-    from exaonepath.viewer.library import Library
     from exaonepath.viewer.service import Service
-    from exaonepath.viewer.table import PatchTable
+    from exaonepath.viz.values.library import Library
+    from exaonepath.viz.values.table import PatchTable
 
     values = None if table is None else PatchTable(table)
     service = Service(Library(out, slides), values, weights=weights, device=device)

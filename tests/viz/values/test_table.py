@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from exaonepath.errors import SettingsError
-from exaonepath.viewer.library import key_of
-from exaonepath.viewer.table import PatchTable
+from exaonepath.viz.values.table import PatchTable
 
 COORDS = np.array([[0, 0], [256, 0], [0, 256]], np.int32)
 
@@ -62,17 +61,3 @@ def test_files_that_are_no_tables(tmp_path):
     (tmp_path / "b.csv").write_bytes(b"x,y,a\n\xff\xfe\x00,1,2\n")
     with pytest.raises(SettingsError, match="UTF-8"):
         PatchTable(tmp_path / "b.csv")
-
-
-def test_columns_reach_the_page(made, view, tmp_path):
-    coords = None
-    with view(made, [made / "slides"]) as client:
-        coords = client.array("coords", "<i4", key_of("second")).reshape(-1, 2)
-    text = "slide,x,y,depth,kind\n" + "".join(f"second,{x},{y},{x + y},{'ab'[x % 2]}\n" for x, y in coords.tolist())
-    with view(made, [made / "slides"], table=table(tmp_path, text)) as client:
-        detail = client.slide(key_of("second"))
-        assert [c["name"] for c in detail["columns"]] == ["depth", "kind"]
-        assert (client.array("column", "<f4", key_of("second"), name="depth") == coords.sum(1)).all()
-        assert client.get(f"api/slides/{detail['key']}/column", v=detail["version"], name="../x")[0] == 404
-        other = client.slide()
-        assert client.get(f"api/slides/{other['key']}/column", v=other["version"], name="depth")[0] == 404

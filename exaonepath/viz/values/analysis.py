@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from exaonepath.viewer.vectors import UnitRows
 from exaonepath.viz.colors import Projection, project, score_colors
+from exaonepath.viz.values.vectors import UnitRows
 
 _SAMPLE = 20_000  # rows that the axes are computed from; of more, an even sample
 _CLUSTER_SAMPLE = 20_000
