@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from exaonepath.errors import SlideReadError
 from exaonepath.slides.image import SlideImage
 from exaonepath.viz.colors import to_oklab, to_srgb
 
@@ -44,10 +45,12 @@ class Canvas:
         return (np.asarray(level0, np.float64) - self.origin) * self.scale
 
 
-def view(slide: SlideImage, boxes: Sequence[np.ndarray], longest: int) -> Canvas:
+def view(
+    slide: SlideImage, boxes: Sequence[np.ndarray], longest: int, *, unreadable: list[SlideReadError] | None = None
+) -> Canvas:
     """The slide cropped to the area of `boxes` (each level-0 points [P, 2]), `longest` pixels on the longer side.
 
-    Without points: the whole slide.
+    Without points: the whole slide. `unreadable` is as for `SlideImage.thumbnail`.
 
     Raises:
         SlideReadError: the slide cannot be read.
@@ -63,7 +66,7 @@ def view(slide: SlideImage, boxes: Sequence[np.ndarray], longest: int) -> Canvas
         if (high - low).min() < 1:
             low, high = np.zeros(2), full
     wanted = min(longest * full.max() / (high - low).max(), _LONGEST_THUMBNAIL)
-    picture = slide.thumbnail(round(wanted))
+    picture = slide.thumbnail(round(wanted), unreadable=unreadable)
     scale = np.array([picture.shape[1], picture.shape[0]]) / full
     x0, y0 = np.floor(low * scale).astype(int)
     x1, y1 = np.maximum(np.ceil(high * scale).astype(int), (x0 + 1, y0 + 1))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
+from exaonepath.slides.image import SlideImage
 from exaonepath.slides.scale import ASSUMED
 from exaonepath.text import printable
 from exaonepath.viz.values.results import Results
@@ -21,6 +23,20 @@ class SlideFacts(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class OpenSlideFacts:
+    """`SlideFacts` of an open slide."""
+
+    mpp_source: str
+    doubts: tuple[str, ...]
+    fingerprint: str
+
+    @classmethod
+    def of(cls, slide: SlideImage) -> OpenSlideFacts:
+        """The facts of a slide; the errors of `SlideImage.fingerprint` are raised."""
+        return cls(slide.mpp_source, slide.scale_doubts, slide.fingerprint())
 
 
 def banners(info: SlideFacts | None, results: Results | None) -> list[dict[str, str]]:
