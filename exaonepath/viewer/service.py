@@ -14,13 +14,13 @@ from exaonepath.errors import DataFileError, ExaonePathError, FileBusyError, Mas
 from exaonepath.files.atomic import ensure_folder
 from exaonepath.files.regions import MOST_REGIONS, Region, parse_region, read_regions, write_regions
 from exaonepath.files.strict_json import parse_json
+from exaonepath.slides.patches.fragments import grid_step
 from exaonepath.text import printable
 from exaonepath.version import __version__
 from exaonepath.viewer import tiles
 from exaonepath.viewer.memo import Memo, NotFound, Outdated
 from exaonepath.viewer.pixels import Pixels, SlideInfo
 from exaonepath.viewer.slide_pool import SlidePool
-from exaonepath.viz.canvas import grid_step
 from exaonepath.viz.values.analysis import MOST_CLUSTERS, Components, clusters, components
 from exaonepath.viz.values.attention import Attention, AttentionUnavailable
 from exaonepath.viz.values.banners import banners

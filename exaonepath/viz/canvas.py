@@ -97,18 +97,6 @@ def _filled(canvas: Canvas, outlines: Sequence[np.ndarray], value: int) -> np.nd
     return mask
 
 
-def grid_step(coords: np.ndarray, patch_size: int) -> int:
-    """Distance between neighbouring patches in level-0 pixels, inferred from their coordinates int [N, 2]."""
-    gaps = []
-    for along, across in ((0, 1), (1, 0)):
-        ordered = coords[np.lexsort((coords[:, along], coords[:, across]))].astype(np.int64)
-        same_line = np.diff(ordered[:, across]) == 0
-        gap = np.diff(ordered[:, along])[same_line]
-        gaps.append(gap[gap > 0])
-    found = np.concatenate(gaps)
-    return int(np.median(found)) if len(found) else int(patch_size)
-
-
 def color_field(
     canvas: Canvas, centres: np.ndarray, lab: np.ndarray, patch_size: int, step: int
 ) -> tuple[np.ndarray, np.ndarray]:

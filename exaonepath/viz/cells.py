@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from exaonepath.viz.canvas import grid_step
+from exaonepath.slides.patches.fragments import grid_step
 
 
 @dataclass(frozen=True)
