@@ -110,11 +110,13 @@ def register(weights: str = DEFAULT_WEIGHTS, **options: Any) -> None:
     patches, slides = (_module(f"trident.{kind}_encoder_models.load") for kind in ("patch", "slide"))
     shared = {name: value for name, value in options.items() if name in ("dtype", "device")}
 
-    def patch_encoder(**_: Any) -> TridentPatchEncoder:
-        return TridentPatchEncoder(weights, **shared)
+    def patch_encoder(weights_path: str | None = None, **more: Any) -> TridentPatchEncoder:
+        _check_unknown(more, set())
+        return TridentPatchEncoder(weights_path or weights, **shared)
 
-    def slide_encoder(**_: Any) -> TridentSlideEncoder:
-        return TridentSlideEncoder(weights, **options)
+    def slide_encoder(weights_path: str | None = None, **more: Any) -> TridentSlideEncoder:
+        _check_unknown(more, {"pretrained", "freeze"})  # the weights are those of `register`; both are frozen
+        return TridentSlideEncoder(weights_path or weights, **options)
 
     try:
         patches.encoder_registry[NAME] = patch_encoder
@@ -122,6 +124,12 @@ def register(weights: str = DEFAULT_WEIGHTS, **options: Any) -> None:
         slides.slide_to_patch_encoder_name[NAME] = NAME
     except AttributeError as exc:
         raise _missing(str(exc)) from exc
+
+
+def _check_unknown(arguments: dict[str, Any], known: set[str]) -> None:
+    unknown = sorted(set(arguments) - known)
+    if unknown:
+        raise SettingsError(f"{NAME} has no argument {', '.join(unknown)} in TRIDENT")
 
 
 def _module(name: str) -> Any:

@@ -62,7 +62,7 @@ class Service:
 
     Args:
         library: the slides.
-        table: values of patches from a CSV file.
+        table: values of patches from a table.
         weights, device: of the slide encoder, for attention (see `Attention`).
     """
 

@@ -28,7 +28,7 @@ def start(
         port: 0: a free one.
         announce: called with the address of the page as soon as it can be opened.
         browser: open it in the browser.
-        table: a CSV file with values of patches (see `PatchTable`).
+        table: a CSV or Parquet file with values of patches (see `PatchTable`).
         weights, device: of the slide encoder, for attention.
 
     Raises:

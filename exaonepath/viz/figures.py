@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from exaonepath.errors import OutputError, SettingsError, SlideChangedError
+from exaonepath.errors import DataFileError, OutputError, SettingsError, SlideChangedError
 from exaonepath.files.artifact import refuse_input_as_output
 from exaonepath.files.atomic import ensure_folder
 from exaonepath.slides.cohort.cohort_slide import CohortSlide
@@ -20,7 +20,8 @@ from exaonepath.viz.overlay import write_overlay
 from exaonepath.viz.palettes import Palette, colour_map
 from exaonepath.viz.values.attention import Attention
 from exaonepath.viz.values.library import Entry, Library
-from exaonepath.viz.values.patch_values import Question, patch_values, values_name
+from exaonepath.viz.values.patch_values import Question as Question
+from exaonepath.viz.values.patch_values import patch_values, values_name
 from exaonepath.viz.values.results import load_results
 from exaonepath.viz.values.table import PatchTable
 from exaonepath.viz.values.vectors import VectorStore
@@ -145,6 +146,8 @@ class FigureMaker:
             ExaonePathError: see `patch_values`, `draw_heatmap`, `write_overlay` and `draw_contact_sheet`.
         """
         look = look or Look()
+        if entry.state in ("slide", "skipped"):
+            raise DataFileError(f"{self.out} holds no patches of {entry.id}; encode the slide with exaonepath encode")
         results = load_results(entry)
         with SlideImage(entry.slide_file(), mpp=entry.mpp(), name=entry.id) as slide:
             if results.slide_fingerprint not in (None, slide.fingerprint()):

@@ -38,6 +38,7 @@ from exaonepath.viz.values.patch_values import PatchValues
 from exaonepath.viz.values.results import Results
 
 _LEGEND = 2.5  # inches at the right of the slide
+_STRIP = 256  # rows
 _NARROWEST, _LOWEST = 7.5, 4.2  # inches of the whole picture
 
 
@@ -132,8 +133,11 @@ def _blended(canvas: Canvas, cells: Cells, opacity: float) -> np.ndarray:
     layer = np.zeros((*grey.shape, 4), np.uint8)
     opaque = np.concatenate([cells.colours, np.full((len(cells.colours), 1), 255, np.uint8)], axis=1)
     Cells(cells.boxes, opaque).scaled(canvas.scale, canvas.origin).paint(layer)
-    mixed = np.rint((1 - opacity) * base + opacity * layer[..., :3]).astype(np.uint8)
-    return np.where(layer[..., 3:] > 0, mixed, base)
+    for top in range(0, len(base), _STRIP):  # not the whole picture in floating point, which takes eight times as much
+        part, over = base[top : top + _STRIP], layer[top : top + _STRIP]
+        mixed = np.rint((1 - opacity) * part + opacity * over[..., :3]).astype(np.uint8)
+        np.copyto(part, mixed, where=over[..., 3:] > 0)
+    return base
 
 
 def _on_slide(figure: Any, frame: Frame, canvas: Canvas, pixels: np.ndarray) -> Any:

@@ -281,8 +281,8 @@ def test_every_level_of_the_overlay_is_aligned(slide, results, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_slide(results, tmp_path):
-    """A slide of 4.8 gigapixels: level 0 alone would take 19 GB."""
-    width, height = 80_000, 60_000
+    """A slide of 1.2 gigapixels: level 0 alone would take 4.8 GB."""
+    width, height = 40_000, 30_000
     fake = SimpleNamespace(
         dimensions=(width, height),
         mpp=0.25,
@@ -516,6 +516,24 @@ def test_a_slide_that_is_gone_or_is_another_one(copied, tmp_path):
         with pytest.raises(SettingsError, match=r"has no slide two; it has one"):
             maker.slides(["one", "two"])
     assert not (tmp_path / "f").exists()
+
+
+def test_a_slide_without_results_is_named(made, tmp_path):
+    other = make_slide(tmp_path / "other.svs", 700, 500, fragments=1)
+    with FigureMaker(made / "out", cohort_inputs([other]).slides) as maker:
+        assert [entry.id for entry in maker.slides()] == ["one"]
+        with pytest.raises(DataFileError, match="no patches of other"):
+            maker.make(maker.slides(["other"])[0], Question("fragment"), None, tmp_path)
+
+
+def test_names_of_columns_become_names_of_files(maker, results, tmp_path):
+    rows = "".join(f"{n},{n}\n" for n in range(len(results.coords)))
+    name = "../" + "ä" * 300
+    (tmp_path / "t.csv").write_text(f"patch,{name}\n{rows}", encoding="utf-8")
+    with FigureMaker(maker.out, table=tmp_path / "t.csv") as other:
+        (path,) = other.make(other.slides()[0], Question("column", column=name), Look(longest=200), tmp_path / "to")
+    assert path.parent == tmp_path / "to"
+    assert path.name == f"one-column-.._{'ä' * 57}.png"
 
 
 def test_what_was_not_kept_is_named(made, encode, tmp_path, own_weights):

@@ -22,6 +22,7 @@ By = Literal["attention", "similarity", "cluster", "pca", "component", "fragment
 MOST_COLOURS = 12  # categories that have a colour of their own
 _OF_ONE_PATCH = ("attention", "similarity")
 _MOST_ATTENTION = 0.99  # a few patches get most of the attention: the colours end where 1 % lie above
+_LONGEST_NAME = 60  # characters of a column in the name of a file
 _TAIL = 0.01  # share of a component's values beyond either end of the colours
 
 
@@ -119,7 +120,7 @@ def values_name(results: Results, question: Question) -> str:
         SettingsError: there is no such patch.
     """
     if question.by == "column":
-        return "column-" + re.sub(r"[^\w.-]", "_", str(question.column))
+        return "column-" + re.sub(r"[^\w.-]", "_", str(question.column))[:_LONGEST_NAME]
     names = {"cluster": f"clusters-{question.clusters}", "component": "component-1", "fragment": "fragments"}
     parts = [names.get(question.by, question.by)]
     if question.by in _OF_ONE_PATCH:

@@ -18,6 +18,7 @@ _SLIDE_COLUMNS = ("slide", "slide_id", "id", "wsi_id")
 _X_COLUMNS, _Y_COLUMNS = ("x", "coord_x", "x_coord"), ("y", "coord_y", "y_coord")
 _ROW_COLUMNS = ("patch", "index", "patch_index")
 _LARGEST_FILE = 1 << 30
+_MOST_CELLS = 20_000_000  # of a Parquet file, which is much larger in memory than on disk
 _MISSING = {"", "na", "nan", "n/a", "null", "none"}
 MOST_CATEGORIES = 40
 
@@ -164,6 +165,11 @@ def _read_parquet(path: Path) -> tuple[list[str], list[list[str]]]:
             raise SettingsError(f"{path} has more than 1 GB, which is too much for a table of patches")
         stored = pyarrow.parquet.ParquetFile(path)
         plain = [field.name for field in stored.schema_arrow if not pyarrow.types.is_nested(field.type)]
+        if stored.metadata.num_rows * len(plain) > _MOST_CELLS:
+            raise SettingsError(
+                f"{path} has {stored.metadata.num_rows:,} rows of {len(plain)} columns, which is too much for a table "
+                "of patches; leave columns or slides out"
+            )
         table = stored.read(columns=plain)
         columns = [["" if value is None else str(value) for value in column.to_pylist()] for column in table.columns]
         header = list(table.column_names)

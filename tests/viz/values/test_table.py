@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from exaonepath.errors import SettingsError
+from exaonepath.viz.values import table as table_module
 from exaonepath.viz.values.table import PatchTable
 
 COORDS = np.array([[0, 0], [256, 0], [0, 256]], np.int32)
@@ -61,3 +62,20 @@ def test_files_that_are_no_tables(tmp_path):
     (tmp_path / "b.csv").write_bytes(b"x,y,a\n\xff\xfe\x00,1,2\n")
     with pytest.raises(SettingsError, match="UTF-8"):
         PatchTable(tmp_path / "b.csv")
+
+
+def test_a_large_parquet_file_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra `cohort`")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"patch": [0, 1, 2], "score": [1.5, None, 3.5]}), tmp_path / "t.parquet")
+    found = PatchTable(tmp_path / "t.parquet").column("score", "s", COORDS).values
+    assert found[[0, 2]].tolist() == [1.5, 3.5]
+    assert np.isnan(found[1])
+    monkeypatch.setattr(table_module, "_MOST_CELLS", 5)
+    with pytest.raises(SettingsError, match="3 rows of 2 columns"):
+        PatchTable(tmp_path / "t.parquet")
+    monkeypatch.setattr(table_module, "_MOST_CELLS", 6)
+    parquet.write_table(pyarrow.table({"patch": [], "score": []}), tmp_path / "e.parquet")
+    with pytest.raises(SettingsError, match="no rows"):
+        PatchTable(tmp_path / "e.parquet")
