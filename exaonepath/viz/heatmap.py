@@ -17,7 +17,7 @@ from exaonepath.text import printable
 from exaonepath.viz import panels
 from exaonepath.viz.canvas import Canvas, view
 from exaonepath.viz.cells import Cells, patch_cells
-from exaonepath.viz.legend import draw_legend
+from exaonepath.viz.legend import draw_legend, legend_height
 from exaonepath.viz.palettes import CROSS, Palette, colour_map, patch_colours
 from exaonepath.viz.sheet import (
     DPI,
@@ -39,7 +39,7 @@ from exaonepath.viz.values.results import Results
 
 _LEGEND = 2.5  # inches at the right of the slide
 _STRIP = 256  # rows
-_NARROWEST, _LOWEST = 7.5, 4.2  # inches of the whole picture
+_NARROWEST = 7.5  # inches of the whole picture
 
 
 def draw_heatmap(
@@ -90,13 +90,14 @@ def draw_heatmap(
     notes = figure_notes(slide, results)
     if unreadable:
         notes.append(f"Unreadable: {len(unreadable)} area(s) of the slide cannot be read and are shown in plain grey.")
-    frame, lines = _frame(canvas, notes)
+    failed = len(results.failures)
+    frame, lines = _frame(canvas, notes, legend_height(values, failed))
     figure = new_figure(frame)
     write_heading(figure, frame, f"{values.title} — {printable(slide.name)}", subtitle(slide, results, values))
     write_notes(figure, frame, lines)
     axes = _on_slide(figure, frame, canvas, pixels)
     _annotate(axes, canvas, slide, results, values, cells)
-    draw_legend(figure, frame, canvas.size, values, palette, failed=len(results.failures))
+    draw_legend(figure, frame, canvas.size, values, palette, failed=failed)
     return write_png(figure, out_png, slide)
 
 
@@ -114,15 +115,17 @@ def figure_notes(slide: SlideImage, results: Results) -> list[str]:
 def subtitle(slide: SlideImage, results: Results, values: PatchValues) -> str:
     """How the values were computed, and of how many patches of which size."""
     count = len(results.coords)
+    if not count:
+        return "no tissue found, so there are no patches"
     patches = f"{count:,} patch{'es' * (count != 1)} of {results.patch_size * slide.mpp:.0f} µm"
-    return "  ·  ".join(filter(None, [values.about, patches if count else "no tissue found: no patches"]))
+    return "  ·  ".join(filter(None, [values.about, patches]))
 
 
-def _frame(canvas: Canvas, notes: Sequence[str]) -> tuple[Frame, list[str]]:
+def _frame(canvas: Canvas, notes: Sequence[str], legend: int) -> tuple[Frame, list[str]]:
     width, height = canvas.size
     full = max(round(_NARROWEST * DPI), width + round((2 * LEFT + _LEGEND) * DPI))
     lines = wrapped(notes, full)
-    tall = max(round(_LOWEST * DPI), height + round(TOP * DPI)) + notes_height(lines)
+    tall = max(height, legend) + round(TOP * DPI) + notes_height(lines)
     return Frame(round(LEFT * DPI), round(TOP * DPI), full, tall), lines
 
 

@@ -12,7 +12,7 @@ from exaonepath.viz.sheet import DPI, Frame
 from exaonepath.viz.values.patch_values import MOST_COLOURS, PatchValues
 
 _GAP, _BAR, _ROW, _SWATCH = 0.28, 0.18, 0.24, 0.15  # inches
-_TALLEST_BAR = 2.6
+_SMALLEST_BAR, _TALLEST_BAR = 1.0, 2.6
 _LONGEST_NAME = 24
 
 
@@ -30,11 +30,22 @@ def draw_legend(
     """
     left, top = frame.left + size[0] + _GAP * DPI, float(frame.top)
     known = np.isfinite(values.values)
-    if known.any() and not values.categories and values.colours is None:
+    if _has_bar(values, known):
         top = _numbers(figure, frame, (left, top), size[1], values, palette)
     for kind, color, text in _entries(values, known, failed):
         _entry(figure, frame, (left, top), kind, color, text)
         top += _ROW * DPI
+
+
+def legend_height(values: PatchValues, failed: int) -> int:
+    """Pixels that the legend takes at least."""
+    known = np.isfinite(values.values)
+    bar = _SMALLEST_BAR + 2.5 * _ROW if _has_bar(values, known) else 0.0
+    return round((bar + len(_entries(values, known, failed)) * _ROW) * DPI)
+
+
+def _has_bar(values: PatchValues, known: np.ndarray) -> bool:
+    return bool(known.any()) and not values.categories and values.colours is None
 
 
 def _numbers(
@@ -56,7 +67,7 @@ def _numbers(
     from matplotlib.colors import Normalize
 
     ends = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
-    height = min(_TALLEST_BAR * DPI, max(room, 2 * DPI) - 1.2 * DPI)
+    height = min(_TALLEST_BAR * DPI, max(_SMALLEST_BAR * DPI, room - 1.2 * DPI))
     start = top + 1.3 * _ROW * DPI
     width, tall = frame.width, frame.height
     box = (left / width, 1 - (start + height) / tall, _BAR * DPI / width, height / tall)

@@ -18,14 +18,15 @@ def grid_step(coords: np.ndarray, patch_size: int) -> int:
 
 
 def fragments_of_grid(coords: np.ndarray, patch_size: int) -> np.ndarray:
-    """A fragment for each patch: patches that touch or overlap, also at a corner, belong to the same one.
+    """A fragment for each patch: patches that touch or overlap, also at a corner, belong to the same one. A gap of one
+    pixel counts as touching: grids of other programs are rounded.
 
     Other programs store no contours. Contours of tissue pieces that are nearer to each other than a patch become one
     fragment; otherwise the fragments are those of the contours. In a grid with gaps, the distance between neighbours
     takes the place of the patch size.
 
     Args:
-        coords: int [N, 2], corners in level-0 pixels.
+        coords: int [N, 2], corners in level-0 pixels, which fit into 32 bits.
         patch_size: in level-0 pixels.
 
     Returns:
@@ -33,7 +34,7 @@ def fragments_of_grid(coords: np.ndarray, patch_size: int) -> np.ndarray:
     """
     if not len(coords):
         return np.empty(0, np.int32)
-    reach = max(int(patch_size), grid_step(coords, patch_size), 1)
+    reach = max(int(patch_size), grid_step(coords, patch_size), 1) + 1
     # Cells of the size of a patch: two patches in one cell, or in cells side by side if they are near enough along that
     # axis, are connected. Only cells that meet at a corner need their patches to be looked at one by one.
     points = coords.astype(np.int64)

@@ -36,7 +36,7 @@ def test_equals_all_pairs(seed):
     size = int(rng.integers(1, 120))
     found = fragments_of_grid(coords, size)
     assert found.dtype == np.int32
-    assert (found == of_pairs(coords, max(size, grid_step(coords, size)))).all()
+    assert (found == of_pairs(coords, max(size, grid_step(coords, size)) + 1)).all()
 
 
 def test_touching_counts_and_a_gap_does_not():
@@ -45,7 +45,8 @@ def test_touching_counts_and_a_gap_does_not():
 
     assert fragments((0, 0), (100, 0), (300, 0)) == [0, 0, 1]
     assert fragments((0, 0), (100, 100)) == [0, 0]  # at a corner
-    assert fragments((0, 0), (101, 100)) == [0, 1]
+    assert fragments((0, 0), (101, 101)) == [0, 0]  # rounded
+    assert fragments((0, 0), (102, 100)) == [0, 1]
     assert fragments((0, 100), (100, 0)) == [0, 0]
     assert fragments((5, 5), (5, 5)) == [0, 0]
     assert fragments() == []
