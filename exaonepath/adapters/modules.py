@@ -112,8 +112,8 @@ class SlideEncoderModule(nn.Module):
         weights: see `load_slide_encoder`; or a loaded encoder.
         dtype: as for `PatchEncoderModule`.
         device: where it is loaded; `to` moves it.
-        fragments: what takes the place of contours where they are not given: "grid", the pieces of the patch grid that
-            hang together (see `fragments_of_grid`); "one", a single fragment, which is how features files without
+        fragments: what takes the place of contours where they are not given: "grid", the connected pieces of the
+            patch grid (see `fragments_of_grid`); "one", a single fragment, which is how features files without
             contours are read.
 
     Attributes:

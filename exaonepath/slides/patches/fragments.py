@@ -1,4 +1,4 @@
-"""Fragments of patches whose contours are not known: pieces of the grid that hang together."""
+"""Fragments of patches whose contours are not known: connected pieces of the grid."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_touching_counts_and_a_gap_does_not():
     assert fragments((7, 7)) == [0]
 
 
-def test_a_grid_with_gaps_hangs_together():
+def test_a_grid_with_gaps_is_connected():
     coords = np.array([(x, y) for x in range(0, 1000, 200) for y in range(0, 1000, 200)])
     assert not fragments_of_grid(coords, 100).any()
 
