@@ -393,6 +393,16 @@ class StoredArray:
         self._compare(first, values)
         return values[start - first : stop - first]
 
+    def within(self, row: int, start: int, stop: int) -> np.ndarray:
+        """Entries `start` to `stop` of one row, from a file of another program.
+
+        Raises:
+            DataFileError: the file has checksums, which are of whole rows.
+        """
+        if self._crcs is not None:
+            raise DataFileError(f"{self._file.path}: parts of rows of {self._name} cannot be checked, so none is read")
+        return self._dataset[row, start:stop]
+
     def verify(self) -> None:
         """Read and check all rows without keeping them."""
         if self._crcs is not None:
