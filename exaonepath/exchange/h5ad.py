@@ -54,8 +54,9 @@ def write(sources: Sequence[Source], path: Path) -> None:
     dtype = np.result_type(*{slide.matrix.dtype for slide in slides}) if slides else np.dtype("float32")
     with atomic_h5_tree(path) as file:
         anndata.io.write_elem(file, "/", table)
-        if "X" in file:
-            del file["X"]
+        for name in ("X", "raw"):  # stated as missing; `raw` must not exist then, or the file cannot be read in parts
+            if name in file:
+                del file[name]
         x = file.create_dataset("X", shape, dtype)
         x.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
         row = 0

@@ -235,7 +235,8 @@ class StoredFile:
         """
         dataset = self._plain(name)
         wanted = "integers" if kinds == "iu" else "floating point"
-        sides = ", ".join("ND"[at] if side is None else str(side) for at, side in enumerate(shape))
+        batch = len(shape) == 3  # [1, N, D]
+        sides = ", ".join("NDC"[at - batch] if side is None else str(side) for at, side in enumerate(shape))
         fits = dataset.dtype.kind in kinds and dataset.dtype.itemsize <= 8 and dataset.ndim == len(shape)
         if not fits or any(side not in (None, got) for side, got in zip(shape, dataset.shape, strict=True)):
             raise DataFileError(
