@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from exaonepath.errors import DataFileError
-from exaonepath.exchange.slide_patches import Matrix
+from exaonepath.exchange.slide_patches import Matrix, part_rows
 from exaonepath.files.hdf5 import StoredArray, StoredFile
 from exaonepath.files.hdf5_output import atomic_h5_tree, encodable
 
@@ -100,6 +100,6 @@ class _WithoutBatchAxis:
 
     def parts(self) -> Iterator[tuple[int, np.ndarray]]:
         """See `Matrix.parts`."""
-        step = max(1, (1 << 25) // max(1, self.shape[1] * self.dtype.itemsize))
+        step = part_rows(self.shape, self.dtype)
         for start in range(0, max(1, self.shape[0]), step):
             yield start, self._dataset.within(0, start, start + step)

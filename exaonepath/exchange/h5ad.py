@@ -11,7 +11,7 @@ The vectors are written and read in parts; everything else is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +24,13 @@ from exaonepath.errors import DamagedFileError, DataFileError, ForeignFileError,
 from exaonepath.exchange.foreign_hdf5 import checked_coords
 from exaonepath.exchange.libraries import library
 from exaonepath.exchange.own_metadata import KEY, describe, parse, stated
-from exaonepath.exchange.slide_patches import Given, SlidePatches, Source, file_name
+from exaonepath.exchange.slide_patches import Given, SlidePatches, Source, file_name, part_rows
 from exaonepath.files.atomic import ensure_folder
-from exaonepath.files.hdf5 import open_h5_tree
+from exaonepath.files.hdf5 import open_h5_tree, open_h5_tree_in_parts
 from exaonepath.files.hdf5_output import atomic_h5_tree, encodable
 
 NAME = "AnnData"
 ENDING = ".h5ad"
-_ROWS = 1 << 14
 _MOST_SLIDES = 1 << 20
 
 
@@ -223,32 +222,35 @@ def read(found: Found, given: Given) -> Iterator[SlidePatches]:
     where = f"{found.path} ({found.id})"
     encoder = given.checked_encoder(about.pop("encoder", None), where)
     size = given.checked_patch_size(about.pop("patch_size", None), where)
-    with open_h5_tree(found.path) as file:
+    with open_h5_tree_in_parts(found.path) as (file, check):
         x = file.get("X")
         if not isinstance(x, h5py.Dataset) or x.ndim != 2 or x.dtype.kind != "f":
             raise DataFileError(f"{found.path}: X must be a dense matrix of floating-point numbers")
         if len(found.rows) and int(found.rows.max()) >= len(x):
             raise DataFileError(f"{found.path}: X has {len(x)} rows, obs more")
         about["mpp"] = given.mpp or about.get("mpp")
-        vectors = _Rows(x, found.rows)
+        vectors = _Rows(x, found.rows, check)
         yield SlidePatches(found.id, found.coords, size, vectors, encoder=encoder, fragments=found.fragments, **about)
 
 
 class _Rows:
     """Some rows of a dataset as a `Matrix`."""
 
-    def __init__(self, dataset: h5py.Dataset, rows: np.ndarray) -> None:
-        self._dataset, self._rows = dataset, rows
+    def __init__(self, dataset: h5py.Dataset, rows: np.ndarray, check: Callable[[], None]) -> None:
+        self._dataset, self._rows, self._check = dataset, rows, check
         self.shape: tuple[int, ...] = (len(rows), dataset.shape[1])
         self.dtype: np.dtype = dataset.dtype
 
     def parts(self) -> Iterator[tuple[int, np.ndarray]]:
         """See `Matrix.parts`."""
-        for start in range(0, max(1, len(self._rows)), _ROWS):
-            rows = self._rows[start : start + _ROWS]
+        step = part_rows(self.shape, self.dtype)
+        for start in range(0, max(1, len(self._rows)), step):
+            rows = self._rows[start : start + step]
             if not len(rows):
-                yield start, np.empty((0, self.shape[1]), self.dtype)
+                values = np.empty((0, self.shape[1]), self.dtype)
             elif rows[-1] - rows[0] == len(rows) - 1:  # they increase, so they follow each other
-                yield start, self._dataset[rows[0] : rows[-1] + 1]
+                values = self._dataset[rows[0] : rows[-1] + 1]
             else:
-                yield start, self._dataset[rows]
+                values = self._dataset[rows]
+            self._check()
+            yield start, values

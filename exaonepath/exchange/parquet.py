@@ -174,6 +174,11 @@ def _slides(path: Path, given: Given) -> list[Found]:
                 f"{path} lacks {', '.join(lacking)}: a table of patches has x, y (corner in level-0 pixels) and "
                 f"{VECTOR} (a list of numbers); it has {', '.join(schema.names)}"
             )
+        kind = getattr(schema.field(VECTOR).type, "value_type", None)
+        if kind is None or str(kind) not in ("halffloat", "float", "double"):
+            raise DataFileError(
+                f"{path}: {VECTOR} must be lists of floating-point numbers, got {schema.field(VECTOR).type}"
+            )
         metadata = parse((schema.metadata or {}).get(KEY.encode()), str(path))
         wanted = [name for name in ("slide", "x", "y", "fragment") if name in schema.names]
         table = file.read(columns=wanted, use_threads=False)
@@ -244,7 +249,7 @@ class _Rows:
         column = self._file.read_row_group(number, columns=[VECTOR], use_threads=False)[VECTOR].combine_chunks()
         flat = np.asarray(column.flatten())
         if column.null_count or flat.dtype.kind != "f":
-            raise DataFileError(f"{self._path}: {VECTOR} must be lists of floating-point numbers, without missing ones")
+            raise DataFileError(f"{self._path}: {VECTOR} has missing lists")
         lengths = np.asarray(column.value_lengths())
         if len(lengths) and (lengths != lengths[0]).any():
             raise DataFileError(f"{self._path}: the lists in {VECTOR} differ in length")

@@ -11,12 +11,12 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from exaonepath.errors import DataFileError, OutputCollisionError, SettingsError
+from exaonepath.errors import DamagedFileError, DataFileError, ExaonePathError, OutputCollisionError, SettingsError
 from exaonepath.text import few
 
 Vectors = Literal["features", "embeddings"]
 _UNSAFE = re.compile(r"[/\\\0]|^\.{0,2}$")
-_ROWS = 1 << 14  # of a part of an array in memory
+_PART_BYTES = 1 << 23
 _LARGEST_FLOAT16 = 65504.0
 
 
@@ -48,8 +48,14 @@ class ArrayMatrix:
 
     def parts(self) -> Iterator[tuple[int, np.ndarray]]:
         """See `Matrix.parts`."""
-        for start in range(0, max(1, len(self.values)), _ROWS):
-            yield start, np.asarray(self.values[start : start + _ROWS])
+        step = part_rows(self.shape, self.dtype)
+        for start in range(0, max(1, len(self.values)), step):
+            yield start, np.asarray(self.values[start : start + step])
+
+
+def part_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Rows of a matrix that are read at a time: some MB."""
+    return max(1, _PART_BYTES // max(1, shape[1] * dtype.itemsize))
 
 
 class CheckedMatrix:
@@ -79,9 +85,9 @@ class CheckedMatrix:
         """See `Matrix.parts`.
 
         Raises:
-            DataFileError: a number is NaN or infinite, or cannot be held by float16.
+            DataFileError: a number is NaN or infinite, or cannot be held by float16; the file is damaged.
         """
-        for start, values in self._source.parts():
+        for start, values in self._stored():
             part = values[:, self._columns[0] : self._columns[1]]
             bad = ~np.isfinite(part).all(axis=1)
             if bad.any():
@@ -94,6 +100,21 @@ class CheckedMatrix:
             if part.dtype.itemsize > 4 and part.size and np.abs(part).max() > np.finfo(np.float32).max:
                 raise DataFileError(f"{self._where} holds {np.abs(part).max():.4g}, which float32 cannot")
             yield start, np.ascontiguousarray(part, self.dtype)
+
+    def _stored(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The parts of the source; what a library raises while it reads them is damage of the file."""
+        parts = self._source.parts()
+        while True:
+            try:
+                item = next(parts, None)
+            except ExaonePathError:
+                raise
+            except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError) as exc:
+                reason = " ".join(str(exc).split())[:200]
+                raise DamagedFileError(f"{self._where} cannot be read: {type(exc).__name__}: {reason}") from exc
+            if item is None:
+                return
+            yield item
 
 
 @dataclass(frozen=True)

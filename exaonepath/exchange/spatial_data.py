@@ -9,6 +9,7 @@ one coordinate system per slide, named like it, in level-0 pixels
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ def write(sources: Sequence[Source], path: Path) -> None:
     data = spatialdata.SpatialData(shapes=shapes, images=images, tables={TABLE: _table(slides, names, x)})
     with atomic_folder(path) as folder:
         inner = folder / "store"  # the library writes to a path that does not exist
-        data.write(inner)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # addressed to the library's own developers
+            data.write(inner)
         for child in inner.iterdir():
             child.rename(folder / child.name)
         inner.rmdir()

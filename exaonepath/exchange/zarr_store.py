@@ -26,7 +26,7 @@ from exaonepath.errors import DamagedFileError, DataFileError, ForeignFileError,
 from exaonepath.exchange.foreign_hdf5 import checked_coords
 from exaonepath.exchange.libraries import library
 from exaonepath.exchange.own_metadata import KEY, describe, parse, stated
-from exaonepath.exchange.slide_patches import Given, SlidePatches, Source, file_name
+from exaonepath.exchange.slide_patches import Given, Matrix, SlidePatches, Source, file_name
 from exaonepath.files.atomic import atomic_folder, ensure_folder
 from exaonepath.files.hdf5_output import encodable
 from exaonepath.files.strict_json import parse_json
@@ -106,18 +106,8 @@ def _write_slide(group: Any, slide: SlidePatches) -> None:
     matrix = slide.matrix
     vectors = _create(group, "vectors", matrix.shape, matrix.dtype)
     if matrix.shape[0] and matrix.shape[1]:
-        step, held, at = vectors.chunks[0], [], 0
-        # Whole chunks: a part of one would be read, changed and written again.
-        for _, part in matrix.parts():
-            held.append(part)
-            ready = sum(map(len, held)) // step * step
-            if ready:
-                rows = np.concatenate(held)
-                vectors[at : at + ready] = rows[:ready]
-                held, at = [rows[ready:]], at + ready
-        rest = np.concatenate(held)
-        if len(rest):
-            vectors[at:] = rest
+        for start, rows in _in_chunks(matrix, vectors.chunks[0]):
+            vectors[start : start + len(rows)] = rows
     _write_array(group, "coords", slide.coords.astype(np.int32))
     if slide.fragments is not None:
         _write_array(group, "fragments", np.asarray(slide.fragments, np.int32))
@@ -131,6 +121,21 @@ def _write_slide(group: Any, slide: SlidePatches) -> None:
             )
             if found.categories:
                 array.attrs["categories"] = list(found.categories)
+
+
+def _in_chunks(matrix: Matrix, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The rows in parts that are whole chunks: a part of one would be read, changed and written again."""
+    rest, at = np.empty((0, matrix.shape[1]), matrix.dtype), 0
+    for _, part in matrix.parts():
+        first = min(len(part), size - len(rest))
+        rest, start = np.concatenate([rest, part[:first]]), first
+        while len(rest) == size:
+            yield at, rest
+            at += size
+            rest = part[start : start + size]
+            start += size
+    if len(rest):
+        yield at, rest
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from exaonepath.exchange.fragments import connected_fragments
 from exaonepath.exchange.slide_patches import CheckedMatrix, Given, SlidePatches, refuse_existing
 from exaonepath.files.atomic import ensure_folder
 from exaonepath.files.features import write_features
+from exaonepath.files.hdf5 import passing_errors
 from exaonepath.files.patches import write_imported_patches
 from exaonepath.slides.cohort.slide_ids import id_collisions, why_not_an_id
 from exaonepath.slides.outputs import OutputPaths, choose_layout, paths_in_layout, read_layout
@@ -127,7 +128,7 @@ def import_features(
     refuse_existing(_targets(paths, with_features), overwrite)  # another process may have decided otherwise
     done = []
     for item, to in zip(found, paths, strict=True):
-        with layout.read(item, given) as patches:
+        with passing_errors(layout.read(item, given)) as patches:
             imported = _write(patches, to, layout.NAME, fragments)
         done.append(imported)
         if progress is not None:
@@ -159,7 +160,7 @@ def _checked(layout: ModuleType, found: Sequence[Any], given: Given, fragments: 
     problems = []
     for item in found:
         try:
-            with layout.read(item, given) as patches:
+            with passing_errors(layout.read(item, given)) as patches:
                 _check(patches, fragments, layout.NAME)
                 with_features.append(patches.vectors is not None)
         except ExaonePathError as exc:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from exaonepath.errors import DataFileError, SettingsError, SlideError
 from exaonepath.exchange.slide_patches import CheckedMatrix, Matrix, Picture, SlidePatches, Vectors
 from exaonepath.files import embeddings, features
 from exaonepath.files.geojson import geojson_made_from, stated_origin
-from exaonepath.files.hdf5 import StoredFile, open_h5
+from exaonepath.files.hdf5 import StoredFile, open_h5, passing_errors
 from exaonepath.files.patches import parse_patches
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.outputs import Kind, output_paths, read_layout, stored_ids
@@ -114,14 +114,18 @@ def _of_file(path: Path) -> SlideFiles:
     raise SettingsError(f"{path} holds neither features nor embeddings nor patches; it holds {sorted(names)}")
 
 
-@contextmanager
-def open_results(found: SlideFiles, wanted: Reading) -> Iterator[SlidePatches]:
-    """The patches of a slide; its vectors can be read while the block runs.
+def open_results(found: SlideFiles, wanted: Reading) -> AbstractContextManager[SlidePatches]:
+    """The patches of a slide; its vectors can be read while the block runs, whose errors pass through unchanged.
 
     Raises:
         DataFileError: a file is damaged or incomplete, or the vectors were not kept.
         SettingsError: the size of the patches is not stated.
     """
+    return passing_errors(_opened(found, wanted))
+
+
+@contextmanager
+def _opened(found: SlideFiles, wanted: Reading) -> Iterator[SlidePatches]:
     with ExitStack() as stack:
         rows = _rows(stack, found, wanted)
         about = _about_patches(found, rows.attrs)
