@@ -53,7 +53,8 @@ def import_features(
     from exaonepath.slides.importing import import_features as run
 
     def done(found: ImportedSlide) -> None:
-        what = f"{found.n_patches} patches, {found.n_fragments} fragments"
+        count = found.n_fragments
+        what = f"{found.n_patches} patches, {count} fragment{'' if count == 1 else 's'}"
         say_result(found.features_path or found.patches_path, what, False, quiet)
 
     given: Any = {"format": format, "fragments": fragments}
