@@ -197,6 +197,8 @@ class StoredFile:
         self._size = raw.size()
         self.names = sorted(file)
         self._elsewhere: int | None = None
+        self._values: dict[tuple[str, str], Any] = {}
+        self._owners: dict[str, tuple[Any, h5py.AttributeManager]] = {}
         self._covered = self._check_attributes()
         self.has_checksums = self._covered is not None
         for name in self._covered or ():
@@ -236,22 +238,9 @@ class StoredFile:
         Raises:
             ForeignFileError: the attribute is larger than any attribute needs to be, or refers to another object.
         """
-        owner = self._file[of] if of else self._file
-        key = name.encode()
-        if not h5py.h5a.exists(owner.id, key):
+        value = self._stored_attribute(of, name)
+        if value is None:
             return default
-        attribute = h5py.h5a.open(owner.id, key)
-        kind = attribute.get_type()
-        if isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str():
-            if self._bytes_elsewhere() > _MAX_ELSEWHERE:
-                self.foreign(f"{self._bytes_elsewhere()} bytes of it are attributes")
-        elif not isinstance(kind, h5py.h5t.TypeStringID | h5py.h5t.TypeIntegerID | h5py.h5t.TypeFloatID) and not (
-            isinstance(kind, h5py.h5t.TypeEnumID)
-        ):
-            self.foreign(f"its attribute {name} is neither text nor numbers")
-        if attribute.get_storage_size() > _MAX_ATTRIBUTE:
-            self.foreign(f"its attribute {name} has {attribute.get_storage_size()} bytes")
-        value = owner.attrs[name]
         if isinstance(value, bytes):
             return value.decode("utf-8", "replace")
         return value.item() if isinstance(value, np.generic) else value
@@ -366,24 +355,52 @@ class StoredFile:
             return None
         try:
             names = json.loads(covered)
-            values = {
-                owner: {name: (self._file[owner] if owner else self._file).attrs[name] for name in listed}
-                for owner, listed in names.items()
-                if self._readable(owner, listed)
-            }
+            values = {owner: self._present(owner, listed) for owner, listed in names.items()}
         except (TypeError, ValueError, LookupError, AttributeError, OSError, RuntimeError, OverflowError) as exc:
             raise DamagedFileError(_damaged(self.path, f"its attributes cannot be read ({exc})")) from exc
         if checksums.attributes_checksum(covered, values) != stored:
             self.damaged("the checksum of its attributes does not match")
         return set(names)
 
-    def _readable(self, owner: str, names: Iterable[str]) -> bool:
-        """Return True after the checks that `attribute` makes."""
+    def _present(self, owner: str, names: Iterable[str]) -> dict[str, Any]:
+        """The values of attributes that must exist."""
         if owner and owner not in self:
             self.damaged(f"{owner} is missing")
-        for name in names:
-            self.attribute(name, of=owner)
-        return True
+        values = {name: self._stored_attribute(owner, name) for name in names}
+        for name, value in values.items():
+            if value is None:
+                raise KeyError(name)
+        return values
+
+    def _stored_attribute(self, owner: str, name: str) -> Any:
+        """The value as h5py returns it, after all checks; None if there is no such attribute.
+
+        Each is read once and then kept: an attribute takes HDF5 longer to find than a row of a dataset.
+        """
+        if (owner, name) in self._values:
+            return self._values[owner, name]
+        if owner not in self._owners:
+            opened = self._file[owner] if owner else self._file
+            self._owners[owner] = opened.id, opened.attrs
+        identifier, attributes = self._owners[owner]
+        value = None
+        if h5py.h5a.exists(identifier, name.encode()):
+            self._check_attribute(name, h5py.h5a.open(identifier, name.encode()))
+            value = attributes[name]
+        self._values[owner, name] = value
+        return value
+
+    def _check_attribute(self, name: str, attribute: h5py.h5a.AttrID) -> None:
+        kind = attribute.get_type()
+        if isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str():
+            if self._bytes_elsewhere() > _MAX_ELSEWHERE:
+                self.foreign(f"{self._bytes_elsewhere()} bytes of it are attributes")
+        elif not isinstance(kind, h5py.h5t.TypeStringID | h5py.h5t.TypeIntegerID | h5py.h5t.TypeFloatID) and not (
+            isinstance(kind, h5py.h5t.TypeEnumID)
+        ):
+            self.foreign(f"its attribute {name} is neither text nor numbers")
+        if attribute.get_storage_size() > _MAX_ATTRIBUTE:
+            self.foreign(f"its attribute {name} has {attribute.get_storage_size()} bytes")
 
     def _bytes_elsewhere(self) -> int:
         """Bytes of the file that belong to no dataset: an upper bound for the size of its attributes."""
