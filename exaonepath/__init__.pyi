@@ -49,8 +49,11 @@ from .slides.cohort.run import encode_slides as encode_slides
 from .slides.embed import embed_features_file as embed_features_file
 from .slides.encode import EncodeResult as EncodeResult
 from .slides.encode import encode_slide as encode_slide
+from .slides.exporting import export_slides as export_slides
 from .slides.features.extract import extract_features as extract_features
 from .slides.find import find_slides as find_slides
 from .slides.image import SlideImage as SlideImage
+from .slides.importing import ImportedSlide as ImportedSlide
+from .slides.importing import import_features as import_features
 from .slides.patches.pipeline import patchfy as patchfy
 from .version import __version__ as __version__

@@ -31,7 +31,7 @@ def test_the_extension_belongs_to_this_version():
 LAYERS = [
     ("errors", "version", "text", "memory", "processors", "log_once", "random_state"),
     ("files", "reference", "kernels", "plotting"),
-    ("ops", "device"),
+    ("ops", "device", "exchange"),
     ("encoders",),
     ("synthetic", "slides"),
     ("viz", "alignment"),  # with `slides`: the two wings, which meet in files only
