@@ -12,15 +12,13 @@ from exaonepath.cli.console import say, say_result
 from exaonepath.cli.guard import EXIT_ERROR, report
 
 
-def _position(value: str) -> str:
-    parts = value.split(",")
-    try:
-        if len(parts) == 2:
-            _ = [float(part) for part in parts]
-            return value
-    except ValueError:
-        pass
-    raise typer.BadParameter(f"{value!r} is not X,Y, two numbers in level-0 pixels")
+def _position(value: str | None) -> str | None:
+    if value is not None:
+        try:
+            _, _ = (float(part) for part in value.split(","))
+        except ValueError as exc:
+            raise typer.BadParameter(f"{value!r} is not X,Y, two numbers in level-0 pixels") from exc
+    return value
 
 
 def heatmap(
@@ -45,7 +43,7 @@ def heatmap(
     ] = None,
     at: Annotated[
         str | None,
-        typer.Option(metavar="X,Y", callback=lambda v: v and _position(v), help="The patch at this position."),
+        typer.Option(metavar="X,Y", callback=_position, help="The patch at this position, in level-0 pixels."),
     ] = None,
     vectors: Annotated[
         str | None,

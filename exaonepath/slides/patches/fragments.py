@@ -22,8 +22,8 @@ def fragments_of_grid(coords: np.ndarray, patch_size: int) -> np.ndarray:
     pixel counts as touching: grids of other programs are rounded.
 
     Other programs store no contours. Contours of tissue pieces that are nearer to each other than a patch become one
-    fragment; otherwise the fragments are those of the contours. In a grid with gaps, the distance between neighbours
-    takes the place of the patch size.
+    fragment, and a piece in which a row of patches is missing becomes two; otherwise the fragments are those of the
+    contours. In a grid with gaps, the distance between neighbours takes the place of the patch size.
 
     Args:
         coords: int [N, 2], corners in level-0 pixels, which fit into 32 bits.
