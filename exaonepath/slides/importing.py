@@ -15,7 +15,6 @@ import numpy as np
 
 from exaonepath.errors import DataFileError, ExaonePathError, SettingsError, SlideListError
 from exaonepath.exchange import clam, h5ad, parquet, slide2vec, trident, zarr_store
-from exaonepath.exchange.fragments import connected_fragments
 from exaonepath.exchange.slide_patches import CheckedMatrix, Given, SlidePatches, refuse_existing
 from exaonepath.files.atomic import ensure_folder
 from exaonepath.files.features import write_features
@@ -23,6 +22,7 @@ from exaonepath.files.hdf5 import passing_errors
 from exaonepath.files.patches import write_imported_patches
 from exaonepath.slides.cohort.slide_ids import id_collisions, why_not_an_id
 from exaonepath.slides.outputs import OutputPaths, choose_layout, paths_in_layout, read_layout
+from exaonepath.slides.patches.fragments import fragments_of_grid
 from exaonepath.text import close_to
 from exaonepath.version import __version__
 
@@ -224,7 +224,7 @@ def _fragments(patches: SlidePatches, fragments: Fragments | None) -> np.ndarray
         return np.asarray(patches.fragments, np.int32)
     if fragments == "one":
         return np.zeros(len(patches), np.int32)
-    index = connected_fragments(patches.coords, patches.patch_size)
+    index = fragments_of_grid(patches.coords, patches.patch_size)
     alone = int((np.bincount(index) == 1).sum()) if len(index) else 0
     if len(index) > 1 and 2 * alone > len(index):
         logger.warning(

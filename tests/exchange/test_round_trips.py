@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from exaonepath.errors import DataFileError, OutputCollisionError, SettingsError, SlideListError
-from exaonepath.exchange.fragments import connected_fragments
 from exaonepath.files.embeddings import read_embedding
 from exaonepath.files.features import read_features
 from exaonepath.files.patches import read_patches
@@ -15,6 +14,7 @@ from exaonepath.slides.embed import embed_features_file
 from exaonepath.slides.exporting import FORMATS, export_slides
 from exaonepath.slides.importing import import_features
 from exaonepath.slides.outputs import output_paths
+from exaonepath.slides.patches.fragments import fragments_of_grid
 
 from .conftest import FIRST, SECOND, WIDTH
 
@@ -57,7 +57,7 @@ def test_features_come_back_bit_for_bit(made, tmp_path, format, dtype):
             np.testing.assert_array_equal(after.contour_index, before.contour_index)
         else:
             np.testing.assert_array_equal(
-                after.contour_index, connected_fragments(before.coords, before.attrs["patch_size"])
+                after.contour_index, fragments_of_grid(before.coords, before.attrs["patch_size"])
             )
 
 
