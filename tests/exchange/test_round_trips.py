@@ -30,7 +30,7 @@ def needs(format):
 
 def given(format):
     """What has to be stated of a format's files."""
-    options = {} if format in OWN else {"fragments": "components"}
+    options = {} if format in OWN else {"fragments": "grid"}
     return {**options, "encoder": "enc"} if format == "clam" else options
 
 
@@ -111,7 +111,7 @@ def test_the_same_embedding_from_imported_features(made, tmp_path, slide_encoder
 @pytest.mark.parametrize("format", FOREIGN)
 def test_what_is_not_stated_has_to_be_given(made, tmp_path, format):
     export_slides(made, tmp_path / "there", format, slides=[FIRST])
-    with pytest.raises(SettingsError, match="--encoder" if format == "clam" else "--fragments components"):
+    with pytest.raises(SettingsError, match="--encoder" if format == "clam" else "--fragments grid"):
         import_features(tmp_path / "there", tmp_path / "back", format)
     assert not (tmp_path / "back").exists()
     with pytest.raises(SettingsError, match="states patches of 128 pixels, and 256 were given"):
@@ -182,8 +182,8 @@ def test_existing_imports_are_refused(made, tmp_path):
     export_slides(made, tmp_path / "there", "trident")
     import_features(tmp_path / "there", tmp_path / "back", "trident", fragments="one")
     with pytest.raises(OutputCollisionError, match="exist"):
-        import_features(tmp_path / "there", tmp_path / "back", "trident", fragments="components")
-    import_features(tmp_path / "there", tmp_path / "back", "trident", fragments="components", overwrite=True)
+        import_features(tmp_path / "there", tmp_path / "back", "trident", fragments="grid")
+    import_features(tmp_path / "there", tmp_path / "back", "trident", fragments="grid", overwrite=True)
     assert read_features(output_paths(tmp_path / "back", FIRST).features).contour_index.any()
 
 
@@ -201,7 +201,7 @@ def test_coordinates_alone(made, tmp_path):
     for format in ("trident", "clam"):
         export_slides(made, tmp_path / format, format)
         (folder,) = (path.parent for path in (tmp_path / format).rglob(f"patches/{FIRST}*.h5"))
-        done = import_features(folder, tmp_path / f"{format}-back", format, fragments="components")
+        done = import_features(folder, tmp_path / f"{format}-back", format, fragments="grid")
         assert [slide.features_path for slide in done] == [None, None]
         patches = read_patches(output_paths(tmp_path / f"{format}-back", FIRST).patches)
         np.testing.assert_array_equal(patches.coords, read_patches(output_paths(made, FIRST).patches).coords)
