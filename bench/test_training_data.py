@@ -205,9 +205,11 @@ def _proportional_mb() -> float:
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("preset", ["small", "published"])
-def test_waiting(benchmark, session, real, tmp_path, one_torch_thread, preset, workers):
+def test_waiting(benchmark, session, real, tmp_path, one_torch_thread, full, preset, workers):
     """The share of training steps that is waiting for data; slides in the cache. The aim is 10 % on 2 cores."""
-    size = 4 if preset == "published" else 12
+    if preset == "published" and not full:
+        pytest.skip("a step takes many seconds on the CPU, and waits for nothing")
+    size = 2 if preset == "published" else 12
     settings = settings_for(
         real,
         data={"cache_mb": 2000},
