@@ -14,12 +14,12 @@ import numpy as np
 
 from exaonepath.alignment.evaluate import EvaluationSettings, evaluate
 from exaonepath.alignment.figures import draw_attention, draw_missing, draw_projections, draw_retrieval
-from exaonepath.alignment.metrics.exports import export_pooled
 from exaonepath.alignment.probing import embeddings_of
 from exaonepath.alignment.report_table import table
 from exaonepath.alignment.subject import Subject, as_subject
 from exaonepath.encoders.attention_map import AttentionMap, attention_map
 from exaonepath.errors import SettingsError
+from exaonepath.exchange.patho_bench import write_pooled
 from exaonepath.files.artifact import settings_hash
 from exaonepath.files.atomic import ensure_folder, write_text
 from exaonepath.version import __version__
@@ -136,5 +136,5 @@ def export_embeddings(subject: Subject, out: Path) -> list[Path]:
     note = {"cohort_hash": subject.cohort.fingerprint, "exaonepath_version": __version__}
     for name, (rows, x) in embeddings_of(subject, embedded).items():
         patients = np.asarray(embedded.patients)[rows]
-        written += export_pooled(out / name, dict(zip(patients.tolist(), x, strict=True)), embedding=name, **note)
+        written += write_pooled(out / name, dict(zip(patients.tolist(), x, strict=True)), embedding=name, **note)
     return written

@@ -12,8 +12,11 @@ from exaonepath.cli.demo import demo
 from exaonepath.cli.doctor import doctor
 from exaonepath.cli.encode import encode
 from exaonepath.cli.evaluate import evaluate
+from exaonepath.cli.export import export
 from exaonepath.cli.features import features
 from exaonepath.cli.guard import guarded, interruptible
+from exaonepath.cli.heatmap import heatmap
+from exaonepath.cli.import_features import import_features
 from exaonepath.cli.patch import patch
 from exaonepath.cli.slide import slide
 from exaonepath.cli.status import status
@@ -49,5 +52,7 @@ def _root(
     """Whole-slide pathology images to slide embeddings."""
 
 
-for command in (encode, patch, features, slide, status, collect, view, doctor, demo, train, evaluate, ablate):
+for command in (encode, patch, features, slide, status, collect, view, heatmap, doctor, demo, train, evaluate, ablate):
     app.command()(guarded(command))
+app.command()(guarded(export))
+app.command("import")(guarded(import_features))  # a function cannot have this name

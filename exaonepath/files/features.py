@@ -47,6 +47,9 @@ ATTRIBUTES = (
     "n_partly_missing",
     "batch_size",
     "compiled",
+    "mpp",
+    "imported_from",
+    "fragments",
     "complete",
 )
 

@@ -11,10 +11,10 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import h5py
 import numpy as np
@@ -25,6 +25,8 @@ from exaonepath.files.atomic import try_lock
 from exaonepath.files.raw_file import RawFile
 from exaonepath.files.signals import signals_held
 from exaonepath.files.stored_array import StoredArray
+
+T = TypeVar("T")
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _BUSY = {errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EBUSY, errno.ESTALE}
@@ -74,10 +76,40 @@ def open_h5_tree(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     Raises:
         The errors of `open_h5`.
     """
-    path = Path(path)
-    with _opened(path) as (file, _):
-        _check_tree(path, file)
+    with open_h5_tree_in_parts(path) as (file, _):
         yield file
+
+
+@contextmanager
+def open_h5_tree_in_parts(path: str | os.PathLike[str]) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+    """`open_h5_tree` for a caller that uses what it read before the file is closed.
+
+    Yields:
+        The file, and a function that raises `DataFileError` if something could not be read so far: HDF5 gets zeros
+            instead, and the error would be raised at the end only.
+
+    Raises:
+        The errors of `open_h5`.
+    """
+    path = Path(path)
+    with _opened(path) as (file, raw):
+        _check_tree(path, file)
+        yield file, lambda: _raise_read_error(path, raw)
+
+
+@contextmanager
+def passing_errors(opened: AbstractContextManager[T]) -> Iterator[T]:
+    """The value of a context manager of this module, or of one that is made of them, without its rule for errors.
+
+    `open_h5` takes the errors of HDF5 that pass through it for damage of the file. In a block that also writes files,
+    or does much else, they have other causes, and have to stay what they are.
+    """
+    with ExitStack() as stack:
+        value = stack.enter_context(opened)
+        try:
+            yield value
+        finally:
+            stack.close()
 
 
 @contextmanager
@@ -94,8 +126,12 @@ def _opened(path: Path) -> Iterator[tuple[h5py.File, RawFile]]:
             if raw.error is not None:
                 raise DataFileError(f"{path} cannot be read: {raw.error}") from exc
             raise DamagedFileError(_damaged(path, " ".join(str(exc).split()))) from exc
-        if raw.error is not None:
-            raise DataFileError(f"{path} cannot be read: {raw.error}") from raw.error
+        _raise_read_error(path, raw)
+
+
+def _raise_read_error(path: Path, raw: RawFile) -> None:
+    if raw.error is not None:
+        raise DataFileError(f"{path} cannot be read: {raw.error}") from raw.error
 
 
 @contextmanager
@@ -157,6 +193,7 @@ class StoredFile:
     def __init__(self, path: Path, file: h5py.File, raw: RawFile) -> None:
         self.path = path
         self._file = file
+        self._raw = raw
         self._size = raw.size()
         self.names = sorted(file)
         self._elsewhere: int | None = None
@@ -182,6 +219,10 @@ class StoredFile:
         missing = [name for name in names if name not in self]
         if missing:
             raise DataFileError(f"{self.path} lacks {', '.join(missing)}; it holds {self.names or 'nothing'}")
+
+    def raise_read_error(self) -> None:
+        """Raise `DataFileError` if something could not be read so far: HDF5 gets zeros instead."""
+        _raise_read_error(self.path, self._raw)
 
     def damaged(self, what: str) -> NoReturn:
         """Raise `DamagedFileError` for this file."""
@@ -224,13 +265,14 @@ class StoredFile:
         """
         dataset = self._plain(name)
         wanted = "integers" if kinds == "iu" else "floating point"
-        sides = ", ".join("ND"[at] if side is None else str(side) for at, side in enumerate(shape))
+        batch = len(shape) == 3  # [1, N, D]
+        sides = ", ".join("NDC"[at - batch] if side is None else str(side) for at, side in enumerate(shape))
         fits = dataset.dtype.kind in kinds and dataset.dtype.itemsize <= 8 and dataset.ndim == len(shape)
         if not fits or any(side not in (None, got) for side, got in zip(shape, dataset.shape, strict=True)):
             raise DataFileError(
                 f"{self.path}: {name} must be {wanted} [{sides}], got {dataset.dtype} {list(dataset.shape)}"
             )
-        return StoredArray(name, dataset, self._stored_checksums(name, dataset), self.damaged)
+        return StoredArray(name, dataset, self._stored_checksums(name, dataset), self.damaged, self.raise_read_error)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Declared shape of a plain dataset of numbers."""
@@ -257,7 +299,9 @@ class StoredFile:
             if h5py.check_string_dtype(dataset.dtype):
                 self.strings(name, len(dataset))
             else:
-                StoredArray(name, dataset, self._stored_checksums(name, dataset), self.damaged).verify()
+                StoredArray(
+                    name, dataset, self._stored_checksums(name, dataset), self.damaged, self.raise_read_error
+                ).verify()
 
     def _plain(self, name: str, strings: bool = False) -> h5py.Dataset:
         """The dataset, if all of its bytes are in this file and its size is plausible for that number of bytes."""

@@ -16,8 +16,8 @@ from exaonepath.files.features import PatchFailure, read_failures
 from exaonepath.files.hdf5 import StoredFile, open_h5
 from exaonepath.files.outlines import KINDS, Outlines, parse_outlines
 from exaonepath.files.patches import parse_patches
-from exaonepath.viewer.library import Entry
-from exaonepath.viz.canvas import grid_step
+from exaonepath.slides.patches.fragments import grid_step
+from exaonepath.viz.values.library import Entry
 
 # The vectors of a patch: what the patch encoder saw in it, and what the slide encoder made of it in its surroundings.
 APPEARANCE, CONTEXT = "appearance", "context"
@@ -121,7 +121,8 @@ def load_results(entry: Entry) -> Results:
                 if APPEARANCE in vectors and not np.array_equal(here, coords):
                     notes.append("The features and the embeddings are of different patches; the embeddings are shown.")
                 coords, fragments = here, fragments_here
-                vectors = _of_embedding(path, width, split)
+                stated = attrs.get("feature_width")
+                vectors = _of_embedding(path, width, stated if isinstance(stated, int) else split)
             elif not vectors:
                 notes.append("The patch embeddings were not kept (--keep), so only the patches are shown.")
     size = patches.size or int(attrs.get("patch_size", 0))
@@ -195,8 +196,8 @@ def _positions(file: StoredFile, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _of_embedding(path: Path, width: int, split: int | None) -> dict[str, VectorSource]:
-    """A row of the embeddings is the patch feature, then the slide encoder's output; the file does not state where the
-    one ends, but the width of the features file does, or that of the published model."""
+    """A row of the embeddings is the patch feature, then the slide encoder's output. Files of earlier versions do not
+    state where the one ends, but the width of the features file does, or that of the published model."""
     if split is None and width == _PUBLISHED_WIDTH:
         split = _PUBLISHED_SPLIT
     if split is None or not 0 < split < width:
