@@ -9,6 +9,7 @@ reads the same number of bytes and does nothing else. With EXAONEPATH_BENCH=full
 from __future__ import annotations
 
 import ctypes
+import itertools
 import multiprocessing
 import os
 import re
@@ -140,12 +141,13 @@ def read_plainly(simulated: SimulatedDisk, n: int) -> float:
 
 @pytest.mark.parametrize("megabytes", [250, 500, 1000])
 def test_loader_against_the_disk(benchmark, session, sparse, disk, megabytes, full):
-    """Rate of the bytes that two workers read, as a share of the disk's; the aim is 90 %."""
-    chunk, workers = 16, 2
+    """Rate of the bytes that three workers read, as a share of the disk's; the aim is 90 %."""
+    chunk, workers = 8, 3
     prepared = prepare(settings_for(sparse, data={"cache_mb": 0}, run={"batch_size": 64, "chunk_size": chunk}))
     data = prepared.data
-    steps = 20 if full else 5
-    plan = BatchPlan.of(data.train, batch_size=64, chunk_size=chunk, epochs=0, steps=steps, seed=0, processes=1)
+    steps = 20 if full else 4
+    # One more step than is measured: so all workers are busy until the end.
+    plan = BatchPlan.of(data.train, batch_size=64, chunk_size=chunk, epochs=0, steps=steps + 2, seed=0, processes=1)
     simulated = disk(megabytes * 1e6)
     figures = {}
 
@@ -153,7 +155,7 @@ def test_loader_against_the_disk(benchmark, session, sparse, disk, megabytes, fu
         batches = data.chunks(plan.steps(0, 0, 1), workers=workers)
         next(batches)  # the start of the workers
         before, start = simulated.bytes, time.perf_counter()
-        n = sum(len(piece.batch) for _, pieces in batches for piece in pieces)
+        n = sum(len(piece.batch) for _, pieces in itertools.islice(batches, steps) for piece in pieces)
         figures.update(seconds=time.perf_counter() - start, bytes=simulated.bytes - before, slides=n)
 
     benchmark.group = f"loader through a disk of {megabytes} MB/s"
@@ -203,9 +205,11 @@ def _proportional_mb() -> float:
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("preset", ["small", "published"])
-def test_waiting(benchmark, session, real, tmp_path, one_torch_thread, preset, workers):
+def test_waiting(benchmark, session, real, tmp_path, one_torch_thread, full, preset, workers):
     """The share of training steps that is waiting for data; slides in the cache. The aim is 10 % on 2 cores."""
-    size = 4 if preset == "published" else 12
+    if preset == "published" and not full:
+        pytest.skip("a step takes many seconds on the CPU, and waits for nothing")
+    size = 2 if preset == "published" else 12
     settings = settings_for(
         real,
         data={"cache_mb": 2000},

@@ -25,6 +25,7 @@ from exaonepath.alignment.training.estimate import Pass, RunEstimate
 from exaonepath.alignment.training.step import Chunk, accumulate_gradients
 from exaonepath.alignment.training.trainer import Trainer
 from exaonepath.alignment.training.validation import embed_patients
+from exaonepath.errors import DeviceMemoryError
 from exaonepath.memory import available_host_memory
 from exaonepath.processors import usable_processors
 
@@ -57,12 +58,18 @@ def estimate_run(trainer: Trainer, *, seconds: float = 20.0) -> RunEstimate:
 
     Raises:
         TrainingError: the loss or an embedding of a batch is not finite. DataFileError: a features file cannot be read.
+        DeviceMemoryError: a small batch does not fit into the memory of the device.
     """
     device = trainer.processes.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         trainer.model.train()
         try:
             return _Probe(trainer, seconds).run()
+        except torch.OutOfMemoryError as exc:
+            raise DeviceMemoryError(
+                "a small batch of this run does not fit into the memory of the device; lower run.chunk_size or "
+                "data.max_patches, or set model.gradient_checkpointing"
+            ) from exc
         finally:
             for parameter in trainer.parameters:
                 parameter.grad = None

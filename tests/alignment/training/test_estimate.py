@@ -10,6 +10,7 @@ from exaonepath.alignment.training.estimate import Pass, RunEstimate
 from exaonepath.alignment.training.run import estimate as estimate_prepared
 from exaonepath.alignment.training.run import prepare, train
 from exaonepath.alignment.training.run_folder import RunFolder
+from exaonepath.errors import DeviceMemoryError
 
 KINDS = {
     "plain": {},
@@ -79,6 +80,16 @@ def test_a_slow_model_is_measured_on_one_small_batch(settings, tmp_path, monkeyp
     found = estimate_prepared(prepared, tmp_path)
     assert (found.batches, found.patients) == (1, 4)
     assert found.first.computing == pytest.approx(100 / 4 * 20)
+
+
+def test_a_device_that_is_too_small_is_an_error_with_advice(settings, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    prepared = prepare(settings())
+    monkeypatch.setattr(probe, "accumulate_gradients", refuse)
+    with pytest.raises(DeviceMemoryError, match=r"lower run\.chunk_size or data\.max_patches"):
+        estimate_prepared(prepared, tmp_path)
 
 
 def _estimate(**values):
