@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from exaonepath.alignment.data.cohort import Cohort
+from exaonepath.alignment.data.formats import modalities_of_mudata
 from exaonepath.alignment.data.splits import Split
+from exaonepath.alignment.modalities import MODALITIES
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
 from exaonepath.alignment.training.data import (
     TrainingData,
@@ -30,7 +32,7 @@ from exaonepath.alignment.training.settings import DataSettings, build_settings
 from exaonepath.alignment.training.settings_file import read_settings
 from exaonepath.alignment.training.validation import EmbeddedPatients, embed_patients
 from exaonepath.encoders.loading import no_bars
-from exaonepath.errors import DataFileError, SettingsError
+from exaonepath.errors import DataFileError, ExaonePathError, SettingsError
 from exaonepath.text import few
 
 logger = logging.getLogger(__name__)
@@ -221,7 +223,7 @@ def open_cohort(
     if cohort is not None:
         # A patient with one modality of the model can be embedded; only training needs two.
         settings = replace(cohort_settings(cohort), modalities=(), min_modalities=1, **column)
-        known = load_training_cohort(settings)
+        known = load_training_cohort(_with_further(settings, model))
     elif run is not None:
         settings = replace(_run_data(run), **column)
         known = load_training_cohort(settings)
@@ -235,6 +237,27 @@ def open_cohort(
     known = restrict_modalities(known, [n for n in model.modalities if n in known.held], settings.min_modalities)
     check_features(model, known, by_name=by_name)
     return known, settings
+
+
+def _with_further(settings: DataSettings, model: ExaonePathAlignmentModel) -> DataSettings:
+    """The settings with those further modalities of the model that the cohort's .h5mu file has, in the model's scale.
+
+    The check of the scale warns if the values do not look like it.
+    """
+    wanted = [n for n in model.modalities if n not in MODALITIES and n not in settings.further_modalities]
+    if not wanted or settings.mudata is None:
+        return settings
+    try:
+        held = modalities_of_mudata(settings.mudata)
+    except ExaonePathError:
+        return settings  # the reader of the whole file reports it
+    names = tuple(name for name in wanted if name in held)
+    scales = {name: model.omics_encoder(name).scale for name in names}
+    return replace(
+        settings,
+        further_modalities=(*settings.further_modalities, *names),
+        scales={**scales, **settings.scales},
+    )
 
 
 def _apart_from_training(run: Path | None, model: ExaonePathAlignmentModel, cohort: Cohort) -> tuple[Split, bool]:
