@@ -16,7 +16,7 @@ from exaonepath.alignment.metrics.intervals import LEVEL, Estimate, mean_of_shar
 SHOTS = (1, 2, 4, 8, 16, 32)
 REPEATS = 10
 # Inputs have a mean square length of 1, so that one penalty fits embeddings of any width.
-_INVERSE_PENALTY = 30.0
+_INVERSE_PENALTY = 10.0
 _RESAMPLES = 1000
 
 

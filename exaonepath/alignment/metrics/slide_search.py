@@ -18,7 +18,8 @@ from exaonepath.alignment.metrics.retrieval import unit_rows
 from exaonepath.errors import SettingsError
 
 VOTES = (1, 3, 5)
-_SHUFFLES = 200  # random orders for the chance of a vote
+_SHUFFLES = 100  # random orders for the chance of a vote
+_SMALL = 200  # slides
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def search_label(
     votes: dict[int, list[float]] = {k: [] for k in VOTES}
     for row in found.query:
         gallery = name[allowed[row]]
-        order = rng.permuted(np.broadcast_to(gallery, (_SHUFFLES, len(gallery))), axis=1)
+        order = _random_orders(gallery, rng)
         for k in VOTES:
             votes[k].append(float(np.mean([_vote(line) == name[row] for line in order[:, :k]])))
     for k in VOTES:
@@ -102,7 +103,7 @@ def _search(
     chance: dict[str, list[float]] = {name: [] for name in measures}
     orders = []
     for row in query:
-        candidates = np.random.default_rng([seed, 2, row]).permutation(np.flatnonzero(allowed[row]))
+        candidates = np.random.default_rng([seed, 2, int(row)]).permutation(np.flatnonzero(allowed[row]))
         similarity = np.round(unit[candidates] @ unit[row], 9)
         order = candidates[np.argsort(-similarity, kind="stable")]
         orders.append(order)
@@ -135,6 +136,14 @@ def _random_hit(relevant: int, of: int, k: int) -> float:
     for at in range(min(k, of)):
         missed *= max(0, of - relevant - at) / (of - at)
     return 1 - missed
+
+
+def _random_orders(gallery: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The first places of random orders of a gallery, one order a row."""
+    if len(gallery) <= _SMALL:
+        return rng.permuted(np.broadcast_to(gallery, (_SHUFFLES, len(gallery))), axis=1)
+    # Of so many, one is hardly drawn twice, and whole orders would take most of the time.
+    return np.asarray(gallery[rng.integers(0, len(gallery), (_SHUFFLES, max(VOTES)))])
 
 
 def _vote(names: np.ndarray) -> int:
