@@ -152,8 +152,9 @@ def evaluate(
         logger.warning("analyses use the labels %s; name others to use them", ", ".join(few))
     report["analyses"] = run_analyses(context, settings.analyses)
     if len(few) < len(labels):
-        reason = f"only the first {_MOST_LABELS} labels were used in analyses; name others to use them"
-        report["analyses"]["not_evaluated"]["labels"] = [f"{', '.join(labels[_MOST_LABELS:])}: {reason}"]
+        context.notes.clear()
+        context.note(", ".join(labels[_MOST_LABELS:]), f"only the first {_MOST_LABELS} labels are used; name others")
+        report["analyses"]["not_evaluated"]["labels"] = list(context.notes)
     report["external"] = _external(context, settings, labels)
     return report
 

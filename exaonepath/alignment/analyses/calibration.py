@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from exaonepath.alignment.analyses.context import Context
-from exaonepath.alignment.metrics.calibration import brier_of, calibration, with_shares
-from exaonepath.alignment.metrics.intervals import bootstrap_mean
+from exaonepath.alignment.metrics.calibration import brier_difference, calibration, with_shares
 from exaonepath.alignment.metrics.transfer_probes import LabelTask, Prediction, shared_rows
 from exaonepath.errors import SettingsError
 
@@ -28,14 +27,14 @@ def calibrate(context: Context) -> dict[str, Any]:
         baselines = [(method, name, found) for method, (name, found) in predicted.baselines.items()]
         for method, name, found in (*((name, "", found) for name, found in predicted.ours.items()), *baselines):
             if len(found.y) < _FEWEST:
-                context.notes.append(f"{label} from {method}: {len(found.y)} test patients, {_FEWEST} are needed")
+                context.note(f"{label} from {method}", f"{len(found.y)} test patients have it, {_FEWEST} are needed")
                 continue
             try:
                 entry[method] = _scores(found, shares, context.seed)
                 if name in predicted.ours:
                     entry[method] |= {"compared_with": name} | _difference(predicted.ours[name], found, shares, context)
             except SettingsError as exc:
-                context.notes.append(f"{label} from {method}: {exc}")
+                context.note(f"{label} from {method}", exc)
         if entry:
             out[label] = {
                 "shares": dict(zip(predicted.task.classes.tolist(), shares.tolist(), strict=True)),
@@ -59,8 +58,6 @@ def _scores(found: Prediction, shares: np.ndarray, seed: int) -> dict[str, Any]:
 def _difference(ours: Prediction, theirs: Prediction, shares: np.ndarray, context: Context) -> dict[str, Any]:
     """Brier score of ours minus theirs, on the patients of both."""
     a, b = shared_rows(ours.rows, theirs.rows)
-    scores = [
-        brier_of(found.y[rows], with_shares(found.probability[rows], shares))
-        for found, rows in ((ours, a), (theirs, b))
-    ]
-    return {"difference": bootstrap_mean(scores[0] - scores[1], np.arange(len(a)), seed=context.seed).as_dict()}
+    y, seed = ours.y[a], context.seed
+    probability = [with_shares(found.probability[rows], shares) for found, rows in ((ours, a), (theirs, b))]
+    return {"difference": brier_difference(y, probability[0], probability[1], seed=seed).as_dict()}

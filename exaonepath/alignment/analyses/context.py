@@ -11,6 +11,7 @@ from exaonepath.alignment.subject import Subject
 from exaonepath.alignment.training.validation import EmbeddedPatients
 from exaonepath.errors import SettingsError
 
+BECAUSE = "not evaluated because"
 NO_TRANSFER = "the split has no training patients, or no test patients, of this cohort"
 
 
@@ -27,7 +28,7 @@ class Context:
         predict: class probabilities of a label, fitted once; raises `SettingsError` if there are too few patients.
         expression: the modality whose features are predicted from the slide.
         seed: seed of draws and intervals.
-        notes: what was not evaluated, and why.
+        notes: what was not evaluated, and why: "...: not evaluated because ...".
     """
 
     subject: Subject
@@ -38,6 +39,12 @@ class Context:
     expression: str = "rna"
     seed: int = 0
     notes: list[str] = field(default_factory=list)
+
+    def note(self, what: str, reason: object) -> None:
+        """Note a part of the analysis that is missing."""
+        line = f"{what}: {BECAUSE} {reason}"
+        if line not in self.notes:
+            self.notes.append(line)
 
     def need_transfer(self) -> None:
         """Raise `SettingsError` if there are no training patients to fit on, or no test patients to score."""
@@ -54,7 +61,7 @@ class Context:
             try:
                 found[label] = self.predict(label)
             except SettingsError as exc:
-                self.notes.append(f"{label}: {exc}")
+                self.note(label, exc)
         return found
 
 

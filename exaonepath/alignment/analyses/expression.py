@@ -49,7 +49,7 @@ def expression(context: Context) -> dict[str, Any]:
     genes = subject.data.standardizer.scalings[target].features
     scores, differences = score_genes(predictions, test["genes"], genes, seed=context.seed)
     if undefined := scores[0].as_dict()["not_defined"]:
-        context.notes.append(f"{undefined} of {len(genes)} features of {target}: constant among the test patients")
+        context.note(f"{undefined} of {len(genes)} features of {target}", "they are constant among the test patients")
     methods = {name: found.as_dict() for name, found in zip((OURS, MEAN_PATCHES, MEAN), scores, strict=True)}
     for name, difference in zip((MEAN_PATCHES, MEAN), differences, strict=True):
         methods[name]["difference"] = difference.as_dict()

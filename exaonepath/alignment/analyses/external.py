@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from exaonepath.alignment.analyses.context import Context
+from exaonepath.alignment.analyses.context import NO_TRANSFER, Context
 from exaonepath.alignment.baselines.comparison import compare_retrieval
 from exaonepath.alignment.data.splits import Split
 from exaonepath.alignment.feature_match import FeatureMatch
@@ -85,9 +85,9 @@ def evaluate_external(
         "baselines": {"retrieval": {}, "probes": {}, "survival": {}},
     }
     if absent := [name for name in subject.modalities if name not in names]:
-        context.notes.append(f"the external cohort has no {', '.join(absent)}: its fused embedding is without")
+        context.note(", ".join(absent), "the external cohort does not have it; fused embeddings are without it")
     if not context.views:
-        context.notes.append("labels, survival and baselines: there are no training patients to fit on")
+        context.note("labels, survival and baselines", NO_TRANSFER)
         return out
     if baselines and tested.pairs:
         pairs = [(pair.left, pair.right) for pair in tested.pairs if {pair.left, pair.right} <= set(names)]
@@ -97,19 +97,19 @@ def evaluate_external(
     views = [context.views[0], context.views[1], embeddings_of(external, tested)]
     for label in labels:
         if label not in external.cohort.labels:
-            context.notes.append(f"{label}: the external cohort has no such column")
+            context.note(label, "the external cohort has no such column")
             continue
         try:
             found = predict_labels(subject, views, label, baselines=baselines, external=external)
         except SettingsError as exc:
-            context.notes.append(f"{label}: {exc}")
+            context.note(label, exc)
             continue
         out["probes"][label], out["baselines"]["probes"][label] = label_scores(found, views, seed=seed)
         values = external.cohort.labels[label].reindex(list(tested.patients)).dropna().astype(str)
         if strange := sorted(set(values) - set(found.task.classes.tolist())):
-            context.notes.append(
-                f"{label}: {int(values.isin(strange).sum())} external patients of {few(strange)}, which the training "
-                "patients do not have"
+            context.note(
+                f"{label} of {int(values.isin(strange).sum())} external patients",
+                f"fewer than two training patients are {few(strange)}",
             )
     try:
         known = [
@@ -120,9 +120,9 @@ def evaluate_external(
                 subject, views, time, event, baselines=baselines, seed=seed, external=external
             )
         elif known[0]:
-            context.notes.append(f"survival: the external cohort has no columns {time} and {event}")
+            context.note("survival", f"the external cohort has no columns {time} and {event}")
     except SettingsError as exc:
-        context.notes.append(f"survival: {exc}")
+        context.note("survival", exc)
     return out
 
 

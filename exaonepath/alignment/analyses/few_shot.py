@@ -29,7 +29,7 @@ def few_shot(context: Context) -> dict[str, Any]:
     for label, predicted in context.each_label().items():
         for name in names:
             if name not in context.views[0]:
-                context.notes.append(f"{label}: no training patient has {name}")
+                context.note(f"{label} from {name}", "no training patient has it")
                 continue
             if name not in inputs:
                 inputs[name] = _inputs(context, name)
@@ -38,7 +38,7 @@ def few_shot(context: Context) -> dict[str, Any]:
                 task = predicted.task if name == FUSED else predicted.task.restricted(flags)
                 points = _curve(context, label, name, task, ours, theirs)
             except SettingsError as exc:
-                context.notes.append(f"{label} from {name}: {exc}")
+                context.note(f"{label} from {name}", exc)
                 continue
             chance = 1 / len(task.classes)
             out.setdefault(label, {})[name] = {"baseline": method, "chance": chance, "points": points}
@@ -57,9 +57,9 @@ def _curve(
         if shots > counts.min():
             missing = ", ".join(str(k) for k in SHOTS if k > counts.min())
             rare = task.classes[int(counts.argmin())]
-            note = f"{label} from {name} with {missing} a class: {rare} has {counts.min()} labelled training patients"
-            if note not in context.notes:
-                context.notes.append(note)
+            context.note(
+                f"{label} from {name}, {missing} a class", f"{rare} has {counts.min()} labelled training patients"
+            )
             continue
         draws = draw_shots(y, shots, REPEATS, seed) if shots else [np.arange(len(y))]
         hits = [

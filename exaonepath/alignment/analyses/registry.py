@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from exaonepath.alignment.analyses.calibration import calibrate
-from exaonepath.alignment.analyses.context import Analysis, Context
+from exaonepath.alignment.analyses.context import BECAUSE, Analysis, Context
 from exaonepath.alignment.analyses.expression import expression
 from exaonepath.alignment.analyses.few_shot import few_shot
 from exaonepath.alignment.analyses.slide_search import slide_search
@@ -35,9 +35,9 @@ def run_analyses(context: Context, names: Sequence[str]) -> dict[str, Any]:
             if found := ANALYSES[name](context):
                 out[name] = found
         except SettingsError as exc:
-            context.notes.append(str(exc))
+            context.notes.append(f"{BECAUSE} {exc}")
         if context.notes:
             reasons[name] = list(context.notes)
             for note in context.notes:
-                logger.info("%s: not evaluated: %s", name, note)
+                logger.info("%s: %s", name, note)
     return {**out, "not_evaluated": reasons}

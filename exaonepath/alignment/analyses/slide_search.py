@@ -52,14 +52,14 @@ def slide_search(context: Context) -> dict[str, Any]:
                 for name, x in values.items()
             }
         except SettingsError as exc:
-            context.notes.append(f"{label}: {exc}")
+            context.note(label, exc)
             continue
         out["labels"][label] = _compared(found, owners[known], context.seed)
     try:
         found = {name: search_patient(x, owners, seed=context.seed) for name, x in values.items()}
         out["same_patient"] = _compared(found, owners, context.seed)
     except SettingsError as exc:
-        context.notes.append(f"other slides of the same patient: {exc}")
+        context.note("other slides of the same patient", exc)
     return out
 
 

@@ -41,7 +41,7 @@ def zero_shot(context: Context) -> dict[str, Any]:
             try:
                 ours = _classify(context, task, {n: spaces[n] for n in names})
             except SettingsError as exc:
-                context.notes.append(f"{label} by {name}: {exc}")
+                context.note(f"{label} by prototypes from {name}", exc)
                 continue
             entry[name] = {"ours": ours.scores(context.seed).as_dict()}
             if all(n in cca for n in names):
@@ -108,7 +108,7 @@ def _cca_spaces(context: Context, name: str) -> Space | None:
     try:
         place = fit_cca(train, held_out)
     except SettingsError as exc:
-        context.notes.append(f"CCA of the slide and {name}: {exc}")
+        context.note(f"CCA of the slide and {name}", exc)
         return None
     slides, profiles = read["test"][WSI], read["train"][name]
     u = place(slides.values, np.zeros((0, profiles.values.shape[1])))[0]

@@ -9,7 +9,7 @@ the interval is that of the resamples less this rise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,13 @@ from exaonepath.alignment.metrics.intervals import (
     LEVEL,
     Estimate,
     bootstrap_mean,
-    certain_as_share,
     check_rows,
     wilson,
 )
 from exaonepath.errors import SettingsError
 
 BINS = 10
-_FEWEST_OF_BIN = 5
+_FEWEST_OF_BIN = 15
 _RESAMPLES = 1000
 _EQUAL = 1e-9
 
@@ -73,7 +72,7 @@ def calibration(
     Args:
         y: int64 [n], classes. probability: float64 [n, K], rows that sum to 1.
         shares: float64 [K], class shares of the training patients.
-        bins: largest number of bins; fewer, so that each has five patients.
+        bins: largest number of bins; fewer, so that each has 15 patients.
         seed: seed of resamples.
 
     Raises:
@@ -95,6 +94,12 @@ def calibration(
         resampled[at] = _error(confidence[rows], hit[rows], bins)
     found = _error(confidence, hit, bins)
     low, high = np.quantile(resampled, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)) - (resampled.mean() - found)
+    brier = bootstrap_mean(brier_of(y, p), np.arange(len(y)), seed=seed)
+    if hit.min() == hit.max():
+        # No patient contradicts the others, so resamples claim certainty: the limit is that of Wilson's share of hits.
+        surprise = abs(float(hit[0]) - wilson(float(hit[0]), len(y))[0 if hit[0] else 1])
+        high = max(high, found + surprise)
+        brier = replace(brier, high=max(brier.high, brier.value + 2 * surprise))
     curve = []
     for rows in _bins(confidence, bins):
         share, n = float(hit[rows].mean()), len(rows)
@@ -109,10 +114,10 @@ def calibration(
             }
         )
     return CalibrationScores(
-        certain_as_share(Estimate(found, max(0.0, min(float(low), found)), max(float(high), found), len(y)), len(y)),
+        Estimate(found, max(0.0, min(float(low), found)), max(float(high), found), len(y)),
         float(perfect.mean()),
         float((1 + (perfect >= found).sum()) / (1 + len(perfect))),
-        bootstrap_mean(brier_of(y, p), np.arange(len(y)), seed=seed),
+        brier,
         float(brier_of(y, np.broadcast_to(np.asarray(shares, np.float64), p.shape)).mean()),
         tuple(curve),
         len(y),
@@ -124,6 +129,16 @@ def brier_of(y: np.ndarray, probability: np.ndarray) -> np.ndarray:
     truth = np.zeros(probability.shape)
     truth[np.arange(len(y)), y] = 1
     return np.asarray(np.square(probability - truth).sum(1))
+
+
+def brier_difference(y: np.ndarray, ours: np.ndarray, theirs: np.ndarray, *, seed: int = 0) -> Estimate:
+    """Brier score of `ours` minus that of `theirs` [n, K], of the same patients; the interval is paired."""
+    found = bootstrap_mean(brier_of(y, ours) - brier_of(y, theirs), np.arange(len(y)), seed=seed)
+    if (ours.argmax(1) == y).all() and (theirs.argmax(1) == y).all():
+        # An error that none of so many patients shows would cost up to 2 on either side.
+        surprise = 2 * wilson(0.0, len(y))[1]
+        return replace(found, low=min(found.low, found.value - surprise), high=max(found.high, found.value + surprise))
+    return found
 
 
 def with_shares(probability: np.ndarray, shares: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from exaonepath.alignment.metrics.calibration import brier_of, calibration, with_shares
+from exaonepath.alignment.metrics.calibration import brier_difference, brier_of, calibration, with_shares
 from exaonepath.errors import SettingsError
 
 HALF = np.array([0.5, 0.5])
@@ -56,12 +56,20 @@ def test_certain_and_right_has_an_interval():
     assert found.error.high > 0.1
 
 
+def test_differences_where_nobody_is_wrong_claim_no_certainty():
+    y = np.arange(30) % 2
+    sure = np.where(np.eye(2)[y] > 0, 0.999, 0.001)
+    found = brier_difference(y, sure, np.where(sure > 0.5, 0.99, 0.01))
+    assert found.low < -0.1 < found.value < 0.1 < found.high
+    assert calibration(y, sure, HALF).error.high > 0.1
+
+
 def test_bins_hold_all_patients_and_few_patients_make_few_bins():
     p, y = drawn(93)
     found = calibration(y, p, HALF)
     assert sum(bin_["patients"] for bin_ in found.curve) == 93
-    assert len(found.curve) == 10
-    assert len(calibration(y[:11], p[:11], HALF).curve) == 2
+    assert len(found.curve) == 6
+    assert len(calibration(y[:11], p[:11], HALF).curve) == 1
     for bin_ in found.curve:
         assert bin_["low"] <= bin_["hits"] <= bin_["high"]
 
