@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from exaonepath.alignment.analyses.context import Context
-from exaonepath.alignment.analyses.external import evaluate_external
+from exaonepath.alignment.analyses.external import evaluate_external, open_external
 from exaonepath.alignment.analyses.registry import ANALYSES, run_analyses
 from exaonepath.alignment.baselines.comparison import compare_retrieval, our_predictions
 from exaonepath.alignment.data.cohort import Cohort
@@ -121,6 +121,7 @@ def evaluate(
     subject = as_subject(subject, cohort, split)
     labels = _labels(subject, settings)
     read_follow_up(subject, subject.held_out, settings.time, settings.event)
+    external = None if settings.external is None else open_external(subject, Path(settings.external))
     parts = {name: subject.embed(ids) for name, ids in subject.parts.items()}
     embedded = subject.embed(subject.held_out)
     views: list[Views] = []
@@ -155,19 +156,14 @@ def evaluate(
         context.notes.clear()
         context.note(", ".join(labels[_MOST_LABELS:]), f"only the first {_MOST_LABELS} labels are used; name others")
         report["analyses"]["not_evaluated"]["labels"] = list(context.notes)
-    report["external"] = _external(context, settings, labels)
+    report["external"] = {}
+    if external is not None:
+        context.notes.clear()
+        found = evaluate_external(
+            context, *external, labels, settings.time, settings.event, baselines=settings.baselines
+        )
+        report["external"] = {"cohort": settings.external, **found, "not_evaluated": list(context.notes)}
     return report
-
-
-def _external(context: Context, settings: EvaluationSettings, labels: Sequence[str]) -> dict[str, Any]:
-    """The entry of another cohort; {} without one."""
-    if settings.external is None:
-        return {}
-    context.notes.clear()
-    found = evaluate_external(
-        context, Path(settings.external), labels, settings.time, settings.event, baselines=settings.baselines
-    )
-    return {**found, "not_evaluated": list(context.notes)}
 
 
 def _probed(

@@ -45,7 +45,7 @@ def draw_outcome(outcome: Outcome, measures: Sequence[str], path: str | os.PathL
         _chance(axes, outcome.chance.get(measure), len(variants))
         _rows(axes, variants if axes is panels[0] else [""] * len(variants))
         axes.set_xlim(0, min(1.04, max(1.25 * top, 2.5 * outcome.chance.get(measure, 0.0))))
-        axes.setdraw_title(measure.replace(" x ", " × "), loc="left", color=INK, size=9)
+        axes.set_title(measure.replace(" x ", " × "), loc="left", color=INK, size=9)
     n = len(outcome.seeds)
     note = (
         f"rings: {n} seeds; dot and bar: mean and 95 % interval over seeds and patients; dashed: chance; "
@@ -74,7 +74,7 @@ def draw_retrieval(report: Mapping[str, Any], part: str, path: str | os.PathLike
                     )  # fmt: skip
         _rows(axes, [name.replace("->", " → ") for name in names] if axes is panels[0] else [""] * len(names))
         axes.set_xlim(0, 1.02)
-        axes.setdraw_title(f"recall@{k}", loc="left", color=INK, size=9)
+        axes.set_title(f"recall@{k}", loc="left", color=INK, size=9)
     marks = "; triangle: CCA, cross: ridge, plus: PLS" if baselines else ""
     return save_figure(figure, path, f"dot and bar: ours, 95 % interval over patients; grey ticks: chance{marks}")
 
@@ -118,7 +118,7 @@ def draw_missing(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
         axes.axhline(chance, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_ylim(0, 1.03)
         axes.set_xticks(sizes)
-        axes.setdraw_title(title, loc="left", color=INK, size=9)
+        axes.set_title(title, loc="left", color=INK, size=9)
         axes.set_xlabel("modalities present", color=MUTED, size=8)
         plain(axes)
         if any(name for name, _, _ in lines):
@@ -152,7 +152,7 @@ def draw_projections(report: Mapping[str, Any], path: str | os.PathLike[str]) ->
             axes.plot(
                 np.arange(1, len(values) + 1), values, color=color, linestyle=style, linewidth=1.6, label=pair[side]
             )
-        axes.setdraw_title(
+        axes.set_title(
             f"same directions {pair['overlap']:.2f} (chance {pair['chance']:.2f})\n"
             f"same order of patients {pair['correlation']:.2f}",
             loc="left",
@@ -233,7 +233,7 @@ def draw_attention(
             kind = "RoPE, inside fragments" if found.restricted else "NoPE, whole slide"
             other = float(found.patches[row].mean(0)[contour_index != contour_index[query]].sum())
             if row == 0:
-                axes.setdraw_title(f"block {found.block}: {kind}", loc="left", color=INK, size=9)
+                axes.set_title(f"block {found.block}: {kind}", loc="left", color=INK, size=9)
             axes.annotate(
                 f"to other fragments: {other:.3g}",
                 (0, 0),
@@ -245,7 +245,7 @@ def draw_attention(
             )
     bar = figure.add_axes((1 - 0.82 / figure.get_figwidth(), 0.25, 0.14 / figure.get_figwidth(), 0.5))
     figure.colorbar(drawn, cax=bar).ax.tick_params(labelsize=8, colors=MUTED)
-    bar.setdraw_title("probability", size=8, color=MUTED, loc="left")
+    bar.set_title("probability", size=8, color=MUTED, loc="left")
     return save_figure(
         figure, path, "star: the patch that attends; empty squares: probability exactly 0; sections drawn side by side"
     )

@@ -69,12 +69,12 @@ def evaluate(
     check_folders(model, external)
     check_headers(tables_of_evaluation(model, cohort, id_column), label or ())
     # This import takes seconds, so it comes after the checks.
-    from exaonepath.alignment.evaluate import ANALYSES, EvaluationSettings
+    from exaonepath.alignment.analyses.registry import ANALYSES
+    from exaonepath.alignment.evaluate import EvaluationSettings
     from exaonepath.alignment.report import export_embeddings, write_report
     from exaonepath.alignment.subject import open_subject
 
     names = {"all": tuple(ANALYSES), "none": ()}.get(analyses, tuple(filter(None, map(str.strip, analyses.split(",")))))
-    subject = open_subject(model, cohort, split=split, by_name=by_name, device=device, id_column=id_column)
     settings = EvaluationSettings(
         labels=tuple(label or ()),
         time=time,
@@ -87,6 +87,7 @@ def evaluate(
         expression=expression,
         external=None if external is None else str(external),
     )
+    subject = open_subject(model, cohort, split=split, by_name=by_name, device=device, id_column=id_column)
     write_report(subject, out, settings, figures=figures)
     if export:
         export_embeddings(subject, out / "embeddings")

@@ -55,25 +55,27 @@ def open_external(subject: Subject, cohort: Path) -> tuple[Subject, list[str]]:
 
 
 def evaluate_external(
-    context: Context, cohort: Path, labels: Sequence[str], time: str, event: str, *, baselines: bool
+    context: Context,
+    external: Subject,
+    shared: Sequence[str],
+    labels: Sequence[str],
+    time: str,
+    event: str,
+    *,
+    baselines: bool,
 ) -> dict[str, Any]:
     """Retrieval, labels and survival of another cohort; fitted on the training patients of the context.
 
     Args:
         context: the model, its cohort and split.
-        cohort: folder or settings file of the other cohort.
+        external, shared: see `open_external`.
         labels, time, event: columns; those that the other cohort lacks are noted.
         baselines: whether to fit baselines.
-
-    Raises:
-        SettingsError, DataFileError, WeightsError: the cohort cannot be used.
     """
     subject, seed = context.subject, context.seed
-    external, shared = open_external(subject, cohort)
     tested = external.embed(external.data.split["test"])
     names = [name for name in subject.modalities if name in external.modalities]
     out: dict[str, Any] = {
-        "cohort": str(cohort),
         "cohort_hash": external.cohort.fingerprint,
         "patients": len(tested.patients),
         "left_out": len(shared),

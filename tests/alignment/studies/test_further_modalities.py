@@ -104,7 +104,7 @@ def test_counts_are_counts_and_missing_patients_are_missing(run):
 
 
 def test_an_evaluation_covers_them(run):
-    report = evaluate(run, EvaluationSettings(labels=("subtype",), missing=False, probes="held-out"))
+    report = evaluate(run, EvaluationSettings(labels=("subtype",), missing=False, probes="held-out", analyses=()))
     assert {"mirna->protein", "protein->mirna", "wsi->mirna"} <= set(report["parts"]["test"]["retrieval"])
     assert "mirna->protein" in report["baselines"]["retrieval"]["CCA"]
     assert set(report["probes"]["subtype"]) == {*NAMES, "fused"}
