@@ -17,6 +17,7 @@ from exaonepath.errors import SettingsError
 OURS, MEAN_PATCHES, MEAN = "slide embedding", "mean patch features", "mean of training patients"
 _FEWEST_TRAINING = 10
 _TOP = 10
+_MOST_FEATURES = 50_000  # resamples of so many take 0.4 GB and two minutes
 
 
 def expression(context: Context) -> dict[str, Any]:
@@ -30,6 +31,12 @@ def expression(context: Context) -> dict[str, Any]:
         raise SettingsError("the cohort has no slides that the model reads")
     if target == WSI or target not in subject.modalities:
         raise SettingsError(f"the model and the cohort have no {target}; they have {', '.join(subject.modalities)}")
+    genes = subject.data.standardizer.scalings[target].features
+    if len(genes) > _MOST_FEATURES:
+        raise SettingsError(
+            f"{target} has {len(genes):,} features, more than {_MOST_FEATURES:,}; train with data.top_variance to "
+            "have those that vary most"
+        )
     parts = {
         name: _part(subject, context.parts[name], target) for name in ("train", "val", "test") if name in context.parts
     }
@@ -46,7 +53,6 @@ def expression(context: Context) -> dict[str, Any]:
     measured = ~np.isnan(train["genes"])
     mean = np.where(measured, train["genes"], 0).sum(0) / np.maximum(measured.sum(0), 1)
     predictions.append(np.broadcast_to(mean, test["genes"].shape))
-    genes = subject.data.standardizer.scalings[target].features
     scores, differences = score_genes(predictions, test["genes"], genes, seed=context.seed)
     if undefined := scores[0].as_dict()["not_defined"]:
         context.note(f"{undefined} of {len(genes)} features of {target}", "they are constant among the test patients")

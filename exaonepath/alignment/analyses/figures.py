@@ -23,8 +23,10 @@ def draw_analyses(report: Mapping[str, Any], out: Path) -> list[Path]:
     found = report.get("analyses") or {}
     written = []
     for name, draw in (("few-shot", draw_few_shot), ("expression", draw_expression), ("calibration", draw_calibration)):
+        path = out / f"{name}.png"
+        path.unlink(missing_ok=True)  # of an earlier evaluation into this folder
         if name in found:
-            written.append(draw(found[name], out / f"{name}.png"))
+            written.append(draw(found[name], path))
     return written
 
 

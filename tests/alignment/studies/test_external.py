@@ -89,7 +89,7 @@ def test_one_table_has_both(report):
     assert f"## External cohort ({report['external']['patients']} patients)" in text
     assert "| recall@1 | internal: ours | CCA | chance | external: ours | CCA | chance |" in text
     assert "| fused: ours |" in text
-    assert "- rna: all 30 features are there." in text
+    assert "- rna: all 30 features are available." in text
     line = next(line for line in text.split("## External")[1].splitlines() if line.startswith("| attention MIL"))
     assert line.count("(") == 3  # of the name, and two differences
 
