@@ -129,12 +129,18 @@ def evaluate_external(
 
 
 def _features(external: Subject) -> dict[str, dict[str, Any]]:
-    """Modality to the features of the model that the other cohort lacks."""
+    """Modality to the features of the model that the other cohort lacks, and whether its counts have other totals."""
     found = {}
+    # Counts per million over other columns than in training are wrong by a factor, which no alignment can correct.
+    totals = {
+        finding.where: finding.message
+        for finding in external.data.standardizer.align(external.cohort)[1].warnings
+        if finding.code == "other-totals"
+    }
     for name in external.modalities:
         if name == WSI:
             continue
         wanted = external.model.omics_encoder(name).feature_names
         lacking = FeatureMatch.of(wanted, external.cohort.modalities[name].features).lacking
-        found[name] = {"of": len(wanted), "missing": len(lacking), "examples": lacking[:5]}
+        found[name] = {"of": len(wanted), "missing": len(lacking), "examples": lacking[:5], "totals": totals.get(name)}
     return found

@@ -199,6 +199,8 @@ def external_lines(report: Mapping[str, Any]) -> Iterator[str]:
     for name, features in found["features"].items():
         text = f"{features['missing']} of {features['of']} features are missing, and count as the training mean"
         yield f"- {name}: {text if features['missing'] else 'all ' + str(features['of']) + ' features are available'}."
+        if features["totals"]:
+            yield f"- {name}: **{features['totals']}**."
     if found["left_out"]:
         yield f"- {found['left_out']} patients with ids of the run's cohort are left out."
     yield ""

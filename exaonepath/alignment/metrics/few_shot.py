@@ -56,7 +56,7 @@ def few_shot_hits(
 
     out = np.zeros((len(draws), len(test)))
     for at, rows in enumerate(draws):
-        model = LogisticRegression(C=_INVERSE_PENALTY, max_iter=300, tol=1e-3, class_weight="balanced")
+        model = LogisticRegression(C=_INVERSE_PENALTY, max_iter=1000, tol=1e-3, class_weight="balanced")
         out[at] = model.fit(x[rows], y[rows]).predict(test) == test_y
     return out
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import exaonepath.alignment.analyses.expression as expression_module
 import exaonepath.alignment.analyses.zero_shot as zero_shot_module
 from exaonepath.alignment.analyses.context import NO_TRANSFER, Context
 from exaonepath.alignment.analyses.expression import expression
@@ -211,12 +212,16 @@ def test_without_labels_slides_or_training_patients_there_is_a_reason(subject, p
     assert all(reasons == [f"not evaluated because {NO_TRANSFER}"] for reasons in notes.values())
 
 
-def test_what_cannot_be_asked_for(subject, parts):
+def test_what_cannot_be_asked_for(subject, parts, monkeypatch):
     with pytest.raises(SettingsError, match=r"unknown analyses fewshot; there are few-shot"):
         EvaluationSettings(analyses=("fewshot",))
     context = context_of(subject, parts)
     context.expression = "protein"
     with pytest.raises(SettingsError, match="have no protein; they have wsi, rna"):
+        expression(context)
+    context.expression = "rna"
+    monkeypatch.setattr(expression_module, "_MOST_FEATURES", 29)
+    with pytest.raises(SettingsError, match=r"rna has 30 features, more than 29; train with data\.top_variance"):
         expression(context)
 
 
@@ -250,6 +255,7 @@ def test_slide_embeddings_are_those_of_the_patients(subject, parts):
 
 
 def test_figures_of_parts_that_are_missing_are_not_drawn(tmp_path):
+    (tmp_path / "few-shot.png").write_bytes(b"of an earlier evaluation")
     assert draw_analyses({"analyses": {"not_evaluated": {}}}, tmp_path) == []
     assert not list(tmp_path.iterdir())
 

@@ -106,13 +106,15 @@ def test_lacking_features_labels_and_follow_up_are_said(subject, cohort_folder, 
     found = report["external"]
     assert found["features"]["rna"]["missing"] == 7
     assert len(found["features"]["rna"]["examples"]) == 5
-    assert found["features"]["cnv"] == {"of": 15, "missing": 0, "examples": []}
+    assert found["features"]["cnv"] == {"of": 15, "missing": 0, "examples": [], "totals": None}
+    assert "over all 23 columns of the table, but over 30 in training" in found["features"]["rna"]["totals"]
     assert set(found["probes"]) == {"spatial"}
     assert "subtype: not evaluated because the external cohort has no such column" in found["not_evaluated"]
     assert any(n.startswith("survival: not evaluated because the external cohort has no") for n in
                found["not_evaluated"])  # fmt: skip
     text = table(report | {"provenance": {"split_known": True}})
     assert "- rna: 7 of 30 features are missing, and count as the training mean." in text
+    assert "- rna: **counts per million are computed over all 23 columns" in text
     assert "- subtype: not evaluated because the external cohort has no such column." in text
     # Missing genes are the training mean, which is 0 after the standardisation.
     external, _ = open_external(subject, other)
