@@ -154,14 +154,16 @@ def test_overhead(benchmark, one_slide, tmp_path, monkeypatch):
 
     def run_all() -> None:
         pair = cohort_stand_ins.load("stand-in", CPU)
-        start = time.process_time()
+        start, measuring = time.process_time(), 0.0
         for i, outcome in enumerate(encode_cohort(slides, tmp_path / "out", pair, run)):
             assert outcome.error is None
             if i % max(1, count // 20) == 0:
+                before = time.thread_time()  # the collection, more than 0.1 s, is part of the measurement only
                 gc.collect()
                 memory.append(resident_bytes())
                 descriptors.append(len(list(Path("/proc/self/fd").iterdir())))
-        processor.append(time.process_time() - start)
+                measuring += time.thread_time() - before
+        processor.append(time.process_time() - start - measuring)
 
     benchmark.group = "1,000 small slides"
     benchmark.pedantic(run_all, rounds=1)

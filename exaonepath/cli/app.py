@@ -14,6 +14,7 @@ from exaonepath.cli.encode import encode
 from exaonepath.cli.evaluate import evaluate
 from exaonepath.cli.features import features
 from exaonepath.cli.guard import guarded, interruptible
+from exaonepath.cli.heatmap import heatmap
 from exaonepath.cli.patch import patch
 from exaonepath.cli.slide import slide
 from exaonepath.cli.status import status
@@ -49,5 +50,5 @@ def _root(
     """Whole-slide pathology images to slide embeddings."""
 
 
-for command in (encode, patch, features, slide, status, collect, view, doctor, demo, train, evaluate, ablate):
+for command in (encode, patch, features, slide, status, collect, view, heatmap, doctor, demo, train, evaluate, ablate):
     app.command()(guarded(command))

@@ -24,6 +24,7 @@ from exaonepath.files import checksums
 from exaonepath.files.atomic import try_lock
 from exaonepath.files.raw_file import RawFile
 from exaonepath.files.signals import signals_held
+from exaonepath.files.stored_array import StoredArray
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _BUSY = {errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EBUSY, errno.ESTALE}
@@ -43,7 +44,6 @@ _SLACK = 1 << 24  # a smaller declared size is harmless
 _MAX_ATTRIBUTE = 1 << 16
 _MAX_ELSEWHERE = 1 << 25  # bytes of a file outside its datasets, where variable-length attributes are stored
 _STRING_REFERENCE = 16
-_READ_BYTES = 1 << 25  # bytes that are read and checked at a time
 # deflate, shuffle, fletcher32, szip, nbit, scaleoffset, lzf. For any other filter, HDF5 would search for a plug-in and
 # load it.
 _FILTERS = {1, 2, 3, 4, 5, 6, 32000}
@@ -160,6 +160,8 @@ class StoredFile:
         self._size = raw.size()
         self.names = sorted(file)
         self._elsewhere: int | None = None
+        self._values: dict[tuple[str, str], Any] = {}
+        self._owners: dict[str, tuple[Any, h5py.AttributeManager]] = {}
         self._covered = self._check_attributes()
         self.has_checksums = self._covered is not None
         for name in self._covered or ():
@@ -195,22 +197,9 @@ class StoredFile:
         Raises:
             ForeignFileError: the attribute is larger than any attribute needs to be, or refers to another object.
         """
-        owner = self._file[of] if of else self._file
-        key = name.encode()
-        if not h5py.h5a.exists(owner.id, key):
+        value = self._stored_attribute(of, name)
+        if value is None:
             return default
-        attribute = h5py.h5a.open(owner.id, key)
-        kind = attribute.get_type()
-        if isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str():
-            if self._bytes_elsewhere() > _MAX_ELSEWHERE:
-                self.foreign(f"{self._bytes_elsewhere()} bytes of it are attributes")
-        elif not isinstance(kind, h5py.h5t.TypeStringID | h5py.h5t.TypeIntegerID | h5py.h5t.TypeFloatID) and not (
-            isinstance(kind, h5py.h5t.TypeEnumID)
-        ):
-            self.foreign(f"its attribute {name} is neither text nor numbers")
-        if attribute.get_storage_size() > _MAX_ATTRIBUTE:
-            self.foreign(f"its attribute {name} has {attribute.get_storage_size()} bytes")
-        value = owner.attrs[name]
         if isinstance(value, bytes):
             return value.decode("utf-8", "replace")
         return value.item() if isinstance(value, np.generic) else value
@@ -241,7 +230,7 @@ class StoredFile:
             raise DataFileError(
                 f"{self.path}: {name} must be {wanted} [{sides}], got {dataset.dtype} {list(dataset.shape)}"
             )
-        return StoredArray(self, name, dataset, self._stored_checksums(name, dataset))
+        return StoredArray(name, dataset, self._stored_checksums(name, dataset), self.damaged)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Declared shape of a plain dataset of numbers."""
@@ -268,7 +257,7 @@ class StoredFile:
             if h5py.check_string_dtype(dataset.dtype):
                 self.strings(name, len(dataset))
             else:
-                StoredArray(self, name, dataset, self._stored_checksums(name, dataset)).verify()
+                StoredArray(name, dataset, self._stored_checksums(name, dataset), self.damaged).verify()
 
     def _plain(self, name: str, strings: bool = False) -> h5py.Dataset:
         """The dataset, if all of its bytes are in this file and its size is plausible for that number of bytes."""
@@ -324,24 +313,52 @@ class StoredFile:
             return None
         try:
             names = json.loads(covered)
-            values = {
-                owner: {name: (self._file[owner] if owner else self._file).attrs[name] for name in listed}
-                for owner, listed in names.items()
-                if self._readable(owner, listed)
-            }
+            values = {owner: self._present(owner, listed) for owner, listed in names.items()}
         except (TypeError, ValueError, LookupError, AttributeError, OSError, RuntimeError, OverflowError) as exc:
             raise DamagedFileError(_damaged(self.path, f"its attributes cannot be read ({exc})")) from exc
         if checksums.attributes_checksum(covered, values) != stored:
             self.damaged("the checksum of its attributes does not match")
         return set(names)
 
-    def _readable(self, owner: str, names: Iterable[str]) -> bool:
-        """Return True after the checks that `attribute` makes."""
+    def _present(self, owner: str, names: Iterable[str]) -> dict[str, Any]:
+        """The values of attributes that must exist."""
         if owner and owner not in self:
             self.damaged(f"{owner} is missing")
-        for name in names:
-            self.attribute(name, of=owner)
-        return True
+        values = {name: self._stored_attribute(owner, name) for name in names}
+        for name, value in values.items():
+            if value is None:
+                raise KeyError(name)
+        return values
+
+    def _stored_attribute(self, owner: str, name: str) -> Any:
+        """The value as h5py returns it, after all checks; None if there is no such attribute.
+
+        Each is read once and then kept: an attribute takes HDF5 longer to find than a row of a dataset.
+        """
+        if (owner, name) in self._values:
+            return self._values[owner, name]
+        if owner not in self._owners:
+            opened = self._file[owner] if owner else self._file
+            self._owners[owner] = opened.id, opened.attrs
+        identifier, attributes = self._owners[owner]
+        value = None
+        if h5py.h5a.exists(identifier, name.encode()):
+            self._check_attribute(name, h5py.h5a.open(identifier, name.encode()))
+            value = attributes[name]
+        self._values[owner, name] = value
+        return value
+
+    def _check_attribute(self, name: str, attribute: h5py.h5a.AttrID) -> None:
+        kind = attribute.get_type()
+        if isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str():
+            if self._bytes_elsewhere() > _MAX_ELSEWHERE:
+                self.foreign(f"{self._bytes_elsewhere()} bytes of it are attributes")
+        elif not isinstance(kind, h5py.h5t.TypeStringID | h5py.h5t.TypeIntegerID | h5py.h5t.TypeFloatID) and not (
+            isinstance(kind, h5py.h5t.TypeEnumID)
+        ):
+            self.foreign(f"its attribute {name} is neither text nor numbers")
+        if attribute.get_storage_size() > _MAX_ATTRIBUTE:
+            self.foreign(f"its attribute {name} has {attribute.get_storage_size()} bytes")
 
     def _bytes_elsewhere(self) -> int:
         """Bytes of the file that belong to no dataset: an upper bound for the size of its attributes."""
@@ -354,61 +371,6 @@ class StoredFile:
                 )
                 self._elsewhere -= sum(found)
         return self._elsewhere
-
-
-class StoredArray:
-    """A dataset whose rows are checked when they are read."""
-
-    def __init__(self, file: StoredFile, name: str, dataset: h5py.Dataset, crcs: np.ndarray | None) -> None:
-        self._file, self._name, self._dataset, self._crcs = file, name, dataset, crcs
-        self.shape: tuple[int, ...] = dataset.shape
-        self._unit = 1 if crcs is None else checksums.block_rows(self.shape[0])
-        self.dtype: np.dtype = dataset.dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def read(self) -> np.ndarray:
-        """The whole dataset, in the stored type."""
-        values = np.empty(self.shape, self.dtype)
-        for start, part in self.parts():
-            values[start : start + len(part)] = part
-        return values
-
-    def parts(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, rows), in order, in parts of bounded size; at least once, also for an empty dataset."""
-        row = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
-        step = self._unit * max(1, _READ_BYTES // (self._unit * row))
-        for start in range(0, max(1, len(self)), step):
-            values = self._dataset[start : start + step]
-            self._compare(start, values)
-            yield start, values
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows `start` (included) to `stop` (excluded)."""
-        if stop <= start:
-            return np.empty((0, *self.shape[1:]), self.dtype)
-        first = start // self._unit * self._unit
-        values = self._dataset[first : min(-(-stop // self._unit) * self._unit, len(self))]
-        self._compare(first, values)
-        return values[start - first : stop - first]
-
-    def verify(self) -> None:
-        """Read and check all rows without keeping them."""
-        if self._crcs is not None:
-            for _ in self.parts():
-                pass
-
-    def _compare(self, first: int, values: np.ndarray) -> None:
-        if self._crcs is None:
-            return
-        check = checksums.BlockChecksums(self._name, self.shape, self.dtype, first)
-        check.add(values)
-        found, block = check.result(), first // self._unit
-        wrong = np.flatnonzero(found != self._crcs[block : block + len(found)])
-        if len(wrong):
-            row = (block + wrong[0]) * self._unit
-            self._file.damaged(f"the checksum of {self._name} does not match (rows from {row})")
 
 
 def _check_tree(path: Path, root: h5py.File) -> None:

@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 
 from exaonepath.alignment.data.checks import DuplicateFeatures, Missing, scales_of
 from exaonepath.alignment.data.dialect import Decimal
+from exaonepath.alignment.data.feature_checks import FeatureCheck
 from exaonepath.alignment.data.orientation import Orientation
 from exaonepath.alignment.data.patient_ids import PatientIds
-from exaonepath.alignment.data.slides import FeatureCheck
 from exaonepath.alignment.modalities import MODALITIES, OMICS, check_further
 from exaonepath.errors import SettingsError
 
@@ -73,7 +73,7 @@ class CohortConfig:
         missing: treatment of single missing values; see `check_table`.
         min_modalities: patients with fewer modalities are left out, with a note that names them.
         feature_dim: input width of the slide encoder; None: any.
-        check_features: "full" or "header"; see `read_slides`.
+        check_features: "full", "again" or "header"; see `read_slides`.
         further_modalities: names of molecular modalities in addition to the four of the paper, such as "mirna" or
             "protein": in `mudata`, or in `modalities`.
     """

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from exaonepath.errors import SettingsError
-from exaonepath.viewer.library import key_of
-from exaonepath.viewer.table import PatchTable
+from exaonepath.viz.values import table as table_module
+from exaonepath.viz.values.table import PatchTable
 
 COORDS = np.array([[0, 0], [256, 0], [0, 256]], np.int32)
 
@@ -64,15 +64,18 @@ def test_files_that_are_no_tables(tmp_path):
         PatchTable(tmp_path / "b.csv")
 
 
-def test_columns_reach_the_page(made, view, tmp_path):
-    coords = None
-    with view(made, [made / "slides"]) as client:
-        coords = client.array("coords", "<i4", key_of("second")).reshape(-1, 2)
-    text = "slide,x,y,depth,kind\n" + "".join(f"second,{x},{y},{x + y},{'ab'[x % 2]}\n" for x, y in coords.tolist())
-    with view(made, [made / "slides"], table=table(tmp_path, text)) as client:
-        detail = client.slide(key_of("second"))
-        assert [c["name"] for c in detail["columns"]] == ["depth", "kind"]
-        assert (client.array("column", "<f4", key_of("second"), name="depth") == coords.sum(1)).all()
-        assert client.get(f"api/slides/{detail['key']}/column", v=detail["version"], name="../x")[0] == 404
-        other = client.slide()
-        assert client.get(f"api/slides/{other['key']}/column", v=other["version"], name="depth")[0] == 404
+def test_a_large_parquet_file_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra `cohort`")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"patch": [0, 1, 2], "score": [1.5, None, 3.5]}), tmp_path / "t.parquet")
+    found = PatchTable(tmp_path / "t.parquet").column("score", "s", COORDS).values
+    assert found[[0, 2]].tolist() == [1.5, 3.5]
+    assert np.isnan(found[1])
+    monkeypatch.setattr(table_module, "_MOST_CELLS", 5)
+    with pytest.raises(SettingsError, match="3 rows of 2 columns"):
+        PatchTable(tmp_path / "t.parquet")
+    monkeypatch.setattr(table_module, "_MOST_CELLS", 6)
+    parquet.write_table(pyarrow.table({"patch": [], "score": []}), tmp_path / "e.parquet")
+    with pytest.raises(SettingsError, match="no rows"):
+        PatchTable(tmp_path / "e.parquet")

@@ -16,8 +16,8 @@ from exaonepath.files.features import PatchFailure, read_failures
 from exaonepath.files.hdf5 import StoredFile, open_h5
 from exaonepath.files.outlines import KINDS, Outlines, parse_outlines
 from exaonepath.files.patches import parse_patches
-from exaonepath.viewer.library import Entry
-from exaonepath.viz.canvas import grid_step
+from exaonepath.slides.patches.fragments import grid_step
+from exaonepath.viz.values.library import Entry
 
 # The vectors of a patch: what the patch encoder saw in it, and what the slide encoder made of it in its surroundings.
 APPEARANCE, CONTEXT = "appearance", "context"

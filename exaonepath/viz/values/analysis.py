@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from exaonepath.viewer.vectors import UnitRows
 from exaonepath.viz.colors import Projection, project, score_colors
+from exaonepath.viz.values.vectors import UnitRows
 
 _SAMPLE = 20_000  # rows that the axes are computed from; of more, an even sample
 _CLUSTER_SAMPLE = 20_000
@@ -16,6 +16,7 @@ _ROUNDS = 40
 _STARTS = 4
 _BLOCK = 16_384
 MOST_CLUSTERS = 12
+NO_CLUSTER = 255  # of a vector that is not usable
 
 
 class Components(NamedTuple):
@@ -64,7 +65,7 @@ def clusters(unit: UnitRows, count: int, seed: int = 0) -> np.ndarray:
         count: number of clusters, 2 to `MOST_CLUSTERS`; fewer are found if there are fewer distinct vectors.
         seed: of the random starts.
     """
-    labels = np.full(len(unit), 255, np.uint8)
+    labels = np.full(len(unit), NO_CLUSTER, np.uint8)
     usable = np.flatnonzero(unit.usable)
     if not len(usable):
         return labels

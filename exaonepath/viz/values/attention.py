@@ -1,4 +1,4 @@
-"""Attention of one patch to all others, computed exactly by the slide encoder that made the embeddings."""
+"""Attention of patches to all others, computed exactly by the slide encoder that made the embeddings."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ class Attention:
     Args:
         weights: weights of the slide encoder; None: those that the embeddings state.
         device: as for `load_slide_encoder`.
+        most_on_cpu: patches of the largest slide that is computed on a CPU; None: no limit.
     """
 
-    def __init__(self, weights: str | None = None, device: str = "auto") -> None:
-        self._weights, self._device = weights, device
+    def __init__(
+        self, weights: str | None = None, device: str = "auto", *, most_on_cpu: int | None = _MOST_ON_CPU
+    ) -> None:
+        self._weights, self._device, self._most_on_cpu = weights, device, most_on_cpu
         self._lock = threading.Lock()
         self._encoders: dict[str, LoadedEncoder[ExaonePathSlideEncoderModel]] = {}
-        self._kept: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int | None], np.ndarray] = OrderedDict()
 
     def of_patch(
         self,
@@ -43,17 +46,17 @@ class Attention:
         features: np.ndarray,
         coords: np.ndarray,
         fragments: np.ndarray,
-        patch: int,
+        patch: int | None,
     ) -> np.ndarray:
-        """Attention of a patch in every block, mean over heads: float32 [blocks, N]; a row and what falls on the prefix
-        tokens add up to 1.
+        """Attention of a patch, or the mean over all patches, in every block, mean over heads: float32 [blocks, N]; a
+        row and what falls on the prefix tokens add up to 1.
 
         Args:
             version: names the results of the slide.
             attrs: attributes of the embeddings file.
             features: float32 [N, C] as the slide encoder takes them.
             coords, fragments: int32 [N, 2] and [N].
-            patch: index of the patch.
+            patch: index of the patch; None: the mean over all patches.
 
         Raises:
             AttentionUnavailable: the slide is too large for the CPU, or the weights are not those of the embeddings.
@@ -63,10 +66,11 @@ class Attention:
             key = (version, patch)
             if key not in self._kept:
                 encoder = self._encoder(attrs)
-                if encoder.device.type == "cpu" and len(features) > _MOST_ON_CPU:
+                limit = self._most_on_cpu
+                if encoder.device.type == "cpu" and limit is not None and len(features) > limit:
                     raise AttentionUnavailable(
-                        f"attention of {len(features):,} patches would take minutes on a CPU (up to {_MOST_ON_CPU:,} "
-                        "are computed); use --device cuda"
+                        f"attention of {len(features):,} patches would take minutes on a CPU (up to {limit:,} are "
+                        "computed); use --device cuda"
                     )
                 self._kept[key] = _maps(encoder, features, coords, fragments, patch)
                 while len(self._kept) > _KEPT:
@@ -97,23 +101,22 @@ def _maps(
     features: np.ndarray,
     coords: np.ndarray,
     fragments: np.ndarray,
-    patch: int,
+    patch: int | None,
 ) -> np.ndarray:
     import torch
 
-    from exaonepath.encoders.attention_map import attention_map
+    from exaonepath.encoders.attention_map import attention_map, mean_attention
 
     width = encoder.model.config.wsi["input_dim"]
     if features.shape[1] != width:
         raise AttentionUnavailable(f"the features are {features.shape[1]} wide, the slide encoder takes {width}")
+    on_device = [torch.from_numpy(array).to(encoder.device) for array in (features, coords, fragments)]
+    given = (encoder.model, on_device[0], on_device[1], on_device[2])
     try:
-        maps = attention_map(
-            encoder.model,
-            torch.from_numpy(features).to(encoder.device),
-            torch.from_numpy(coords).to(encoder.device),
-            torch.from_numpy(fragments).to(encoder.device),
-            [patch],
-        )
+        if patch is None:
+            rows = [found.patches for found in mean_attention(*given)]
+        else:
+            rows = [found.patches[0] for found in attention_map(*given, [patch])]
     except torch.OutOfMemoryError as exc:
         raise BackendError(f"attention of {len(features)} patches does not fit into the memory of the device") from exc
-    return np.stack([found.patches[0].mean(0).numpy() for found in maps]).astype(np.float32, copy=False)
+    return np.stack([heads.mean(0).numpy() for heads in rows]).astype(np.float32, copy=False)

@@ -18,7 +18,7 @@ import numpy as np
 
 from exaonepath.errors import OutputError
 from exaonepath.files.hdf5 import open_h5
-from exaonepath.viewer.results import VectorSource
+from exaonepath.viz.values.results import VectorSource
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Columns of a CSV file as values of patches: a score, a label, whatever another program computed."""
+"""Columns of a CSV or Parquet file as values of patches: a score, a label, whatever another program computed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from exaonepath.errors import SettingsError
+from exaonepath.files.slide_vectors import require_pyarrow
 
 _SLIDE_COLUMNS = ("slide", "slide_id", "id", "wsi_id")
 _X_COLUMNS, _Y_COLUMNS = ("x", "coord_x", "x_coord"), ("y", "coord_y", "y_coord")
 _ROW_COLUMNS = ("patch", "index", "patch_index")
 _LARGEST_FILE = 1 << 30
+_MOST_CELLS = 20_000_000  # of a Parquet file, which is much larger in memory than on disk
 _MISSING = {"", "na", "nan", "n/a", "null", "none"}
 MOST_CATEGORIES = 40
 
@@ -35,18 +37,19 @@ class Column:
 
 
 class PatchTable:
-    """A CSV or TSV file with a row for each patch.
+    """A CSV, TSV or Parquet file with a row for each patch.
 
     A row belongs to the patch whose corner it states (columns x and y, level-0 pixels), or whose number (patch, from
     0). With the column slide, the file may hold several slides.
 
     Raises:
         SettingsError: the file cannot be read, or does not state which patch a row is of.
+        MissingDependencyError: it is a Parquet file, and pyarrow is not installed.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        header, self._rows = _read(self.path)
+        header, self._rows = (_read_parquet if _is_parquet(self.path) else _read)(self.path)
         lower = [name.strip().lower() for name in header]
         duplicates = sorted({name for name in lower if lower.count(name) > 1})
         if duplicates:
@@ -144,6 +147,38 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
         if len(row) != len(header):
             raise SettingsError(f"{path}: row {number} has {len(row)} columns, the header has {len(header)}")
     return header, rows[1:]
+
+
+def _is_parquet(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"PAR1"
+    except OSError:
+        return False  # the reader of CSV files says what is wrong
+
+
+def _read_parquet(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows as texts; columns of lists or other nested values (vectors) are left out."""
+    pyarrow = require_pyarrow()
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise SettingsError(f"{path} has more than 1 GB, which is too much for a table of patches")
+        stored = pyarrow.parquet.ParquetFile(path)
+        plain = [field.name for field in stored.schema_arrow if not pyarrow.types.is_nested(field.type)]
+        if stored.metadata.num_rows * len(plain) > _MOST_CELLS:
+            raise SettingsError(
+                f"{path} has {stored.metadata.num_rows:,} rows of {len(plain)} columns, which is too much for a table "
+                "of patches; leave columns or slides out"
+            )
+        table = stored.read(columns=plain)
+        columns = [["" if value is None else str(value) for value in column.to_pylist()] for column in table.columns]
+        header = list(table.column_names)
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as exc:
+        raise SettingsError(f"{path} is not a Parquet file that can be read: {exc}") from exc
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    if not rows:
+        raise SettingsError(f"{path} holds no rows")
+    return header, rows
 
 
 def _same_slide(text: str, slide: str) -> bool:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from exaonepath.files.hdf5_output import atomic_h5
-from exaonepath.viewer import analysis
-from exaonepath.viewer.analysis import clusters, components
-from exaonepath.viewer.results import VectorSource
-from exaonepath.viewer.vectors import UnitRows, VectorStore, most_similar, top_rows, unit_rows
+from exaonepath.viz.values import analysis
+from exaonepath.viz.values.analysis import clusters, components
+from exaonepath.viz.values.results import VectorSource
+from exaonepath.viz.values.vectors import UnitRows, VectorStore, most_similar, top_rows, unit_rows
 
 
 @pytest.fixture

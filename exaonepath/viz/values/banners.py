@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
+from exaonepath.slides.image import SlideImage
 from exaonepath.slides.scale import ASSUMED
 from exaonepath.text import printable
-from exaonepath.viewer.pixels import SlideInfo
-from exaonepath.viewer.results import Results
+from exaonepath.viz.values.results import Results
 
 
-def banners(info: SlideInfo | None, results: Results | None) -> list[dict[str, str]]:
-    """Warnings that the page shows above the slide, each with a kind ("random", "scale", "slide") and a text."""
+class SlideFacts(Protocol):
+    """What is known of a slide file: where its pixel size comes from, doubts about it, and (the beginning of) its
+    fingerprint."""
+
+    @property
+    def mpp_source(self) -> str: ...
+
+    @property
+    def doubts(self) -> tuple[str, ...]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class OpenSlideFacts:
+    """`SlideFacts` of an open slide."""
+
+    mpp_source: str
+    doubts: tuple[str, ...]
+    fingerprint: str
+
+    @classmethod
+    def of(cls, slide: SlideImage) -> OpenSlideFacts:
+        """The facts of a slide; the errors of `SlideImage.fingerprint` are raised."""
+        return cls(slide.mpp_source, slide.scale_doubts, slide.fingerprint())
+
+
+def banners(info: SlideFacts | None, results: Results | None) -> list[dict[str, str]]:
+    """Warnings that the viewer shows above the slide and pictures below it, each with a kind ("random", "scale",
+    "slide") and a text."""
     found: list[dict[str, str]] = []
     if results is not None and _random(results):
         text = (

@@ -58,8 +58,7 @@ class Entry:
             if isinstance(stated, str) and stated:
                 return Path(stated)
         raise SlideOpenError(
-            f"the results of {self.id} do not state where its slide is; name the slide on the command line: "
-            "exaonepath view OUT SLIDES"
+            f"the results of {self.id} do not state where its slide is; name the slide after the output folder"
         )
 
     def mpp(self) -> float | None:
