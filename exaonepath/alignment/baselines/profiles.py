@@ -10,6 +10,22 @@ import numpy as np
 from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.training.data import TrainingData
 
+PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class CohortPart:
+    """Patients of a part of a split, and the cohort that they are of."""
+
+    data: TrainingData
+    patients: tuple[str, ...]
+
+
+def parts_of(data: TrainingData, test: CohortPart | None = None) -> dict[str, CohortPart]:
+    """The parts of a split; `test`: test patients of another cohort in place of those of the split."""
+    parts = {name: CohortPart(data, tuple(data.split[name])) for name in PARTS}
+    return parts if test is None else {**parts, "test": test}
+
 
 @dataclass(frozen=True)
 class Profiles:

@@ -17,7 +17,7 @@ from exaonepath.alignment.data.feature_cache import Allocate, FeatureCache
 from exaonepath.alignment.data.sampling import choose_patches, stream
 from exaonepath.alignment.data.slides import Slide
 from exaonepath.alignment.data.standardizer import Standardizer
-from exaonepath.alignment.modalities import MODALITIES, WSI
+from exaonepath.alignment.modalities import WSI, columns_of
 from exaonepath.errors import SettingsError
 
 SlideChoice = Literal["one", "all", "rows"]
@@ -32,7 +32,7 @@ class PatientRow:
         patient_index: its index in `Cohort.patients`; rows of one patient share it (the loss's patient id).
         slides: none, one or several.
         omics: modality to float32 [F]; zeros if the patient lacks it.
-        available: bool [5], in the order of `MODALITIES`.
+        available: bool [M], in the order of `columns_of(omics)`.
     """
 
     patient: str
@@ -84,6 +84,7 @@ class PatientDataset(Dataset[PatientRow]):
         self.cohort = cohort if patients is None else cohort.subset(patients)
         self.omics, self.report = standardizer.align(self.cohort)
         self.dims = standardizer.manifest.dims
+        self.columns = columns_of(self.dims)
         # Indices in the whole cohort, so that they are equal in all subsets of a cohort.
         place = {patient: at for at, patient in enumerate(cohort.patients)}
         self._place = [place[patient] for patient in self.cohort.patients]
@@ -150,13 +151,13 @@ class PatientDataset(Dataset[PatientRow]):
         else:
             chosen = slides
         omics = {name: torch.zeros(dim) for name, dim in self.dims.items()}
-        available = torch.zeros(len(MODALITIES), dtype=torch.bool)
-        available[MODALITIES.index(WSI)] = bool(chosen)
+        available = torch.zeros(len(self.columns), dtype=torch.bool)
+        available[self.columns.index(WSI)] = bool(chosen)
         for name, rows in self.omics.items():
             table_row = self._row_of[name].get(patient)
             if table_row is not None:
                 omics[name] = torch.from_numpy(rows.rows([table_row])[0])
-                available[MODALITIES.index(name)] = True
+                available[self.columns.index(name)] = True
         patches = tuple(self._patches(slide, rng, allocate) for slide in chosen)
         return PatientRow(patient, self._place[at], patches, omics, available)
 
@@ -204,16 +205,17 @@ def collate_patients(rows: Sequence[PatientRow], features: Tensor | None = None)
         features: the features of all slides of the rows, if they already lie one after the other; see `PatientBatch`.
     """
     names = rows[0].omics if rows else {}
+    columns = columns_of(names)
     available = (
-        torch.stack([row.available for row in rows]) if rows else torch.zeros((0, len(MODALITIES)), dtype=torch.bool)
+        torch.stack([row.available for row in rows]) if rows else torch.zeros((0, len(columns)), dtype=torch.bool)
     )
     has_slides = any(row.slides for row in rows)
-    held = [name for name in MODALITIES if name in names or (name == WSI and has_slides)]
+    held = [name for name in columns if name in names or (name == WSI and has_slides)]
     return PatientBatch.build(
         len(rows),
         [row.slides for row in rows] if has_slides else None,
         {name: torch.stack([row.omics[name] for row in rows]) for name in names},
-        {name: available[:, MODALITIES.index(name)] for name in held},
+        {name: available[:, columns.index(name)] for name in held},
         tuple(row.patient for row in rows),
         torch.tensor([row.patient_index for row in rows], dtype=torch.int64),
         features,

@@ -23,7 +23,7 @@ from exaonepath.alignment.data.sites import sites_of
 from exaonepath.alignment.data.slides import Slide, SlideTable
 from exaonepath.alignment.data.splits import Split, split_patients
 from exaonepath.alignment.data.standardizer import OmicsRows, Scaling, Standardizer, StandardizerSettings
-from exaonepath.alignment.modalities import MODALITIES, WSI
+from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
 from exaonepath.alignment.training.batch_plan import PlannedChunk
 from exaonepath.alignment.training.loading import read_batches
@@ -64,6 +64,7 @@ def load_training_cohort(settings: DataSettings) -> Cohort:
             missing=settings.missing,  # type: ignore[arg-type]
             min_modalities=settings.min_modalities,
             check_features=settings.check_features,  # type: ignore[arg-type]
+            further_modalities=settings.further_modalities,
         )
     )
     return restrict_modalities(cohort, settings.modalities, settings.min_modalities)
@@ -76,7 +77,10 @@ def restrict_modalities(cohort: Cohort, modalities: Sequence[str], min_modalitie
         SettingsError: the cohort lacks a modality, or no patients are left.
     """
     if unknown := [name for name in modalities if name not in cohort.held]:
-        raise SettingsError(f"data.modalities: the cohort has no {', '.join(unknown)}; it has {', '.join(cohort.held)}")
+        raise SettingsError(
+            f"data.modalities: the cohort has no {', '.join(unknown)}; it has {', '.join(cohort.held)} (modalities of "
+            "other names are read if data.further_modalities names them)"
+        )
     if not modalities:
         return cohort
     part = replace(
@@ -147,7 +151,7 @@ def load_split(path: Path, cohort: Cohort) -> Split:
 
 def fit_standardizer(cohort: Cohort, split: Split, settings: DataSettings) -> Standardizer:
     """A standardizer with means and deviations of the training patients."""
-    options = StandardizerSettings(settings.top_variance, settings.clip or None)
+    options = StandardizerSettings(settings.top_variance, settings.clip or None, settings.further_modalities)
     return Standardizer.fit(cohort, split["train"], options)[0]
 
 
@@ -314,4 +318,4 @@ _PROBE_PATCHES, _PROBE_TRIES = 4096, 20
 def available_counts(cohort: Cohort, patients: Sequence[str]) -> dict[str, int]:
     """Modality to the number of these patients who have it."""
     available = cohort.subset(patients).availability()
-    return {name: int(count) for name, count in zip(MODALITIES, np.asarray(available.sum(0)), strict=True)}
+    return {name: int(count) for name, count in zip(cohort.columns, np.asarray(available.sum(0)), strict=True)}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from exaonepath.alignment.modalities import ROPE_MODES, WSI
+from exaonepath.alignment.modalities import ROPE_MODES, WSI, check_further
 from exaonepath.alignment.training.typed_tables import build_typed
 from exaonepath.errors import ConfigError, SettingsError
 
@@ -26,6 +26,8 @@ class DataSettings:
             `CohortConfig`.
         tables: modality to the keys of `ModalitySource`, for modalities in separate files.
         modalities: modalities to train with; empty: all of the cohort.
+        further_modalities: names of molecular modalities in addition to rna, snp, cnv and methylation, for example
+            ["mirna", "protein"]: a modality of `mudata`, or a table in `tables`.
         stratify: label column for a stratified split; None: not stratified.
         split: file of a split (parts "train", "val", "test"); None: a random split from `split_seed`.
         validation_share, test_share: shares of the held-out patients.
@@ -63,6 +65,7 @@ class DataSettings:
     slides_per_step: str = "one"
     max_patches: int = 0
     cache_mb: int = 1024
+    further_modalities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,9 @@ class TrainSettings:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         out: dict[str, Any] = _plain(dataclasses.asdict(self))
+        # Settings without further modalities are stored, and hashed, as by versions that had none.
+        if not out["data"]["further_modalities"]:
+            del out["data"]["further_modalities"]
         return out
 
 
@@ -245,6 +251,10 @@ def _check_data(data: DataSettings) -> Iterator[tuple[bool, str]]:
     yield data.validation_share + data.test_share < 1, "data: the held-out shares leave nothing to train on"
     for name in ("max_patches", "cache_mb", "split_seed", "clip"):
         yield getattr(data, name) >= 0, f"data.{name} must not be negative, got {getattr(data, name)}"
+    try:
+        check_further(data.further_modalities)
+    except SettingsError as exc:
+        yield False, f"data.further_modalities: {exc}"
     yield len(data.modalities) != 1, "data.modalities: at least two are needed to align"
     yield data.min_modalities >= 2, f"data.min_modalities must be at least 2 to align, got {data.min_modalities}"
     choices = ("one", "all")
