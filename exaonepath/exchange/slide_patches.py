@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from exaonepath.errors import DamagedFileError, DataFileError, ExaonePathError, OutputCollisionError, SettingsError
+from exaonepath.files.signals import raise_if_interrupted
 from exaonepath.text import few
 
 Vectors = Literal["features", "embeddings"]
@@ -113,6 +114,7 @@ class CheckedMatrix:
             except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError) as exc:
                 reason = " ".join(str(exc).split())[:200]
                 raise DamagedFileError(f"{self._where} cannot be read: {type(exc).__name__}: {reason}") from exc
+            raise_if_interrupted()
             if item is None:
                 return
             yield item
