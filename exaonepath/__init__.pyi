@@ -1,3 +1,4 @@
+from . import adapters as adapters
 from . import alignment as alignment
 from . import encoders as encoders
 from . import errors as errors
@@ -6,6 +7,7 @@ from . import ops as ops
 from . import slides as slides
 from . import synthetic as synthetic
 from . import viz as viz
+from .adapters.huggingface import pipeline as pipeline
 from .alignment.data.cohort import Cohort as Cohort
 from .alignment.data.cohort import load_cohort as load_cohort
 from .alignment.data.config import CohortConfig as CohortConfig

@@ -140,3 +140,11 @@ class LiveMemory(TorchDispatchMode):
 @pytest.fixture
 def live_memory() -> type[LiveMemory]:
     return LiveMemory
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache_folder(tmp_path_factory):
+    """No test writes to the user's cache, or finds what another run of the tests left there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EXAONEPATH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

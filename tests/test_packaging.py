@@ -35,7 +35,7 @@ LAYERS = [
     ("encoders",),
     ("synthetic", "slides"),
     ("viz", "alignment"),  # with `slides`: the two wings, which meet in files only
-    ("registration", "demo", "doctor", "viewer"),
+    ("registration", "demo", "doctor", "viewer", "adapters"),
     ("cli",),
     ("patches", "feature_extraction", "models"),  # import paths of EXAONE Path and of 0.1, nothing else
 ]

@@ -16,6 +16,7 @@ from exaonepath.cli.evaluate import evaluate
 from exaonepath.cli.export import export
 from exaonepath.cli.features import features
 from exaonepath.cli.guard import guarded, interruptible
+from exaonepath.cli.heatmap import heatmap
 from exaonepath.cli.import_features import import_features
 from exaonepath.cli.patch import patch
 from exaonepath.cli.slide import slide
@@ -53,7 +54,7 @@ def _root(
 
 
 _IN_ORDER: tuple[Callable[..., None], ...] = (
-    *(encode, patch, features, slide, status, collect, view, export, import_features),
+    *(encode, patch, features, slide, status, collect, view, heatmap, export, import_features),
     *(doctor, demo, train, evaluate, ablate),
 )
 for command in _IN_ORDER:

@@ -79,7 +79,7 @@ def export(
 
     Example: exaonepath export results --to patches.h5ad --format anndata
     """
-    from exaonepath.cli.patch_values import values_of
+    from exaonepath.cli.exported_values import values_of
     from exaonepath.slides.exporting import export_slides
 
     more: Any = {"format": format, "vectors": vectors, "dtype": dtype}

@@ -28,7 +28,7 @@ def import_features(
     fragments: Annotated[
         str | None,
         typer.Option(
-            metavar="components|one",
+            metavar="grid|one",
             help="Which patches are of one piece of tissue, if the files do not state it: patches that touch, or all.",
         ),
     ] = None,
@@ -48,7 +48,7 @@ def import_features(
 ) -> None:
     """Read patch features or coordinates of TRIDENT, CLAM, slide2vec, AnnData, Parquet or Zarr.
 
-    Example: exaonepath import trident_job --out imported --format trident --fragments components
+    Example: exaonepath import trident_job --out imported --format trident --fragments grid
     """
     from exaonepath.slides.importing import import_features as run
 

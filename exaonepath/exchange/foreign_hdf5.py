@@ -10,8 +10,9 @@ import numpy as np
 
 from exaonepath.errors import DataFileError
 from exaonepath.exchange.slide_patches import Matrix, part_rows
-from exaonepath.files.hdf5 import StoredArray, StoredFile
+from exaonepath.files.hdf5 import StoredFile
 from exaonepath.files.hdf5_output import atomic_h5_tree, encodable
+from exaonepath.files.stored_array import StoredArray
 
 
 def write_datasets(

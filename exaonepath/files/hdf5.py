@@ -24,6 +24,7 @@ from exaonepath.files import checksums
 from exaonepath.files.atomic import try_lock
 from exaonepath.files.raw_file import RawFile
 from exaonepath.files.signals import signals_held
+from exaonepath.files.stored_array import StoredArray
 
 T = TypeVar("T")
 
@@ -45,7 +46,6 @@ _SLACK = 1 << 24  # a smaller declared size is harmless
 _MAX_ATTRIBUTE = 1 << 16
 _MAX_ELSEWHERE = 1 << 25  # bytes of a file outside its datasets, where variable-length attributes are stored
 _STRING_REFERENCE = 16
-_READ_BYTES = 1 << 25  # bytes that are read and checked at a time
 # deflate, shuffle, fletcher32, szip, nbit, scaleoffset, lzf. For any other filter, HDF5 would search for a plug-in and
 # load it.
 _FILTERS = {1, 2, 3, 4, 5, 6, 32000}
@@ -272,7 +272,7 @@ class StoredFile:
             raise DataFileError(
                 f"{self.path}: {name} must be {wanted} [{sides}], got {dataset.dtype} {list(dataset.shape)}"
             )
-        return StoredArray(self, name, dataset, self._stored_checksums(name, dataset))
+        return StoredArray(name, dataset, self._stored_checksums(name, dataset), self.damaged, self.raise_read_error)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Declared shape of a plain dataset of numbers."""
@@ -299,7 +299,9 @@ class StoredFile:
             if h5py.check_string_dtype(dataset.dtype):
                 self.strings(name, len(dataset))
             else:
-                StoredArray(self, name, dataset, self._stored_checksums(name, dataset)).verify()
+                StoredArray(
+                    name, dataset, self._stored_checksums(name, dataset), self.damaged, self.raise_read_error
+                ).verify()
 
     def _plain(self, name: str, strings: bool = False) -> h5py.Dataset:
         """The dataset, if all of its bytes are in this file and its size is plausible for that number of bytes."""
@@ -413,74 +415,6 @@ class StoredFile:
                 )
                 self._elsewhere -= sum(found)
         return self._elsewhere
-
-
-class StoredArray:
-    """A dataset whose rows are checked when they are read."""
-
-    def __init__(self, file: StoredFile, name: str, dataset: h5py.Dataset, crcs: np.ndarray | None) -> None:
-        self._file, self._name, self._dataset, self._crcs = file, name, dataset, crcs
-        self.shape: tuple[int, ...] = dataset.shape
-        self._unit = 1 if crcs is None else checksums.block_rows(self.shape[0])
-        self.dtype: np.dtype = dataset.dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def read(self) -> np.ndarray:
-        """The whole dataset, in the stored type."""
-        values = np.empty(self.shape, self.dtype)
-        for start, part in self.parts():
-            values[start : start + len(part)] = part
-        return values
-
-    def parts(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, rows), in order, in parts of bounded size; at least once, also for an empty dataset."""
-        row = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
-        step = self._unit * max(1, _READ_BYTES // (self._unit * row))
-        for start in range(0, max(1, len(self)), step):
-            values = self._dataset[start : start + step]
-            self._compare(start, values)
-            yield start, values
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows `start` (included) to `stop` (excluded)."""
-        if stop <= start:
-            return np.empty((0, *self.shape[1:]), self.dtype)
-        first = start // self._unit * self._unit
-        values = self._dataset[first : min(-(-stop // self._unit) * self._unit, len(self))]
-        self._compare(first, values)
-        return values[start - first : stop - first]
-
-    def within(self, row: int, start: int, stop: int) -> np.ndarray:
-        """Entries `start` to `stop` of one row, from a file of another program.
-
-        Raises:
-            DataFileError: the file has checksums, which are of whole rows.
-        """
-        if self._crcs is not None:
-            raise DataFileError(f"{self._file.path}: parts of rows of {self._name} cannot be checked, so none is read")
-        values = self._dataset[row, start:stop]
-        self._file.raise_read_error()
-        return values
-
-    def verify(self) -> None:
-        """Read and check all rows without keeping them."""
-        if self._crcs is not None:
-            for _ in self.parts():
-                pass
-
-    def _compare(self, first: int, values: np.ndarray) -> None:
-        self._file.raise_read_error()
-        if self._crcs is None:
-            return
-        check = checksums.BlockChecksums(self._name, self.shape, self.dtype, first)
-        check.add(values)
-        found, block = check.result(), first // self._unit
-        wrong = np.flatnonzero(found != self._crcs[block : block + len(found)])
-        if len(wrong):
-            row = (block + wrong[0]) * self._unit
-            self._file.damaged(f"the checksum of {self._name} does not match (rows from {row})")
 
 
 def _check_tree(path: Path, root: h5py.File) -> None:

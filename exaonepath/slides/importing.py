@@ -15,7 +15,6 @@ import numpy as np
 
 from exaonepath.errors import DataFileError, ExaonePathError, SettingsError, SlideListError
 from exaonepath.exchange import clam, h5ad, parquet, slide2vec, trident, zarr_store
-from exaonepath.exchange.fragments import connected_fragments
 from exaonepath.exchange.slide_patches import CheckedMatrix, Given, SlidePatches, refuse_existing
 from exaonepath.files.atomic import ensure_folder
 from exaonepath.files.features import write_features
@@ -23,6 +22,7 @@ from exaonepath.files.hdf5 import passing_errors
 from exaonepath.files.patches import write_imported_patches
 from exaonepath.slides.cohort.slide_ids import id_collisions, why_not_an_id
 from exaonepath.slides.outputs import OutputPaths, choose_layout, paths_in_layout, read_layout
+from exaonepath.slides.patches.fragments import fragments_of_grid
 from exaonepath.text import close_to
 from exaonepath.version import __version__
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ImportFormat = Literal["trident", "clam", "slide2vec", "anndata", "parquet", "zarr"]
 FORMATS: tuple[str, ...] = get_args(ImportFormat)
-Fragments = Literal["components", "one"]
+Fragments = Literal["grid", "one"]
 
 _LAYOUTS: Mapping[str, ModuleType] = {
     "trident": trident,
@@ -40,7 +40,7 @@ _LAYOUTS: Mapping[str, ModuleType] = {
     "parquet": parquet,
     "zarr": zarr_store,
 }
-_HOW = {"components": "patches that touch", "one": "one for the whole slide", None: "as stated"}
+_HOW = {"grid": "patches that touch", "one": "one for the whole slide", None: "as stated"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def import_features(
         format: whose layout it is.
         encoder: what made the features, if the files do not state it; of files that do, another name.
         fragments: which patches belong to one piece of tissue, if the files do not state it, as those of other tools
-            never do: "components": patches that touch or overlap; "one": all of a slide. The slide encoder's attention
+            never do: "grid": patches that touch or overlap; "one": all of a slide. The slide encoder's attention
             stays inside fragments, so there is no default.
         patch_size: side of a patch in level-0 pixels, if the files do not state it.
         mpp: pixel size of level 0 in micrometres, if it is known; stored.
@@ -108,7 +108,7 @@ def import_features(
     if format not in FORMATS:
         raise SettingsError(f"unknown format {format!r}{close_to(str(format), FORMATS)}")
     if fragments not in (None, *get_args(Fragments)):
-        raise SettingsError(f"fragments are components or one, not {fragments!r}")
+        raise SettingsError(f"fragments are grid or one, not {fragments!r}")
     if patch_size is not None and patch_size <= 0:
         raise SettingsError(f"patch_size must be a positive number of pixels, not {patch_size}")
     if mpp is not None and not (math.isfinite(mpp) and mpp > 0):
@@ -182,7 +182,7 @@ def _check(patches: SlidePatches, fragments: Fragments | None, name: str) -> Non
     if fragments is None:
         raise SettingsError(
             f"{name}'s files do not state which patches belong to one fragment of tissue, and the slide encoder "
-            "attends inside fragments only; choose --fragments components (patches that touch) or --fragments one"
+            "attends inside fragments only; choose --fragments grid (patches that touch) or --fragments one"
         )
 
 
@@ -224,7 +224,7 @@ def _fragments(patches: SlidePatches, fragments: Fragments | None) -> np.ndarray
         return np.asarray(patches.fragments, np.int32)
     if fragments == "one":
         return np.zeros(len(patches), np.int32)
-    index = connected_fragments(patches.coords, patches.patch_size)
+    index = fragments_of_grid(patches.coords, patches.patch_size)
     alone = int((np.bincount(index) == 1).sum()) if len(index) else 0
     if len(index) > 1 and 2 * alone > len(index):
         logger.warning(

@@ -264,7 +264,7 @@ def test_parquet_tables_of_others(tmp_path):
     path = tmp_path / "s.parquet"
     good = {"x": [0, 256], "y": [0, 0], "vector": [[1.0, 2.0], [3.0, 4.0]]}
     parquet.write_table(arrow.table(good), path)  # lists of no fixed length, as pandas writes them
-    (done,) = import_(path, "parquet", patch_size=256, fragments="components")
+    (done,) = import_(path, "parquet", patch_size=256, fragments="grid")
     assert (done.id, done.n_patches, done.n_fragments) == ("s", 2, 1)
     for change, message in (
         ({"vector": [[1.0, 2.0], [3.0]]}, "differ in length"),
@@ -297,7 +297,7 @@ def test_anndata_of_others(tmp_path):
     x = np.arange(6, dtype=np.float32).reshape(3, 2)
     obs = pandas.DataFrame({"x": [0, 256, 900], "y": [0, 0, 0]}, index=list("abc"))
     anndata.AnnData(x, obs=obs).write_h5ad(path)
-    (done,) = import_(path, "anndata", patch_size=256, fragments="components")
+    (done,) = import_(path, "anndata", patch_size=256, fragments="grid")
     assert (done.id, done.n_patches, done.n_fragments) == ("s", 3, 2)
     # Rows of several slides, mixed.
     obs["slide"] = ["p", "q", "p"]

@@ -106,7 +106,7 @@ def test_clam_pt_files_alone_need_coordinates(made, tmp_path):
     export_slides(made, tmp_path / "c", "clam")
     (tmp_path / "x").mkdir()
     shutil.move(tmp_path / "c" / "pt_files", tmp_path / "x" / "pt_files")
-    options = {"encoder": "uni", "fragments": "components"}
+    options = {"encoder": "uni", "fragments": "grid"}
     with pytest.raises(SettingsError, match="2 of 2 slides cannot be imported"):
         import_features(tmp_path / "x", tmp_path / "back", "clam", **options)
     with pytest.raises(SettingsError, match="--coords"):

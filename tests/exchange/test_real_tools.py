@@ -191,7 +191,7 @@ def test_what_slide2vec_writes_is_imported(made, tmp_path, slide2vec_artifacts):
     (tmp_path / "tiles").mkdir()
     x, y = features.coords.astype(np.int64).T
     np.savez_compressed(tmp_path / "tiles" / "s1.coordinates.npz", x=x, y=y)
-    (done,) = import_features(tmp_path, tmp_path / "back", "slide2vec", fragments="components")
+    (done,) = import_features(tmp_path, tmp_path / "back", "slide2vec", fragments="grid")
     after = read_features(done.features_path)
     np.testing.assert_array_equal(after.features, features.features)
     assert (after.attrs["weights"], after.attrs["patch_size"]) == ("uni2", 128)

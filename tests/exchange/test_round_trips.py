@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from exaonepath.errors import DataFileError, OutputCollisionError, SettingsError, SlideListError
-from exaonepath.exchange.fragments import connected_fragments
 from exaonepath.files.embeddings import read_embedding
 from exaonepath.files.features import read_features
 from exaonepath.files.patches import read_patches
@@ -15,6 +14,7 @@ from exaonepath.slides.embed import embed_features_file
 from exaonepath.slides.exporting import FORMATS, export_slides
 from exaonepath.slides.importing import import_features
 from exaonepath.slides.outputs import choose_layout, output_paths
+from exaonepath.slides.patches.fragments import fragments_of_grid
 
 from .conftest import FIRST, SECOND, WIDTH
 
@@ -30,7 +30,7 @@ def needs(format):
 
 def given(format):
     """What has to be stated of a format's files."""
-    options = {} if format in OWN else {"fragments": "components"}
+    options = {} if format in OWN else {"fragments": "grid"}
     return {**options, "encoder": "enc"} if format == "clam" else options
 
 
@@ -57,7 +57,7 @@ def test_features_come_back_bit_for_bit(made, tmp_path, format, dtype):
             np.testing.assert_array_equal(after.contour_index, before.contour_index)
         else:
             np.testing.assert_array_equal(
-                after.contour_index, connected_fragments(before.coords, before.attrs["patch_size"])
+                after.contour_index, fragments_of_grid(before.coords, before.attrs["patch_size"])
             )
 
 
@@ -111,7 +111,7 @@ def test_the_same_embedding_from_imported_features(made, tmp_path, slide_encoder
 @pytest.mark.parametrize("format", FOREIGN)
 def test_what_is_not_stated_has_to_be_given(made, tmp_path, format):
     export_slides(made, tmp_path / "there", format, slides=[FIRST])
-    with pytest.raises(SettingsError, match="--encoder" if format == "clam" else "--fragments components"):
+    with pytest.raises(SettingsError, match="--encoder" if format == "clam" else "--fragments grid"):
         import_features(tmp_path / "there", tmp_path / "back", format)
     assert not (tmp_path / "back").exists()
     with pytest.raises(SettingsError, match="states patches of 128 pixels, and 256 were given"):
@@ -182,8 +182,8 @@ def test_existing_imports_are_refused(made, tmp_path):
     export_slides(made, tmp_path / "there", "trident")
     import_features(tmp_path / "there", tmp_path / "back", "trident", fragments="one")
     with pytest.raises(OutputCollisionError, match="exist"):
-        import_features(tmp_path / "there", tmp_path / "back", "trident", fragments="components")
-    import_features(tmp_path / "there", tmp_path / "back", "trident", fragments="components", overwrite=True)
+        import_features(tmp_path / "there", tmp_path / "back", "trident", fragments="grid")
+    import_features(tmp_path / "there", tmp_path / "back", "trident", fragments="grid", overwrite=True)
     assert read_features(output_paths(tmp_path / "back", FIRST).features).contour_index.any()
 
 
@@ -201,7 +201,7 @@ def test_coordinates_alone(made, tmp_path):
     for format in ("trident", "clam"):
         export_slides(made, tmp_path / format, format)
         (folder,) = (path.parent for path in (tmp_path / format).rglob(f"patches/{FIRST}*.h5"))
-        done = import_features(folder, tmp_path / f"{format}-back", format, fragments="components")
+        done = import_features(folder, tmp_path / f"{format}-back", format, fragments="grid")
         assert [slide.features_path for slide in done] == [None, None]
         patches = read_patches(output_paths(tmp_path / f"{format}-back", FIRST).patches)
         np.testing.assert_array_equal(patches.coords, read_patches(output_paths(made, FIRST).patches).coords)
@@ -234,11 +234,11 @@ def test_folders_with_the_hashed_layout(made, tmp_path):
 def test_imported_slides_in_the_viewer_and_in_cohorts(made, tmp_path):
     from exaonepath.alignment.data.report import CohortReport
     from exaonepath.alignment.data.slides import read_slides
-    from exaonepath.viewer.library import Library
-    from exaonepath.viewer.results import load_results
+    from exaonepath.viz.values.library import Library
+    from exaonepath.viz.values.results import load_results
 
     export_slides(made, tmp_path / "there", "trident")
-    done = import_features(tmp_path / "there", tmp_path / "back", "trident", fragments="components", mpp=0.5)
+    done = import_features(tmp_path / "there", tmp_path / "back", "trident", fragments="grid", mpp=0.5)
     for entry in Library(tmp_path / "back").entries():
         results = load_results(entry)
         assert results.patch_size == read_features(output_paths(made, entry.id).features).attrs["patch_size"]

@@ -13,7 +13,8 @@ from exaonepath.encoders import loading
 from exaonepath.encoders.attention_map import attention_map
 from exaonepath.files.embeddings import write_embedding
 from exaonepath.viewer import service as service_module
-from exaonepath.viewer.library import key_of
+from exaonepath.viz.values.library import key_of
+from exaonepath.viz.values.table import PatchTable
 
 FIRST, SECOND = key_of("CMU-1-Small-Region"), key_of("second")
 
@@ -288,3 +289,18 @@ def test_failed_patches_are_listed_with_their_reasons(results, view, monkeypatch
         assert len(failed) == detail["patches"]["failed"] > 0
         assert all(f["x"] < 500 and "damaged" in f["reason"] and "\n" not in f["reason"] for f in failed)
         assert client.array("coords", "<i4", SECOND).reshape(-1, 2)[:, 0].min() >= 500
+
+
+def test_columns_reach_the_page(made, view, tmp_path):
+    with view(made, [made / "slides"]) as client:
+        coords = client.array("coords", "<i4", key_of("second")).reshape(-1, 2)
+    text = "slide,x,y,depth,kind\n" + "".join(f"second,{x},{y},{x + y},{'ab'[x % 2]}\n" for x, y in coords.tolist())
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    with view(made, [made / "slides"], table=PatchTable(path)) as client:
+        detail = client.slide(key_of("second"))
+        assert [c["name"] for c in detail["columns"]] == ["depth", "kind"]
+        assert (client.array("column", "<f4", key_of("second"), name="depth") == coords.sum(1)).all()
+        assert client.get(f"api/slides/{detail['key']}/column", v=detail["version"], name="../x")[0] == 404
+        other = client.slide()
+        assert client.get(f"api/slides/{other['key']}/column", v=other["version"], name="depth")[0] == 404

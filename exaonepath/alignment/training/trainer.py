@@ -320,9 +320,10 @@ class Trainer:
     def _validate_now(self, end_of_epoch: bool) -> bool:
         if not self.data.validation:
             return False
-        every = self.settings.run.validate_every
+        every, steps = self.settings.run.validate_every, self.settings.run.validate_every_steps
         epoch = self.step // self.plan.steps_per_epoch
-        return self.step == self.total or bool(end_of_epoch and every and epoch % every == 0)
+        after_epoch = bool(end_of_epoch and every and epoch % every == 0)
+        return self.step == self.total or after_epoch or bool(steps and self.step % steps == 0)
 
     def _validate(self) -> None:
         if self.averaged is not None:
@@ -338,7 +339,9 @@ class Trainer:
         own_rows = range(self.processes.rank, len(patients), self.processes.count)
         embedded = embed_patients(
             self.model,
-            self.data.evaluation_batches(patients, list(own_rows), self.plan.chunk_size),
+            self.data.evaluation_batches(
+                patients, list(own_rows), self.plan.chunk_size, workers=self.settings.run.num_workers
+            ),
             patients,
             autocast=self.autocast,
             processes=self.processes,
@@ -379,7 +382,8 @@ class Trainer:
         order = np.random.default_rng((self.settings.run.seed, 2)).permutation(len(self.data.train))
         patients = [self.data.train[at] for at in np.sort(order[:wanted])]
         own_rows = list(range(self.processes.rank, len(patients), self.processes.count))
-        batches = self.data.evaluation_batches(patients, own_rows, self.plan.chunk_size)
+        workers = self.settings.run.num_workers
+        batches = self.data.evaluation_batches(patients, own_rows, self.plan.chunk_size, workers=workers)
         return embed_patients(self.model, batches, patients, autocast=self.autocast, processes=self.processes).pairs
 
     def _check_leakage(self) -> None:
