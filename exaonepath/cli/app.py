@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -52,7 +53,10 @@ def _root(
     """Whole-slide pathology images to slide embeddings."""
 
 
-for command in (encode, patch, features, slide, status, collect, view, heatmap, doctor, demo, train, evaluate, ablate):
-    app.command()(guarded(command))
-app.command()(guarded(export))
-app.command("import")(guarded(import_features))  # a function cannot have this name
+_IN_ORDER: tuple[Callable[..., None], ...] = (
+    *(encode, patch, features, slide, status, collect, view, heatmap, export, import_features),
+    *(doctor, demo, train, evaluate, ablate),
+)
+for command in _IN_ORDER:
+    # Named like its function, apart from the one whose name Python reserves.
+    app.command("import" if command is import_features else None)(guarded(command))

@@ -152,10 +152,10 @@ def _read_patches(path: Path) -> tuple[np.ndarray, float | None]:
     """(coordinates, side of a patch in level-0 pixels) of a file in `patches`."""
     with open_h5(path, ["coords"]) as file:
         coords = read_coords(file)
-        size, level, downsample = (
-            file.attribute(name, of="coords") for name in ("patch_size", "patch_level", "downsample")
-        )
-        if size is None or (downsample is None and level != 0):
+        names = ("patch_size", "patch_level", "downsample", "custom_downsample")
+        size, level, downsample, custom = (file.attribute(name, of="coords") for name in names)
+        # Some programs write a further factor; it is not known which size it belongs to.
+        if size is None or (downsample is None and level != 0) or custom not in (None, 1):
             return coords, None
         factor = 1.0 if downsample is None else float(np.ravel(downsample)[0])
         return coords, float(int(size * factor))

@@ -14,6 +14,7 @@ import numpy as np
 
 from exaonepath.errors import DataFileError, SettingsError
 from exaonepath.exchange.slide_patches import SlidePatches
+from exaonepath.files.hdf5_output import encodable
 from exaonepath.files.strict_json import parse_json
 from exaonepath.version import __version__
 
@@ -42,7 +43,7 @@ def describe(slides: Sequence[SlidePatches]) -> str:
         "format": _FORMAT,
         "exaonepath_version": __version__,
         "vectors": slides[0].kind if slides else "features",
-        "slides": {slide.id: _about(slide) for slide in slides},
+        "slides": {encodable(slide.id): _about(slide) for slide in slides},
     }
     return json.dumps(value, sort_keys=True)
 
@@ -55,7 +56,7 @@ def maker(slide: SlidePatches) -> str:
 
 def _about(slide: SlidePatches) -> dict[str, Any]:
     values = {
-        "encoder": slide.encoder,
+        "encoder": encodable(slide.encoder),
         "patch_size": slide.patch_size,
         "n_patches": len(slide),
         "patient": slide.patient,
@@ -75,7 +76,7 @@ def plain(value: Any) -> Any:
         value = value.item()
     if isinstance(value, float) and not np.isfinite(value):
         return str(value)
-    return value if isinstance(value, str | int | float | bool) else str(value)
+    return value if isinstance(value, int | float | bool) else encodable(str(value))
 
 
 def parse(text: str | bytes | None, where: str) -> dict[str, Any]:

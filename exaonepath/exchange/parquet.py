@@ -45,7 +45,12 @@ def write(sources: Sequence[Source], path: Path) -> None:
             _ = slide.matrix.shape
             slides.append(slide)
     schema = _schema(arrow, slides).with_metadata({KEY: describe(slides)})
-    with atomic_path(path) as temporary, parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    # To an open file: pyarrow would look for a meaning in parts of a path.
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("wb") as file,
+        parquet.ParquetWriter(file, schema, compression="zstd") as writer,
+    ):
         for source in sources:
             with source() as slide:
                 for start, part in slide.matrix.parts():
@@ -76,8 +81,8 @@ def write_slides(slides: Sequence[SlidePatches], path: Path) -> None:
             arrow.list_(arrow.float32(), next(iter(widths), 1)),
         ),
     }
-    with atomic_path(path) as temporary:
-        parquet.write_table(arrow.table(columns), temporary, compression="zstd")
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        parquet.write_table(arrow.table(columns), file, compression="zstd")
 
 
 def _arrow() -> tuple[Any, Any]:
@@ -156,7 +161,6 @@ def find(source: Path, given: Given) -> list[Found]:
 def _opened(path: Path) -> Iterator[Any]:
     arrow, parquet = _arrow()
     try:
-        # From an open file: pyarrow would look for a meaning in parts of a path.
         with path.open("rb") as file:
             yield parquet.ParquetFile(file)
     except FileNotFoundError as exc:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from exaonepath.errors import DamagedFileError, DataFileError, ExaonePathError, OutputCollisionError, SettingsError
+from exaonepath.files.signals import raise_if_interrupted
 from exaonepath.text import few
 
 Vectors = Literal["features", "embeddings"]
@@ -112,6 +114,7 @@ class CheckedMatrix:
             except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError) as exc:
                 reason = " ".join(str(exc).split())[:200]
                 raise DamagedFileError(f"{self._where} cannot be read: {type(exc).__name__}: {reason}") from exc
+            raise_if_interrupted()
             if item is None:
                 return
             yield item
@@ -264,9 +267,9 @@ def encoder_name(slide: SlidePatches) -> str:
 def refuse_existing(targets: list[Path], overwrite: bool) -> None:
     """Raise `OutputCollisionError` if one of the files that are to be written exists, unless it may be replaced, or if
     two outputs would be one file."""
-    twice = sorted({str(path) for path in targets if targets.count(path) > 1}) if len(targets) < 1000 else []
-    if twice or len(set(targets)) < len(targets):
-        raise OutputCollisionError(f"several outputs would be one file: {few(twice) or 'ids are listed twice'}")
+    twice = [str(path) for path, count in Counter(targets).items() if count > 1]
+    if twice:
+        raise OutputCollisionError(f"several outputs would be one file: {few(twice)}")
     existing = [path for path in targets if path.exists() or path.is_symlink()]
     if existing and not overwrite:
         raise OutputCollisionError(

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.errors import DamagedFileError, DataFileError, ForeignFileError, MissingDependencyError
+from exaonepath.errors import DamagedFileError, DataFileError, ForeignFileError, MissingDependencyError, SettingsError
 from exaonepath.exchange.foreign_hdf5 import checked_coords
 from exaonepath.exchange.libraries import library
 from exaonepath.exchange.own_metadata import KEY, describe, parse, stated
@@ -70,14 +70,21 @@ def write(sources: Sequence[Source], path: Path) -> None:
     slides = []
     for source in sources:
         with source() as slide:
-            _ = slide.matrix.shape
+            _ = slide.matrix.shape, _group_name(slide)
             slides.append(slide)
     with atomic_folder(path) as folder:
         root = _new_group(zarr, folder)
         root.attrs[KEY] = describe(slides)
         for source in sources:
             with source() as slide:
-                _write_slide(root.create_group(encodable(file_name(slide.id))), slide)
+                _write_slide(root.create_group(_group_name(slide)), slide)
+
+
+def _group_name(slide: SlidePatches) -> str:
+    name = file_name(slide.id)
+    if encodable(name) != name:
+        raise SettingsError(f"the id {name!r} is not UTF-8 text, so it cannot name a group of a Zarr store")
+    return name
 
 
 def _new_group(zarr: Any, folder: Path) -> Any:
@@ -192,8 +199,8 @@ def read(found: Found, given: Given) -> Iterator[SlidePatches]:
     encoder = given.checked_encoder(about.pop("encoder", None), where)
     size = given.checked_patch_size(about.pop("patch_size", None), where)
     about["mpp"] = given.mpp or about.get("mpp")
-    _check_store(found.path)
     folder = found.path / found.group
+    _check_store(folder)
     name = next((name for name in ("vectors", "features") if (folder / name).is_dir()), None)
     if name is None:
         raise DataFileError(
@@ -265,11 +272,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _check_store(store: Path) -> None:
-    """Refuse links: the chunks of a store are in its folder."""
+    """Refuse links in a store, or in the folder of a group: its chunks are in its own folder."""
     for root, folders, files in os.walk(store):
-        for name in (*folders, *files):
-            if Path(root, name).is_symlink():
-                raise ForeignFileError(f"{Path(root, name)} is a link; such a store is not read")
+        for path in (Path(root, name) for name in (*folders, *files)):
+            if path.is_symlink():
+                raise ForeignFileError(f"{path} is a link; such a store is not read")
 
 
 def _check_array(path: Path) -> None:

@@ -146,7 +146,8 @@ def export_slides(
     folder = target / "patches" if format == "parquet" else target
     targets = [target] if whole else [folder / f"{name}{ending}" for name in names]
     table = [] if whole or format != "parquet" else [target / parquet.SLIDES]
-    _check_targets([*targets, *table], results, overwrite)
+    stores = ending == zarr_store.ENDING
+    _check_targets([*targets, *table], results, overwrite, stores=stores)
     sources = [run.source(number) for number in range(len(found))]
     for at, path in enumerate(targets):
         write_table(sources if whole else [sources[at]], path)
@@ -218,12 +219,16 @@ def _needed(slide: SlidePatches) -> SlidePatches:
     return slide
 
 
-def _check_targets(targets: list[Path], results: set[Path], overwrite: bool) -> None:
+def _check_targets(targets: list[Path], results: set[Path], overwrite: bool, *, stores: bool = False) -> None:
+    """Refuse targets that exist, and those that would replace something else than an earlier export of this kind."""
     for path in targets:
         if path.resolve() in results:
             raise OutputCollisionError(
                 f"{path} is a result of exaonepath, which no export replaces; name another folder"
             )
-        if path.is_dir() and not any((path / mark).is_file() for mark in _STORE_MARKS):
-            raise OutputCollisionError(f"{path} is a folder that is no store of an earlier export; name another path")
+        store = path.is_dir() and any((path / mark).is_file() for mark in _STORE_MARKS)
+        if path.exists() and (not store if stores else path.is_dir()):
+            raise OutputCollisionError(
+                f"{path} is no earlier export of this format, and is not replaced; name another path"
+            )
     refuse_existing(targets, overwrite)

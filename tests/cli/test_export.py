@@ -40,7 +40,7 @@ def test_there_and_back(run, out, tmp_path):
     assert done.exit_code == 1
     assert done.stderr.startswith("error: TRIDENT's files do not state which patches belong to one fragment")
     assert len(done.stderr.splitlines()) == 1
-    done = run("import", tmp_path / "t", "--out", tmp_path / "back", "-f", "trident", "--fragments", "components")
+    done = run("import", tmp_path / "t", "--out", tmp_path / "back", "-f", "trident", "--fragments", "grid")
     assert done.exit_code == 0, done.stderr
     path = output_paths(tmp_path / "back", "a").features
     n = len(read_features(path).features)

@@ -91,6 +91,26 @@ def test_an_interrupted_import(made, tmp_path, format, monkeypatch):
     assert not output_paths(tmp_path / "back", SECOND).features.exists()
 
 
+@pytest.mark.parametrize("format", ["anndata", "zarr", "parquet"])
+def test_ctrl_c_does_not_wait_for_the_other_slides(made, tmp_path, format, monkeypatch):
+    """Files hold signals back while they are open; a file of a whole cohort is open for long."""
+    needs(format)
+    seen = []
+    real = CheckedMatrix._stored
+
+    def stored(self):
+        seen.append(self._where)
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from real(self)
+
+    monkeypatch.setattr(CheckedMatrix, "_stored", stored)
+    with pytest.raises(KeyboardInterrupt):
+        export_slides(made, tmp_path / f"all{OWN[format]}", format)
+    assert len(seen) == 1
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_float16_that_overflows(tmp_path):
     """Nothing infinite is written, in whatever part of the features it is."""
     source = tmp_path / "big_features.h5"

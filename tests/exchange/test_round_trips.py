@@ -13,7 +13,7 @@ from exaonepath.files.patches import read_patches
 from exaonepath.slides.embed import embed_features_file
 from exaonepath.slides.exporting import FORMATS, export_slides
 from exaonepath.slides.importing import import_features
-from exaonepath.slides.outputs import output_paths
+from exaonepath.slides.outputs import choose_layout, output_paths
 from exaonepath.slides.patches.fragments import fragments_of_grid
 
 from .conftest import FIRST, SECOND, WIDTH
@@ -219,3 +219,77 @@ def test_a_slide_without_patches(made, tmp_path):
         (done,) = import_features(tmp_path / format, tmp_path / f"{format}-back", format, **given(format))
         assert (done.id, done.n_patches, done.n_fragments) == ("empty", 0, 0)
         assert read_features(done.features_path).features.shape[0] == 0
+
+
+def test_folders_with_the_hashed_layout(made, tmp_path):
+    export_slides(made, tmp_path / "there", "trident")
+    choose_layout(tmp_path / "back", 2, "hashed")
+    done = import_features(tmp_path / "there", tmp_path / "back", "trident", fragments="one")
+    assert len(done[0].features_path.relative_to(tmp_path / "back").parts) == 4
+    with pytest.raises(OutputCollisionError, match="exist"):
+        import_features(tmp_path / "there", tmp_path / "back", "trident", fragments="one")
+    assert export_slides(tmp_path / "back", tmp_path / "again", "clam", slides=[SECOND])
+
+
+def test_imported_slides_in_the_viewer_and_in_cohorts(made, tmp_path):
+    from exaonepath.alignment.data.report import CohortReport
+    from exaonepath.alignment.data.slides import read_slides
+    from exaonepath.viz.values.library import Library
+    from exaonepath.viz.values.results import load_results
+
+    export_slides(made, tmp_path / "there", "trident")
+    done = import_features(tmp_path / "there", tmp_path / "back", "trident", fragments="grid", mpp=0.5)
+    for entry in Library(tmp_path / "back").entries():
+        results = load_results(entry)
+        assert results.patch_size == read_features(output_paths(made, entry.id).features).attrs["patch_size"]
+        assert results.made_by["appearance"] == "imported:encoder-1/"
+        assert results.mpp == 0.5
+    table = tmp_path / "slides.csv"
+    table.write_text("patient,features\n" + "".join(f"{at},{slide.features_path}\n" for at, slide in enumerate(done)))
+    report = CohortReport()
+    assert read_slides(table, report).dim == WIDTH
+    assert not report.errors
+
+
+@pytest.mark.parametrize("format", [*FOREIGN, *OWN, "qupath", "patho-bench"])
+def test_names_that_are_not_utf8(made, tmp_path, format):
+    """From a file system that allows any bytes: exported under the escaped name, or as the same bytes."""
+    import os
+
+    needs(format)
+    name = os.fsdecode(b"caf\xe9")
+    source = tmp_path / "in" / f"{name}_features.h5"
+    source.parent.mkdir()
+    shutil.copyfile(output_paths(made, FIRST).features, source)
+    if format == "zarr":
+        with pytest.raises(SettingsError, match="not UTF-8 text"):
+            export_slides(source, tmp_path / "out", format)
+        return
+    written = export_slides(source, tmp_path / "out", format, target_size=128, pictures=False)
+    assert all(path.exists() for path in written)
+    if format in (*FOREIGN, *OWN):
+        with pytest.raises(SlideListError, match="cannot be used as ids"):
+            import_features(tmp_path / "out", tmp_path / "back", format, **given(format))
+
+
+def test_targets_that_are_something_else(made, tmp_path):
+    """`--overwrite` replaces an earlier export, and nothing else."""
+    for format in OWN:
+        needs(format)
+    (tmp_path / "notes.zarr").mkdir()
+    (tmp_path / "notes.zarr" / "mine.txt").write_text("x")
+    (tmp_path / "file.zarr").write_text("x")
+    (tmp_path / "folder.h5ad").mkdir()
+    (tmp_path / "folder.h5ad" / ".zgroup").write_text("x")
+    for to, format in (("notes.zarr", "zarr"), ("file.zarr", "zarr"), ("folder.h5ad", "anndata")):
+        with pytest.raises(OutputCollisionError, match="no earlier export"):
+            export_slides(made, tmp_path / to, format, overwrite=True)
+    assert (tmp_path / "notes.zarr" / "mine.txt").read_text() == (tmp_path / "file.zarr").read_text() == "x"
+
+
+def test_the_command_knows_all_formats():
+    from exaonepath.cli import export, import_features
+    from exaonepath.slides import importing
+
+    assert export.FORMATS == FORMATS
+    assert import_features.FORMATS == importing.FORMATS
