@@ -7,14 +7,19 @@ import numpy as np
 
 def grid_step(coords: np.ndarray, patch_size: int) -> int:
     """Distance between neighbouring patches in level-0 pixels, inferred from their coordinates int [N, 2]."""
+    found = _gaps(coords)
+    return int(np.median(found)) if len(found) else int(patch_size)
+
+
+def _gaps(coords: np.ndarray) -> np.ndarray:
+    """Distances between patches that follow each other in a row or in a column."""
     gaps = []
     for along, across in ((0, 1), (1, 0)):
         ordered = coords[np.lexsort((coords[:, along], coords[:, across]))].astype(np.int64)
         same_line = np.diff(ordered[:, across]) == 0
         gap = np.diff(ordered[:, along])[same_line]
         gaps.append(gap[gap > 0])
-    found = np.concatenate(gaps)
-    return int(np.median(found)) if len(found) else int(patch_size)
+    return np.concatenate(gaps)
 
 
 def fragments_of_grid(coords: np.ndarray, patch_size: int) -> np.ndarray:
@@ -23,7 +28,7 @@ def fragments_of_grid(coords: np.ndarray, patch_size: int) -> np.ndarray:
 
     Other programs store no contours. Contours of tissue pieces that are nearer to each other than a patch become one
     fragment, and a piece in which a row of patches is missing becomes two; otherwise the fragments are those of the
-    contours. In a grid with gaps, the distance between neighbours takes the place of the patch size.
+    contours. In a grid with gaps between all patches, the smallest one takes the place of the patch size.
 
     Args:
         coords: int [N, 2], corners in level-0 pixels, which fit into 32 bits.
@@ -34,7 +39,9 @@ def fragments_of_grid(coords: np.ndarray, patch_size: int) -> np.ndarray:
     """
     if not len(coords):
         return np.empty(0, np.int32)
-    reach = max(int(patch_size), grid_step(coords, patch_size), 1) + 1
+    # The smallest distance, not the usual one: of many small pieces, most distances are those between pieces.
+    gaps = _gaps(coords)
+    reach = max(int(patch_size), int(gaps.min()) if len(gaps) else 0, 1) + 1
     # Cells of the size of a patch: two patches in one cell, or in cells side by side if they are near enough along that
     # axis, are connected. Only cells that meet at a corner need their patches to be looked at one by one.
     points = coords.astype(np.int64)

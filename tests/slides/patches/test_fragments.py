@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from exaonepath.slides.patches.fragments import fragments_of_grid, grid_step
+from exaonepath.slides.patches.fragments import fragments_of_grid
 
 
 def of_pairs(coords: np.ndarray, reach: int) -> np.ndarray:
@@ -18,6 +18,15 @@ def of_pairs(coords: np.ndarray, reach: int) -> np.ndarray:
         labels = joined
     names = list(dict.fromkeys(labels.tolist()))
     return np.array([names.index(label) for label in labels.tolist()], np.int32)
+
+
+def smallest_gap(coords: np.ndarray) -> int:
+    """Between two patches in one row or in one column; 0 if there are none."""
+    gaps = [0]
+    for along, across in ((0, 1), (1, 0)):
+        for line in np.unique(coords[:, across]):
+            gaps += np.diff(np.unique(coords[coords[:, across] == line, along].astype(np.int64))).tolist()
+    return min((gap for gap in gaps if gap), default=0)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -36,7 +45,7 @@ def test_equals_all_pairs(seed):
     size = int(rng.integers(1, 120))
     found = fragments_of_grid(coords, size)
     assert found.dtype == np.int32
-    assert (found == of_pairs(coords, max(size, grid_step(coords, size)) + 1)).all()
+    assert (found == of_pairs(coords, max(size, smallest_gap(coords)) + 1)).all()
 
 
 def test_touching_counts_and_a_gap_does_not():
@@ -56,6 +65,12 @@ def test_touching_counts_and_a_gap_does_not():
 def test_a_grid_with_gaps_is_connected():
     coords = np.array([(x, y) for x in range(0, 1000, 200) for y in range(0, 1000, 200)])
     assert not fragments_of_grid(coords, 100).any()
+
+
+def test_small_pieces_far_apart_stay_apart():
+    """Most distances between patches are those between pieces here; they are not taken for the step of the grid."""
+    coords = np.array([(x * 2560, y * 256) for x in range(10) for y in range(2)])
+    assert fragments_of_grid(coords, 256).max() == 9
 
 
 def test_many_patches_and_many_in_one_place():
