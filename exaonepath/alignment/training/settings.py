@@ -164,7 +164,7 @@ class RunSettings:
         precision: "float32", "bfloat16", "float16" (autocast), or "auto": bfloat16 if the device supports it.
         device: "auto", "cpu", "cuda".
         log_every: steps between two rows of metrics.
-        validate_every: epochs between validations; 0: only at the end.
+        validate_every: epochs between validations; 0: only at the end; none: so many that a run has about 20.
         checkpoint_every: steps between checkpoints; 0: one per epoch.
         keep_checkpoints: number of checkpoints to keep.
         select: metric that selects the best model: "mean_recall@1", or "a->b@k" of one pair and direction.
@@ -181,7 +181,7 @@ class RunSettings:
     precision: str = "auto"
     device: str = "auto"
     log_every: int = 1
-    validate_every: int = 1
+    validate_every: int | None = None
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
     select: str = "mean_recall@1"
@@ -282,7 +282,7 @@ def _check_run(run: RunSettings) -> Iterator[tuple[bool, str]]:
     fits = run.batch_size == 0 or run.batch_size >= 2
     yield fits, f"run.batch_size must be at least 2 (one patient has no negatives), got {run.batch_size}"
     for name in ("chunk_size", "validate_every", "checkpoint_every", "num_workers", "seed"):
-        yield getattr(run, name) >= 0, f"run.{name} must not be negative, got {getattr(run, name)}"
+        yield (getattr(run, name) or 0) >= 0, f"run.{name} must not be negative, got {getattr(run, name)}"
     for name in ("log_every", "keep_checkpoints"):
         yield getattr(run, name) >= 1, f"run.{name} must be positive, got {getattr(run, name)}"
     names = ", ".join(PRECISIONS)
