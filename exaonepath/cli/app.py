@@ -15,6 +15,7 @@ from exaonepath.cli.evaluate import evaluate
 from exaonepath.cli.features import features
 from exaonepath.cli.guard import guarded, interruptible
 from exaonepath.cli.patch import patch
+from exaonepath.cli.repeat import repeat
 from exaonepath.cli.slide import slide
 from exaonepath.cli.status import status
 from exaonepath.cli.train import train
@@ -49,5 +50,5 @@ def _root(
     """Whole-slide pathology images to slide embeddings."""
 
 
-for command in (encode, patch, features, slide, status, collect, view, doctor, demo, train, evaluate, ablate):
+for command in (encode, patch, features, slide, status, collect, view, doctor, demo, train, evaluate, ablate, repeat):
     app.command()(guarded(command))
