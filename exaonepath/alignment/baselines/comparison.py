@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from exaonepath.alignment.baselines.abmil import fit_abmil
+from exaonepath.alignment.baselines.neighbourhood import read_neighbourhoods
 from exaonepath.alignment.baselines.profiles import Profiles, read_bags, read_profiles
 from exaonepath.alignment.baselines.retrieval import baseline_pairs
 from exaonepath.alignment.metrics.intervals import Estimate, bootstrap_mean
@@ -93,7 +94,7 @@ def label_baselines(
     """Predictions of a label by simple methods: name to (what of ours it is compared with, the prediction).
 
     Principal components and logistic regression on each modality and on all together; for slides, the same on the mean
-    of the patch features, and attention MIL on the patches.
+    of the patch features, attention MIL on the patches, and logistic regression on statistics of neighbouring patches.
     """
     parts = {part: data.split[part] for part in PARTS}
     found: dict[str, tuple[str, Prediction]] = {}
@@ -113,6 +114,7 @@ def label_baselines(
         found[method] = name, pca_prediction(own, *centred)
         if name == WSI:
             found["attention MIL (ABMIL)"] = WSI, _abmil(data, own, seed)
+            found |= _neighbourhood(data, task, parts)
     if len(modalities) > 1:
         joined = [np.concatenate(blocks[part], 1) for part in PARTS]
         found["PCA + logistic regression (all)"] = FUSED, pca_prediction(task, *joined)
@@ -219,6 +221,20 @@ def _abmil(data: TrainingData, task: LabelTask, seed: int) -> Prediction:
         len(task.classes),
     )
     return Prediction(task.test.rows, predict(bags["test"]), task.test.y, task.classes)
+
+
+def _neighbourhood(
+    data: TrainingData, task: LabelTask, parts: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, Prediction]]:
+    """The baseline from statistics of neighbouring patches; {} if too few slides have coordinates."""
+    statistics = read_neighbourhoods(data, parts)
+    values, flags = ([statistics[part][k] for part in PARTS] for k in (0, 1))
+    try:
+        own = task.restricted(flags)
+    except SettingsError as exc:
+        logger.warning("no baseline from neighbouring patches: %s", exc)
+        return {}
+    return {"neighbouring patches + logistic regression": (WSI, linear_prediction(own, *_standardised(values, flags)))}
 
 
 def _all_rows(profiles: Profiles, patients: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
