@@ -27,11 +27,6 @@ LARGE_COHORT = 5000
 _PATCHES = 1 << 16
 # Patients of a step. With slides, more steps of fewer patients teach the slide encoder more than the reverse.
 _LARGEST_BATCH, _LARGEST_BATCH_OF_SLIDES = 1024, 128
-# With slides: the projections have to learn what the slide encoder's output means before the encoder can learn more. On
-# one draw of the synthetic cohort with five modalities, the encoder learned nothing of the arrangement of patches in
-# 240 steps with a tenth of the rate, and most of it in 80 with the full rate; with that, on two other draws, all of it
-# in 40 and nothing in 120. The closed form sets the projections once more after the training.
-_PROJECTIONS_OF_SLIDES = 1.0
 # Validations of a run: each takes as long as a few steps of a small cohort.
 _VALIDATIONS = 20
 
@@ -43,6 +38,11 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "lr": 6e-3,
             "omics_lr_share": 0.0,
             "projection_lr_share": 0.1,
+            # The projections have to learn what the slide encoder's output means before the encoder can learn more. On
+            # one draw of the synthetic cohort with five modalities, the encoder learned nothing of the arrangement of
+            # patches in 240 steps with a tenth of the rate, and most of it in 80 with the full rate; with that, on two
+            # other draws, all of it in 40 and nothing in 120.
+            "slide_projection_lr_share": 1.0,
             "ffn_lr_share": 0.03,
             "logit_lr_share": 1.0,
         },
@@ -54,6 +54,7 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "lr": 1e-3,
             "omics_lr_share": 1.0,
             "projection_lr_share": 1.0,
+            "slide_projection_lr_share": 1.0,
             "ffn_lr_share": 1.0,
             "logit_lr_share": 10.0,
         },
@@ -94,10 +95,7 @@ def resolve_settings(settings: TrainSettings, data: TrainingData, processes: int
     if name == "small" and not wsi and model.slide_weights is None and model.init is None:
         wsi = {**_SMALL_SLIDE_ENCODER, **_periods(data)}
     slides = WSI in data.modalities
-    values = preset["optimizer"]
-    if slides and name == "small":
-        values = values | {"projection_lr_share": _PROJECTIONS_OF_SLIDES}
-    optimizer = {key: value for key, value in values.items() if getattr(settings.optimizer, key) is None}
+    optimizer = {key: value for key, value in preset["optimizer"].items() if getattr(settings.optimizer, key) is None}
     batch, chunk = run.batch_size, run.chunk_size
     if not batch:
         batch = max(2, min(len(data.train), _LARGEST_BATCH_OF_SLIDES if slides and name == "small" else _LARGEST_BATCH))

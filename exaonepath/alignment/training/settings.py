@@ -13,7 +13,7 @@ from exaonepath.alignment.training.typed_tables import build_typed
 from exaonepath.errors import ConfigError, SettingsError
 
 PRESETS = ("small", "published")
-LR_SHARES = ("ffn_lr_share", "omics_lr_share", "projection_lr_share")
+LR_SHARES = ("ffn_lr_share", "omics_lr_share", "projection_lr_share", "slide_projection_lr_share")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -128,6 +128,7 @@ class OptimizerSettings:
             none: that of the preset.
         ffn_lr_share: learning rate of the FFN of the molecular encoders in multiples of `lr`; none: that of the preset.
         omics_lr_share, projection_lr_share: the same for the rest of the molecular encoders, and for the projections.
+        slide_projection_lr_share: the same for both projections of the pairs with the slide; none: that of the preset.
         clip: largest norm of the gradient; 0: no clipping.
         ema: decay of the averaged weights, which are validated and saved; 0: no averaging.
     """
@@ -141,6 +142,7 @@ class OptimizerSettings:
     ffn_lr_share: float | None = None
     omics_lr_share: float | None = None
     projection_lr_share: float | None = None
+    slide_projection_lr_share: float | None = None
     clip: float = 1.0
     ema: float = 0.0
 
