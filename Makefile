@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-cluster test-matrix faults lint bench docs plots wheel wheels clean
+.PHONY: demo test test-cluster test-exchange test-matrix faults lint bench docs plots wheel wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/exaonepath demo --out demo-output
@@ -19,6 +19,12 @@ test: $(INSTALLED)
 test-cluster: $(INSTALLED)
 	test -d .cluster/ray || $(BIN)/python -m pip install --quiet --disable-pip-version-check --target .cluster "ray>=2.44"
 	PYTHONPATH="$(CURDIR)/.cluster" OMP_NUM_THREADS=1 $(BIN)/pytest --durations=10 tests/slides/cohort/test_ray.py
+
+# Exports are read by the tools that they are for: scanpy, squidpy, SpatialData, hs2p and slide2vec (about 600 MB) are
+# installed next to the environment, without what only their encoders and readers of slides need.
+test-exchange: $(INSTALLED)
+	test -d .exchange/squidpy || sh tests/exchange/install_tools.sh $(BIN)/python .exchange
+	EXAONEPATH_EXCHANGE_SITE="$(CURDIR)/.exchange" OMP_NUM_THREADS=1 $(BIN)/pytest -rs --durations=10 tests/exchange
 
 # A fast part of the tests on every Python at hand, with the oldest and the newest dependencies; not part of CI, since it
 # installs torch each time. PYTHONS="3.10 3.13" and SETS="oldest newest-4 newest-5" restrict it.
@@ -62,4 +68,4 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt exaonepath/
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cluster .matrix build dist demo-output site exaonepath/_C*.so *.egg-info
+	rm -rf $(VENV) .cluster .exchange .matrix build dist demo-output site exaonepath/_C*.so *.egg-info

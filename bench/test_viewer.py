@@ -30,7 +30,7 @@ from exaonepath.memory import available_host_memory
 from exaonepath.slides.image import SlideImage
 from exaonepath.synthetic import make_slide
 from exaonepath.viewer.tiles import TILE, Overviews, Pyramid, encode_jpeg, tile_pixels
-from exaonepath.viewer.vectors import UnitRows, VectorStore, most_similar
+from exaonepath.viz.values.vectors import UnitRows, VectorStore, most_similar
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("EXAONEPATH_TEST_DATA", ROOT.parent / "shared" / "data"))

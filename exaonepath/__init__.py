@@ -5,7 +5,9 @@ The public API of both wings; importing it is cheap, since each name is imported
 Slides (`exaonepath.slides`): `encode_slide`, `encode_slides`, and their stages `patchfy`, `extract_features`,
 `embed_features_file`; `read_patches`, `read_contours`, `read_features`, `read_embedding` read what they wrote;
 `collect_slide_vectors` gathers the embeddings of a folder in one table, and `read_slide_vectors` reads it;
-`load_patch_encoder` and `load_slide_encoder` give the encoders.
+`load_patch_encoder` and `load_slide_encoder` give the encoders; `pipeline` is both in one call, and
+`exaonepath.adapters` has them in the forms of other libraries; `export_slides` and `import_features` write and read the
+files of other tools.
 
 Alignment (`exaonepath.alignment`): `load_cohort`, `train`, `load_alignment`, `evaluate`, and the loss
 `PairwiseSigmoidLoss`.

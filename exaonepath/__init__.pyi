@@ -1,3 +1,4 @@
+from . import adapters as adapters
 from . import alignment as alignment
 from . import encoders as encoders
 from . import errors as errors
@@ -6,6 +7,7 @@ from . import ops as ops
 from . import slides as slides
 from . import synthetic as synthetic
 from . import viz as viz
+from .adapters.huggingface import pipeline as pipeline
 from .alignment.data.cohort import Cohort as Cohort
 from .alignment.data.cohort import load_cohort as load_cohort
 from .alignment.data.config import CohortConfig as CohortConfig
@@ -47,8 +49,11 @@ from .slides.cohort.run import encode_slides as encode_slides
 from .slides.embed import embed_features_file as embed_features_file
 from .slides.encode import EncodeResult as EncodeResult
 from .slides.encode import encode_slide as encode_slide
+from .slides.exporting import export_slides as export_slides
 from .slides.features.extract import extract_features as extract_features
 from .slides.find import find_slides as find_slides
 from .slides.image import SlideImage as SlideImage
+from .slides.importing import ImportedSlide as ImportedSlide
+from .slides.importing import import_features as import_features
 from .slides.patches.pipeline import patchfy as patchfy
 from .version import __version__ as __version__

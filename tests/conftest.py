@@ -30,8 +30,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
-# A shell starts what runs in the background with interrupts ignored, and programs inherit that: those that tests interrupt
-# would run on.
+# A shell starts what runs in the background with interrupts ignored, and programs inherit that: those that tests
+# interrupt would run on.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -140,3 +140,11 @@ class LiveMemory(TorchDispatchMode):
 @pytest.fixture
 def live_memory() -> type[LiveMemory]:
     return LiveMemory
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache_folder(tmp_path_factory):
+    """No test writes to the user's cache, or finds what another run of the tests left there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EXAONEPATH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -13,7 +13,7 @@ REFERENCE = {
     name for page in (ROOT / "docs/api").glob("*.md") for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)
 }
 # Whole rooms, of which the public names are listed one by one.
-ROOMS = {"alignment", "encoders", "errors", "files", "ops", "slides", "synthetic", "viz"}
+ROOMS = {"adapters", "alignment", "encoders", "errors", "files", "ops", "slides", "synthetic", "viz"}
 NAMES = sorted(set(exaonepath.__all__) - ROOMS - {"__version__"})
 
 

@@ -31,11 +31,11 @@ def test_the_extension_belongs_to_this_version():
 LAYERS = [
     ("errors", "version", "text", "memory", "processors", "log_once", "random_state"),
     ("files", "reference", "kernels", "plotting"),
-    ("ops", "device"),
+    ("ops", "device", "exchange"),
     ("encoders",),
     ("synthetic", "slides"),
     ("viz", "alignment"),  # with `slides`: the two wings, which meet in files only
-    ("registration", "demo", "doctor", "viewer"),
+    ("registration", "demo", "doctor", "viewer", "adapters"),
     ("cli",),
     ("patches", "feature_extraction", "models"),  # import paths of EXAONE Path and of 0.1, nothing else
 ]

@@ -57,8 +57,13 @@ class SlideBatch:
     patients: tuple[int, ...]
 
     @staticmethod
-    def join(slides: Sequence[Sequence[SlidePatches]]) -> SlideBatch | None:
+    def join(slides: Sequence[Sequence[SlidePatches]], features: Tensor | None = None) -> SlideBatch | None:
         """The slides of each patient, in order; slides without patches are left out; None if no slides remain.
+
+        Args:
+            slides: slides of each patient.
+            features: the features of all these slides one after the other, if there is such a tensor; else a copy is
+                made.
 
         Raises:
             SettingsError: some slides have coordinates or fragments and others do not, or widths differ.
@@ -70,7 +75,7 @@ class SlideBatch:
         if len(widths) > 1:
             raise SettingsError(f"slides have features of different widths: {sorted(widths)}")
         return SlideBatch(
-            torch.cat([slide.features for _, slide in kept]),
+            torch.cat([slide.features for _, slide in kept]) if features is None else features,
             _join("coords", [slide.coords for _, slide in kept]),
             _join("contour_index", [slide.contour_index for _, slide in kept]),
             tuple(slide.features.shape[0] for _, slide in kept),
@@ -130,9 +135,11 @@ class PatientBatch:
         available: Mapping[str, Tensor] | None = None,
         patients: tuple[str, ...] = (),
         patient_index: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> PatientBatch:
         """A batch with inferred availability: a patient has the slide modality if there is at least one patch. A
-        patient has a profile according to `available` or, if it has no entry, if not all values are NaN.
+        patient has a profile according to `available` or, if it has no entry, if not all values are NaN. For
+        `features`, see `SlideBatch.join`.
 
         Raises:
             SettingsError: numbers of rows do not match.
@@ -146,7 +153,7 @@ class PatientBatch:
         if slides is not None:
             if len(slides) != size:
                 raise SettingsError(f"slides of {len(slides)} patients for a batch of {size}")
-            joined = SlideBatch.join(slides)
+            joined = SlideBatch.join(slides, features)
             has_slide = torch.zeros(size, dtype=torch.bool)
             has_slide[list(joined.patients) if joined else []] = True
             available[WSI] = has_slide & available[WSI] if WSI in available else has_slide

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from exaonepath.alignment.analyses.context import Context
+from exaonepath.alignment.analyses.external import evaluate_external, open_external
+from exaonepath.alignment.analyses.registry import ANALYSES, run_analyses
 from exaonepath.alignment.baselines.comparison import compare_retrieval, our_predictions
 from exaonepath.alignment.data.cohort import Cohort
 from exaonepath.alignment.data.sites import sites_of
@@ -27,13 +31,16 @@ from exaonepath.alignment.metrics.retrieval import PairEmbeddings, cross_modal_r
 from exaonepath.alignment.metrics.site import site_retrieval
 from exaonepath.alignment.metrics.transfer_probes import LabelTask
 from exaonepath.alignment.probing import (
+    LabelPredictions,
+    Views,
     column,
     embeddings_of,
     held_out_labels,
     held_out_survival,
+    label_scores,
+    predict_labels,
     read_follow_up,
     transfer_possible,
-    transferred_labels,
     transferred_survival,
 )
 from exaonepath.alignment.subject import Subject, as_subject
@@ -43,6 +50,7 @@ from exaonepath.errors import SettingsError
 logger = logging.getLogger(__name__)
 
 _MOST_CLASSES = 20
+_MOST_LABELS = 5  # of those that nobody named: each analysis of a label costs seconds
 PROBES = ("train", "held-out")
 
 
@@ -60,7 +68,10 @@ class EvaluationSettings:
             "held-out": cross-validation within all held-out patients, also used if the split has no training patients
             or no test patients.
         site: what tells the site of a patient: a column, or "tcga" for barcodes; None: see `data.sites.sites_of`.
-        seed: seed of folds and intervals.
+        analyses: names of `ANALYSES` to compute; empty: none.
+        expression: the modality whose features are predicted from the slide, one by one.
+        external: another cohort (a folder or a settings file), to be tested as a whole next to the test patients.
+        seed: seed of folds, draws and intervals.
     """
 
     labels: tuple[str, ...] = ()
@@ -71,11 +82,16 @@ class EvaluationSettings:
     baselines: bool = True
     probes: str = "train"
     site: str | None = None
+    analyses: tuple[str, ...] = tuple(ANALYSES)
+    expression: str = "rna"
+    external: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.probes not in PROBES:
             raise SettingsError(f"probes must be one of {', '.join(PROBES)}, got {self.probes!r}")
+        if unknown := [name for name in self.analyses if name not in ANALYSES]:
+            raise SettingsError(f"unknown analyses {', '.join(unknown)}; there are {', '.join(ANALYSES)}")
 
 
 def evaluate(
@@ -105,18 +121,49 @@ def evaluate(
     subject = as_subject(subject, cohort, split)
     labels = _labels(subject, settings)
     read_follow_up(subject, subject.held_out, settings.time, settings.event)
+    external = None if settings.external is None else open_external(subject, Path(settings.external))
     parts = {name: subject.embed(ids) for name, ids in subject.parts.items()}
     embedded = subject.embed(subject.held_out)
+    views: list[Views] = []
+    if transfer_possible(subject):
+        views = [
+            embeddings_of(subject, parts[name] if name in parts else subject.embed(()))
+            for name in ("train", "val", "test")
+        ]
+    predicted: dict[str, LabelPredictions] = {}
+
+    def predict(label: str) -> LabelPredictions:
+        if label not in predicted:
+            predicted[label] = predict_labels(subject, views, label, baselines=settings.baselines)
+        return predicted[label]
+
     report = {
         "modalities": list(subject.modalities),
         "trained_pairs": [list(pair) for pair in subject.model.trained_pairs],
         "parts": {name: _part(part) for name, part in parts.items()},
         "held_out": len(embedded.patients),
-        **_probed(subject, parts, embedded, labels, settings),
+        **_probed(subject, parts, embedded, labels, settings, views, predict),
     }
-    report["site"] = _site(subject, parts, embedded, settings)
+    report["site"] = _site(subject, parts, embedded, settings, views)
     report["missing"] = _missing(subject, parts.get("train"), embedded, labels, settings) if settings.missing else {}
-    return {**report, "projections": _projections(subject, embedded)}
+    report["projections"] = _projections(subject, embedded)
+    few = labels if settings.labels else labels[:_MOST_LABELS]
+    context = Context(subject, parts, views, few, predict, settings.expression, settings.seed)
+    if len(few) < len(labels):
+        logger.warning("analyses use the labels %s; name others to use them", ", ".join(few))
+    report["analyses"] = run_analyses(context, settings.analyses)
+    if len(few) < len(labels):
+        context.notes.clear()
+        context.note(", ".join(labels[_MOST_LABELS:]), f"only the first {_MOST_LABELS} labels are used; name others")
+        report["analyses"]["not_evaluated"]["labels"] = list(context.notes)
+    report["external"] = {}
+    if external is not None:
+        context.notes.clear()
+        found = evaluate_external(
+            context, *external, labels, settings.time, settings.event, baselines=settings.baselines
+        )
+        report["external"] = {"cohort": settings.external, **found, "not_evaluated": list(context.notes)}
+    return report
 
 
 def _probed(
@@ -125,10 +172,12 @@ def _probed(
     embedded: EmbeddedPatients,
     labels: Sequence[str],
     settings: EvaluationSettings,
+    views: Sequence[Views],
+    predict: Callable[[str], LabelPredictions],
 ) -> dict[str, Any]:
     """The entries "probes", "survival", "probe_patients" and "baselines" of the report."""
     seed, time, event = settings.seed, settings.time, settings.event
-    can = transfer_possible(subject)
+    can = bool(views)
     if settings.baselines and not can:
         logger.warning("no baselines: the split has no training patients, or no test patients, of this cohort")
     baselines = settings.baselines and can
@@ -141,13 +190,17 @@ def _probed(
         survival = held_out_survival(subject, embedded, time, event, seed)
         where = "held-out"
     else:
-        views = [
-            embeddings_of(subject, parts[name] if name in parts else subject.embed(()))
-            for name in ("train", "val", "test")
-        ]
-        found = {label: transferred_labels(subject, views, label, baselines=baselines, seed=seed) for label in labels}
-        probes = {label: ours for label, (ours, _) in found.items()}
-        compared["probes"] = {label: theirs for label, (_, theirs) in found.items() if theirs}
+        probes = {}
+        for label in labels:
+            try:
+                found = predict(label)
+            except SettingsError as exc:
+                logger.warning("no probe of %s: %s", label, exc)
+                probes[label] = {}
+                continue
+            probes[label], theirs = label_scores(found, views, seed=seed)
+            if theirs:
+                compared["probes"][label] = theirs
         survival, compared["survival"] = transferred_survival(
             subject, views, time, event, baselines=baselines, seed=seed
         )
@@ -161,7 +214,11 @@ def _probed(
 
 
 def _site(
-    subject: Subject, parts: Mapping[str, EmbeddedPatients], embedded: EmbeddedPatients, settings: EvaluationSettings
+    subject: Subject,
+    parts: Mapping[str, EmbeddedPatients],
+    embedded: EmbeddedPatients,
+    settings: EvaluationSettings,
+    views: Sequence[Views],
 ) -> dict[str, Any]:
     """Retrieval by site, and probes of the site; {} if the site is known of fewer than two sites' patients."""
     source = settings.site if settings.site is not None else subject.data.settings.site
@@ -173,7 +230,7 @@ def _site(
     if found.is_suspicious:
         logger.warning("%s", found.advice())
     out: dict[str, Any] = {"retrieval": found.as_dict(), "probes": {}, "shared": []}
-    if transfer_possible(subject):
+    if views:
         known = {
             name: [sites.get(patient) for patient in subject.data.split[name]] for name in ("train", "val", "test")
         }
@@ -186,7 +243,6 @@ def _site(
         except SettingsError as exc:
             logger.info("no probe of the site: %s", exc)  # as with a split by site: no test patient has a known one
             return out
-        views = [embeddings_of(subject, parts[name] if name in parts else subject.embed(())) for name in known]
         out["probes"] = {
             name: prediction.scores(settings.seed).as_dict()
             for name, prediction in our_predictions(task, views).items()

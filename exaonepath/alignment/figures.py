@@ -52,7 +52,7 @@ def draw_outcome(outcome: Outcome, measures: Sequence[str], path: str | os.PathL
         f"rings: {runs}; dot and bar: mean and 95 % interval over {over} and patients; dashed: chance; "
         "patients held out of training"
     )
-    return _save(figure, path, note)
+    return save_figure(figure, path, note)
 
 
 def draw_retrieval(report: Mapping[str, Any], part: str, path: str | os.PathLike[str]) -> Path:
@@ -77,7 +77,7 @@ def draw_retrieval(report: Mapping[str, Any], part: str, path: str | os.PathLike
         axes.set_xlim(0, 1.02)
         axes.set_title(f"recall@{k}", loc="left", color=INK, size=9)
     marks = "; triangle: CCA, cross: ridge, plus: PLS" if baselines else ""
-    return _save(figure, path, f"dot and bar: ours, 95 % interval over patients; grey ticks: chance{marks}")
+    return save_figure(figure, path, f"dot and bar: ours, 95 % interval over patients; grey ticks: chance{marks}")
 
 
 def draw_missing(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -106,7 +106,7 @@ def draw_missing(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
         hspace=0.55,
         wspace=0.3,
     )
-    _title(figure, f"Modalities missing at inference, {missing['patients']} patients who have them all")
+    draw_title(figure, f"Modalities missing at inference, {missing['patients']} patients who have them all")
     for at, (title, lines, chance) in enumerate(charts):
         axes = figure.add_subplot(grid[at // columns, at % columns])
         sizes: list[int] = []
@@ -121,10 +121,10 @@ def draw_missing(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
         axes.set_xticks(sizes)
         axes.set_title(title, loc="left", color=INK, size=9)
         axes.set_xlabel("modalities present", color=MUTED, size=8)
-        _plain(axes)
+        plain(axes)
         if any(name for name, _, _ in lines):
             axes.legend(fontsize=7.5, frameon=False, loc="lower right", labelcolor=INK)
-    return _save(figure, path, "line: mean over subsets of that size; band: worst to best subset; dashed: chance")
+    return save_figure(figure, path, "line: mean over subsets of that size; band: worst to best subset; dashed: chance")
 
 
 def draw_projections(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -143,7 +143,9 @@ def draw_projections(report: Mapping[str, Any], path: str | os.PathLike[str]) ->
         bottom=0.85 / figure.get_figheight(),
         hspace=0.75,
     )
-    _title(figure, "What the projections learned: singular values of both sides of each pair, over held-out patients")
+    draw_title(
+        figure, "What the projections learned: singular values of both sides of each pair, over held-out patients"
+    )
     for at, pair in enumerate(pairs):
         axes = figure.add_subplot(grid[at // columns, at % columns])
         for side, color, style in (("left", BLUE, "-"), ("right", VERMILION, (0, (4, 1.5)))):
@@ -160,11 +162,11 @@ def draw_projections(report: Mapping[str, Any], path: str | os.PathLike[str]) ->
         )
         axes.set_ylim(0, None)
         axes.legend(fontsize=7.5, frameon=False, loc="upper right", labelcolor=INK)
-        _plain(axes)
+        plain(axes)
     note = (
         "x: direction, y: share of the sum; overlap of the directions that hold 90 % of the variance; order: linear CKA"
     )
-    return _save(figure, path, note)
+    return save_figure(figure, path, note)
 
 
 def draw_attention(
@@ -201,7 +203,7 @@ def draw_attention(
     wide, tall = figure.get_figwidth(), figure.get_figheight()
     place = {"left": 0.02, "right": 1 - 1.0 / wide, "top": 1 - 0.95 / tall, "bottom": 0.45 / tall}
     grid = figure.add_gridspec(len(queries), len(maps), hspace=0.16, wspace=0.04, **place)
-    _title(figure, title)
+    draw_title(figure, title)
     squares = [Rectangle((x, y), patch_size, patch_size) for x, y in sections]
     norm = LogNorm(1e-4, 1)
     drawn = None
@@ -245,7 +247,7 @@ def draw_attention(
     bar = figure.add_axes((1 - 0.82 / figure.get_figwidth(), 0.25, 0.14 / figure.get_figwidth(), 0.5))
     figure.colorbar(drawn, cax=bar).ax.tick_params(labelsize=8, colors=MUTED)
     bar.set_title("probability", size=8, color=MUTED, loc="left")
-    return _save(
+    return save_figure(
         figure, path, "star: the patch that attends; empty squares: probability exactly 0; sections drawn side by side"
     )
 
@@ -270,7 +272,7 @@ def _panels(title: str, count: int, rows: int, *, width: float, label: float) ->
     total = label + count * width + 0.2
     figure = require_matplotlib()(figsize=(total, height), facecolor="white")
     bottom, tall = (_FOOT + 0.25) / height, rows * _ROW / height
-    _title(figure, title)
+    draw_title(figure, title)
     axes = [figure.add_axes(((label + k * width) / total, bottom, (width - 0.3) / total, tall)) for k in range(count)]
     return figure, axes
 
@@ -278,11 +280,12 @@ def _panels(title: str, count: int, rows: int, *, width: float, label: float) ->
 def _rows(axes: Any, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_yticks(range(len(names)), names)
-    _plain(axes)
+    plain(axes)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
 
 
-def _plain(axes: Any) -> None:
+def plain(axes: Any) -> None:
+    """Thin grey axes, as in all figures of reports."""
     axes.tick_params(colors=MUTED, labelsize=8, length=2.5)
     axes.grid(axis="x", color=HAIRLINE, linewidth=0.5)
     axes.set_axisbelow(True)
@@ -295,13 +298,15 @@ def _chance(axes: Any, chance: float | None, rows: int) -> None:
         axes.axvline(chance, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
 
 
-def _title(figure: Any, text: str) -> None:
+def draw_title(figure: Any, text: str) -> None:
+    """The title at the upper left."""
     figure.text(
         0.16 / figure.get_figwidth(), 1 - 0.34 / figure.get_figheight(), text, color=INK, size=11.5, weight="bold"
     )
 
 
-def _save(figure: Any, path: str | os.PathLike[str], note: str) -> Path:
+def save_figure(figure: Any, path: str | os.PathLike[str], note: str) -> Path:
+    """Write a PNG with a note at the bottom, completely or not at all."""
     target = Path(path)
     figure.text(0.16 / figure.get_figwidth(), 0.14 / figure.get_figheight(), note, color=MUTED, size=8)
     with atomic_path(target) as temporary:

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from exaonepath.alignment.baselines.comparison import (
-    PARTS,
     compare_labels,
     compare_survival,
     label_baselines,
     our_predictions,
     whole_parts,
 )
+from exaonepath.alignment.baselines.profiles import PARTS, CohortPart
 from exaonepath.alignment.metrics.probes import knn_probe, linear_probe
 from exaonepath.alignment.metrics.survival import cox_probe
-from exaonepath.alignment.metrics.transfer_probes import LabelTask, nearest_prediction
+from exaonepath.alignment.metrics.transfer_probes import LabelTask, Prediction, nearest_prediction
 from exaonepath.alignment.metrics.transfer_survival import FollowUp, Risk, cox_prediction
 from exaonepath.alignment.subject import Subject
 from exaonepath.alignment.training.validation import EmbeddedPatients
@@ -61,40 +62,90 @@ def transfer_possible(subject: Subject) -> bool:
     return {"train", "test"} <= set(subject.parts)
 
 
-def transferred_labels(
-    subject: Subject, views: Sequence[Views], label: str, *, baselines: bool, seed: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Probes of a label fitted on training patients and scored on test patients, and the baselines; plain JSON types.
+@dataclass(frozen=True)
+class LabelPredictions:
+    """Class probabilities of a label, of the test patients.
+
+    Attributes:
+        task: the label, and its training, validation and test patients.
+        ours: embedding to the linear probe's prediction.
+        baselines: method to (the embedding that it is compared with, its prediction).
+    """
+
+    task: LabelTask
+    ours: dict[str, Prediction]
+    baselines: dict[str, tuple[str, Prediction]]
+
+
+def external_part(external: Subject | None) -> CohortPart | None:
+    """The patients of another cohort, as test patients of the baselines."""
+    return None if external is None else CohortPart(external.data, external.data.split["test"])
+
+
+def predict_labels(
+    subject: Subject,
+    views: Sequence[Views],
+    label: str,
+    *,
+    baselines: bool,
+    external: Subject | None = None,
+) -> LabelPredictions:
+    """Predictions of a label by probes that are fitted on training patients, and by the baselines.
 
     Args:
         subject: the model and the cohort.
         views: of train, validation and test patients: see `embeddings_of`.
         label: the column.
         baselines: whether to fit baselines.
-        seed: seed of the intervals.
+        external: another cohort, whose patients are the test patients; None: those of the split.
+
+    Raises:
+        SettingsError: see `LabelTask.of`.
     """
-    values = [column(subject, subject.data.split[part], label) for part in PARTS]
-    try:
-        task = LabelTask.of(*values)
-    except SettingsError as exc:
-        logger.warning("no probe of %s: %s", label, exc)
-        return {}, {}
-    ours = our_predictions(task, views)
+    tested = external or subject
+    values = [
+        column(subject if part != "test" else tested, (subject if part != "test" else tested).data.split[part], label)
+        for part in PARTS
+    ]
+    task = LabelTask.of(*values)
+    theirs = {}
+    if baselines:
+        names = [name for name in subject.modalities if name in tested.modalities]
+        theirs = label_baselines(subject.data, names, task, test=external_part(external))
+    return LabelPredictions(task, our_predictions(task, views), theirs)
+
+
+def label_scores(
+    found: LabelPredictions, views: Sequence[Views], *, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores of our probes, and of the baselines with the differences; plain JSON types."""
     out = {}
-    for name, found in ours.items():
+    for name, prediction in found.ours.items():
         parts, flags = whole_parts(name, views)
-        near = nearest_prediction(task.restricted(flags), *parts)
-        out[name] = {"linear": found.scores(seed).as_dict(), "knn": near.scores(seed).as_dict()}
-    if not baselines:
-        return out, {}
-    return out, compare_labels(ours, label_baselines(subject.data, subject.modalities, task), seed=seed)
+        near = nearest_prediction(found.task.restricted(flags), *parts)
+        out[name] = {"linear": prediction.scores(seed).as_dict(), "knn": near.scores(seed).as_dict()}
+    return out, compare_labels(found.ours, found.baselines, seed=seed)
 
 
 def transferred_survival(
-    subject: Subject, views: Sequence[Views], time: str, event: str, *, baselines: bool, seed: int
+    subject: Subject,
+    views: Sequence[Views],
+    time: str,
+    event: str,
+    *,
+    baselines: bool,
+    seed: int,
+    external: Subject | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The same for survival."""
-    found = [read_follow_up(subject, subject.data.split[part], time, event) for part in PARTS]
+    """Cox probes that are fitted on training patients, and the baselines; plain JSON types.
+
+    Arguments as for `predict_labels`; {} if a cohort has no such columns.
+    """
+    tested = external or subject
+    found = [
+        read_follow_up(where, where.data.split[part], time, event)
+        for part, where in (("train", subject), ("val", subject), ("test", tested))
+    ]
     follow_up = [part for part in found if part is not None]
     if len(follow_up) < len(PARTS):
         return {}, {}
@@ -107,7 +158,8 @@ def transferred_survival(
     out = {name: risk.scores(seed).as_dict() for name, risk in ours.items()}
     if not baselines:
         return out, {}
-    return out, compare_survival(subject.data, subject.modalities, follow_up, ours, seed=seed)
+    names = [name for name in subject.modalities if name in tested.modalities]
+    return out, compare_survival(subject.data, names, follow_up, ours, test=external_part(external), seed=seed)
 
 
 def held_out_labels(subject: Subject, embedded: EmbeddedPatients, label: str, seed: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -12,16 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from exaonepath.alignment.analyses.figures import draw_analyses
 from exaonepath.alignment.evaluate import EvaluationSettings, evaluate
 from exaonepath.alignment.figures import draw_attention, draw_missing, draw_projections, draw_retrieval
-from exaonepath.alignment.metrics.exports import export_pooled
 from exaonepath.alignment.probing import embeddings_of
 from exaonepath.alignment.report_table import table
 from exaonepath.alignment.subject import Subject, as_subject
 from exaonepath.encoders.attention_map import AttentionMap, attention_map
 from exaonepath.errors import SettingsError
+from exaonepath.exchange.patho_bench import write_pooled
 from exaonepath.files.artifact import settings_hash
-from exaonepath.files.atomic import ensure_folder, write_text
+from exaonepath.files.atomic import atomic_path, ensure_folder, write_text
 from exaonepath.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ def write_report(
     split: str | os.PathLike[str] | None = None,
     figures: bool = True,
 ) -> dict[str, Any]:
-    """Evaluate and write `<out>/evaluation.json`, `evaluation.md` and the figures.
+    """Evaluate and write `<out>/evaluation.json`, `evaluation.md`, `expression.csv` and the figures.
 
     Args:
         subject, settings, cohort, split: as for `evaluate`.
@@ -57,6 +59,7 @@ def write_report(
     subject = as_subject(subject, cohort, split)
     out = ensure_folder(out)
     report = {"provenance": provenance(subject, asdict(settings)), **evaluate(subject, settings)}
+    genes = _write_genes(report, out / "expression.csv")
     write_text(out / "evaluation.json", json.dumps(report, indent=1) + "\n")
     write_text(out / "evaluation.md", table(report))
     if figures:
@@ -68,7 +71,24 @@ def write_report(
         if report["projections"]["pairs"]:
             draw_projections(report, out / "projections.png")
         draw_attention_of(subject, out / "attention.png")
+        draw_analyses(genes, out)
     return report
+
+
+def _write_genes(report: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Move the columns of single genes from the report to a CSV file; returns the report with them, for the figures."""
+    found = report["analyses"].get("expression")
+    if found is None:
+        path.unlink(missing_ok=True)  # of an earlier evaluation into this folder
+        return report
+    analyses = {**report["analyses"], "expression": dict(found)}
+    columns = found.pop("genes")
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    found["file"] = path.name
+    return {**report, "analyses": analyses}
 
 
 def provenance(subject: Subject, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,5 +156,5 @@ def export_embeddings(subject: Subject, out: Path) -> list[Path]:
     note = {"cohort_hash": subject.cohort.fingerprint, "exaonepath_version": __version__}
     for name, (rows, x) in embeddings_of(subject, embedded).items():
         patients = np.asarray(embedded.patients)[rows]
-        written += export_pooled(out / name, dict(zip(patients.tolist(), x, strict=True)), embedding=name, **note)
+        written += write_pooled(out / name, dict(zip(patients.tolist(), x, strict=True)), embedding=name, **note)
     return written

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from exaonepath.alignment.analyses.tables import analyses_lines
+from exaonepath.alignment.markdown import direction, interval, number, rows, signed
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -29,6 +32,7 @@ def table(report: Mapping[str, Any]) -> str:
     lines += _probes(report)
     lines += _gains(report)
     lines += _survival(report)
+    lines += analyses_lines(report)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -37,16 +41,16 @@ def _retrieval(report: Mapping[str, Any]) -> Iterator[str]:
         if not found["retrieval"]:
             continue
         yield from (f"## Retrieval, {part} ({found['patients']} patients)", "")
-        yield from _rows(
+        yield from rows(
             ("direction", "recall@1", "chance", "recall@5", "recall@10", "median rank", "of"),
             [
                 (
-                    _direction(name),
-                    _interval(score["recall"]["1"]),
-                    _number(score["chance"]["1"]),
-                    _interval(score["recall"]["5"]),
-                    _interval(score["recall"]["10"]),
-                    _number(score["median_rank"], 1),
+                    direction(name),
+                    interval(score["recall"]["1"]),
+                    number(score["chance"]["1"]),
+                    interval(score["recall"]["5"]),
+                    interval(score["recall"]["10"]),
+                    number(score["median_rank"], 1),
                     str(score["n_gallery"]),
                 )
                 for name, score in found["retrieval"].items()
@@ -65,12 +69,12 @@ def _retrieval_baselines(report: Mapping[str, Any]) -> Iterator[str]:
         "after the baseline: ours minus the baseline.",
         "",
     )
-    yield from _rows(
+    yield from rows(
         ("direction", "ours", *baselines),
         [
             (
-                _direction(name),
-                _interval(score["recall"]["1"]),
+                direction(name),
+                interval(score["recall"]["1"]),
                 *(_with_baseline(found[name]) if name in found else "-" for found in baselines.values()),
             )
             for name, score in ours.items()
@@ -79,7 +83,7 @@ def _retrieval_baselines(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _with_baseline(found: Mapping[str, Any]) -> str:
-    return f"{_number(found['recall']['1']['value'])} ({_signed(found['difference']['1'])})"
+    return f"{number(found['recall']['1']['value'])} ({signed(found['difference']['1'])})"
 
 
 def _site(report: Mapping[str, Any]) -> Iterator[str]:
@@ -88,28 +92,28 @@ def _site(report: Mapping[str, Any]) -> Iterator[str]:
         return
     found = site["retrieval"]
     yield from (f"## Site ({found['sites']} sites of the patients asked for)", "")
-    yield from _rows(
+    yield from rows(
         ("all pairs", "recall@1", "recall@1 within the site", "chance", "wrong answers from the own site", "chance"),
         [
             (
                 "**suspicious**" if found["suspicious"] else "",
-                _interval(found["recall"]),
-                _interval(found["within"]),
-                _number(found["within_chance"]),
-                _interval(found["wrong_from_own_site"]),
-                _number(found["chance"]),
+                interval(found["recall"]),
+                interval(found["within"]),
+                number(found["within_chance"]),
+                interval(found["wrong_from_own_site"]),
+                number(found["chance"]),
             )
         ],
     )
     if site["probes"]:
-        yield from _rows(
+        yield from rows(
             ("probe of the site from", "balanced accuracy", "AUROC", "chance", "n"),
             [
                 (
                     name,
-                    _interval(score["balanced_accuracy"]),
-                    _interval(score["auroc"]),
-                    _number(score["chance"]),
+                    interval(score["balanced_accuracy"]),
+                    interval(score["auroc"]),
+                    number(score["chance"]),
                     str(score["n"]),
                 )
                 for name, score in site["probes"].items()
@@ -125,22 +129,22 @@ def _probes(report: Mapping[str, Any]) -> Iterator[str]:
         if not found:
             continue
         yield from (f"## {label} ({how})", "")
-        yield from _rows(
+        yield from rows(
             ("embedding", "linear: balanced accuracy", "linear: AUROC", "kNN: balanced accuracy", "chance", "n"),
             [
                 (
                     name,
-                    _interval(score["linear"]["balanced_accuracy"]),
-                    _interval(score["linear"]["auroc"]),
-                    _interval(score["knn"]["balanced_accuracy"]),
-                    _number(score["linear"]["chance"]),
+                    interval(score["linear"]["balanced_accuracy"]),
+                    interval(score["linear"]["auroc"]),
+                    interval(score["knn"]["balanced_accuracy"]),
+                    number(score["linear"]["chance"]),
                     str(score["linear"]["n"]),
                 )
                 for name, score in found.items()
             ],
         )
         if label in baselines:
-            yield from _rows(
+            yield from rows(
                 ("baseline", "balanced accuracy", "AUROC", "ours", "ours - baseline: balanced accuracy", "AUROC"),
                 [_label_row(method, theirs) for method, theirs in baselines[label].items()],
             )
@@ -150,11 +154,11 @@ def _label_row(method: str, theirs: Mapping[str, Any]) -> tuple[str, ...]:
     difference = theirs.get("difference")
     return (
         method,
-        _interval(theirs["balanced_accuracy"]),
-        _interval(theirs["auroc"]),
+        interval(theirs["balanced_accuracy"]),
+        interval(theirs["auroc"]),
         theirs["compared_with"],
-        "-" if difference is None else _signed(difference["balanced_accuracy"]),
-        "-" if difference is None else _signed(difference["auroc"]),
+        "-" if difference is None else signed(difference["balanced_accuracy"]),
+        "-" if difference is None else signed(difference["auroc"]),
     )
 
 
@@ -163,9 +167,9 @@ def _gains(report: Mapping[str, Any]) -> Iterator[str]:
         if "gain_over_single" in found:
             yield from (f"## {label}: all modalities compared with each alone (patients with all modalities)", "")
             alone = found["refitted"]["subsets"]
-            yield from _rows(
+            yield from rows(
                 ("modality", "balanced accuracy alone", "gain with all modalities (paired)"),
-                [(name, _interval(alone[name]), _interval(gain)) for name, gain in found["gain_over_single"].items()],
+                [(name, interval(alone[name]), interval(gain)) for name, gain in found["gain_over_single"].items()],
             )
 
 
@@ -175,44 +179,20 @@ def _survival(report: Mapping[str, Any]) -> Iterator[str]:
     where = report.get("probe_patients", "held-out")
     how = "fitted on training patients, scored on test patients" if where == "test" else "cross-validated"
     yield from (f"## Survival (Cox probe, {how}; 0.5 is chance)", "")
-    yield from _rows(
+    yield from rows(
         ("embedding", "c-index", "patients", "events"),
-        [(name, _interval(s["c_index"]), str(s["n"]), str(s["events"])) for name, s in report["survival"].items()],
+        [(name, interval(s["c_index"]), str(s["n"]), str(s["events"])) for name, s in report["survival"].items()],
     )
     if baselines := (report.get("baselines") or {}).get("survival", {}):
-        yield from _rows(
+        yield from rows(
             ("baseline", "c-index", "ours", "ours - baseline"),
             [
                 (
                     method,
-                    _interval(theirs["c_index"]),
+                    interval(theirs["c_index"]),
                     theirs["compared_with"],
-                    _signed(theirs["difference"]) if "difference" in theirs else "-",
+                    signed(theirs["difference"]) if "difference" in theirs else "-",
                 )
                 for method, theirs in baselines.items()
             ],
         )
-
-
-def _direction(name: str) -> str:
-    return name.replace("->", " to ")
-
-
-def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return [*("| " + " | ".join(cells) + " |" for cells in lines), ""]
-
-
-def _interval(estimate: Mapping[str, Any]) -> str:
-    value = _number(estimate["value"])
-    return value if estimate["low"] is None else f"{value} [{_number(estimate['low'])}, {_number(estimate['high'])}]"
-
-
-def _signed(estimate: Mapping[str, Any]) -> str:
-    """A difference with its sign."""
-    value = "-" if estimate["value"] is None else f"{estimate['value']:+.3f}"
-    return value if estimate["low"] is None else f"{value} [{estimate['low']:+.3f}, {estimate['high']:+.3f}]"
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

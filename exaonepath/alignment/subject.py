@@ -15,7 +15,10 @@ import numpy as np
 import torch
 
 from exaonepath.alignment.data.cohort import Cohort
+from exaonepath.alignment.data.dataset import PatientDataset, collate_patients
+from exaonepath.alignment.data.formats import modalities_of_mudata
 from exaonepath.alignment.data.splits import Split
+from exaonepath.alignment.modalities import MODALITIES, WSI
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
 from exaonepath.alignment.training.data import (
     TrainingData,
@@ -30,7 +33,7 @@ from exaonepath.alignment.training.settings import DataSettings, build_settings
 from exaonepath.alignment.training.settings_file import read_settings
 from exaonepath.alignment.training.validation import EmbeddedPatients, embed_patients
 from exaonepath.encoders.loading import no_bars
-from exaonepath.errors import DataFileError, SettingsError
+from exaonepath.errors import DataFileError, ExaonePathError, SettingsError
 from exaonepath.text import few
 
 logger = logging.getLogger(__name__)
@@ -87,6 +90,35 @@ class Subject:
             autocast=contextlib.nullcontext,
             processes=self.processes,
         )
+
+    def embed_slides(self, patients: Sequence[str]) -> EmbeddedPatients:
+        """Embeddings of single slides, all patches: one row per slide, whose id is in `patients` of the result.
+
+        Only the slide modality is available; the order is that of `slides_of`.
+        """
+        dataset = PatientDataset(self.cohort, self.data.standardizer, patients, slides="rows", cache_bytes=0)
+        found: dict[str, np.ndarray] = {}
+        for start in range(0, len(dataset), _BATCH):
+            rows = [dataset[at] for at in range(start, min(start + _BATCH, len(dataset)))]
+            rows = [row for row in rows if row.slides and len(row.slides[0].features)]
+            if rows:
+                with torch.no_grad():
+                    embedded = self.model.embed(collate_patients(rows).to(self.model.loss_device))[WSI]
+                found |= dict(zip((row.slides[0].slide for row in rows), embedded.float().cpu().numpy(), strict=True))
+        ids = [slide for slide, _ in self.slides_of(patients) if slide in found]
+        widths = self.model.config.widths
+        modality = {name: np.zeros((len(ids), width), np.float32) for name, width in widths.items()}
+        if ids:
+            modality[WSI] = np.stack([found[slide] for slide in ids])
+        available = {name: np.full(len(ids), name == WSI) for name in widths}
+        empty = np.zeros((len(ids), 0), np.float32)
+        whole = EmbeddedPatients(tuple(ids), modality, available, empty, ())
+        return replace(whole, fused=self.fuse(whole, (WSI,)))
+
+    def slides_of(self, patients: Sequence[str]) -> list[tuple[str, str]]:
+        """(slide, patient) of the slides of these patients, sorted."""
+        wanted = set(patients)
+        return sorted((slide.slide, slide.patient) for slide in self.cohort.slides.slides if slide.patient in wanted)
 
     def fuse(self, embedded: EmbeddedPatients, modalities: Sequence[str]) -> np.ndarray:
         """Fused embedding float32 [n, D] of patients as if only these modalities were available."""
@@ -221,7 +253,7 @@ def open_cohort(
     if cohort is not None:
         # A patient with one modality of the model can be embedded; only training needs two.
         settings = replace(cohort_settings(cohort), modalities=(), min_modalities=1, **column)
-        known = load_training_cohort(settings)
+        known = load_training_cohort(_with_further(settings, model))
     elif run is not None:
         settings = replace(_run_data(run), **column)
         known = load_training_cohort(settings)
@@ -235,6 +267,27 @@ def open_cohort(
     known = restrict_modalities(known, [n for n in model.modalities if n in known.held], settings.min_modalities)
     check_features(model, known, by_name=by_name)
     return known, settings
+
+
+def _with_further(settings: DataSettings, model: ExaonePathAlignmentModel) -> DataSettings:
+    """The settings with those further modalities of the model that the cohort's .h5mu file has, in the model's scale.
+
+    The check of the scale warns if the values do not look like it.
+    """
+    wanted = [n for n in model.modalities if n not in MODALITIES and n not in settings.further_modalities]
+    if not wanted or settings.mudata is None:
+        return settings
+    try:
+        held = modalities_of_mudata(settings.mudata)
+    except ExaonePathError:
+        return settings  # the reader of the whole file reports it
+    names = tuple(name for name in wanted if name in held)
+    scales = {name: model.omics_encoder(name).scale for name in names}
+    return replace(
+        settings,
+        further_modalities=(*settings.further_modalities, *names),
+        scales={**scales, **settings.scales},
+    )
 
 
 def _apart_from_training(run: Path | None, model: ExaonePathAlignmentModel, cohort: Cohort) -> tuple[Split, bool]:

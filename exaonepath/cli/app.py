@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -12,8 +13,11 @@ from exaonepath.cli.demo import demo
 from exaonepath.cli.doctor import doctor
 from exaonepath.cli.encode import encode
 from exaonepath.cli.evaluate import evaluate
+from exaonepath.cli.export import export
 from exaonepath.cli.features import features
 from exaonepath.cli.guard import guarded, interruptible
+from exaonepath.cli.heatmap import heatmap
+from exaonepath.cli.import_features import import_features
 from exaonepath.cli.patch import patch
 from exaonepath.cli.repeat import repeat
 from exaonepath.cli.slide import slide
@@ -50,5 +54,10 @@ def _root(
     """Whole-slide pathology images to slide embeddings."""
 
 
-for command in (encode, patch, features, slide, status, collect, view, doctor, demo, train, evaluate, ablate, repeat):
-    app.command()(guarded(command))
+_IN_ORDER: tuple[Callable[..., None], ...] = (
+    *(encode, patch, features, slide, status, collect, view, heatmap, export, import_features),
+    *(doctor, demo, train, evaluate, ablate, repeat),
+)
+for command in _IN_ORDER:
+    # Named like its function, apart from the one whose name Python reserves.
+    app.command("import" if command is import_features else None)(guarded(command))

@@ -35,6 +35,15 @@ def evaluate(
     site: Annotated[
         str | None, typer.Option(help="Column that tells the site, or tcga for barcodes; default: a usual name.")
     ] = None,
+    analyses: Annotated[
+        str, typer.Option(help="Comma-separated: few-shot, zero-shot, expression, calibration, slide-search; or none.")
+    ] = "all",
+    expression: Annotated[
+        str, typer.Option("--expression-of", help="Modality whose features are predicted from the slide.")
+    ] = "rna",
+    external: Annotated[
+        Path | None, typer.Option(help="Another cohort, tested as a whole next to the test patients.")
+    ] = None,
     figures: Annotated[bool, typer.Option(help="Draw figures (matplotlib).")] = True,
     export: Annotated[
         bool, typer.Option("--export", help="Also write embeddings in the format that Patho-Bench reads.")
@@ -48,21 +57,24 @@ def evaluate(
 ) -> None:
     """Retrieval, probes, survival, missing modalities, projections and attention of a trained model.
 
-    The numbers of test patients are compared with simple baselines.
+    The numbers of test patients are compared with simple baselines. Further analyses: labels from few patients or from
+    none, single genes from the slide, calibration, slides that find slides, and an external cohort.
 
-    Writes <out>/evaluation.json, <out>/evaluation.md, figures, and with --export <out>/embeddings/.
-    Example: exaonepath evaluate run --out evaluation
+    Writes <out>/evaluation.json, <out>/evaluation.md, <out>/expression.csv, figures, and with --export
+    <out>/embeddings/. Example: exaonepath evaluate run --out evaluation
     """
     from exaonepath.alignment.early_checks import check_folders, check_headers, tables_of_evaluation
 
     check_folders(model, cohort)
+    check_folders(model, external)
     check_headers(tables_of_evaluation(model, cohort, id_column), label or ())
     # This import takes seconds, so it comes after the checks.
+    from exaonepath.alignment.analyses.registry import ANALYSES
     from exaonepath.alignment.evaluate import EvaluationSettings
     from exaonepath.alignment.report import export_embeddings, write_report
     from exaonepath.alignment.subject import open_subject
 
-    subject = open_subject(model, cohort, split=split, by_name=by_name, device=device, id_column=id_column)
+    names = {"all": tuple(ANALYSES), "none": ()}.get(analyses, tuple(filter(None, map(str.strip, analyses.split(",")))))
     settings = EvaluationSettings(
         labels=tuple(label or ()),
         time=time,
@@ -71,7 +83,11 @@ def evaluate(
         baselines=baselines,
         probes=probes,
         site=site,
+        analyses=names,
+        expression=expression,
+        external=None if external is None else str(external),
     )
+    subject = open_subject(model, cohort, split=split, by_name=by_name, device=device, id_column=id_column)
     write_report(subject, out, settings, figures=figures)
     if export:
         export_embeddings(subject, out / "embeddings")

@@ -36,7 +36,7 @@ def train(
         list[str] | None, typer.Option("--set", help="Any setting: section.key=value; may be repeated.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check all inputs and print what would be trained.")
+        bool, typer.Option("--dry-run", help="Check all inputs; print what would be trained, and its time and memory.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start again if the folder already holds a run.")
@@ -77,7 +77,7 @@ def train(
     from exaonepath.alignment.training.run import train as run
 
     with _bar(quiet) as progress:
-        result = run(chosen, out, overwrite=overwrite, progress=progress, report=None if quiet else say)
+        result = run(chosen, out, overwrite=overwrite, progress=progress, report=None if quiet else _say_lines)
     _leave_group()
     if not result.finished:
         raise KeyboardInterrupt
@@ -95,9 +95,17 @@ def _leave_group() -> None:
 
 
 def _say_prepared(settings: TrainSettings, out: Path) -> None:
-    from exaonepath.alignment.training.run import check
+    from exaonepath.alignment.training.run import check, estimate
 
-    say(check(settings, out).summary())
+    prepared = check(settings, out)
+    _say_lines(prepared.summary())
+    if (found := estimate(prepared, out)) is not None:
+        _say_lines(found.summary())
+
+
+def _say_lines(text: str) -> None:
+    for line in text.splitlines():
+        say(line)
 
 
 @contextmanager

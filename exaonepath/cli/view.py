@@ -22,7 +22,9 @@ def view(
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")] = True,
     table: Annotated[
         Path | None,
-        typer.Option(help="CSV file with values of patches to show as colours: columns x and y, or patch; slide."),
+        typer.Option(
+            help="CSV or Parquet file with values of patches to show as colours: columns x and y, or patch; slide."
+        ),
     ] = None,
     weights: Annotated[
         str | None,

@@ -42,6 +42,8 @@ ATTRIBUTES = (
     "features_computed_in",
     "feature_dtype",
     "patches_settings_hash",
+    "patch_size",
+    "feature_width",
     "patient",
     "request",
     "complete",
@@ -58,7 +60,8 @@ class SlideEmbedding:
             kept without them and the caller allows that.
         coords: int32 [N, 2], (x, y) at level 0 in pixels.
         contour_index: int32 [N], tissue fragment of each patch.
-        attrs: how they were made (weights, dtype, hashes).
+        attrs: how they were made (weights, dtype, hashes); `patch_size` is the side of a patch in level-0 pixels, and
+            `feature_width` is C. Files of earlier versions lack these two.
     """
 
     slide_embedding: np.ndarray

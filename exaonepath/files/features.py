@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.errors import DataFileError, ForeignFileError, UnfinishedFileError
+from exaonepath.errors import DataFileError
 from exaonepath.files.artifact import Kind
-from exaonepath.files.hdf5 import StoredFile, open_h5
+from exaonepath.files.feature_rows import open_features
+from exaonepath.files.hdf5 import StoredFile
 from exaonepath.files.hdf5_output import atomic_h5
-from exaonepath.text import few
 
 Rows = tuple[np.ndarray, np.ndarray]  # indices int64 [b], features [b, D]
 
@@ -47,6 +47,9 @@ ATTRIBUTES = (
     "n_partly_missing",
     "batch_size",
     "compiled",
+    "mpp",
+    "imported_from",
+    "fragments",
     "complete",
 )
 
@@ -94,20 +97,11 @@ def read_features(
         DataFileError: the file is missing, damaged or incomplete, lacks a dataset, its datasets have invalid shapes or
             different lengths, a feature is NaN or infinite, or the width is not `expected_dim`.
     """
-    path = Path(path)
-    with open_h5(path) as file:
-        _check_layout(path, file)
-        if require_coords and "coords" not in file:
-            raise DataFileError(f"{path} lacks coords; it holds {file.names}")
-        attrs = file.attributes(ATTRIBUTES)
-        if not attrs.get("complete", True):
-            raise UnfinishedFileError(f"{path} is marked as not complete; run the features stage again")
-        features = _features(path, file, expected_dim)
-        n = len(features)
-        coords = _integers(path, file, "coords", (n, 2)) if "coords" in file else None
-        contours = _integers(path, file, "contour_index", (n,)) if "contour_index" in file else None
-        failures = read_failures(path, file)
-    return FeatureSet(features, coords, np.zeros(n, np.int32) if contours is None else contours, attrs, failures)
+    with open_features(path, expected_dim=expected_dim, require_coords=require_coords) as file:
+        features = file.read().astype(np.float32, copy=False)
+        attrs = file.stored.attributes(ATTRIBUTES)
+        failures = read_failures(file.path, file.stored)
+        return FeatureSet(features, file.coords, file.contour_index, attrs, failures)
 
 
 def write_features(
@@ -175,51 +169,6 @@ def merge_by_index(first: Iterator[Rows], second: Iterator[Rows]) -> Iterator[Ro
         if rest is not None:
             yield rest
             yield from stream
-
-
-def _check_layout(path: Path, file: StoredFile) -> None:
-    """Raise an error that names the layout of another program, if "features" is missing or has another shape."""
-    if "features" not in file:
-        if "feats" in file:
-            raise ForeignFileError(f"{path} holds STAMP's layout (feats); features [N, D] and coords [N, 2] are read")
-        raise DataFileError(f"{path} lacks features; it holds {file.names or 'nothing'}")
-    shape = file.shape("features")
-    if len(shape) == 3 and shape[0] == 1:
-        raise ForeignFileError(
-            f"{path} holds features {list(shape)}, one slide as a batch; features [N, D] and coords [N, 2] are read"
-        )
-
-
-def _features(path: Path, file: StoredFile, expected_dim: int | None) -> np.ndarray:
-    dataset = file.dataset("features", "f", (None, None))
-    if expected_dim is not None and dataset.shape[1] != expected_dim:
-        raise DataFileError(
-            f"{path}: features are {dataset.shape[1]} wide, the model takes {expected_dim}; "
-            "they come from another patch encoder"
-        )
-    features = np.empty(dataset.shape, np.float32)
-    bad: list[int] = []
-    for start, values in dataset.parts():
-        part = features[start : start + len(values)]
-        part[:] = values
-        bad += (start + np.flatnonzero(~np.isfinite(part).all(axis=1))).tolist()
-    if bad:
-        raise DataFileError(
-            f"{path}: {len(bad)} of {len(features)} feature rows hold NaN or infinity (row {few(bad)}); "
-            "extract them again"
-        )
-    return features
-
-
-def _integers(path: Path, file: StoredFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    dataset = file.dataset(name, "iu", (None, *shape[1:]))
-    if len(dataset) != shape[0]:
-        raise DataFileError(f"{path}: {len(dataset)} rows in {name} but {shape[0]} in features; they must be equal")
-    values = dataset.read()
-    limits = np.iinfo(np.int32)
-    if values.size and (values.min() < limits.min or values.max() > limits.max):
-        raise DataFileError(f"{path}: {name} holds values beyond 32 bits")
-    return values.astype(np.int32, copy=False)
 
 
 def read_partly_missing(file: StoredFile) -> int:

@@ -11,10 +11,10 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import h5py
 import numpy as np
@@ -24,6 +24,9 @@ from exaonepath.files import checksums
 from exaonepath.files.atomic import try_lock
 from exaonepath.files.raw_file import RawFile
 from exaonepath.files.signals import signals_held
+from exaonepath.files.stored_array import StoredArray
+
+T = TypeVar("T")
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _BUSY = {errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EBUSY, errno.ESTALE}
@@ -43,7 +46,6 @@ _SLACK = 1 << 24  # a smaller declared size is harmless
 _MAX_ATTRIBUTE = 1 << 16
 _MAX_ELSEWHERE = 1 << 25  # bytes of a file outside its datasets, where variable-length attributes are stored
 _STRING_REFERENCE = 16
-_READ_BYTES = 1 << 25  # bytes that are read and checked at a time
 # deflate, shuffle, fletcher32, szip, nbit, scaleoffset, lzf. For any other filter, HDF5 would search for a plug-in and
 # load it.
 _FILTERS = {1, 2, 3, 4, 5, 6, 32000}
@@ -74,10 +76,40 @@ def open_h5_tree(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     Raises:
         The errors of `open_h5`.
     """
-    path = Path(path)
-    with _opened(path) as (file, _):
-        _check_tree(path, file)
+    with open_h5_tree_in_parts(path) as (file, _):
         yield file
+
+
+@contextmanager
+def open_h5_tree_in_parts(path: str | os.PathLike[str]) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+    """`open_h5_tree` for a caller that uses what it read before the file is closed.
+
+    Yields:
+        The file, and a function that raises `DataFileError` if something could not be read so far: HDF5 gets zeros
+            instead, and the error would be raised at the end only.
+
+    Raises:
+        The errors of `open_h5`.
+    """
+    path = Path(path)
+    with _opened(path) as (file, raw):
+        _check_tree(path, file)
+        yield file, lambda: _raise_read_error(path, raw)
+
+
+@contextmanager
+def passing_errors(opened: AbstractContextManager[T]) -> Iterator[T]:
+    """The value of a context manager of this module, or of one that is made of them, without its rule for errors.
+
+    `open_h5` takes the errors of HDF5 that pass through it for damage of the file. In a block that also writes files,
+    or does much else, they have other causes, and have to stay what they are.
+    """
+    with ExitStack() as stack:
+        value = stack.enter_context(opened)
+        try:
+            yield value
+        finally:
+            stack.close()
 
 
 @contextmanager
@@ -94,8 +126,12 @@ def _opened(path: Path) -> Iterator[tuple[h5py.File, RawFile]]:
             if raw.error is not None:
                 raise DataFileError(f"{path} cannot be read: {raw.error}") from exc
             raise DamagedFileError(_damaged(path, " ".join(str(exc).split()))) from exc
-        if raw.error is not None:
-            raise DataFileError(f"{path} cannot be read: {raw.error}") from raw.error
+        _raise_read_error(path, raw)
+
+
+def _raise_read_error(path: Path, raw: RawFile) -> None:
+    if raw.error is not None:
+        raise DataFileError(f"{path} cannot be read: {raw.error}") from raw.error
 
 
 @contextmanager
@@ -157,6 +193,7 @@ class StoredFile:
     def __init__(self, path: Path, file: h5py.File, raw: RawFile) -> None:
         self.path = path
         self._file = file
+        self._raw = raw
         self._size = raw.size()
         self.names = sorted(file)
         self._elsewhere: int | None = None
@@ -182,6 +219,10 @@ class StoredFile:
         missing = [name for name in names if name not in self]
         if missing:
             raise DataFileError(f"{self.path} lacks {', '.join(missing)}; it holds {self.names or 'nothing'}")
+
+    def raise_read_error(self) -> None:
+        """Raise `DataFileError` if something could not be read so far: HDF5 gets zeros instead."""
+        _raise_read_error(self.path, self._raw)
 
     def damaged(self, what: str) -> NoReturn:
         """Raise `DamagedFileError` for this file."""
@@ -224,13 +265,14 @@ class StoredFile:
         """
         dataset = self._plain(name)
         wanted = "integers" if kinds == "iu" else "floating point"
-        sides = ", ".join("ND"[at] if side is None else str(side) for at, side in enumerate(shape))
+        batch = len(shape) == 3  # [1, N, D]
+        sides = ", ".join("NDC"[at - batch] if side is None else str(side) for at, side in enumerate(shape))
         fits = dataset.dtype.kind in kinds and dataset.dtype.itemsize <= 8 and dataset.ndim == len(shape)
         if not fits or any(side not in (None, got) for side, got in zip(shape, dataset.shape, strict=True)):
             raise DataFileError(
                 f"{self.path}: {name} must be {wanted} [{sides}], got {dataset.dtype} {list(dataset.shape)}"
             )
-        return StoredArray(self, name, dataset, self._stored_checksums(name, dataset))
+        return StoredArray(name, dataset, self._stored_checksums(name, dataset), self.damaged, self.raise_read_error)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Declared shape of a plain dataset of numbers."""
@@ -257,7 +299,9 @@ class StoredFile:
             if h5py.check_string_dtype(dataset.dtype):
                 self.strings(name, len(dataset))
             else:
-                StoredArray(self, name, dataset, self._stored_checksums(name, dataset)).verify()
+                StoredArray(
+                    name, dataset, self._stored_checksums(name, dataset), self.damaged, self.raise_read_error
+                ).verify()
 
     def _plain(self, name: str, strings: bool = False) -> h5py.Dataset:
         """The dataset, if all of its bytes are in this file and its size is plausible for that number of bytes."""
@@ -371,61 +415,6 @@ class StoredFile:
                 )
                 self._elsewhere -= sum(found)
         return self._elsewhere
-
-
-class StoredArray:
-    """A dataset whose rows are checked when they are read."""
-
-    def __init__(self, file: StoredFile, name: str, dataset: h5py.Dataset, crcs: np.ndarray | None) -> None:
-        self._file, self._name, self._dataset, self._crcs = file, name, dataset, crcs
-        self.shape: tuple[int, ...] = dataset.shape
-        self._unit = 1 if crcs is None else checksums.block_rows(self.shape[0])
-        self.dtype: np.dtype = dataset.dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def read(self) -> np.ndarray:
-        """The whole dataset, in the stored type."""
-        values = np.empty(self.shape, self.dtype)
-        for start, part in self.parts():
-            values[start : start + len(part)] = part
-        return values
-
-    def parts(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, rows), in order, in parts of bounded size; at least once, also for an empty dataset."""
-        row = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
-        step = self._unit * max(1, _READ_BYTES // (self._unit * row))
-        for start in range(0, max(1, len(self)), step):
-            values = self._dataset[start : start + step]
-            self._compare(start, values)
-            yield start, values
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows `start` (included) to `stop` (excluded)."""
-        if stop <= start:
-            return np.empty((0, *self.shape[1:]), self.dtype)
-        first = start // self._unit * self._unit
-        values = self._dataset[first : min(-(-stop // self._unit) * self._unit, len(self))]
-        self._compare(first, values)
-        return values[start - first : stop - first]
-
-    def verify(self) -> None:
-        """Read and check all rows without keeping them."""
-        if self._crcs is not None:
-            for _ in self.parts():
-                pass
-
-    def _compare(self, first: int, values: np.ndarray) -> None:
-        if self._crcs is None:
-            return
-        check = checksums.BlockChecksums(self._name, self.shape, self.dtype, first)
-        check.add(values)
-        found, block = check.result(), first // self._unit
-        wrong = np.flatnonzero(found != self._crcs[block : block + len(found)])
-        if len(wrong):
-            row = (block + wrong[0]) * self._unit
-            self._file.damaged(f"the checksum of {self._name} does not match (rows from {row})")
 
 
 def _check_tree(path: Path, root: h5py.File) -> None:

@@ -28,14 +28,25 @@ def atomic_h5(target: str | os.PathLike[str]) -> Iterator[Hdf5Output]:
     Raises:
         OutputError: some data could not be written, however late the system reported it.
     """
+    with atomic_h5_tree(target) as file:
+        output = Hdf5Output(file)
+        yield output
+        output.finish()
+
+
+@contextmanager
+def atomic_h5_tree(target: str | os.PathLike[str]) -> Iterator[h5py.File]:
+    """`atomic_path` for an HDF5 file in the layout of another program, without checksums: h5py's own file is yielded.
+
+    Raises:
+        OutputError: as for `atomic_h5`.
+    """
     with atomic_path(target) as temporary, signals_held():
         raw = RawFile(os.open(temporary, os.O_RDWR), "r+", target)
         try:
             # No lock is needed: the temporary name belongs to this process only.
             with h5py.File(raw, "w") as file:
-                output = Hdf5Output(file)
-                yield output
-                output.finish()
+                yield file
             raw.sync()
         except (OSError, RuntimeError, ValueError, KeyError) as exc:
             # After a failed write, HDF5 may fail again on the data that it reads back; the failed write is the cause.

@@ -173,6 +173,37 @@ def write_patches(
         file.attributes(made_by)
 
 
+def write_imported_patches(
+    path: str | os.PathLike[str],
+    coords: np.ndarray,
+    contour_index: np.ndarray,
+    *,
+    patch_size: int,
+    name: str,
+    attrs: Mapping[str, Any],
+) -> None:
+    """Write a patch file from another program's coordinates, whole or not at all.
+
+    It does not state a slide or settings, so no stage takes it for its own result, and none replaces it.
+
+    Args:
+        path: the HDF5 file to write, in an existing folder.
+        coords, contour_index: int32 [N, 2] and [N]; N may be 0.
+        patch_size: side of a patch in level-0 pixels.
+        name: id of the slide.
+        attrs: file attributes that state where they come from.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with atomic_h5(path) as file:
+        file.array("coords", np.asarray(coords, np.int32).reshape(-1, 2))
+        file.attributes({"patch_size": patch_size, "patch_level": 0, "name": name}, of="coords")
+        file.array("contour_index", np.asarray(contour_index, np.int32))
+        file.attributes({"name": name}, of="contour_index")
+        file.attributes({**attrs, "n_coords": len(coords), "exaonepath_version": __version__, "complete": True})
+
+
 def read_patches(path: str | os.PathLike[str]) -> PatchSet:
     """Read and check a patch file, made by this package, by EXAONE Path, or by TRIDENT or CLAM.
 

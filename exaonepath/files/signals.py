@@ -78,6 +78,17 @@ def signals_held() -> Iterator[None]:
         _release(held)
 
 
+def raise_if_interrupted() -> None:
+    """Raise `KeyboardInterrupt` if a signal that is held would raise it at the end of the block.
+
+    For long blocks that can end early without harm: a file of many gigabytes is not completed after Ctrl-C.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for handler in _handlers:
+            if handler.arrived and handler.passes_to is signal.default_int_handler:
+                raise KeyboardInterrupt
+
+
 def _release(held: list[_Handler]) -> None:
     # A handler usually raises KeyboardInterrupt; the other handlers must be released nevertheless.
     if held:

@@ -36,6 +36,7 @@ _OF_FEATURES = {
     "dtype": "features_computed_in",
     "feature_dtype": "feature_dtype",
     "patches_settings_hash": "patches_settings_hash",
+    "patch_size": "patch_size",
 }
 
 
@@ -136,6 +137,16 @@ def embed_features_file(
         logger.info("%s is up to date", out)
         return out, True
     ensure_folder(out.parent)
+    made_by = features.attrs.get("weights")
+    if "imported_from" in features.attrs and made_by != encoder.weights:
+        logger.warning(
+            "the features in %s were made by %s and imported from %s; the embedding means something only if the slide "
+            "encoder (%s) was trained on features of that encoder",
+            source,
+            made_by,
+            features.attrs["imported_from"],
+            encoder.weights,
+        )
     if len(features.features) == 0:
         logger.warning("%s holds no patch: the slide embedding is all zeros", source)
     embedding = embed_slide(features, encoder, dtype, max_memory=max_memory)
@@ -146,6 +157,9 @@ def embed_features_file(
         "weights": encoder.weights,
         "random_weights": encoder.is_random or str(features.attrs.get("weights", "")).startswith("random:"),
         "n_patches": len(features.features),
+        # What viewers and exports have to know, without the files of earlier stages. Not a part of the settings: files
+        # of earlier versions, which lack it, are used again.
+        "feature_width": features.features.shape[1],
         "n_failed": len(features.failures),
         "exaonepath_version": __version__,
         **inputs,

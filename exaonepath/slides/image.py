@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from exaonepath.errors import MemoryLimitError, SettingsError, SlideChangedError, SlideOpenError
+from exaonepath.errors import MemoryLimitError, SettingsError, SlideChangedError, SlideOpenError, SlideReadError
 from exaonepath.memory import available_host_memory
 from exaonepath.slides.companions import companion_files
 from exaonepath.slides.dicom import dicom_slide_in, lacks_full_resolution
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 _BLOCK = 1024  # side of the blocks that a thumbnail is read in, in pixels
 _SAMPLE_BLOCKS, _SAMPLE_BYTES = 64, 1 << 16
 _COMPANION_SAMPLE_BYTES = 1 << 14
+_UNREADABLE = 200  # grey of blocks of a thumbnail that cannot be read
 _FARTHEST = 1 << 62  # readers compute with 64 bits
 _LARGE_REGION = 1 << 30  # bytes of a region from which on the memory is looked at
 
@@ -198,10 +199,15 @@ class SlideImage:
         """
         return self._reader.missing_share(image, location)
 
-    def thumbnail(self, longest_side: int) -> np.ndarray:
+    def thumbnail(self, longest_side: int, *, unreadable: list[SlideReadError] | None = None) -> np.ndarray:
         """The whole slide as RGB uint8 [h, w, 3], at most `longest_side` pixels long; transparent pixels become white.
 
         The slide is read in blocks: memory does not grow with the slide, even if its only level is the full image.
+
+        Args:
+            longest_side: in pixels.
+            unreadable: filled with the errors of blocks that cannot be read, which become grey; None: such an error is
+                raised.
 
         Raises:
             SlideReadError: a region cannot be read.
@@ -222,7 +228,14 @@ class SlideImage:
             for x in range(0, width, step_x):
                 x1 = min(x + step_x, width)
                 left, right = x * w // width, -(-x1 * w // width)
-                block = self.read_region((int(left * scale), int(top * scale)), level, (right - left, bottom - top))
+                try:
+                    block = self.read_region((int(left * scale), int(top * scale)), level, (right - left, bottom - top))
+                except SlideReadError as exc:
+                    if unreadable is None:
+                        raise
+                    unreadable.append(exc)
+                    picture[y:y1, x:x1] = _UNREADABLE
+                    continue
                 picture[y:y1, x:x1] = cv2.resize(_on_white(block), (x1 - x, y1 - y), interpolation=cv2.INTER_AREA)
         return picture
 

@@ -25,9 +25,9 @@ from starlette.types import ASGIApp
 from exaonepath.errors import ExaonePathError, FileBusyError, MaskError, OutputCollisionError, OutputError, SlideError
 from exaonepath.text import printable
 from exaonepath.viewer.access import Access
-from exaonepath.viewer.attention import AttentionUnavailable
 from exaonepath.viewer.memo import NotFound, Outdated
 from exaonepath.viewer.service import Service
+from exaonepath.viz.values.attention import AttentionUnavailable
 
 logger = logging.getLogger(__name__)
 

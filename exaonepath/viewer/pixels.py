@@ -12,9 +12,9 @@ import cv2
 from exaonepath.errors import SlideReadError
 from exaonepath.slides.image import SlideImage
 from exaonepath.viewer import tiles
-from exaonepath.viewer.library import Entry
 from exaonepath.viewer.memo import NotFound, Outdated
 from exaonepath.viewer.slide_pool import SlidePool
+from exaonepath.viz.values.library import Entry
 
 logger = logging.getLogger(__name__)
 

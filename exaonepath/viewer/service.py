@@ -12,19 +12,21 @@ import numpy as np
 
 from exaonepath.errors import DataFileError, ExaonePathError, FileBusyError, MaskError
 from exaonepath.files.atomic import ensure_folder
-from exaonepath.files.hdf5 import open_h5
 from exaonepath.files.regions import MOST_REGIONS, Region, parse_region, read_regions, write_regions
 from exaonepath.files.strict_json import parse_json
+from exaonepath.slides.patches.fragments import grid_step
 from exaonepath.text import printable
 from exaonepath.version import __version__
 from exaonepath.viewer import tiles
-from exaonepath.viewer.analysis import MOST_CLUSTERS, Components, clusters, components
-from exaonepath.viewer.attention import Attention, AttentionUnavailable
-from exaonepath.viewer.banners import banners
-from exaonepath.viewer.library import Entry, Library
 from exaonepath.viewer.memo import Memo, NotFound, Outdated
 from exaonepath.viewer.pixels import Pixels, SlideInfo
-from exaonepath.viewer.results import (
+from exaonepath.viewer.slide_pool import SlidePool
+from exaonepath.viz.values.analysis import MOST_CLUSTERS, Components, clusters, components
+from exaonepath.viz.values.attention import Attention, AttentionUnavailable
+from exaonepath.viz.values.banners import banners
+from exaonepath.viz.values.library import Entry, Library
+from exaonepath.viz.values.patch_values import read_vectors
+from exaonepath.viz.values.results import (
     APPEARANCE,
     CONTEXT,
     Results,
@@ -33,10 +35,8 @@ from exaonepath.viewer.results import (
     packed_outlines,
     version_of,
 )
-from exaonepath.viewer.slide_pool import SlidePool
-from exaonepath.viewer.table import PatchTable
-from exaonepath.viewer.vectors import Match, UnitRows, VectorStore, most_similar
-from exaonepath.viz.canvas import grid_step
+from exaonepath.viz.values.table import PatchTable
+from exaonepath.viz.values.vectors import Match, UnitRows, VectorStore, most_similar
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Service:
 
     Args:
         library: the slides.
-        table: values of patches from a CSV file.
+        table: values of patches from a table.
         weights, device: of the slide encoder, for attention (see `Attention`).
     """
 
@@ -272,7 +272,7 @@ class Service:
         if CONTEXT not in results.vectors or APPEARANCE not in results.vectors:
             raise AttentionUnavailable("attention needs the embeddings file with its patch features")
         source = results.vectors[APPEARANCE]
-        features = self._arrays.get(("features", key, results.version), lambda: _read(source))
+        features = self._arrays.get(("features", key, results.version), lambda: read_vectors(source))
         self._check_version(self.entry(key), results)
         maps = self._attention.of_patch(
             f"{key}:{results.version}", results.attrs, features, results.coords, results.fragments, patch
@@ -390,14 +390,3 @@ def _number(query: Query, name: str, default: int | None, allowed: range) -> int
     if text is None or not (text.isascii() and text.isdigit() and len(text) <= 9) or int(text) not in allowed:
         raise NotFound(f"{name} must be a number from {allowed.start} to {allowed.stop - 1}")
     return int(text)
-
-
-def _read(source: VectorSource) -> np.ndarray:
-    """The vectors as they are stored, float32 [N, C]."""
-    with open_h5(source.path, [source.dataset]) as file:
-        dataset = file.dataset(source.dataset, "f", (None, None))
-        first, last = source.columns
-        values = np.empty((len(dataset), last - first), np.float32)
-        for start, part in dataset.parts():
-            values[start : start + len(part)] = part[:, first:last]
-    return values

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from exaonepath.errors import SlideError
 from exaonepath.slides.image import SlideImage
-from exaonepath.viewer.library import Entry
+from exaonepath.viz.values.library import Entry
 
 _CHECK_SECONDS = 1.0  # how often a slide is compared with the file that was opened, at most
 

@@ -28,7 +28,7 @@ def start(
         port: 0: a free one.
         announce: called with the address of the page as soon as it can be opened.
         browser: open it in the browser.
-        table: a CSV file with values of patches (see `PatchTable`).
+        table: a CSV or Parquet file with values of patches (see `PatchTable`).
         weights, device: of the slide encoder, for attention.
 
     Raises:
@@ -41,9 +41,9 @@ def start(
         raise MissingDependencyError(
             f'the viewer needs starlette and uvicorn ({exc}): pip install "exaonepath[viewer]"'
         ) from exc
-    from exaonepath.viewer.library import Library
     from exaonepath.viewer.service import Service
-    from exaonepath.viewer.table import PatchTable
+    from exaonepath.viz.values.library import Library
+    from exaonepath.viz.values.table import PatchTable
 
     values = None if table is None else PatchTable(table)
     service = Service(Library(out, slides), values, weights=weights, device=device)

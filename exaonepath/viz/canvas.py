@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from exaonepath.errors import SlideReadError
 from exaonepath.slides.image import SlideImage
 from exaonepath.viz.colors import to_oklab, to_srgb
 
@@ -44,10 +45,12 @@ class Canvas:
         return (np.asarray(level0, np.float64) - self.origin) * self.scale
 
 
-def view(slide: SlideImage, boxes: Sequence[np.ndarray], longest: int) -> Canvas:
+def view(
+    slide: SlideImage, boxes: Sequence[np.ndarray], longest: int, *, unreadable: list[SlideReadError] | None = None
+) -> Canvas:
     """The slide cropped to the area of `boxes` (each level-0 points [P, 2]), `longest` pixels on the longer side.
 
-    Without points: the whole slide.
+    Without points: the whole slide. `unreadable` is as for `SlideImage.thumbnail`.
 
     Raises:
         SlideReadError: the slide cannot be read.
@@ -63,7 +66,7 @@ def view(slide: SlideImage, boxes: Sequence[np.ndarray], longest: int) -> Canvas
         if (high - low).min() < 1:
             low, high = np.zeros(2), full
     wanted = min(longest * full.max() / (high - low).max(), _LONGEST_THUMBNAIL)
-    picture = slide.thumbnail(round(wanted))
+    picture = slide.thumbnail(round(wanted), unreadable=unreadable)
     scale = np.array([picture.shape[1], picture.shape[0]]) / full
     x0, y0 = np.floor(low * scale).astype(int)
     x1, y1 = np.maximum(np.ceil(high * scale).astype(int), (x0 + 1, y0 + 1))
@@ -92,18 +95,6 @@ def _filled(canvas: Canvas, outlines: Sequence[np.ndarray], value: int) -> np.nd
     for polygon in polygons:
         cv2.fillPoly(mask, [polygon], value, lineType=cv2.LINE_AA, shift=4)
     return mask
-
-
-def grid_step(coords: np.ndarray, patch_size: int) -> int:
-    """Distance between neighbouring patches in level-0 pixels, inferred from their coordinates int [N, 2]."""
-    gaps = []
-    for along, across in ((0, 1), (1, 0)):
-        ordered = coords[np.lexsort((coords[:, along], coords[:, across]))].astype(np.int64)
-        same_line = np.diff(ordered[:, across]) == 0
-        gap = np.diff(ordered[:, along])[same_line]
-        gaps.append(gap[gap > 0])
-    found = np.concatenate(gaps)
-    return int(np.median(found)) if len(found) else int(patch_size)
 
 
 def color_field(

@@ -44,6 +44,12 @@ def exemplars(scores: np.ndarray, coords: np.ndarray, patch_size: int, groups: i
 
 def read_tile(slide: SlideImage, corner: np.ndarray, patch_size: int, side: int) -> np.ndarray:
     """One patch as uint8 RGB [side, side, 3]; grey if it cannot be read, with a warning."""
+    pixels = tile_or_none(slide, corner, patch_size, side)
+    return np.full((side, side, 3), 200, np.uint8) if pixels is None else pixels
+
+
+def tile_or_none(slide: SlideImage, corner: np.ndarray, patch_size: int, side: int) -> np.ndarray | None:
+    """One patch as uint8 RGB [side, side, 3], black outside the slide; None if it cannot be read, with a warning."""
     # Read from the level with about the needed resolution, to avoid full-size reads of 24 patches.
     level = slide.get_best_level_for_downsample(max(1.0, patch_size / side))
     down = slide.level_downsamples[level]
@@ -52,7 +58,7 @@ def read_tile(slide: SlideImage, corner: np.ndarray, patch_size: int, side: int)
         pixels = slide.read_region((int(corner[0]), int(corner[1])), level, size)
     except SlideReadError as exc:
         logger.warning("%s; shown grey in the picture", exc)
-        return np.full((side, side, 3), 200, np.uint8)
+        return None
     return cv2.resize(np.ascontiguousarray(pixels[..., :3]), (side, side), interpolation=cv2.INTER_AREA)
 
 

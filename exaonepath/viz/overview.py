@@ -14,8 +14,9 @@ from exaonepath.errors import SettingsError
 from exaonepath.files.atomic import atomic_path
 from exaonepath.plotting import HAIRLINE, INK, MUTED, require_matplotlib
 from exaonepath.slides.image import SlideImage
+from exaonepath.slides.patches.fragments import grid_step
 from exaonepath.viz import panels
-from exaonepath.viz.canvas import Canvas, color_field, grid_step, restain, tissue_mask, view
+from exaonepath.viz.canvas import Canvas, color_field, restain, tissue_mask, view
 from exaonepath.viz.colors import project, score_colors, score_oklab, to_oklab
 from exaonepath.viz.gallery import exemplars
 from exaonepath.viz.layout import Box, Layout, arrange

@@ -27,9 +27,9 @@ from exaonepath.slides.cohort.inputs import cohort_inputs
 from exaonepath.slides.encode import encode_slide
 from exaonepath.synthetic import make_slide
 from exaonepath.viewer.access import new_token
-from exaonepath.viewer.library import Library, key_of
 from exaonepath.viewer.serve import listen, make_server
 from exaonepath.viewer.service import Service
+from exaonepath.viz.values.library import Library, key_of
 
 WIDTH, EMBED = 24, 32
 

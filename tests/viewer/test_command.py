@@ -20,7 +20,7 @@ from exaonepath.demo import DemoResult
 from exaonepath.errors import SettingsError
 from exaonepath.slides.outputs import choose_layout
 from exaonepath.viewer import serve as serve_module
-from exaonepath.viewer.library import Library, key_of
+from exaonepath.viz.values.library import Library, key_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "exaonepath" / "viewer" / "page"

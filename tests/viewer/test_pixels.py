@@ -16,9 +16,9 @@ from exaonepath.errors import SlideOpenError, SlideReadError
 from exaonepath.slides.image import SlideImage
 from exaonepath.synthetic import make_slide
 from exaonepath.viewer import slide_pool
-from exaonepath.viewer.library import Entry
 from exaonepath.viewer.slide_pool import SlidePool
 from exaonepath.viewer.tiles import OVERLAP, TILE, Overviews, Pyramid, tile_pixels
+from exaonepath.viz.values.library import Entry
 
 
 def decoded(body: bytes) -> np.ndarray:

@@ -11,7 +11,7 @@ from exaonepath import patchfy, read_contours
 from exaonepath.errors import MaskError, OutputCollisionError
 from exaonepath.files.annotations import read_polygons
 from exaonepath.files.regions import Region, parse_region, read_regions, write_regions
-from exaonepath.viewer.library import key_of
+from exaonepath.viz.values.library import key_of
 
 SECOND = key_of("second")
 SQUARE = [[300.0, 300.0], [900.0, 300.0], [900.0, 800.5], [300.0, 800.0]]

@@ -11,8 +11,10 @@ import pytest
 from exaonepath import read_contours, read_embedding, read_features, read_patches
 from exaonepath.encoders import loading
 from exaonepath.encoders.attention_map import attention_map
+from exaonepath.files.embeddings import write_embedding
 from exaonepath.viewer import service as service_module
-from exaonepath.viewer.library import key_of
+from exaonepath.viz.values.library import key_of
+from exaonepath.viz.values.table import PatchTable
 
 FIRST, SECOND = key_of("CMU-1-Small-Region"), key_of("second")
 
@@ -213,13 +215,28 @@ def test_a_flipped_bit_in_the_vectors_is_an_error_not_a_picture(results, view):
         assert b"checksum" in body
 
 
+def test_embeddings_of_earlier_versions(results, view):
+    """They do not state the size of a patch nor the width of the features: the distance of patches is shown instead."""
+    path = results / "embeddings" / "CMU-1-Small-Region.h5"
+    old = read_embedding(path)
+    for name in ("patches/CMU-1-Small-Region.h5", "patches/CMU-1-Small-Region_features.h5"):
+        (results / name).unlink()
+    with view(results, [results / "slides"]) as client:
+        assert client.slide()["patches"]["size"] == old.attrs["patch_size"]
+    write_embedding(path, old, {k: v for k, v in old.attrs.items() if k not in ("patch_size", "feature_width")})
+    with view(results, [results / "slides"]) as client:
+        detail = client.slide()
+        assert detail["vectors"] == ["context"]
+        assert any("distance" in note for note in detail["notes"])
+
+
 @pytest.mark.parametrize(
     ("removed", "state", "vectors"),
     [
         (["embeddings/{}.h5"], "features", ["appearance"]),
         (["embeddings/{}.h5", "patches/{}_features.h5"], "patches", []),
         (["embeddings/{}.h5", "patches/{}_features.h5", "patches/{}.h5"], "slide", []),
-        (["patches/{}.h5", "patches/{}_features.h5"], "embedded", ["context"]),
+        (["patches/{}.h5", "patches/{}_features.h5"], "embedded", ["context", "appearance"]),
     ],
 )
 def test_slides_at_every_stage(results, view, removed, state, vectors):
@@ -272,3 +289,18 @@ def test_failed_patches_are_listed_with_their_reasons(results, view, monkeypatch
         assert len(failed) == detail["patches"]["failed"] > 0
         assert all(f["x"] < 500 and "damaged" in f["reason"] and "\n" not in f["reason"] for f in failed)
         assert client.array("coords", "<i4", SECOND).reshape(-1, 2)[:, 0].min() >= 500
+
+
+def test_columns_reach_the_page(made, view, tmp_path):
+    with view(made, [made / "slides"]) as client:
+        coords = client.array("coords", "<i4", key_of("second")).reshape(-1, 2)
+    text = "slide,x,y,depth,kind\n" + "".join(f"second,{x},{y},{x + y},{'ab'[x % 2]}\n" for x, y in coords.tolist())
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    with view(made, [made / "slides"], table=PatchTable(path)) as client:
+        detail = client.slide(key_of("second"))
+        assert [c["name"] for c in detail["columns"]] == ["depth", "kind"]
+        assert (client.array("column", "<f4", key_of("second"), name="depth") == coords.sum(1)).all()
+        assert client.get(f"api/slides/{detail['key']}/column", v=detail["version"], name="../x")[0] == 404
+        other = client.slide()
+        assert client.get(f"api/slides/{other['key']}/column", v=other["version"], name="depth")[0] == 404

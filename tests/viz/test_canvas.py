@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from exaonepath.viz.canvas import Canvas, color_field, grid_step, restain, tissue_mask
+from exaonepath.slides.patches.fragments import grid_step
+from exaonepath.viz.canvas import Canvas, color_field, restain, tissue_mask
 from exaonepath.viz.gallery import exemplars
 from exaonepath.viz.panels import nice_length
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from exaonepath.alignment.baselines.abmil import fit_abmil
 from exaonepath.alignment.baselines.neighbourhood import read_neighbourhoods
-from exaonepath.alignment.baselines.profiles import Profiles, read_bags, read_profiles
+from exaonepath.alignment.baselines.profiles import PARTS, CohortPart, Profiles, parts_of, read_bags, read_profiles
 from exaonepath.alignment.baselines.retrieval import baseline_pairs
 from exaonepath.alignment.metrics.intervals import Estimate, bootstrap_mean
 from exaonepath.alignment.metrics.retrieval import RECALL_AT, PairEmbeddings, rank_queries, retrieval
@@ -28,12 +28,16 @@ from exaonepath.errors import SettingsError
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("train", "val", "test")
 FUSED = "fused"
 
 
 def compare_retrieval(
-    data: TrainingData, ours: Sequence[PairEmbeddings], pairs: Sequence[tuple[str, str]], *, seed: int = 0
+    data: TrainingData,
+    ours: Sequence[PairEmbeddings],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    test: CohortPart | None = None,
+    seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """Recall of every baseline, and ours minus theirs.
 
@@ -41,13 +45,17 @@ def compare_retrieval(
         data: cohort and split; baselines are fitted on its training patients.
         ours: embeddings of the test patients by the model.
         pairs: pairs to compare.
+        test: test patients of another cohort; None: those of the split.
         seed: seed of the intervals.
 
     Returns:
         Method to "a->b" to {"recall": level to estimate, "difference": level to estimate}, plain JSON types.
     """
     names = sorted({name for pair in pairs for name in pair})
-    parts = {part: {name: read_profiles(data, data.split[part], name) for name in names} for part in PARTS}
+    parts = {
+        part: {name: read_profiles(chosen.data, chosen.patients, name) for name in names}
+        for part, chosen in parts_of(data, test).items()
+    }
     directions = {}
     for pair in ours:
         directions[f"{pair.left}->{pair.right}"] = pair
@@ -89,20 +97,21 @@ def recall_difference(ours: PairEmbeddings, theirs: PairEmbeddings, *, seed: int
 
 
 def label_baselines(
-    data: TrainingData, modalities: Sequence[str], task: LabelTask, *, seed: int = 0
+    data: TrainingData, modalities: Sequence[str], task: LabelTask, *, test: CohortPart | None = None, seed: int = 0
 ) -> dict[str, tuple[str, Prediction]]:
     """Predictions of a label by simple methods: name to (what of ours it is compared with, the prediction).
 
     Principal components and logistic regression on each modality and on all together; for slides, the same on the mean
     of the patch features, attention MIL on the patches, and logistic regression on statistics of neighbouring patches.
+    `test`: see `compare_retrieval`.
     """
-    parts = {part: data.split[part] for part in PARTS}
+    parts = parts_of(data, test)
     found: dict[str, tuple[str, Prediction]] = {}
     blocks: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
     for name in modalities:
-        profiles = {part: _all_rows(read_profiles(data, ids, name), ids) for part, ids in parts.items()}
+        profiles = {part: whole_profiles(chosen, name) for part, chosen in parts.items()}
         values, flags = ([profiles[part][k] for part in PARTS] for k in (0, 1))
-        centred = _standardised(values, flags)
+        centred = standardised(values, flags)
         for part, block in zip(PARTS, centred, strict=True):
             blocks[part].append(block / np.sqrt(max(block.shape[1], 1)))
         try:
@@ -113,8 +122,8 @@ def label_baselines(
         method = "mean patch features + logistic regression" if name == WSI else f"PCA + logistic regression ({name})"
         found[method] = name, pca_prediction(own, *centred)
         if name == WSI:
-            found["attention MIL (ABMIL)"] = WSI, _abmil(data, own, seed)
-            found |= _neighbourhood(data, task, parts)
+            found["attention MIL (ABMIL)"] = WSI, _abmil(parts, own, seed)
+            found |= _neighbourhood(task, parts)
     if len(modalities) > 1:
         joined = [np.concatenate(blocks[part], 1) for part in PARTS]
         found["PCA + logistic regression (all)"] = FUSED, pca_prediction(task, *joined)
@@ -142,23 +151,24 @@ def compare_survival(
     follow_up: Sequence[FollowUp],
     ours: Mapping[str, Risk],
     *,
+    test: CohortPart | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Concordance of Cox models on principal components, and ours minus theirs; plain JSON types."""
-    parts = {part: data.split[part] for part in PARTS}
+    parts = parts_of(data, test)
     blocks: list[list[np.ndarray]] = [[], [], []]
     out: dict[str, Any] = {}
     views: list[tuple[str, str, Sequence[np.ndarray], Sequence[np.ndarray]]] = []
     for name in modalities:
-        profiles = {part: _all_rows(read_profiles(data, ids, name), ids) for part, ids in parts.items()}
+        profiles = {part: whole_profiles(chosen, name) for part, chosen in parts.items()}
         has = [profiles[part][1] for part in PARTS]
-        centred = _standardised([profiles[part][0] for part in PARTS], has)
+        centred = standardised([profiles[part][0] for part in PARTS], has)
         for at, block in enumerate(centred):
             blocks[at].append(block / np.sqrt(max(block.shape[1], 1)))
         method = "mean patch features + Cox" if name == WSI else f"PCA + Cox ({name})"
         views.append((method, name, centred, has))
     if len(modalities) > 1:
-        everyone = [np.ones(len(parts[part]), bool) for part in PARTS]
+        everyone = [np.ones(len(parts[part].patients), bool) for part in PARTS]
         views.append(("PCA + Cox (all)", FUSED, [np.concatenate(block, 1) for block in blocks], everyone))
     for method, name, values, flags in views:
         try:
@@ -207,11 +217,11 @@ def whole_parts(
     return values, flags
 
 
-def _abmil(data: TrainingData, task: LabelTask, seed: int) -> Prediction:
+def _abmil(parts: Mapping[str, CohortPart], task: LabelTask, seed: int) -> Prediction:
     bags = {}
     for part, chosen in zip(PARTS, (task.train, task.validation, task.test), strict=True):
-        ids = [data.split[part][row] for row in chosen.rows]
-        found = read_bags(data, ids)
+        ids = [parts[part].patients[row] for row in chosen.rows]
+        found = read_bags(parts[part].data, ids)
         bags[part] = [found[patient] for patient in ids]
     del seed  # the network has a seed of its own; another one would be another baseline
     predict = fit_abmil(
@@ -223,18 +233,21 @@ def _abmil(data: TrainingData, task: LabelTask, seed: int) -> Prediction:
     return Prediction(task.test.rows, predict(bags["test"]), task.test.y, task.classes)
 
 
-def _neighbourhood(
-    data: TrainingData, task: LabelTask, parts: Mapping[str, Sequence[str]]
-) -> dict[str, tuple[str, Prediction]]:
+def _neighbourhood(task: LabelTask, parts: Mapping[str, CohortPart]) -> dict[str, tuple[str, Prediction]]:
     """The baseline from statistics of neighbouring patches; {} if too few slides have coordinates."""
-    statistics = read_neighbourhoods(data, parts)
+    statistics = read_neighbourhoods(parts)
     values, flags = ([statistics[part][k] for part in PARTS] for k in (0, 1))
     try:
         own = task.restricted(flags)
     except SettingsError as exc:
         logger.warning("no baseline from neighbouring patches: %s", exc)
         return {}
-    return {"neighbouring patches + logistic regression": (WSI, linear_prediction(own, *_standardised(values, flags)))}
+    return {"neighbouring patches + logistic regression": (WSI, linear_prediction(own, *standardised(values, flags)))}
+
+
+def whole_profiles(part: CohortPart, modality: str) -> tuple[np.ndarray, np.ndarray]:
+    """Profiles [n, F] of all patients of a part in their order, 0 where one is missing, and who has one."""
+    return _all_rows(read_profiles(part.data, part.patients, modality), part.patients)
 
 
 def _all_rows(profiles: Profiles, patients: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -246,7 +259,7 @@ def _all_rows(profiles: Profiles, patients: Sequence[str]) -> tuple[np.ndarray, 
     return values, flags
 
 
-def _standardised(values: Sequence[np.ndarray], flags: Sequence[np.ndarray]) -> list[np.ndarray]:
+def standardised(values: Sequence[np.ndarray], flags: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Values in deviations of the training patients who have the modality; the others are 0, its mean."""
     known = values[0][flags[0]]
     mean, scale = (known.mean(0), known.std(0)) if len(known) else (0.0, 1.0)

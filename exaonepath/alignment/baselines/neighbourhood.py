@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from exaonepath.alignment.training.data import TrainingData
+from exaonepath.alignment.baselines.profiles import CohortPart
 from exaonepath.files.features import read_features
 
 COMPONENTS = 8
@@ -76,34 +76,36 @@ def neighbourhood_statistics(slide: Slide, axes: np.ndarray) -> np.ndarray:
     return np.concatenate([found.ravel(), np.log(np.maximum(variance, _TINY))])
 
 
-def read_neighbourhoods(
-    data: TrainingData, parts: Mapping[str, Sequence[str]]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_neighbourhoods(parts: Mapping[str, CohortPart]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Part to (statistics [n, F], who has a slide with coordinates, bool [n]): means over the slides of a patient.
 
     Args:
-        data: the cohort. parts: "train" and others to their patients; "train" gives the components.
+        parts: "train" and others to their patients; "train" gives the components.
 
     Raises:
         DataFileError: a features file cannot be read.
     """
-    wanted = {patient for ids in parts.values() for patient in ids}
-    slides: dict[str, list[Slide]] = {}
-    for slide in data.cohort.slides.slides:
+    slides = {name: _slides_of(part) for name, part in parts.items()}
+    known = [slide for of_patient in slides["train"].values() for slide in of_patient]
+    out = {}
+    axes = patch_components(known) if known else np.zeros((0, 0))
+    for name, part in parts.items():
+        has = np.array([patient in slides[name] for patient in part.patients], bool) & bool(known)
+        values = np.zeros((len(has), axes.shape[1] * (len(RINGS) + 1)))
+        for at in np.flatnonzero(has):
+            found = [neighbourhood_statistics(slide, axes) for slide in slides[name][part.patients[at]]]
+            values[at] = np.mean(found, axis=0)
+        out[name] = values, has
+    return out
+
+
+def _slides_of(part: CohortPart) -> dict[str, list[Slide]]:
+    """Patient to the slides that have coordinates."""
+    wanted = set(part.patients)
+    found: dict[str, list[Slide]] = {}
+    for slide in part.data.cohort.slides.slides:
         if slide.patient in wanted:
             stored = read_features(slide.features, expected_dim=slide.dim)
             if stored.coords is not None and len(stored.features):
-                slides.setdefault(slide.patient, []).append((stored.features, stored.coords, stored.contour_index))
-    known = [slide for patient in parts["train"] for slide in slides.get(patient, ())]
-    if not known:
-        return {part: (np.zeros((len(ids), 0)), np.zeros(len(ids), bool)) for part, ids in parts.items()}
-    axes = patch_components(known)
-    out = {}
-    for part, ids in parts.items():
-        has = np.array([patient in slides for patient in ids], bool)
-        values = np.zeros((len(ids), axes.shape[1] * (len(RINGS) + 1)))
-        for at, patient in enumerate(ids):
-            if has[at]:
-                values[at] = np.mean([neighbourhood_statistics(slide, axes) for slide in slides[patient]], axis=0)
-        out[part] = values, has
-    return out
+                found.setdefault(slide.patient, []).append((stored.features, stored.coords, stored.contour_index))
+    return found

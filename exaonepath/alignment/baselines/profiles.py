@@ -9,7 +9,22 @@ import numpy as np
 
 from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.training.data import TrainingData
-from exaonepath.files.features import read_features
+
+PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class CohortPart:
+    """Patients of a part of a split, and the cohort that they are of."""
+
+    data: TrainingData
+    patients: tuple[str, ...]
+
+
+def parts_of(data: TrainingData, test: CohortPart | None = None) -> dict[str, CohortPart]:
+    """The parts of a split; `test`: test patients of another cohort in place of those of the split."""
+    parts = {name: CohortPart(data, tuple(data.split[name])) for name in PARTS}
+    return parts if test is None else {**parts, "test": test}
 
 
 @dataclass(frozen=True)
@@ -54,7 +69,7 @@ def _pooled(data: TrainingData, patients: Sequence[str]) -> Profiles:
     wanted = set(patients)
     for slide in data.cohort.slides.slides:
         if slide.patient in wanted:
-            mean = read_features(slide.features, expected_dim=slide.dim).features.mean(0, dtype=np.float64)
+            mean = data.slide_features(slide).mean(0, dtype=np.float64)
             slides.setdefault(slide.patient, []).append(mean)
     found = tuple(patient for patient in patients if patient in slides)
     values = np.array([np.mean(slides[patient], axis=0) for patient in found], np.float32)
@@ -71,5 +86,5 @@ def read_bags(data: TrainingData, patients: Sequence[str]) -> dict[str, np.ndarr
     parts: dict[str, list[np.ndarray]] = {}
     for slide in data.cohort.slides.slides:
         if slide.patient in wanted:
-            parts.setdefault(slide.patient, []).append(read_features(slide.features, expected_dim=slide.dim).features)
+            parts.setdefault(slide.patient, []).append(data.slide_features(slide))
     return {patient: np.concatenate(found) for patient, found in parts.items()}

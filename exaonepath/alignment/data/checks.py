@@ -24,6 +24,8 @@ SCALES: dict[str, tuple[str, ...]] = {
     "cnv": ("copy-number", "any"),
     "methylation": ("beta", "m-value", "any"),
 }
+# Scales of further modalities, whose usual scale is not known.
+_FURTHER_SCALES = ("any", "counts", "tpm", "log", "indicator", "copy-number", "beta", "m-value")
 # log2(TPM + 1) of the most expressed gene is below 20, and natural logarithms are smaller. The largest TPM of a sample
 # is always larger than this limit, because a million is distributed unevenly over about 20,000 genes.
 _LARGEST_LOG = 25.0
@@ -32,6 +34,11 @@ _STAR_TALLIES = frozenset({"N_unmapped", "N_multimapping", "N_noFeature", "N_amb
 _LARGEST_COPY_NUMBER = 50.0
 _LARGEST_M_VALUE = 30.0
 _ROUNDING = 1e-4  # largest rounding error of beta values, in float32 and with four decimals
+
+
+def scales_of(modality: str) -> tuple[str, ...]:
+    """Scales that a modality can have; the first one is its default."""
+    return SCALES.get(modality, _FURTHER_SCALES)
 
 
 @dataclass
@@ -106,7 +113,7 @@ def check_table(
     """Check a table with one row per patient, and determine its scale; findings are added to the report.
 
     Args:
-        modality: "rna", "snp", "cnv" or "methylation".
+        modality: "rna", "snp", "cnv", "methylation", or the name of a further one.
         table: the table.
         report: receives the findings.
         scale: scale of the numbers; None: that of the format, or the modality's usual scale.
@@ -121,7 +128,7 @@ def check_table(
     table = _unique_features(modality, table, report, duplicate_features)
     check_names(modality, table.patients, table.features, report)
     figures = measure(table)
-    if (scale or table.scale) in ("beta", "any") and SCALES[modality][0] == "beta" and scale != "any":
+    if (scale or table.scale) in ("beta", "any") and scales_of(modality)[0] == "beta" and scale != "any":
         table, figures = _rounded_beta(modality, table, figures, report)
     _check_finite(modality, table, figures, report, missing)
     if len(figures.all_missing_rows):
@@ -134,7 +141,9 @@ def check_table(
             patients=names,
         )
         table = table.take(np.setdiff1d(np.arange(len(table.patients)), figures.all_missing_rows))
-    scale = scale or (table.scale if table.scale != "any" else SCALES[modality][0])
+    if modality not in SCALES and scale is None and table.scale == "any":
+        _ask_for_scale(modality, figures, report)
+    scale = scale or (table.scale if table.scale != "any" else scales_of(modality)[0])
     if scale == "auto":
         scale = _look(figures)
         report.add("note", "scale", modality, f"taken as {_SCALE_NAMES[scale]}; values {_span(figures)}")
@@ -166,6 +175,19 @@ def _rounded_beta(
 
 
 _SCALE_NAMES = {"counts": "counts (all integers)", "tpm": "TPM or similar", "log": "log values (not transformed)"}
+
+
+def _ask_for_scale(modality: str, figures: Figures, report: CohortReport) -> None:
+    """Warn if a further modality, whose scale was not stated, has numbers that need a logarithm."""
+    if figures.n and not figures.n_negative and figures.maximum > _LARGEST_LOG:
+        report.add(
+            "warning",
+            "no-scale",
+            modality,
+            f"no scale was stated, and {_span(figures)} looks like counts or intensities: without a transform, few "
+            f"large values dominate; set data.scales.{modality} to {', '.join(scales_of(modality)[1:3])}, or to any if "
+            "the values are meant",
+        )
 
 
 def _look(figures: Figures) -> str:

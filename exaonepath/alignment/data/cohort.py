@@ -19,7 +19,7 @@ from exaonepath.alignment.data.reading import read_tables
 from exaonepath.alignment.data.report import CohortReport
 from exaonepath.alignment.data.slides import SlideTable, read_slides
 from exaonepath.alignment.data.tables import ModalityTable
-from exaonepath.alignment.modalities import MODALITIES, WSI
+from exaonepath.alignment.modalities import WSI, columns_of
 from exaonepath.errors import SettingsError
 from exaonepath.text import few
 
@@ -30,7 +30,8 @@ class Cohort:
 
     Attributes:
         patients: sorted ids; each patient has at least the required number of modalities.
-        modalities: tables of the available modalities of `OMICS`; their patients are a sorted subset of `patients`.
+        modalities: tables of the available molecular modalities, in order; their patients are a sorted subset of
+            `patients`.
         slides: slides of these patients.
         labels: one row per patient, in the order of `patients`; NaN for unknown values.
         report: findings of the checks.
@@ -42,11 +43,16 @@ class Cohort:
     labels: pd.DataFrame
     report: CohortReport = field(default_factory=CohortReport, compare=False)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of `availability`: the five modalities of the paper, then further ones of this cohort."""
+        return columns_of(self.modalities)
+
     def availability(self) -> np.ndarray:
-        """bool [P, 5]: which of `MODALITIES` a patient has."""
+        """bool [P, M]: which of the modalities of `columns` a patient has."""
         index = {patient: at for at, patient in enumerate(self.patients)}
-        out = np.zeros((len(self.patients), len(MODALITIES)), bool)
-        for column, name in enumerate(MODALITIES):
+        out = np.zeros((len(self.patients), len(self.columns)), bool)
+        for column, name in enumerate(self.columns):
             table = self.slides if name == WSI else self.modalities.get(name)
             for patient in () if table is None else table.patients:
                 out[index[patient], column] = True

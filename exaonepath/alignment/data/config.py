@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from exaonepath.alignment.data.checks import SCALES, DuplicateFeatures, Missing
+from exaonepath.alignment.data.checks import DuplicateFeatures, Missing, scales_of
 from exaonepath.alignment.data.dialect import Decimal
+from exaonepath.alignment.data.feature_checks import FeatureCheck
 from exaonepath.alignment.data.orientation import Orientation
 from exaonepath.alignment.data.patient_ids import PatientIds
-from exaonepath.alignment.data.slides import FeatureCheck
-from exaonepath.alignment.modalities import MODALITIES, OMICS
+from exaonepath.alignment.modalities import MODALITIES, OMICS, check_further
 from exaonepath.errors import SettingsError
 
 Format = Literal["auto", "matrix", "maf", "gistic", "anndata"]
@@ -28,7 +28,7 @@ class ModalitySource:
         format: "matrix" (CSV, TSV, Parquet with ids), "maf", "gistic", "anndata" (.h5ad, or one modality of an .h5mu);
             "auto": inferred from the file name.
         orientation: orientation of a matrix; see `orient`.
-        scale: scale of the numbers, one of `SCALES[modality]`; None: that of the format, or the usual scale.
+        scale: scale of the numbers, one of `scales_of(modality)`; None: that of the format, or the usual scale.
         key: the modality's name inside an .h5mu file.
         duplicate_features: see `check_table`.
         decimal: decimal separator of a text matrix: "." or ","; "auto": inferred from the numbers, with an error if
@@ -62,7 +62,8 @@ class CohortConfig:
     """Settings of a cohort.
 
     Attributes:
-        mudata: a .h5mu file with modalities named rna, snp, cnv, methylation (others are ignored, with a warning).
+        mudata: a .h5mu file with modalities named rna, snp, cnv, methylation, or as `further_modalities` (others are
+            ignored, with a warning).
         modalities: tables of single modalities; one given here replaces that of `mudata`.
         slides: the table of slides; None: a cohort without slides.
         labels: a table with a column of patient ids and any others; it is combined with the `obs` of `mudata`.
@@ -72,7 +73,9 @@ class CohortConfig:
         missing: treatment of single missing values; see `check_table`.
         min_modalities: patients with fewer modalities are left out, with a note that names them.
         feature_dim: input width of the slide encoder; None: any.
-        check_features: "full" or "header"; see `read_slides`.
+        check_features: "full", "again" or "header"; see `read_slides`.
+        further_modalities: names of molecular modalities in addition to the four of the paper, such as "mirna" or
+            "protein": in `mudata`, or in `modalities`.
     """
 
     mudata: str | os.PathLike[str] | None = None
@@ -86,22 +89,35 @@ class CohortConfig:
     min_modalities: int = 2
     feature_dim: int | None = None
     check_features: FeatureCheck = "full"
+    further_modalities: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.further_modalities, str):
+            raise SettingsError(f"further_modalities is {self.further_modalities!r}; it must be a list of names")
+        object.__setattr__(self, "further_modalities", check_further(self.further_modalities))
         for name in (*self.modalities, *self.scales):
-            if name not in OMICS:
-                raise SettingsError(f"unknown modality {name!r}; molecular modalities are {', '.join(OMICS)}")
+            if name not in self.omics:
+                raise SettingsError(
+                    f"unknown modality {name!r}; molecular modalities are {', '.join(self.omics)} (name another one in "
+                    "further_modalities)"
+                )
         given = {**self.scales, **{name: s.scale for name, s in self.modalities.items() if s.scale is not None}}
         for name, scale in given.items():
-            if scale not in SCALES[name]:
-                raise SettingsError(f"scale {scale!r} of {name} is not one of {', '.join(SCALES[name])}")
+            if scale not in scales_of(name):
+                raise SettingsError(f"scale {scale!r} of {name} is not one of {', '.join(scales_of(name))}")
         _one_of("patient_ids", self.patient_ids, get_args(PatientIds))
         _one_of("missing", self.missing, get_args(Missing))
         _one_of("check_features", self.check_features, get_args(FeatureCheck))
-        if not 1 <= self.min_modalities <= len(MODALITIES):
-            raise SettingsError(f"min_modalities is {self.min_modalities}; it must be 1 to {len(MODALITIES)}")
+        most = len(MODALITIES) + len(self.further_modalities)
+        if not 1 <= self.min_modalities <= most:
+            raise SettingsError(f"min_modalities is {self.min_modalities}; it must be 1 to {most}")
         if not (self.mudata or self.modalities or self.slides):
             raise SettingsError("a cohort needs at least one of: mudata, modalities, slides")
+
+    @property
+    def omics(self) -> tuple[str, ...]:
+        """Names of the molecular modalities that this cohort can have, in order."""
+        return (*OMICS, *self.further_modalities)
 
     @staticmethod
     def from_folder(folder: str | os.PathLike[str], **settings: Any) -> CohortConfig:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from exaonepath.alignment.batch import PatientBatch, SlidePatches
 from exaonepath.alignment.data.cohort import Cohort
+from exaonepath.alignment.data.feature_cache import Allocate, FeatureCache
 from exaonepath.alignment.data.sampling import choose_patches, stream
 from exaonepath.alignment.data.slides import Slide
 from exaonepath.alignment.data.standardizer import Standardizer
-from exaonepath.alignment.modalities import MODALITIES, WSI
-from exaonepath.errors import DataFileError, SettingsError
-from exaonepath.files.features import FeatureSet, read_features
+from exaonepath.alignment.modalities import WSI, columns_of
+from exaonepath.errors import SettingsError
 
 SlideChoice = Literal["one", "all", "rows"]
 
@@ -34,7 +32,7 @@ class PatientRow:
         patient_index: its index in `Cohort.patients`; rows of one patient share it (the loss's patient id).
         slides: none, one or several.
         omics: modality to float32 [F]; zeros if the patient lacks it.
-        available: bool [5], in the order of `MODALITIES`.
+        available: bool [M], in the order of `columns_of(omics)`.
     """
 
     patient: str
@@ -49,7 +47,7 @@ class PatientDataset(Dataset[PatientRow]):
 
     The content of row i of epoch e depends only on (seed, e, patient), not on the worker, the order, or earlier rows.
     The epoch is in shared memory, so `set_epoch` also has an effect on workers that persist between epochs. No file
-    stays open between rows. Each process caches features of up to `cache_bytes`.
+    stays open between rows. The cache of features is shared with the workers of a loader (see `FeatureCache`).
     """
 
     def __init__(
@@ -62,6 +60,7 @@ class PatientDataset(Dataset[PatientRow]):
         patch_budget: int | None = None,
         seed: int = 0,
         cache_bytes: int = 1 << 30,
+        cache: FeatureCache | None = None,
     ) -> None:
         """Args:
             cohort: from `load_cohort`.
@@ -71,7 +70,8 @@ class PatientDataset(Dataset[PatientRow]):
                 its slides (evaluation); "rows": one row per slide (and one for a patient without slides).
             patch_budget: largest number of patches per slide, whole fragments (`choose_patches`); None: all.
             seed: seed of the random choices.
-            cache_bytes: largest size of the patch features that each process caches; 0: no cache.
+            cache_bytes: largest size of the cache of patch features, of this process and all workers together; 0: none.
+            cache: a cache to share with other data sets, instead of one of `cache_bytes`.
 
         Raises:
             CohortError: the cohort does not match the standardizer. SettingsError: an argument is not valid.
@@ -84,6 +84,7 @@ class PatientDataset(Dataset[PatientRow]):
         self.cohort = cohort if patients is None else cohort.subset(patients)
         self.omics, self.report = standardizer.align(self.cohort)
         self.dims = standardizer.manifest.dims
+        self.columns = columns_of(self.dims)
         # Indices in the whole cohort, so that they are equal in all subsets of a cohort.
         place = {patient: at for at, patient in enumerate(cohort.patients)}
         self._place = [place[patient] for patient in self.cohort.patients]
@@ -95,7 +96,7 @@ class PatientDataset(Dataset[PatientRow]):
             self._slides[slide.patient].append(slide)
         self._rows = self._make_rows()
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self._cache = FeatureCache(cache_bytes)
+        self.cache = FeatureCache(self.cohort.slides.slides, cache_bytes) if cache is None else cache
 
     def _make_rows(self) -> list[tuple[int, int | None]]:
         """(patient, slide or None) of each row, by number."""
@@ -118,9 +119,30 @@ class PatientDataset(Dataset[PatientRow]):
         self._epoch.fill_(epoch)
 
     def __getitem__(self, row: int) -> PatientRow:
+        return self.row(row, self.epoch)
+
+    def batch(self, rows: Sequence[int], epoch: int) -> PatientBatch:
+        """Rows as a batch, with the random choices of an epoch.
+
+        The result is that of `collate_patients`. Features are read to their place in the batch, without copies.
+        """
+        features = _Features(sum(self._most_patches(row) for row in rows), self.cohort.slides.dim or 0)
+        return collate_patients([self.row(row, epoch, features.allocate) for row in rows], features.filled)
+
+    def _most_patches(self, row: int) -> int:
+        """The largest number of patches that a row can have."""
+        at, which = self._rows[row]
+        slides = self._slides[self.cohort.patients[at]]
+        counts = [min(slide.n_patches, self.patch_budget or slide.n_patches) for slide in slides]
+        if which is not None:
+            return counts[which]
+        return max(counts, default=0) if self.choice == "one" else sum(counts)
+
+    def row(self, row: int, epoch: int, allocate: Allocate | None = None) -> PatientRow:
+        """Row number `row`, with the random choices of an epoch; for `allocate`, see `FeatureCache.read`."""
         at, which = self._rows[row]
         patient = self.cohort.patients[at]
-        rng = stream("row", self.seed, self.epoch, patient, -1 if which is None else which)
+        rng = stream("row", self.seed, epoch, patient, -1 if which is None else which)
         slides = self._slides[patient]
         if which is not None:
             chosen = [slides[which]]
@@ -129,79 +151,72 @@ class PatientDataset(Dataset[PatientRow]):
         else:
             chosen = slides
         omics = {name: torch.zeros(dim) for name, dim in self.dims.items()}
-        available = torch.zeros(len(MODALITIES), dtype=torch.bool)
-        available[MODALITIES.index(WSI)] = bool(chosen)
+        available = torch.zeros(len(self.columns), dtype=torch.bool)
+        available[self.columns.index(WSI)] = bool(chosen)
         for name, rows in self.omics.items():
             table_row = self._row_of[name].get(patient)
             if table_row is not None:
                 omics[name] = torch.from_numpy(rows.rows([table_row])[0])
-                available[MODALITIES.index(name)] = True
-        patches = tuple(self._patches(slide, rng) for slide in chosen)
+                available[self.columns.index(name)] = True
+        patches = tuple(self._patches(slide, rng, allocate) for slide in chosen)
         return PatientRow(patient, self._place[at], patches, omics, available)
 
-    def _patches(self, slide: Slide, rng: np.random.Generator) -> SlidePatches:
-        stored = self._cache.read(slide.features, slide.dim)
-        assert stored.coords is not None
-        features, coords, contours = stored.features, stored.coords, stored.contour_index
-        if len(features) != slide.n_patches:
-            raise DataFileError(
-                f"{slide.features} changed since the cohort was checked: {len(features)} patches, not {slide.n_patches}"
-            )
-        if self.patch_budget is not None and len(features) > self.patch_budget:
-            rows = choose_patches(coords, contours, self.patch_budget, rng)
-            features, coords, contours = features[rows], coords[rows], contours[rows]
-        # Copies, because a caller may change a row in place, which must not change the cache.
-        return SlidePatches(torch.tensor(features), torch.tensor(coords), torch.tensor(contours), slide.slide)
+    def _patches(self, slide: Slide, rng: np.random.Generator, allocate: Allocate | None) -> SlidePatches:
+        budget = self.patch_budget
+
+        def choose(coords: np.ndarray, contours: np.ndarray) -> np.ndarray | None:
+            # The numbers of `rng` that are drawn depend on the slide only, not on where its features come from.
+            return None if budget is None or len(coords) <= budget else choose_patches(coords, contours, budget, rng)
+
+        found = self.cache.read(slide, choose, allocate)
+        return SlidePatches(found.features, found.coords, found.contour_index, slide.slide)
 
 
-class FeatureCache:
-    """A cache of features files that drops the least recently used first. Its content is not sent to other
-    processes."""
+class _Features:
+    """Memory for the features of a batch, which is given out in parts, one after the other.
 
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.n_bytes = 0
-        self._held: OrderedDict[Path, FeatureSet] = OrderedDict()
+    In a worker of a loader, it is memory that the training process can use without a copy.
+    """
 
-    def read(self, path: Path, dim: int) -> FeatureSet:
-        """The contents of a features file; raises `DataFileError` if it cannot be read."""
-        if path in self._held:
-            self._held.move_to_end(path)
-            return self._held[path]
-        features = read_features(path, expected_dim=dim)
-        size = _n_bytes(features)
-        if size <= self.max_bytes:
-            self._held[path] = features
-            self.n_bytes += size
-            while self.n_bytes > self.max_bytes:
-                self.n_bytes -= _n_bytes(self._held.popitem(last=False)[1])
-        return features
+    def __init__(self, n: int, dim: int) -> None:
+        self._used = 0
+        empty = torch.empty(0, dim)
+        if get_worker_info() is None or not n * dim:
+            self._rows = torch.empty(n, dim)
+        else:  # as torch's own collate function does it
+            self._rows = empty.new(empty._typed_storage()._new_shared(n * dim, device=empty.device)).resize_(n, dim)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"max_bytes": self.max_bytes}
+    def allocate(self, n: int) -> Tensor:
+        """The next n rows."""
+        self._used += n
+        return self._rows[self._used - n : self._used]
 
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.max_bytes, self.n_bytes, self._held = state["max_bytes"], 0, OrderedDict()
+    @property
+    def filled(self) -> Tensor:
+        """All rows that were given out."""
+        return self._rows[: self._used]
 
 
-def _n_bytes(features: FeatureSet) -> int:
-    coords = 0 if features.coords is None else features.coords.nbytes
-    return features.features.nbytes + coords + features.contour_index.nbytes
+def collate_patients(rows: Sequence[PatientRow], features: Tensor | None = None) -> PatientBatch:
+    """A batch of rows; slides are concatenated without padding.
 
-
-def collate_patients(rows: Sequence[PatientRow]) -> PatientBatch:
-    """A batch of rows; slides are concatenated without padding."""
+    Args:
+        rows: the rows.
+        features: the features of all slides of the rows, if they already lie one after the other; see `PatientBatch`.
+    """
     names = rows[0].omics if rows else {}
+    columns = columns_of(names)
     available = (
-        torch.stack([row.available for row in rows]) if rows else torch.zeros((0, len(MODALITIES)), dtype=torch.bool)
+        torch.stack([row.available for row in rows]) if rows else torch.zeros((0, len(columns)), dtype=torch.bool)
     )
     has_slides = any(row.slides for row in rows)
-    held = [name for name in MODALITIES if name in names or (name == WSI and has_slides)]
+    held = [name for name in columns if name in names or (name == WSI and has_slides)]
     return PatientBatch.build(
         len(rows),
         [row.slides for row in rows] if has_slides else None,
         {name: torch.stack([row.omics[name] for row in rows]) for name in names},
-        {name: available[:, MODALITIES.index(name)] for name in held},
+        {name: available[:, columns.index(name)] for name in held},
         tuple(row.patient for row in rows),
         torch.tensor([row.patient_index for row in rows], dtype=torch.int64),
+        features,
     )

@@ -135,6 +135,12 @@ def read_mudata(path: str | os.PathLike[str]) -> tuple[dict[str, ModalityTable],
         return tables, _frame(file["obs"])
 
 
+def modalities_of_mudata(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Names of the modalities of a MuData file; raises `DataFileError` if it is not HDF5."""
+    with _open(Path(path)) as file:
+        return tuple(file["mod"]) if "mod" in file else ()
+
+
 def read_anndata(path: str | os.PathLike[str], key: str | None = None) -> ModalityTable:
     """One modality: an .h5ad file, or modality `key` of an .h5mu file.
 

@@ -19,15 +19,14 @@ from exaonepath.alignment.data.patient_ids import tcga_patient
 from exaonepath.alignment.data.report import CohortReport
 from exaonepath.alignment.data.tables import ModalityTable
 from exaonepath.alignment.data.text_files import UNREADABLE, is_parquet
-from exaonepath.alignment.modalities import OMICS
 from exaonepath.errors import DataFileError, ExaonePathError
 from exaonepath.text import few
 
 
 def read_tables(config: CohortConfig, report: CohortReport) -> tuple[dict[str, ModalityTable], pd.DataFrame]:
-    """Tables by modality, in the order of `OMICS`, and the `obs` of the MuData file; errors are added to the report.
+    """Tables by modality, in the order of `CohortConfig.omics`, and the `obs` of the MuData file.
 
-    Ids are as in the files: samples are not yet converted to patients.
+    Errors are added to the report. Ids are as in the files: samples are not yet converted to patients.
     """
     tables: dict[str, ModalityTable] = {}
     obs = pd.DataFrame()
@@ -37,15 +36,15 @@ def read_tables(config: CohortConfig, report: CohortReport) -> tuple[dict[str, M
         except ExaonePathError as exc:
             report.add("error", "unreadable", "cohort", str(exc))
             found = {}
-        tables = {name: found[name] for name in OMICS if name in found}
-        others = sorted(set(found) - set(OMICS))
+        tables = {name: found[name] for name in config.omics if name in found}
+        others = sorted(set(found) - set(config.omics))
         if others:
             report.add(
                 "warning" if tables else "error",
                 "unknown-modality",
                 "cohort",
                 f"{config.mudata} has modalities with other names, which were left out: {few(others)}; known are "
-                f"{', '.join(OMICS)} (name one through `modalities` with its `key`)",
+                f"{', '.join(config.omics)} (name one in `further_modalities`, or through `modalities` with its `key`)",
             )
     matrices: dict[str, RawMatrix] = {}
     for name, source in config.modalities.items():
@@ -84,7 +83,14 @@ def read_tables(config: CohortConfig, report: CohortReport) -> tuple[dict[str, M
         same=_patient_of_barcode if config.patient_ids == "tcga" else str,
     )
     tables |= oriented
-    return {name: tables[name] for name in OMICS if name in tables}, obs
+    if absent := [name for name in config.further_modalities if name not in tables and not report.errors]:
+        report.add(
+            "error",
+            "no-modality",
+            "cohort",
+            f"further_modalities names {', '.join(absent)}, but neither the .h5mu file nor `modalities` has it",
+        )
+    return {name: tables[name] for name in config.omics if name in tables}, obs
 
 
 def _patient_of_barcode(sample: str) -> str:

@@ -6,19 +6,16 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
+from exaonepath.alignment.data.feature_checks import FeatureCheck, FeatureChecks, FileState
 from exaonepath.alignment.data.frames import read_frame
 from exaonepath.alignment.data.id_columns import patient_column_of_slides
 from exaonepath.alignment.data.names import clean_name
 from exaonepath.alignment.data.patient_ids import PatientIds, tcga_patient
 from exaonepath.alignment.data.report import CohortReport
-from exaonepath.errors import DataFileError, ExaonePathError, UnfinishedFileError
-from exaonepath.files.features import ATTRIBUTES, read_features
-from exaonepath.files.hdf5 import open_h5
+from exaonepath.errors import DataFileError, ExaonePathError
 from exaonepath.text import few
 
-FeatureCheck = Literal["full", "header"]
 _COLUMNS = ("patient", "slide", "features")
 
 
@@ -31,6 +28,8 @@ class Slide:
         features: the features file.
         n_patches: rows in it.
         dim: width of a row.
+        half: whether features are stored as float16.
+        header, state: `OpenFeatures.header` and `file_state` of the file when it was checked; empty or None: not known.
     """
 
     patient: str
@@ -38,6 +37,14 @@ class Slide:
     features: Path
     n_patches: int
     dim: int
+    half: bool = False
+    header: str = ""
+    state: FileState | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the features, coordinates and fragments in memory, as stored."""
+        return self.n_patches * (self.dim * (2 if self.half else 4) + 12)
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,9 @@ def read_slides(
         patient_ids: "tcga": patients are extracted from barcodes.
         expected_dim: input width of the slide encoder; None: any width, but the same for all slides.
         id_column: a name of the column of patient ids that is used if the table has it.
-        check: "full": reads every file completely, so that a NaN is found before training; "header": reads shapes only.
+        check: "full": reads every file completely, so that a NaN is found before training; a file that was checked
+            before and has not changed is not read again (see `feature_checks`). "again": reads all of them. "header":
+            reads shapes only.
     """
     path = Path(path)
     try:
@@ -111,7 +120,13 @@ def read_slides(
     if patient_ids == "tcga":
         rows = _from_barcodes(rows, report)
     _check_unique(rows, report)
-    slides = _check_files(sorted(rows), report, expected_dim, check)
+    checks = FeatureChecks(path, check)
+    try:
+        slides = _check_files(sorted(rows), report, expected_dim, checks)
+    except BaseException:
+        checks.save()  # an interrupted check of a large cohort continues where it was
+        raise
+    checks.save(file for _, _, file in rows)
     if not slides and not report.errors:
         report.add("error", "no-slides", "slides", f"{path} lists no slide that can be used")
     return SlideTable(tuple(slides))
@@ -147,7 +162,7 @@ def _check_unique(rows: list[tuple[str, str, Path]], report: CohortReport) -> No
 
 
 def _check_files(
-    rows: list[tuple[str, str, Path]], report: CohortReport, expected_dim: int | None, check: FeatureCheck
+    rows: list[tuple[str, str, Path]], report: CohortReport, expected_dim: int | None, checks: FeatureChecks
 ) -> list[Slide]:
     absent = [row for row in rows if not row[2].is_file()]
     if absent:
@@ -160,18 +175,19 @@ def _check_files(
             patients=[patient for patient, _, _ in absent],
         )
     slides: list[Slide] = []
-    makers: dict[tuple[Any, Any], list[str]] = {}
+    makers: dict[tuple[str, str], list[str]] = {}
     for patient, slide, file in rows:
         if not file.is_file():
             continue
         try:
-            n_patches, dim, attrs = _shape(file, check)
+            found = checks.check(file)
         except ExaonePathError as exc:
             report.add("error", "unreadable", "slides", f"{slide} (patient {patient}): {exc}", patients=[patient])
             continue
-        slides.append(Slide(patient, slide, file, n_patches, dim))
-        makers.setdefault((attrs.get("weights_fingerprint"), attrs.get("preprocessing")), []).append(slide)
-        if str(attrs.get("weights", "")).startswith("random:"):
+        slides.append(Slide(patient, slide, file, found.n_patches, found.dim, found.half, found.header, found.state))
+        maker = (str(found.attrs.get("weights_fingerprint")), str(found.attrs.get("preprocessing")))
+        makers.setdefault(maker, []).append(slide)
+        if str(found.attrs.get("weights", "")).startswith("random:"):
             report.add("warning", "random-weights", "slides", f"{slide}: features of an encoder with random weights")
     if len(makers) > 1:
         shown = "; ".join(f"{len(names)} like {names[0]}" for names in makers.values())
@@ -210,16 +226,3 @@ def _one_width(slides: list[Slide], report: CohortReport, expected_dim: int | No
             patients=[slide.patient for slide in others],
         )
     return [slide for slide in slides if slide.dim == usual]
-
-
-def _shape(file: Path, check: FeatureCheck) -> tuple[int, int, dict[str, Any]]:
-    if check == "full":
-        features = read_features(file)
-        return *features.features.shape, features.attrs
-    with open_h5(file, ("features", "coords")) as opened:
-        attrs = opened.attributes(ATTRIBUTES)
-        if not attrs.get("complete", True):
-            raise UnfinishedFileError(f"{file} is marked as not complete; run the features stage again")
-        n_patches, dim = opened.dataset("features", "f", (None, None)).shape
-        opened.dataset("coords", "iu", (n_patches, 2))
-        return n_patches, dim, attrs

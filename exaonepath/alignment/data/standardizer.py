@@ -21,7 +21,7 @@ from exaonepath.alignment.data.count_totals import check_totals
 from exaonepath.alignment.data.manifest import FeatureManifest
 from exaonepath.alignment.data.report import CohortReport
 from exaonepath.alignment.data.tables import ModalityTable
-from exaonepath.alignment.modalities import OMICS
+from exaonepath.alignment.modalities import OMICS, check_further
 from exaonepath.alignment.standardization import standardized, transformed
 from exaonepath.errors import DataFileError, SettingsError
 from exaonepath.files.atomic import atomic_path
@@ -44,14 +44,17 @@ class StandardizerSettings:
         top_variance: modality to the number of features to keep: those with the largest variance, after the transform,
             among the training patients. Other modalities keep all features.
         clip: standardised values are clipped to +-clip; None: no clipping.
+        further_modalities: names of modalities in addition to `OMICS`; see `CohortConfig`.
     """
 
     top_variance: Mapping[str, int] = field(default_factory=dict)
     clip: float | None = 10.0
+    further_modalities: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        known = (*OMICS, *check_further(self.further_modalities))
         for name, count in self.top_variance.items():
-            if name not in OMICS or count < 1:
+            if name not in known or count < 1:
                 raise SettingsError(f"top_variance of {name!r} is {count}; a known modality and 1 or more are needed")
         if self.clip is not None and not self.clip > 0:
             raise SettingsError(f"clip is {self.clip}; it must be positive, or None")

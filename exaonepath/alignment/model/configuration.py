@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from exaonepath.alignment.modalities import OMICS, ROPE_MODES, WSI
+from exaonepath.alignment.modalities import ROPE_MODES, WSI, in_order, name_problem
 from exaonepath.encoders.base_configuration import ExaonePathPretrainedConfig, check_size, is_integer
 from exaonepath.encoders.configuration import FFN_ALIGN, complete_wsi_cfg, ffn_parameters, wsi_parameters
 from exaonepath.errors import ConfigError
@@ -193,10 +193,7 @@ class ExaonePathAlignmentConfig(ExaonePathPretrainedConfig):
         ):
             raise ConfigError(f'pos_weight must be null, a positive number or "balanced", got {shown(pos_weight)}')
         for name, cfg in (omics or {}).items():
-            if name == WSI or not name.isidentifier():
-                raise ConfigError(
-                    f"{shown(name)} cannot name a molecular modality; use rna, snp, cnv, methylation or a word"
-                )
+            _check_modality_name(name)
             complete_omics_cfg(cfg, name)
         self.wsi_cfg = None if wsi_cfg is None else dict(wsi_cfg)
         self.omics = {name: dict(cfg) for name, cfg in (omics or {}).items()}
@@ -229,9 +226,7 @@ class ExaonePathAlignmentConfig(ExaonePathPretrainedConfig):
     @property
     def modalities(self) -> tuple[str, ...]:
         """Names of the modalities: the slide, the four of the paper in its order, then any others by name."""
-        rank = {name: i for i, name in enumerate(OMICS)}
-        omics = sorted(self.omics, key=lambda name: (rank.get(name, len(rank)), name))
-        return ((WSI,) if self.wsi_cfg is not None else ()) + tuple(omics)
+        return ((WSI,) if self.wsi_cfg is not None else ()) + in_order(self.omics)
 
     @property
     def modality_pairs(self) -> tuple[tuple[str, str], ...]:
@@ -247,6 +242,20 @@ class ExaonePathAlignmentConfig(ExaonePathPretrainedConfig):
             wsi = complete_wsi_cfg(self.wsi_cfg)
             widths[WSI] = wsi["input_dim"] + wsi["embed_dim"]
         return {name: widths[name] for name in self.modalities}
+
+
+def _check_modality_name(name: object) -> None:
+    """Raise `ConfigError` if a modality of this name has no unambiguous parameter names."""
+    problem = name_problem(name) if isinstance(name, str) else "a name must be text"
+    if problem is None:
+        from torch import nn
+
+        # The encoders are attributes of a ModuleDict, which has methods of these names.
+        problem = "torch uses this name" if hasattr(nn.ModuleDict, str(name)) else None
+    if problem:
+        raise ConfigError(
+            f"{shown(name)} cannot name a molecular modality ({problem}); use rna, snp, cnv, methylation or a word"
+        )
 
 
 def _is_number(value: object) -> bool:

@@ -94,7 +94,7 @@ def run_analysis(
         ]
         write_text(out / "attention.json", json.dumps({**provenance(subject, {}), "blocks": crossing}, indent=1) + "\n")
         return target
-    wanted = EvaluationSettings(labels=tuple(labels), missing=name == "missing")
+    wanted = EvaluationSettings(labels=tuple(labels), missing=name == "missing", analyses=())
     stored = {**provenance(subject, asdict(wanted)), **evaluate(subject, wanted)}
     if not stored[name]:
         raise SettingsError(f"nothing to draw for {name}: too few held-out patients have every modality")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,19 +13,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from exaonepath.alignment.batch import PatientBatch
 from exaonepath.alignment.data.cohort import Cohort, load_cohort
 from exaonepath.alignment.data.config import CohortConfig, ModalitySource
-from exaonepath.alignment.data.dataset import PatientDataset, collate_patients
+from exaonepath.alignment.data.dataset import PatientDataset
+from exaonepath.alignment.data.feature_cache import FeatureCache
 from exaonepath.alignment.data.sites import sites_of
-from exaonepath.alignment.data.slides import SlideTable
+from exaonepath.alignment.data.slides import Slide, SlideTable
 from exaonepath.alignment.data.splits import Split, split_patients
 from exaonepath.alignment.data.standardizer import OmicsRows, Scaling, Standardizer, StandardizerSettings
-from exaonepath.alignment.modalities import MODALITIES, WSI
+from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
 from exaonepath.alignment.training.batch_plan import PlannedChunk
+from exaonepath.alignment.training.loading import read_batches
 from exaonepath.alignment.training.settings import DataSettings
 from exaonepath.alignment.training.step import Chunk
 from exaonepath.alignment.training.typed_tables import build_typed
@@ -62,6 +64,7 @@ def load_training_cohort(settings: DataSettings) -> Cohort:
             missing=settings.missing,  # type: ignore[arg-type]
             min_modalities=settings.min_modalities,
             check_features=settings.check_features,  # type: ignore[arg-type]
+            further_modalities=settings.further_modalities,
         )
     )
     return restrict_modalities(cohort, settings.modalities, settings.min_modalities)
@@ -74,7 +77,10 @@ def restrict_modalities(cohort: Cohort, modalities: Sequence[str], min_modalitie
         SettingsError: the cohort lacks a modality, or no patients are left.
     """
     if unknown := [name for name in modalities if name not in cohort.held]:
-        raise SettingsError(f"data.modalities: the cohort has no {', '.join(unknown)}; it has {', '.join(cohort.held)}")
+        raise SettingsError(
+            f"data.modalities: the cohort has no {', '.join(unknown)}; it has {', '.join(cohort.held)} (modalities of "
+            "other names are read if data.further_modalities names them)"
+        )
     if not modalities:
         return cohort
     part = replace(
@@ -145,7 +151,7 @@ def load_split(path: Path, cohort: Cohort) -> Split:
 
 def fit_standardizer(cohort: Cohort, split: Split, settings: DataSettings) -> Standardizer:
     """A standardizer with means and deviations of the training patients."""
-    options = StandardizerSettings(settings.top_variance, settings.clip or None)
+    options = StandardizerSettings(settings.top_variance, settings.clip or None, settings.further_modalities)
     return Standardizer.fit(cohort, split["train"], options)[0]
 
 
@@ -202,6 +208,7 @@ class TrainingData:
     Attributes:
         cohort, split, standardizer: see `exaonepath.alignment.data`.
         settings: settings of the data. seed: seed of the random choices.
+        cache: patch features of all slides of the cohort, shared by training, evaluation and their workers.
     """
 
     cohort: Cohort
@@ -212,11 +219,11 @@ class TrainingData:
 
     def __post_init__(self) -> None:
         budget = self.settings.max_patches or None
-        cache = self.settings.cache_mb << 20
+        self.cache = FeatureCache(self.cohort.slides.slides, self.settings.cache_mb << 20)
         choice: Any = self.settings.slides_per_step
         self._training = PatientDataset(
             self.cohort, self.standardizer, self.train, slides=choice, patch_budget=budget, seed=self.seed,
-            cache_bytes=cache,
+            cache=self.cache,
         )  # fmt: skip
         self._number = {patient: i for i, patient in enumerate(self._training.cohort.patients)}
         self._evaluation: tuple[tuple[str, ...], PatientDataset] | None = None
@@ -270,53 +277,36 @@ class TrainingData:
     def chunks(
         self, plan: Iterable[tuple[int, list[PlannedChunk]]], *, workers: int = 0
     ) -> Iterator[tuple[int, list[Chunk]]]:
-        """Read the chunks of a plan of (step, its chunks); steps of one epoch must be consecutive."""
-        epoch_steps: list[tuple[int, list[PlannedChunk]]] = []
-        for step, planned in plan:
-            if epoch_steps and planned[0][1] != epoch_steps[0][1][0][1]:
-                yield from self._read(epoch_steps, workers)
-                epoch_steps = []
-            epoch_steps.append((step, planned))
-        yield from self._read(epoch_steps, workers)
-
-    def _read(self, steps: list[tuple[int, list[PlannedChunk]]], workers: int) -> Iterator[tuple[int, list[Chunk]]]:
-        if not steps:
-            return
-        self._training.set_epoch(steps[0][1][0][1])
-        wanted = [[self._number[p] for p in patients] for _, planned in steps for patients, _, _ in planned]
-        # A separate generator: a loader draws a number at every start, which would change torch's global generator.
-        loader = iter(
-            DataLoader(
-                self._training,
-                batch_sampler=wanted,
-                num_workers=workers,
-                collate_fn=collate_patients,
-                generator=torch.Generator(),
-                pin_memory=torch.cuda.is_available(),
-            )
+        """Read the chunks of a plan of (step, its chunks), with workers that stay until its end."""
+        steps, ahead = itertools.tee(plan)  # the loader is a few chunks ahead of the step
+        number = self._number
+        requests = (
+            (epoch, [number[patient] for patient in patients]) for _, planned in ahead for patients, epoch, _ in planned
         )
+        batches = read_batches(self._training, requests, workers=workers)
         for step, planned in steps:
-            chunks = []
-            for _, _, seed in planned:
-                batch: PatientBatch = next(loader)
-                chunks.append(Chunk(batch, seed))
-            yield step, chunks
+            yield step, [Chunk(next(batches), seed) for _, _, seed in planned]
 
     def evaluation_batches(
-        self, patients: Sequence[str], rows: Sequence[int], size: int
+        self, patients: Sequence[str], rows: Sequence[int], size: int, *, workers: int = 0
     ) -> Iterator[tuple[list[int], PatientBatch]]:
         """(rows, batch) of `patients` at `rows`, `size` at a time, with all slides and all patches."""
         dataset = self._evaluation_dataset(tuple(patients))
         place = {patient: i for i, patient in enumerate(dataset.cohort.patients)}
-        for start in range(0, len(rows), max(size, 1)):
-            part = list(rows[start : start + max(size, 1)])
-            yield part, collate_patients([dataset[place[patients[i]]] for i in part])
+        size = max(size, 1)
+        parts = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+        requests = [(0, [place[patients[i]] for i in part]) for part in parts]
+        workers = min(workers, len(parts) - 1)  # a worker for a single batch would only add its start
+        yield from zip(parts, read_batches(dataset, requests, workers=max(workers, 0)), strict=True)
+
+    def slide_features(self, slide: Slide) -> np.ndarray:
+        """All patch features of a slide, float32 [N, D], from the cache if they are in it."""
+        return self.cache.read(slide).features.numpy()
 
     def _evaluation_dataset(self, patients: tuple[str, ...]) -> PatientDataset:
-        """A data set with all slides and all patches. The last one is kept, with its cache of features."""
+        """A data set with all slides and all patches; the last one is kept."""
         if self._evaluation is None or self._evaluation[0] != patients:
-            cache = self.settings.cache_mb << 20
-            dataset = PatientDataset(self.cohort, self.standardizer, patients, slides="all", cache_bytes=cache)
+            dataset = PatientDataset(self.cohort, self.standardizer, patients, slides="all", cache=self.cache)
             self._evaluation = patients, dataset
         return self._evaluation[1]
 
@@ -328,4 +318,4 @@ _PROBE_PATCHES, _PROBE_TRIES = 4096, 20
 def available_counts(cohort: Cohort, patients: Sequence[str]) -> dict[str, int]:
     """Modality to the number of these patients who have it."""
     available = cohort.subset(patients).availability()
-    return {name: int(count) for name, count in zip(MODALITIES, np.asarray(available.sum(0)), strict=True)}
+    return {name: int(count) for name, count in zip(cohort.columns, np.asarray(available.sum(0)), strict=True)}

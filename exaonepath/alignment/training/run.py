@@ -29,7 +29,9 @@ from exaonepath.alignment.training.data import (
     standardizer_of,
 )
 from exaonepath.alignment.training.distributed import Processes
+from exaonepath.alignment.training.estimate import RunEstimate
 from exaonepath.alignment.training.presets import resolve_settings
+from exaonepath.alignment.training.probe import estimate_run
 from exaonepath.alignment.training.run_folder import RunFolder
 from exaonepath.alignment.training.run_log import summary_writer
 from exaonepath.alignment.training.settings import TrainSettings, build_settings
@@ -105,6 +107,15 @@ def check(settings: TrainSettings, out: str | Path) -> PreparedRun:
     Trainer(prepared.model, prepared.data, prepared.settings, folder, prepared.processes)
     folder.check(settings.as_dict(), prepared.data.cohort.fingerprint)
     return prepared
+
+
+def estimate(prepared: PreparedRun, out: str | Path) -> RunEstimate | None:
+    """Time and memory of a run, from a few batches that are measured; None for several processes."""
+    if prepared.processes.count > 1:
+        return None
+    return estimate_run(
+        Trainer(prepared.model, prepared.data, prepared.settings, RunFolder(Path(out)), prepared.processes)
+    )
 
 
 def _restrict_to_model(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from exaonepath.alignment.modalities import ROPE_MODES, WSI
+from exaonepath.alignment.modalities import ROPE_MODES, WSI, check_further
 from exaonepath.alignment.training.typed_tables import build_typed
 from exaonepath.errors import ConfigError, SettingsError
 
@@ -26,6 +26,8 @@ class DataSettings:
             `CohortConfig`.
         tables: modality to the keys of `ModalitySource`, for modalities in separate files.
         modalities: modalities to train with; empty: all of the cohort.
+        further_modalities: names of molecular modalities in addition to rna, snp, cnv and methylation, for example
+            ["mirna", "protein"]: a modality of `mudata`, or a table in `tables`.
         stratify: label column for a stratified split; None: not stratified.
         split: file of a split (parts "train", "val", "test"); None: a random split from `split_seed`.
         validation_share, test_share: shares of the held-out patients.
@@ -37,7 +39,7 @@ class DataSettings:
         clip: standardised values are clipped to +-clip; 0: no clipping.
         slides_per_step: "one" (a random slide of each patient in each epoch) or "all" (averaged).
         max_patches: largest number of patches of a slide in a training step, whole fragments; 0: all.
-        cache_mb: memory for the cache of patch features, per process.
+        cache_mb: memory for the cache of patch features, per training process, shared with its workers.
     """
 
     mudata: str | None = None
@@ -63,6 +65,7 @@ class DataSettings:
     slides_per_step: str = "one"
     max_patches: int = 0
     cache_mb: int = 1024
+    further_modalities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,7 @@ class RunSettings:
         device: "auto", "cpu", "cuda".
         log_every: steps between two rows of metrics.
         validate_every: epochs between validations; 0: only at the end; none: so many that a run has about 20.
+        validate_every_steps: steps between further validations, for long epochs; 0: none.
         checkpoint_every: steps between checkpoints; 0: one per epoch.
         keep_checkpoints: number of checkpoints to keep.
         select: metric that selects the best model: "mean_recall@1", or "a->b@k" of one pair and direction.
@@ -184,6 +188,7 @@ class RunSettings:
     device: str = "auto"
     log_every: int = 1
     validate_every: int | None = None
+    validate_every_steps: int = 0
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
     select: str = "mean_recall@1"
@@ -205,12 +210,17 @@ class TrainSettings:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         out: dict[str, Any] = _plain(dataclasses.asdict(self))
+        # Settings without further modalities are stored, and hashed, as by versions that had none.
+        if not out["data"]["further_modalities"]:
+            del out["data"]["further_modalities"]
         return out
 
 
 # Settings that may change when a run is resumed: none of them has an effect on the weights.
 RESUMABLE = ("run.device", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints", "run.num_workers",
-             "run.tensorboard", "data.cache_mb")  # fmt: skip
+             "run.tensorboard", "data.cache_mb", "data.check_features")  # fmt: skip
+# Settings that runs of earlier versions lack, with the value that does what those versions did.
+_ADDED: dict[str, Any] = {"run.validate_every_steps": 0}
 
 
 def build_settings(tables: Mapping[str, Any]) -> TrainSettings:
@@ -243,6 +253,10 @@ def _check_data(data: DataSettings) -> Iterator[tuple[bool, str]]:
     yield data.validation_share + data.test_share < 1, "data: the held-out shares leave nothing to train on"
     for name in ("max_patches", "cache_mb", "split_seed", "clip"):
         yield getattr(data, name) >= 0, f"data.{name} must not be negative, got {getattr(data, name)}"
+    try:
+        check_further(data.further_modalities)
+    except SettingsError as exc:
+        yield False, f"data.further_modalities: {exc}"
     yield len(data.modalities) != 1, "data.modalities: at least two are needed to align"
     yield data.min_modalities >= 2, f"data.min_modalities must be at least 2 to align, got {data.min_modalities}"
     choices = ("one", "all")
@@ -283,7 +297,7 @@ def _check_run(run: RunSettings) -> Iterator[tuple[bool, str]]:
     yield run.epochs >= 0 and run.steps >= 0, "run.epochs and run.steps must not be negative"
     fits = run.batch_size == 0 or run.batch_size >= 2
     yield fits, f"run.batch_size must be at least 2 (one patient has no negatives), got {run.batch_size}"
-    for name in ("chunk_size", "validate_every", "checkpoint_every", "num_workers", "seed"):
+    for name in ("chunk_size", "validate_every", "validate_every_steps", "checkpoint_every", "num_workers", "seed"):
         yield (getattr(run, name) or 0) >= 0, f"run.{name} must not be negative, got {getattr(run, name)}"
     for name in ("log_every", "keep_checkpoints"):
         yield getattr(run, name) >= 1, f"run.{name} must be positive, got {getattr(run, name)}"
@@ -296,7 +310,7 @@ def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "")
     out: list[str] = []
     for key in sorted(set(a) | set(b)):
         name = prefix + key
-        left, right = a.get(key), b.get(key)
+        left, right = (table.get(key, _ADDED.get(name)) for table in (a, b))
         if isinstance(left, Mapping) and isinstance(right, Mapping):
             out += differing_keys(left, right, name + ".")
         elif left != right and name not in RESUMABLE:

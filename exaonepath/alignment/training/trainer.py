@@ -368,9 +368,10 @@ class Trainer:
     def _validate_now(self, end_of_epoch: bool) -> bool:
         if not self.data.validation:
             return False
-        every = self.settings.run.validate_every
+        every, steps = self.settings.run.validate_every, self.settings.run.validate_every_steps
         epoch = self.step // self.plan.steps_per_epoch
-        return self.step == self.total or bool(end_of_epoch and every and epoch % every == 0)
+        after_epoch = bool(end_of_epoch and every and epoch % every == 0)
+        return self.step == self.total or after_epoch or bool(steps and self.step % steps == 0)
 
     def _validate(self, *, refitted: bool = False) -> None:
         if self.averaged is not None:
@@ -384,7 +385,8 @@ class Trainer:
     def _embed(self, patients: Sequence[str]) -> EmbeddedPatients:
         """Embeddings of some patients by the current weights; each process computes its share."""
         rows = list(range(self.processes.rank, len(patients), self.processes.count))
-        batches = self.data.evaluation_batches(patients, rows, self.plan.chunk_size)
+        workers = self.settings.run.num_workers
+        batches = self.data.evaluation_batches(patients, rows, self.plan.chunk_size, workers=workers)
         return embed_patients(self.model, batches, patients, autocast=self.autocast, processes=self.processes)
 
     def _score(self, embedded: EmbeddedPatients) -> float:

@@ -95,19 +95,25 @@ class _WorkersRun(Dispatcher[_Worker]):
             open_ = self._drain(worker, progress)
             if not open_ or not worker.process.is_alive():
                 self._drain(worker, progress)
-                worker.process.join()
+                worker.process.join(_GRACE)
+                if worker.process.is_alive():  # it can report nothing any more
+                    worker.process.kill()
+                    worker.process.join()
                 worker.connection.close()
                 code = worker.process.exitcode
                 self._remove(worker, _reason(code), code == EXIT_INTERRUPTED, log)
 
     def _drain(self, worker: _Worker, progress: SlideProgress | None = None) -> bool:
         """Handle the messages of a worker that have arrived; False if there will be no more."""
-        try:
-            while worker.connection.poll():
-                self._handle(worker, worker.connection.recv(), progress)
-        except (EOFError, OSError):
-            return False
-        return True
+        while True:
+            try:
+                if not worker.connection.poll():
+                    return True
+                message = worker.connection.recv()
+            except (EOFError, OSError):
+                return False
+            # Not inside `try`: an `OSError` of the callback or of a full disk would be taken for the worker's end.
+            self._handle(worker, message, progress)
 
     def _stop(self) -> None:
         try:

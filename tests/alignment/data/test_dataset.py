@@ -1,6 +1,5 @@
 """Rows of patients: what they hold, and that they depend on seed, epoch and patient alone."""
 
-import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +7,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from exaonepath.alignment.data.dataset import FeatureCache, PatientDataset, collate_patients
+from exaonepath.alignment.data.dataset import PatientDataset, collate_patients
+from exaonepath.alignment.data.slides import SlideTable
 from exaonepath.alignment.data.standardizer import Standardizer
 from exaonepath.alignment.modalities import MODALITIES
 from exaonepath.errors import DataFileError, SettingsError
@@ -129,26 +129,31 @@ def test_a_batch_keeps_slides_ragged(small, standardizer):
     assert (len(empty), empty.slides, dict(empty.profiles), dict(empty.available)) == (0, None, {}, {})
 
 
+@pytest.mark.parametrize("choice", ["one", "all", "rows"])
+@pytest.mark.parametrize("options", [{}, {"patch_budget": 11}, {"patch_budget": 11, "cache_bytes": 0}])
+def test_a_batch_is_that_of_its_rows(small, standardizer, choice, options):
+    data = PatientDataset(small, standardizer, slides=choice, **options)
+    rows = [5, 0, 7, 3]
+    batch, expected = data.batch(rows, 2), collate_patients([data.row(row, 2) for row in rows])
+    assert batch.patients == expected.patients
+    assert (batch.slides.lengths, batch.slides.patients) == (expected.slides.lengths, expected.slides.patients)
+    for name in ("features", "coords", "contour_index"):
+        assert torch.equal(getattr(batch.slides, name), getattr(expected.slides, name))
+    for name in expected.profiles:
+        assert torch.equal(batch.profiles[name], expected.profiles[name])
+    assert len(data.batch([], 0)) == 0
+    first = small.patients[0]
+    fewer = replace(small, slides=SlideTable(tuple(s for s in small.slides.slides if s.patient != first)))
+    data = PatientDataset(fewer, standardizer, slides=choice, **options)
+    assert data.batch([0], 0).slides is None
+    assert torch.equal(data.batch([0, 1], 0).slides.features, data.batch([1], 0).slides.features)
+
+
 def test_what_a_caller_does_to_a_row_does_not_reach_the_cache(small, standardizer):
     data = PatientDataset(small, standardizer)
     before = data[0].slides[0].features.clone()
     data[0].slides[0].features.zero_()
     torch.testing.assert_close(data[0].slides[0].features, before, rtol=0, atol=0)
-
-
-def test_the_cache_is_bounded_and_stays_at_home(small):
-    files = [slide.features for slide in small.slides.slides[:6]]
-    size = read_features(files[0])
-    one_file = size.features.nbytes + size.coords.nbytes + size.contour_index.nbytes
-    cache = FeatureCache(3 * one_file)
-    for file in files:
-        cache.read(file, 8)
-        assert cache.n_bytes <= 3 * one_file
-    assert cache.read(files[5], 8) is cache.read(files[5], 8)
-    again = pickle.loads(pickle.dumps(cache))  # noqa: S301 - what a spawned worker gets
-    assert again.n_bytes == 0
-    assert again.max_bytes == cache.max_bytes
-    assert FeatureCache(0).read(files[0], 8) is not None
 
 
 def test_a_slide_that_changed_under_way_is_named(small, standardizer, write_slide):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from exaonepath.encoders.attention_map import attention_map
+from exaonepath.encoders.attention_map import attention_map, mean_attention
 from exaonepath.encoders.configuration import ExaonePathSlideEncoderConfig
 from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.errors import SettingsError
@@ -88,6 +88,37 @@ def test_nothing_crosses_in_rope_blocks(encoder, slide, backend):
         else:
             assert (across > 0).any()
             assert found.crossing(contour).min() > 0.1
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("positions", ["coords and fragments", "no fragments"])
+def test_the_mean_is_that_of_all_queries(encoder, slide, backend, positions):
+    features, coords, contour = slide
+    contour = None if positions == "no fragments" else contour
+    encoder.set_attn_implementation(backend)
+    single = attention_map(encoder, features, coords, contour, range(50))
+    mean = mean_attention(encoder, features, coords, contour)
+    assert [(m.block, m.restricted) for m in mean] == [(m.block, m.restricted) for m in single]
+    for one, found in zip(single, mean, strict=True):
+        # Sums of 50 float32 numbers in another order: 50 roundings of the sum.
+        error = 50 * torch.finfo(torch.float32).eps
+        torch.testing.assert_close(found.patches, one.patches.mean(0), atol=error, rtol=error)
+        torch.testing.assert_close(found.prefix, one.prefix.mean(0), atol=error, rtol=error)
+        total = found.patches.sum(-1) + found.prefix.sum(-1)
+        torch.testing.assert_close(total, torch.ones_like(total), atol=1e-5, rtol=0)
+    assert [m.block for m in mean_attention(encoder, features, coords, contour, blocks=[2])] == [2]
+
+
+def test_the_mean_of_one_patch_and_of_none(encoder, slide):
+    features, coords, contour = (array[:1] for array in slide)
+    one, mean = (
+        attention_map(encoder, features, coords, contour, [0]),
+        mean_attention(encoder, features, coords, contour),
+    )
+    for single, found in zip(one, mean, strict=True):
+        torch.testing.assert_close(found.patches, single.patches[0])
+    with pytest.raises(SettingsError, match="no patches"):
+        mean_attention(encoder, *(array[:0] for array in slide))
 
 
 def test_bad_queries_are_named(encoder, slide):

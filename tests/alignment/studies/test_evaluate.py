@@ -29,7 +29,7 @@ def subject(run):
 
 @pytest.fixture(scope="module")
 def report(subject):
-    return evaluate(subject, EvaluationSettings(labels=("subtype",), targets=("rna",)))
+    return evaluate(subject, EvaluationSettings(labels=("subtype",), targets=("rna",), analyses=()))
 
 
 def test_parts_are_the_runs_own(subject, run):
@@ -97,7 +97,9 @@ def test_site_is_told(report, subject):
     assert report["site"]["probes"]["fused"]["chance"] == pytest.approx(1 / 3)
     text = table(report | {"provenance": {"split_known": True}})
     assert "## Site (3 sites of the patients asked for)" in text
-    settings = EvaluationSettings(labels=("subtype",), targets=("rna",), missing=False, baselines=False, site="ward")
+    settings = EvaluationSettings(
+        labels=("subtype",), targets=("rna",), missing=False, baselines=False, site="ward", analyses=()
+    )
     with pytest.raises(SettingsError, match="no column 'ward'"):
         evaluate(subject, settings)
 
@@ -137,6 +139,8 @@ def test_command_writes_everything_and_patho_bench_reads_it(run, tmp_path):
         "--label",
         "subtype",
         "--no-missing",
+        "--analyses",
+        "few-shot,calibration",
         "--export",
         "--device",
         "cpu",
@@ -145,7 +149,7 @@ def test_command_writes_everything_and_patho_bench_reads_it(run, tmp_path):
     assert done.exit_code == 0, done.output
     assert {p.name for p in out.iterdir()} == {
         "evaluation.json", "evaluation.md", "retrieval-train.png", "retrieval-val.png", "retrieval-test.png",
-        "projections.png", "attention.png", "embeddings",
+        "projections.png", "attention.png", "embeddings", "few-shot.png", "calibration.png",
     }  # fmt: skip
     stored = json.loads((out / "evaluation.json").read_text())
     assert len(stored["provenance"]["settings_hash"]) == len(stored["provenance"]["cohort_hash"]) == 64
@@ -212,7 +216,7 @@ def test_words_of_survival_are_read_and_others_refused(subject):
     patients = subject.cohort.patients
     flags = subject.cohort.labels["event"].reindex(patients).to_numpy()
     settings = EvaluationSettings(
-        labels=("subtype",), targets=("rna",), missing=False, baselines=False, probes="held-out"
+        labels=("subtype",), targets=("rna",), missing=False, baselines=False, probes="held-out", analyses=()
     )
     plain = read_follow_up(subject, patients, "time", "event")
     assert plain.known.all()
@@ -237,7 +241,9 @@ def test_labels_that_may_be_missing_as_pandas_writes_it(subject):
     smoker = pd.array([None if i % 5 == 0 else bool(i % 2) for i in range(len(patients))], dtype="boolean")
     report = evaluate(
         with_labels(subject, smoker=smoker),
-        EvaluationSettings(labels=("smoker",), targets=("rna",), missing=True, baselines=False, probes="held-out"),
+        EvaluationSettings(
+            labels=("smoker",), targets=("rna",), missing=True, baselines=False, probes="held-out", analyses=()
+        ),
     )
     assert report["probes"]["smoker"]["fused"]["linear"]["n"] < len(subject.held_out)
 

@@ -9,7 +9,7 @@ from exaonepath.errors import SettingsError
 from exaonepath.files.embeddings import read_embedding
 from exaonepath.synthetic import make_slide
 
-NO_CURVES = exaonepath.EvaluationSettings(labels=("subtype",), missing=False)
+NO_CURVES = exaonepath.EvaluationSettings(labels=("subtype",), missing=False, analyses=())
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def test_counts_of_the_runs_own_cohort_give_no_warning(tmp_path, caplog):
     train(settings, tmp_path / "run")
     with caplog.at_level(logging.WARNING, logger="exaonepath"):
         subject = open_subject(tmp_path / "run", device="cpu")
-        evaluate(subject, EvaluationSettings(labels=("kind",), missing=False))
+        evaluate(subject, EvaluationSettings(labels=("kind",), missing=False, analyses=()))
     assert [r.getMessage() for r in caplog.records] == []
     found = standardizer_of(subject.model).scalings["rna"]
     assert len(found.features) == 20

@@ -59,6 +59,10 @@ def test_a_dry_run_writes_nothing(file, tmp_path):
     done = call(file, "-o", tmp_path / "run", "--dry-run")
     assert done.exit_code == 0, done.output
     assert "parameters to train" in done.stderr
+    lines = done.stderr.splitlines()
+    for beginning in ("train: 21 patients", "model: ", "first epoch: about ", "each validation, of ", "memory: about"):
+        assert any(line.startswith(beginning) for line in lines), (beginning, lines)
+    assert "estimated from 4 batches of 10 patients" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
