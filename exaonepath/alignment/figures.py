@@ -46,9 +46,10 @@ def draw_outcome(outcome: Outcome, measures: Sequence[str], path: str | os.PathL
         _rows(axes, variants if axes is panels[0] else [""] * len(variants))
         axes.set_xlim(0, min(1.04, max(1.25 * top, 2.5 * outcome.chance.get(measure, 0.0))))
         axes.set_title(measure.replace(" x ", " × "), loc="left", color=INK, size=9)
-    n = len(outcome.seeds)
+    n, over = len(outcome.seeds) * outcome.draws, "draws, seeds" if outcome.draws > 1 else "seeds"
+    runs = f"{n} runs of {outcome.draws} draws of the cohort" if outcome.draws > 1 else f"{n} seeds"
     note = (
-        f"rings: {n} seeds; dot and bar: mean and 95 % interval over seeds and patients; dashed: chance; "
+        f"rings: {runs}; dot and bar: mean and 95 % interval over {over} and patients; dashed: chance; "
         "patients held out of training"
     )
     return save_figure(figure, path, note)

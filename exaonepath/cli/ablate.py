@@ -24,6 +24,9 @@ def ablate(
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder; runs in it are reused.")] = Path("ablations"),
     seeds: Annotated[int, typer.Option(min=1, help="Runs of every variant.")] = 3,
+    draws: Annotated[
+        int, typer.Option(min=1, help="Draws of the synthetic cohort; all differ in patients and effects.")
+    ] = 1,
     label: options.Labels = None,
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
@@ -45,10 +48,15 @@ def ablate(
     if settings is None:
         from exaonepath.alignment.studies.defaults import LABELS, synthetic_base
 
-        chosen, labels = synthetic_base(out / "cohort"), labels or list(LABELS)
+        labels = labels or list(LABELS)
+        chosen = [synthetic_base(out / ("cohort" if not draw else f"cohort-{draw}"), draw) for draw in range(draws)]
+    elif draws > 1:
+        raise SettingsError(
+            "--draws is for the synthetic cohort; exaonepath repeat trains on several splits of your own"
+        )
     else:
-        chosen = read_settings(settings)
-    base = StudyBase.open(chosen, out, labels)
+        chosen = [read_settings(settings)]
+    bases = [StudyBase.open(one, out, labels) for one in chosen]
 
     def report(line: str) -> None:
         if not quiet:
@@ -56,6 +64,6 @@ def ablate(
 
     for name in wanted:
         run = run_and_draw if name in _TRAINED else run_analysis
-        path = run(name, base, out, seeds=range(seeds), labels=labels, report=report)
+        path = run(name, bases, out, seeds=range(seeds), labels=labels, report=report)
         if not quiet:
             sys.stdout.write(f"{path}\n")

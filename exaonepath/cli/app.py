@@ -19,6 +19,7 @@ from exaonepath.cli.guard import guarded, interruptible
 from exaonepath.cli.heatmap import heatmap
 from exaonepath.cli.import_features import import_features
 from exaonepath.cli.patch import patch
+from exaonepath.cli.repeat import repeat
 from exaonepath.cli.slide import slide
 from exaonepath.cli.status import status
 from exaonepath.cli.train import train
@@ -55,7 +56,7 @@ def _root(
 
 _IN_ORDER: tuple[Callable[..., None], ...] = (
     *(encode, patch, features, slide, status, collect, view, heatmap, export, import_features),
-    *(doctor, demo, train, evaluate, ablate),
+    *(doctor, demo, train, evaluate, ablate, repeat),
 )
 for command in _IN_ORDER:
     # Named like its function, apart from the one whose name Python reserves.

@@ -9,7 +9,7 @@ counts in proportion to its canonical correlation. The model's linear encoders c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from exaonepath.errors import SettingsError
 SHRINKAGES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 # Used if no validation patients can choose; the middle of what they chose in our cohorts (docs/evaluation.md).
 USUAL_SHRINKAGE = 0.2
-_FEWEST_TO_CHOOSE = 10
+FEWEST_TO_CHOOSE = 10
 # Directions of a modality, those with the largest variance. Each choice of shrinkage decomposes a matrix of this size.
 MOST_DIRECTIONS = 512
 _EIGENVALUE = 1e-10  # relative to the largest one; smaller ones are rounding errors
@@ -149,7 +149,7 @@ def choose_directions(
     if len(train[0]) < 2:
         raise SettingsError(f"shared directions need two patients with both modalities, got {len(train[0])}")
     scores = left.scores(train[0]), right.scores(train[1])
-    if validation is None or len(validation[0]) < _FEWEST_TO_CHOOSE:
+    if validation is None or len(validation[0]) < FEWEST_TO_CHOOSE:
         return shared_directions(left, right, scores, (USUAL_SHRINKAGE, USUAL_SHRINKAGE), most)
     held_out = left.scores(validation[0]), right.scores(validation[1])
     found: dict[tuple[float, float], tuple[float, Directions]] = {}
@@ -182,7 +182,7 @@ def choose_weights(
 
     Args: as `choose_directions`, and its result.
     """
-    if validation is None or len(validation[0]) < _FEWEST_TO_CHOOSE or len(train[0]) < 2 * _FOLDS:
+    if validation is None or len(validation[0]) < FEWEST_TO_CHOOSE or len(train[0]) < 2 * _FOLDS:
         return directions
     correlations = held_out_correlations(left, right, train, directions)
     weighted = directions.weighted(np.sqrt(correlations / (1 - np.square(correlations))))
@@ -195,20 +195,34 @@ def held_out_correlations(
     left: Principal, right: Principal, train: tuple[np.ndarray, np.ndarray], directions: Directions
 ) -> np.ndarray:
     """float64 [k], falling: correlations of the k-th directions of other folds on the patients of a fold."""
-    from sklearn.isotonic import IsotonicRegression
-
     x, y = left.scores(train[0]), right.scores(train[1])
     fold = np.random.default_rng(0).permutation(len(x)) % _FOLDS
     k = len(directions.correlations)
-    total = np.zeros(k)
+    coordinates = []
     for number in range(_FOLDS):
         inside, outside = fold != number, fold == number
         found = shared_directions(left, right, (x[inside], y[inside]), directions.shrinkage, k)
-        u, v = x[outside] @ found.left, y[outside] @ found.right
+        coordinates.append((x[outside] @ found.left, y[outside] @ found.right))
+    return falling_correlations(coordinates, k)
+
+
+def falling_correlations(coordinates: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> np.ndarray:
+    """float64 [k], falling: mean correlations, over folds, of coordinates [n, <= k] of the patients of a fold."""
+    from sklearn.isotonic import IsotonicRegression
+
+    total = np.zeros(k)
+    patients = max(sum(len(u) for u, _ in coordinates), 1)
+    for u, v in coordinates:
         norms = np.sqrt(np.square(u).sum(0) * np.square(v).sum(0))
-        total[: u.shape[1]] += outside.mean() * (u * v).sum(0) / np.maximum(norms, _TINY)
+        total[: u.shape[1]] += (len(u) / patients * (u * v).sum(0) / np.maximum(norms, _TINY))[:k]
     falling: np.ndarray = IsotonicRegression(increasing=False).fit_transform(np.arange(k), total)
     return falling.clip(_TINY, _MOST_CORRELATED)
+
+
+def evidence_weights(coordinates: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> np.ndarray:
+    """float64 [k]: weights of directions by their evidence (`choose_weights`), arguments as `falling_correlations`."""
+    correlations = falling_correlations(coordinates, k)
+    return np.asarray(np.sqrt(correlations / (1 - np.square(correlations))))
 
 
 def fit_cca(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from exaonepath.alignment.baselines.abmil import fit_abmil
+from exaonepath.alignment.baselines.neighbourhood import read_neighbourhoods
 from exaonepath.alignment.baselines.profiles import PARTS, CohortPart, Profiles, parts_of, read_bags, read_profiles
 from exaonepath.alignment.baselines.retrieval import baseline_pairs
 from exaonepath.alignment.metrics.intervals import Estimate, bootstrap_mean
@@ -101,7 +102,8 @@ def label_baselines(
     """Predictions of a label by simple methods: name to (what of ours it is compared with, the prediction).
 
     Principal components and logistic regression on each modality and on all together; for slides, the same on the mean
-    of the patch features, and attention MIL on the patches. `test`: see `compare_retrieval`.
+    of the patch features, attention MIL on the patches, and logistic regression on statistics of neighbouring patches.
+    `test`: see `compare_retrieval`.
     """
     parts = parts_of(data, test)
     found: dict[str, tuple[str, Prediction]] = {}
@@ -121,6 +123,7 @@ def label_baselines(
         found[method] = name, pca_prediction(own, *centred)
         if name == WSI:
             found["attention MIL (ABMIL)"] = WSI, _abmil(parts, own, seed)
+            found |= _neighbourhood(task, parts)
     if len(modalities) > 1:
         joined = [np.concatenate(blocks[part], 1) for part in PARTS]
         found["PCA + logistic regression (all)"] = FUSED, pca_prediction(task, *joined)
@@ -228,6 +231,18 @@ def _abmil(parts: Mapping[str, CohortPart], task: LabelTask, seed: int) -> Predi
         len(task.classes),
     )
     return Prediction(task.test.rows, predict(bags["test"]), task.test.y, task.classes)
+
+
+def _neighbourhood(task: LabelTask, parts: Mapping[str, CohortPart]) -> dict[str, tuple[str, Prediction]]:
+    """The baseline from statistics of neighbouring patches; {} if too few slides have coordinates."""
+    statistics = read_neighbourhoods(parts)
+    values, flags = ([statistics[part][k] for part in PARTS] for k in (0, 1))
+    try:
+        own = task.restricted(flags)
+    except SettingsError as exc:
+        logger.warning("no baseline from neighbouring patches: %s", exc)
+        return {}
+    return {"neighbouring patches + logistic regression": (WSI, linear_prediction(own, *standardised(values, flags)))}
 
 
 def whole_profiles(part: CohortPart, modality: str) -> tuple[np.ndarray, np.ndarray]:

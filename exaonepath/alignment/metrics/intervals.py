@@ -215,6 +215,25 @@ def across_runs(values: Sequence[float], intervals: Sequence[tuple[float, float]
     return Estimate(mean, mean - float(low), mean + float(high), n)
 
 
+def across_draws(draws: Sequence[Estimate]) -> Estimate:
+    """Mean over independent draws of a cohort, with an interval over draws, and over the seeds and patients of each.
+
+    The patients of different draws are different, so that the intervals of the draws become smaller with their number.
+    They are combined in quadrature with Student's interval over the draws, which contains part of the same variation:
+    the result is rather too wide than too narrow.
+
+    Args:
+        draws: mean over the runs of each draw, with its interval (`across_runs`); one draw is returned as it is.
+    """
+    if len(draws) == 1:
+        return draws[0]
+    limits = [(draw.low, draw.high) for draw in draws]
+    between = across_runs([draw.value for draw in draws])
+    own = np.abs(np.asarray(limits, np.float64) - np.array([[draw.value] for draw in draws], np.float64)).mean(0)
+    low, high = np.hypot(between.high - between.value, np.nan_to_num(own) / math.sqrt(max(len(draws), 1)))
+    return Estimate(between.value, between.value - float(low), between.value + float(high), len(draws))
+
+
 def check_rows(**columns: Any) -> int:
     """The common length of the columns; raises `SettingsError` with the lengths if they differ."""
     lengths = {name: len(column) for name, column in columns.items()}

@@ -13,6 +13,7 @@ from exaonepath.alignment.metrics.transfer_probes import COMPONENTS, shared_rows
 from exaonepath.errors import SettingsError
 
 _COX_PENALTIES = (1.0, 10.0, 100.0, 1000.0)
+_TINY = 1e-9
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Risk:
 def cox_prediction(
     follow_up: Sequence[FollowUp], embeddings: Sequence[np.ndarray], available: Sequence[np.ndarray], *, pca: bool
 ) -> Risk:
-    """A ridge-penalised Cox model; validation patients choose the penalty and, with `pca`, the number of components.
+    """A ridge-penalised Cox model; validation patients choose the penalty, whether every column has the same scale and,
+    with `pca`, the number of components.
 
     Args:
         follow_up: of train, validation and test.
@@ -63,7 +65,6 @@ def cox_prediction(
         SettingsError: fewer than four training patients or two test patients have an event.
     """
     from sklearn.decomposition import PCA
-    from sklearn.preprocessing import StandardScaler
 
     use = [np.flatnonzero(part.known & flags) for part, flags in zip(follow_up, available, strict=True)]
     (x, held_out, test), events = [e[r] for e, r in zip(embeddings, use, strict=True)], []
@@ -78,16 +79,32 @@ def cox_prediction(
     can_choose = events[1][1].sum() >= 5
     for count in [k for k in COMPONENTS if k <= min(x.shape)] or [min(x.shape)] if pca else [0]:
         first = PCA(count, random_state=0).fit(x) if pca else None
-        parts = [part if first is None else first.transform(part) for part in (x, held_out, test) if len(part)]
-        scaler = StandardScaler().fit(parts[0])
-        for penalty in _COX_PENALTIES if can_choose else _COX_PENALTIES[2:3]:
-            b = fit_cox(scaler.transform(parts[0]), *events[0], penalty)
-            risk = scaler.transform(parts[-1]) @ b
-            quality = concordance_index(scaler.transform(parts[1]) @ b, *events[1]) if can_choose else 0.0
-            if best is None or quality > best[0]:
-                best = quality, risk
+        parts = [part if first is None or not len(part) else first.transform(part) for part in (x, held_out, test)]
+        for common in (False, True) if can_choose else (True,):
+            known, chosen, asked = _scaled(parts, common)
+            for penalty in _COX_PENALTIES if can_choose else _COX_PENALTIES[2:3]:
+                b = fit_cox(known, *events[0], penalty)
+                quality = concordance_index(chosen @ b, *events[1]) if can_choose else 0.0
+                if best is None or quality > best[0]:
+                    best = quality, asked @ b
     assert best is not None
     return Risk(use[2], best[1], *events[2])
+
+
+def _scaled(parts: Sequence[np.ndarray], common: bool) -> list[np.ndarray]:
+    """Training, validation and test rows in deviations of the training rows, each column's own or one for all.
+
+    One deviation keeps the sizes of the directions: columns that hardly vary, which hold noise, stay small. The result
+    is rotated onto the directions of the training rows: with a ridge penalty, the risks are the same, and no more
+    coefficients than patients are fitted.
+    """
+    mean, scale = parts[0].mean(0), parts[0].std(0)
+    scale = np.full_like(scale, np.sqrt(np.square(scale).mean())) if common else scale
+    scale = np.where(scale > _TINY, scale, np.inf)  # a constant column says nothing
+    rows = [(part - mean) / scale if len(part) else np.zeros((0, len(mean))) for part in parts]
+    _, sizes, axes = np.linalg.svd(rows[0], full_matrices=False)
+    axes = axes[: max(1, int((sizes > _TINY * sizes[0]).sum()))]
+    return [part @ axes.T for part in rows]
 
 
 def risk_difference(ours: Risk, theirs: Risk, seed: int = 0) -> Estimate:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from exaonepath.alignment.evaluate import require_labels
-from exaonepath.alignment.metrics.intervals import Estimate, across_runs
+from exaonepath.alignment.metrics.intervals import Estimate, across_draws, across_runs
 from exaonepath.alignment.metrics.probes import fit_probe
 from exaonepath.alignment.metrics.retrieval import PairEmbeddings, cross_modal_retrieval, rank_queries
 from exaonepath.alignment.probing import column
@@ -75,10 +75,12 @@ class Outcome:
 
     Attributes:
         study: the study. seeds: seeds of its runs.
-        values: variant -> measure -> one value per seed (None if the variant does not have it).
+        values: variant -> measure -> one value per run (None if the variant does not have it): all seeds of the first
+            draw of the cohort, then those of the second.
         chance: measure -> value of random guesses.
         intervals: as `values`: the interval of each run over patients.
-        patients: variant -> for each seed: measure -> patient -> value, whose mean is the value of the run.
+        patients: variant -> for each run: measure -> patient -> value, whose mean is the value of the run.
+        draws: draws of the cohort.
     """
 
     study: Study
@@ -87,15 +89,23 @@ class Outcome:
     chance: dict[str, float]
     intervals: dict[str, dict[str, list[tuple[float, float] | None]]] = field(default_factory=dict)
     patients: dict[str, list[dict[str, dict[str, float]]]] = field(default_factory=dict)
+    draws: int = 1
 
     def differences(self) -> dict[str, dict[str, PairedDifference]]:
-        """Variant -> measure -> its difference to the first variant, paired over seeds and patients."""
-        return compare_variants(self.patients, self.study.variants[0].name) if self.patients else {}
+        """Variant -> measure -> its difference to the first variant, paired over draws, seeds and patients."""
+        return compare_variants(self.patients, self.study.variants[0].name, self.draws) if self.patients else {}
 
     def estimate(self, variant: str, measure: str) -> Estimate:
-        """Mean over seeds, with an interval over seeds and patients (`across_runs`)."""
+        """Mean over runs, with an interval over draws, seeds and patients (`across_draws`)."""
         values = self.values[variant].get(measure, [])
         intervals = self.intervals.get(variant, {}).get(measure, [None] * len(values))
+        if self.draws > 1 and values and all(value is not None for value in values):
+            seeds = len(values) // self.draws
+            of_draws = []
+            for start in range(0, len(values), seeds):
+                known = [found for found in intervals[start : start + seeds] if found is not None]
+                of_draws.append(across_runs([v for v in values[start : start + seeds] if v is not None], known))
+            return across_draws(of_draws)
         defined = [(value, interval) for value, interval in zip(values, intervals, strict=True) if value is not None]
         known = [interval for _, interval in defined if interval is not None]
         return across_runs([value for value, _ in defined], known if len(known) == len(defined) else ())
@@ -110,6 +120,7 @@ class Outcome:
             "study": self.study.name,
             "question": self.study.question,
             "seeds": list(self.seeds),
+            "draws": self.draws,
             "variants": {v.name: dict(v.overrides) for v in self.study.variants},
             "values": self.values,
             "intervals": self.intervals,
@@ -126,7 +137,7 @@ class Outcome:
 
 def run_study(
     study: Study,
-    base: StudyBase,
+    bases: StudyBase | Sequence[StudyBase],
     out: Path,
     *,
     seeds: Sequence[int],
@@ -137,7 +148,7 @@ def run_study(
 
     Args:
         study: one of `STUDIES`, for the base's modalities.
-        base: base of all variants.
+        bases: base of all variants, for each draw of the cohort.
         out: folder; runs are in `<out>/runs`, shared by all studies with this folder.
         seeds: seeds of initial weights and batches; the split is that of the base.
         labels: columns for the probes.
@@ -146,10 +157,12 @@ def run_study(
     Raises:
         ExaonePathError: settings are not valid; raised before any training.
     """
-    if not seeds:
-        raise SettingsError("a study needs at least one seed")
+    bases = [bases] if isinstance(bases, StudyBase) else list(bases)
+    if not seeds or not bases:
+        raise SettingsError("a study needs at least one seed and one cohort")
     for variant in study.variants:
-        with_overrides(base.settings, variant.overrides)
+        for base in bases:
+            with_overrides(base.settings, variant.overrides)
     ensure_folder(out / "runs")
     values: dict[str, dict[str, list[float | None]]] = {}
     intervals: dict[str, dict[str, list[tuple[float, float] | None]]] = {}
@@ -157,17 +170,19 @@ def run_study(
     chance: dict[str, float] = {}
     for variant in study.variants:
         runs = []
-        for seed in seeds:
-            runs.append(run_variant(base, variant.overrides, seed, out / "runs", labels))
-            if report is not None:
-                report(f"{study.name}: {variant.name}, seed {seed}: " + _in_words(runs[-1]["values"]))
-            # Without a modality, the set of patients differs. The reported chance is that of the base.
-            chance = {**runs[-1]["chance"], **chance}
+        for draw, base in enumerate(bases):
+            for seed in seeds:
+                runs.append(run_variant(base, variant.overrides, seed, out / "runs", labels))
+                if report is not None:
+                    of = f"draw {draw}, seed {seed}" if len(bases) > 1 else f"seed {seed}"
+                    report(f"{study.name}: {variant.name}, {of}: " + _in_words(runs[-1]["values"]))
+                # Without a modality, the set of patients differs. The reported chance is that of the base.
+                chance = {**runs[-1]["chance"], **chance}
         names = list(dict.fromkeys(name for run in runs for name in run["values"]))
         values[variant.name] = {name: [run["values"].get(name) for run in runs] for name in names}
         intervals[variant.name] = {name: [run["intervals"].get(name) for run in runs] for name in names}
         patients[variant.name] = [run["by_patient"] for run in runs]
-    return Outcome(study, tuple(seeds), values, chance, intervals, patients)
+    return Outcome(study, tuple(seeds), values, chance, intervals, patients, len(bases))
 
 
 def run_variant(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,12 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def synthetic_base(folder: Path) -> TrainSettings:
-    """Base settings with the synthetic cohort in `folder`, which is written if it does not exist."""
-    write_synthetic_cohort(folder, COHORT)
+def synthetic_base(folder: Path, draw: int = 0) -> TrainSettings:
+    """Base settings with draw number `draw` of the synthetic cohort, which is written into `folder` if it is not there.
+
+    Draws differ in everything that is random: patients, the effects of programmes on features, and slides.
+    """
+    write_synthetic_cohort(folder, replace(COHORT, seed=COHORT.seed + draw))
     files = {"mudata": "cohort.h5mu", "slides": "slides.csv", "labels": "labels.csv"}
     data = {**_SETTINGS["data"], **{key: str(folder / name) for key, name in files.items()}}
     return build_settings({**_SETTINGS, "data": data})

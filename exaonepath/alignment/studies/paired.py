@@ -1,4 +1,4 @@
-"""Variants of a study compared with its base: paired over seeds and patients, corrected for their number."""
+"""Variants of a study compared with its base: paired over draws, seeds and patients, corrected for their number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.alignment.metrics.intervals import LEVEL, Estimate, across_runs, bootstrap_mean
+from exaonepath.alignment.metrics.intervals import LEVEL, Estimate, across_draws, across_runs, bootstrap_mean
 from exaonepath.errors import SettingsError
 
 
@@ -19,7 +19,7 @@ class PairedDifference:
     """A variant minus the base.
 
     Attributes:
-        difference: mean over seeds and patients, with its interval over both.
+        difference: mean over draws, seeds and patients, with its interval over all of them.
         p: probability of such a difference by chance, for this variant alone (normal approximation).
         p_corrected: the same, corrected for the number of variants (Holm 1979).
     """
@@ -57,10 +57,38 @@ def paired_over_seeds(variant: Sequence[Mapping[str, float]], base: Sequence[Map
     mean = over_patients.value
     limits = [(run - mean + over_patients.low, run - mean + over_patients.high) for run in values.mean(1).tolist()]
     both = across_runs(values.mean(1).tolist(), limits)
-    half = max(both.high - both.value, both.value - both.low)
+    return _with_p(Estimate(mean, both.low, both.high, len(patients)))
+
+
+def paired_over_draws(
+    variant: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, float]], draws: int
+) -> PairedDifference:
+    """The difference of two variants over several draws of a cohort: `paired_over_seeds` of each, then `across_draws`.
+
+    Args:
+        variant, base: as in `paired_over_seeds`: all seeds of the first draw, then those of the second, and so on.
+        draws: number of draws; 1: the same as `paired_over_seeds`.
+
+    Raises:
+        SettingsError: as `paired_over_seeds`; or the runs cannot be divided among the draws.
+    """
+    if draws < 1 or len(base) % draws or len(variant) != len(base):
+        raise SettingsError(f"{len(variant)} and {len(base)} runs are no runs of {draws} draws with the same seeds")
+    if draws == 1:
+        return paired_over_seeds(variant, base)
+    seeds = len(base) // draws
+    parts = [slice(start, start + seeds) for start in range(0, len(base), seeds)]
+    found = [paired_over_seeds(variant[part], base[part]).difference for part in parts]
+    both = across_draws(found)
+    return _with_p(Estimate(both.value, both.low, both.high, sum(estimate.n for estimate in found)))
+
+
+def _with_p(difference: Estimate) -> PairedDifference:
+    """With the p-value whose interval just excludes 0, by a normal approximation."""
+    half = max(difference.high - difference.value, difference.value - difference.low)
     quantile = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    p = 1.0 if not half else 2 * NormalDist().cdf(-abs(mean) * quantile / half)
-    return PairedDifference(Estimate(mean, both.low, both.high, len(patients)), p)
+    p = 1.0 if not half else 2 * NormalDist().cdf(-abs(difference.value) * quantile / half)
+    return PairedDifference(difference, p)
 
 
 def holm(values: Mapping[str, float]) -> dict[str, float]:
@@ -74,21 +102,22 @@ def holm(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def compare_variants(
-    runs: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]], base: str
+    runs: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]], base: str, draws: int = 1
 ) -> dict[str, dict[str, PairedDifference]]:
     """Variant to measure to its difference to the base.
 
     Args:
-        runs: variant to one mapping for each seed: measure to patient to value.
+        runs: variant to one mapping for each run: measure to patient to value.
         base: name of the base variant.
+        draws: draws of the cohort; the runs of the first one come first.
     """
     out: dict[str, dict[str, PairedDifference]] = {name: {} for name in runs if name != base}
     for measure in {name: None for run in runs[base] for name in run}:
         found = {}
         for variant in out:
             if all(measure in run for run in (*runs[variant], *runs[base])):
-                both = ([run[measure] for run in runs[name]] for name in (variant, base))
-                found[variant] = paired_over_seeds(*both)
+                both = [[run[measure] for run in runs[name]] for name in (variant, base)]
+                found[variant] = paired_over_draws(both[0], both[1], draws)
         corrected = holm({variant: difference.p for variant, difference in found.items()})
         for variant, difference in found.items():
             out[variant][measure] = PairedDifference(difference.difference, difference.p, corrected[variant])

@@ -37,13 +37,17 @@ _SHOWN = {
 
 
 def run_and_draw(
-    name: str, base: StudyBase, out: Path, *, seeds: Sequence[int], labels: Sequence[str], report: Report
+    name: str, bases: Sequence[StudyBase], out: Path, *, seeds: Sequence[int], labels: Sequence[str], report: Report
 ) -> Path:
-    """Run one of `STUDIES` (`run_study`) and write `<name>.json` and the figure, whose path is returned."""
+    """Run one of `STUDIES` (`run_study`) on every draw of the cohort; write `<name>.json` and the figure, whose path is
+    returned."""
     ensure_folder(out)
-    outcome = run_study(STUDIES[name](base.modalities), base, out, seeds=seeds, labels=labels, report=report)
-    made_from: dict[str, Any] = {"base": base.settings.as_dict(), "cohort_hash": base.cohort_hash}
-    made_from |= {"seeds": list(seeds), "labels": list(labels)}
+    outcome = run_study(STUDIES[name](bases[0].modalities), bases, out, seeds=seeds, labels=labels, report=report)
+    made_from: dict[str, Any] = {
+        "bases": [{"base": base.settings.as_dict(), "cohort_hash": base.cohort_hash} for base in bases],
+        "seeds": list(seeds),
+        "labels": list(labels),
+    }
     found = {"settings": made_from, "settings_hash": settings_hash(made_from), **outcome.as_dict()}
     write_text(out / f"{name}.json", json.dumps(found, indent=1) + "\n")
     return draw_outcome(outcome, shown(outcome), out / f"ablation-{name}.png")
@@ -60,14 +64,16 @@ def shown(outcome: Outcome) -> list[str]:
 
 
 def run_analysis(
-    name: str, base: StudyBase, out: Path, *, seeds: Sequence[int], labels: Sequence[str], report: Report
+    name: str, bases: Sequence[StudyBase], out: Path, *, seeds: Sequence[int], labels: Sequence[str], report: Report
 ) -> Path:
-    """Analyse the base model of the first seed: "missing", "projections" or "attention"; writes as `run_and_draw`.
+    """Analyse the base model of the first draw and seed: "missing", "projections" or "attention"; writes as
+    `run_and_draw`.
 
     Raises:
         SettingsError: the cohort has nothing to draw (no patient with every modality, no slide of two fragments).
     """
     ensure_folder(out / "runs")
+    base = bases[0]
     run_variant(base, {}, seeds[0], out / "runs", labels)
     settings = with_overrides(base.settings, {"run.seed": seeds[0]})
     subject = open_subject(run_folder(base, settings, out / "runs"), device=settings.run.device)

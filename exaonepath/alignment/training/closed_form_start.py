@@ -11,16 +11,20 @@ directions in its rows for the mean features. These have to be centred, but a pr
 output has a mean of zero over its channels, because of the last LayerNorm: with a bias of 1 there, its sum is a
 constant, and the rows for the encoder's output, all equal, subtract the mean.
 
+With three modalities or more, the directions of all pairs may be estimated together (`joint_directions`).
+
 What only the arrangement of patches shows is not in the mean features. So the molecular side of a slide's pair has
-further columns, with the directions that it shares with the other molecular modalities; those of the slide are 0
-there, and the slide encoder learns them.
+further columns: what the molecular modalities share with each other beyond the mean features. A column is the same
+process of the tumour in all pairs of the slide, so their gradients agree on what the slide encoder has to find. The
+slide's side of these columns is 0, except for small random weights of the encoder's output, without which the encoder
+would have no gradient at first.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import median
 
 import numpy as np
@@ -32,6 +36,7 @@ from exaonepath.alignment.baselines.profiles import Profiles, read_profiles
 from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
 from exaonepath.alignment.training.data import TrainingData
+from exaonepath.alignment.training.joint_directions import Whitened, beyond, joint_directions
 from exaonepath.alignment.training.settings import ModelSettings
 from exaonepath.encoders.block import LayerNorm
 
@@ -42,101 +47,156 @@ _MOST_PATIENTS = 4096
 _MOST_VALUES = 1 << 28  # of one modality: 1 GiB
 # Shrinkage of the whitening in the linear layers. The projections contain the difference to that of their pair.
 _WHITENING = 0.1
-# Energy of the further columns of a slide's pair, relative to the shared directions.
+# Energy of the further columns of a slide's pair, relative to the shared directions, and their number.
 _FURTHER = 0.5
-_MOST_FURTHER = 8  # of each other modality; the rest hardly holds more than noise
+_FURTHER_FACTORS = 8  # the rest hardly holds more than noise
+# Norm of the weights of the encoder's output in these columns, relative to that of the weights of the mean features.
+_ENCODER = 0.01
 # Noise on the inputs in training, relative to the noise that has the same effect on a covariance as its shrinkage.
 _NOISE = 0.5
 _TINY = 1e-30
 
 
-def start_in_closed_form(
-    model: ExaonePathAlignmentModel, data: TrainingData, settings: ModelSettings
-) -> dict[str, float]:
-    """Set the linear layers and the projections of all trained pairs, in place.
+class ClosedForm:
+    """The linear parts of a model in closed form: all trained pairs, except those without enough patients.
 
     A pair is left as it is if fewer than two training patients have both modalities, or if its slide encoder has given
     weights or no LayerNorm at its end.
 
-    Args:
-        model: a new model on any device, of which the FFN of linear starts is zero or absent.
-        data: training and validation patients.
-        settings: settings of the model.
-
-    Returns:
-        Modality to the standard deviation of the noise on its standardised inputs that keeps the training from
-        memorising its patients, as the shrinkage does in the closed form: noise of variance s / (1 - s) has the effect
-        of a shrinkage s on a covariance (Bishop 1995). The median over the modality's pairs is used.
+    Attributes:
+        noise: modality to the standard deviation of the noise on its standardised inputs that keeps the training from
+            memorising its patients, as the shrinkage does here: noise of variance s / (1 - s) has the effect of a
+            shrinkage s on a covariance (Bishop 1995). s is the median over the modality's pairs.
     """
-    train, validation = _limited(data, data.train), data.validation[:_MOST_PATIENTS]
-    names = [name for name in model.modalities if name != WSI or _slides_can_start(model, settings)]
-    known = {name: read_profiles(data, train, name) for name in names}
-    held_out = {name: read_profiles(data, validation, name) for name in names}
-    axes = {
-        name: Principal.of(profiles.values, _room(model, name))
-        for name, profiles in known.items()
-        if len(profiles.patients) > 1
-    }
-    sides = {name: _Side(model, name, found) for name, found in axes.items()}
-    shrinkages: dict[str, list[float]] = {}
-    shared: dict[str, list[np.ndarray]] = {}  # directions of a modality that it shares with other molecular ones
-    for a, b in sorted(model.trained_pairs, key=lambda pair: WSI in pair):  # those of the slide use the others
-        if a not in sides or b not in sides:
-            continue
-        both = Profiles.common(known[a], known[b])
-        if len(both[0]) < 2:
-            continue
-        chosen = Profiles.common(held_out[a], held_out[b])
-        found = choose_directions(axes[a], axes[b], both, chosen, model.config.projection_dim)
-        found = choose_weights(axes[a], axes[b], both, chosen, found)
-        if WSI not in (a, b):
-            shared.setdefault(a, []).append(found.left)
-            shared.setdefault(b, []).append(found.right)
-        _set_pair(model, (a, b), found, sides, shared)
-        for name, shrinkage in zip((a, b), found.shrinkage, strict=True):
-            shrinkages.setdefault(name, []).append(shrinkage)
-        logger.info("%s-%s starts with %d directions, shrinkage %s", a, b, len(found.correlations), found.shrinkage)
-    return {
-        name: _NOISE * math.sqrt(median(values) / (1 - median(values)) * axes[name].scale)
-        for name, values in shrinkages.items()
-        if name != WSI
-    }
+
+    def __init__(
+        self,
+        model: ExaonePathAlignmentModel,
+        data: TrainingData,
+        settings: ModelSettings,
+        slides: tuple[Profiles, Profiles] | None = None,
+    ) -> None:
+        """Compute everything; the model is not changed yet.
+
+        Args:
+            model: the model on any device. The FFN of its molecular encoders is zero or absent.
+            data: training and validation patients.
+            settings: settings of the model.
+            slides: slide embeddings [n, C + E] of training and validation patients by the model; None: the encoder is
+                new, and the mean patch features alone are used.
+        """
+        self.model = model
+        train, validation = chosen_patients(data)
+        names = [name for name in model.modalities if name != WSI or _slides_can_start(model, settings)]
+        known = {name: read_profiles(data, train, name) for name in names if name != WSI or slides is None}
+        held_out = {name: read_profiles(data, validation, name) for name in known}
+        if slides is not None and WSI in names:
+            known[WSI], held_out[WSI] = slides
+        self.axes = {
+            name: Principal.of(known[name].values, _room(model, name))
+            for name in names
+            if len(known[name].patients) > 1
+        }
+        self.pairs: dict[tuple[str, str], Directions] = {}
+        for a, b in model.trained_pairs:
+            if a not in self.axes or b not in self.axes:
+                continue
+            both = Profiles.common(known[a], known[b])
+            if len(both[0]) > 1:
+                chosen = Profiles.common(held_out[a], held_out[b])
+                own = choose_directions(self.axes[a], self.axes[b], both, chosen, model.config.projection_dim)
+                self.pairs[a, b] = choose_weights(self.axes[a], self.axes[b], both, chosen, own)
+        shrinkages: dict[str, list[float]] = {}
+        for pair, directions in self.pairs.items():
+            for name, shrinkage in zip(pair, directions.shrinkage, strict=True):
+                shrinkages.setdefault(name, []).append(shrinkage)
+        middle = {name: median(values) for name, values in shrinkages.items()}
+        self.further: dict[str, np.ndarray] = {}
+        if self.pairs:
+            white = Whitened.of(self.axes, known, list(self.pairs), middle)
+            self.pairs, rank = joint_directions(white, self.axes, held_out, self.pairs, model.config.projection_dim)
+            logger.info("directions of %s", f"{rank} factors of all modalities" if rank else "each pair by itself")
+            if WSI in middle and slides is None:
+                factors = beyond(white, WSI, middle[WSI], _FURTHER_FACTORS)
+                self.further = {name: white.factor[name][:, None] * factor for name, factor in factors.items()}
+        self.noise = {
+            name: _NOISE * math.sqrt(value / (1 - value) * self.axes[name].scale)
+            for name, value in middle.items()
+            if name != WSI
+        }
+        self._sides = {name: _Side(model, name, axes, trained=slides is not None) for name, axes in self.axes.items()}
+
+    def apply(self, further: bool = False) -> None:
+        """Set the linear layers and the projections of the model, in place.
+
+        Args:
+            further: also add the columns that the slide encoder has to learn.
+        """
+        for side in self._sides.values():
+            side.apply()
+        for pair, directions in self.pairs.items():
+            _set_pair(self.model, pair, directions, self._sides, self.further if further else {})
+            logger.info("%s-%s has %d directions in closed form", *pair, len(directions.correlations))
 
 
 class _Side:
     """Conversion between the principal axes of a modality and the encoder's embedding; sets its linear layer."""
 
-    def __init__(self, model: ExaonePathAlignmentModel, name: str, axes: Principal) -> None:
-        self.name = name
+    def __init__(self, model: ExaonePathAlignmentModel, name: str, axes: Principal, *, trained: bool) -> None:
+        self.name, self.model = name, model
         rank = axes.axes.shape[1]
+        self.linear: tuple[Tensor, Tensor] | None = None
         if name == WSI:
-            self.matrix = torch.from_numpy(axes.axes)  # [C, r]: from directions to rows of W
+            self.norm = model.slide_encoder.transformer.norm
+            self.matrix = torch.from_numpy(axes.axes)  # [C or C + E, r]: from directions to rows of W
             self.mean = torch.from_numpy(axes.mean)
-            width = model.config.widths[WSI] - len(axes.mean)
-            norm = model.slide_encoder.transformer.norm
-            with torch.no_grad():
-                norm.bias.fill_(1.0)
-            # A sum over channels that are all 1 at the start.
-            self.constant = torch.full((width, 1), 1 / width, dtype=torch.float64)
+            # The norm's output, divided by its weights, has a constant sum over channels: that of bias / weight.
+            scale = self.norm.weight.detach().double().cpu()
+            scale = torch.where(scale.abs() > _TINY, scale, _TINY)
+            bias = self.norm.bias.detach().double().cpu() if trained else torch.ones_like(scale)
+            self.bias = bias
+            total = (bias / scale).sum()
+            self.constant = (1 / scale / torch.where(total.abs() > _TINY, total, _TINY))[:, None]
             return
-        encoder = model.omics_encoder(name)
-        width = encoder.proj.weight.shape[0]
+        width = model.omics_encoder(name).proj.weight.shape[0]
         scale = torch.from_numpy(axes.whitening(_WHITENING))
         # Orthogonal to the vector of ones, because the encoder's norm subtracts the mean over channels.
         random = torch.randn(width, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         rotation = torch.linalg.qr(random - random.mean(0)).Q * math.sqrt(width / rank)  # [E, r], |z| near sqrt(E)
         weight = rotation @ (scale * torch.from_numpy(axes.axes)).T
-        with torch.no_grad():
-            encoder.proj.weight.copy_(weight)
-            encoder.proj.bias.copy_(-weight @ torch.from_numpy(axes.mean))
+        self.linear = weight, -weight @ torch.from_numpy(axes.mean)
         self.matrix = rotation / scale * (rank / width)  # [E, r]: its product with z are scores along the axes
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set the linear layer; of the slide, the bias of the encoder's last norm."""
+        if self.linear is None:
+            self.norm.bias.copy_(self.bias)
+            return
+        proj = self.model.omics_encoder(self.name).proj
+        proj.weight.copy_(self.linear[0])
+        proj.bias.copy_(self.linear[1])
 
     def projection(self, directions: np.ndarray) -> Tensor:
         """W [E, k] whose product with the embedding are the coordinates along directions [r, k]."""
         rows = self.matrix @ torch.from_numpy(directions)
         if self.name != WSI:
             return rows
-        return torch.cat([rows, -self.constant * (self.mean @ rows)])
+        centre = -self.constant * (self.mean @ rows)
+        width = len(rows) - len(self.constant)
+        if width == self.model.config.widths[WSI] - len(self.constant):  # the encoder's output is part of the profile
+            return torch.cat([rows[:width], rows[width:] + centre])
+        return torch.cat([rows, centre])
+
+    def random_rows(self, k: int) -> Tensor:
+        """W [C + E, k] of the slide for k further directions: random weights of the encoder's output, without its sum.
+
+        They are the same at every call, so in all pairs of the slide. Their norm is 1.
+        """
+        rows = torch.zeros(len(self.mean) + len(self.constant), k, dtype=torch.float64)
+        random = torch.randn(len(self.constant), k, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        rows[len(self.mean) :] = random - random.mean(0)
+        return rows / rows.norm().clamp(min=_TINY)
 
 
 def _set_pair(
@@ -144,29 +204,26 @@ def _set_pair(
     pair: tuple[str, str],
     found: Directions,
     sides: Mapping[str, _Side],
-    shared: Mapping[str, Sequence[np.ndarray]],
+    further: Mapping[str, np.ndarray],
 ) -> None:
+    """Set W of both sides; `further`: directions [r, k] of molecular modalities for the slide encoder to find."""
     a, b = pair
     for name, other, directions in ((a, b, found.left), (b, a, found.right)):
         weight = model.loss.projections[f"{name}_to_{other}"]
         start = sides[name].projection(directions)
         wide, k = weight.shape[1], directions.shape[1]
-        if other == WSI and name in shared and wide > k:
-            each = min(_MOST_FURTHER, -(-(wide - k) // len(shared[name])))
-            further = sides[name].projection(np.concatenate([_equal(found[:, :each]) for found in shared[name]], 1))
-            further = further[:, : wide - k]
-            further *= math.sqrt(_FURTHER) * start.norm() / further.norm().clamp(min=_TINY)
-            start = torch.cat([start, further], 1)
+        if other == WSI and name in further and wide > k:
+            more = sides[name].projection(further[name][:, : wide - k])
+            more *= math.sqrt(_FURTHER) * start.norm() / more.norm().clamp(min=_TINY)
+            start = torch.cat([start, more], 1)
+        elif name == WSI and other in further and wide > k:
+            more = sides[WSI].random_rows(further[other][:, : wide - k].shape[1])
+            start = torch.cat([start, _ENCODER * start.norm() * more], 1)
         # The scale has no effect on the similarities. It is that of a random start, to which the learning rate fits.
         start *= math.sqrt(wide) / start.norm().clamp(min=_TINY)
         with torch.no_grad():
             weight.zero_()
             weight[:, : start.shape[1]] = start
-
-
-def _equal(directions: np.ndarray) -> np.ndarray:
-    """Directions with the same energy for each other modality."""
-    return np.asarray(directions / max(float(np.linalg.norm(directions)), _TINY))
 
 
 def _room(model: ExaonePathAlignmentModel, name: str) -> int:
@@ -181,14 +238,16 @@ def _slides_can_start(model: ExaonePathAlignmentModel, settings: ModelSettings) 
     return isinstance(model.slide_encoder.transformer.norm, LayerNorm)
 
 
-def _limited(data: TrainingData, patients: Sequence[str]) -> tuple[str, ...]:
-    """Some training patients, chosen by the seed, so that their profiles fit into memory."""
+def chosen_patients(data: TrainingData) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Training patients, chosen by the seed, and validation patients: as many as have profiles that fit into memory."""
+    patients = data.train
     widest = max((len(scaling.features) for scaling in data.standardizer.scalings.values()), default=1)
     most = max(2, min(_MOST_PATIENTS, _MOST_VALUES // widest))
+    held_out = tuple(data.validation[:_MOST_PATIENTS])
     if len(patients) <= most:
-        return tuple(patients)
+        return tuple(patients), held_out
     chosen = np.random.default_rng((data.seed, 1)).choice(len(patients), most, replace=False)
-    return tuple(patients[at] for at in np.sort(chosen))
+    return tuple(patients[at] for at in np.sort(chosen)), held_out
 
 
 def zero_ffn(model: ExaonePathAlignmentModel) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.training.settings import OptimizerSettings
 
 # The last parts of the parameter names of temperature and bias in `PairwiseSigmoidLoss`.
@@ -30,7 +31,8 @@ def lr_share(name: str, settings: OptimizerSettings) -> float:
     elif parts[0] == "omics":
         share = settings.omics_lr_share
     elif "projections" in parts:
-        share = settings.projection_lr_share
+        of_slide = WSI in parts[-1].split("_to_")
+        share = settings.slide_projection_lr_share if of_slide else settings.projection_lr_share
     else:
         share = None
     return 1.0 if share is None else share

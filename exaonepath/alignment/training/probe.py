@@ -217,7 +217,7 @@ class _Probe:
 
     def _validations(self) -> int:
         run, plan = self.settings.run, self.trainer.plan
-        intervals = [n for n in (run.validate_every * plan.steps_per_epoch, run.validate_every_steps) if n]
+        intervals = [n for n in ((run.validate_every or 0) * plan.steps_per_epoch, run.validate_every_steps) if n]
         due = (step == plan.total or any(step % n == 0 for n in intervals) for step in range(1, plan.total + 1))
         return sum(due) + (self.settings.model.start == "cca")
 

@@ -13,7 +13,7 @@ from exaonepath.alignment.training.typed_tables import build_typed
 from exaonepath.errors import ConfigError, SettingsError
 
 PRESETS = ("small", "published")
-LR_SHARES = ("ffn_lr_share", "omics_lr_share", "projection_lr_share")
+LR_SHARES = ("ffn_lr_share", "omics_lr_share", "projection_lr_share", "slide_projection_lr_share")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -131,6 +131,7 @@ class OptimizerSettings:
             none: that of the preset.
         ffn_lr_share: learning rate of the FFN of the molecular encoders in multiples of `lr`; none: that of the preset.
         omics_lr_share, projection_lr_share: the same for the rest of the molecular encoders, and for the projections.
+        slide_projection_lr_share: the same for both projections of the pairs with the slide; none: that of the preset.
         clip: largest norm of the gradient; 0: no clipping.
         ema: decay of the averaged weights, which are validated and saved; 0: no averaging.
     """
@@ -144,6 +145,7 @@ class OptimizerSettings:
     ffn_lr_share: float | None = None
     omics_lr_share: float | None = None
     projection_lr_share: float | None = None
+    slide_projection_lr_share: float | None = None
     clip: float = 1.0
     ema: float = 0.0
 
@@ -167,8 +169,8 @@ class RunSettings:
         precision: "float32", "bfloat16", "float16" (autocast), or "auto": bfloat16 if the device supports it.
         device: "auto", "cpu", "cuda".
         log_every: steps between two rows of metrics.
-        validate_every: epochs between validations; 0: only at the end. validate_every_steps: steps between further
-            validations, for long epochs; 0: none.
+        validate_every: epochs between validations; 0: only at the end; none: so many that a run has about 20.
+        validate_every_steps: steps between further validations, for long epochs; 0: none.
         checkpoint_every: steps between checkpoints; 0: one per epoch.
         keep_checkpoints: number of checkpoints to keep.
         select: metric that selects the best model: "mean_recall@1", or "a->b@k" of one pair and direction.
@@ -185,7 +187,7 @@ class RunSettings:
     precision: str = "auto"
     device: str = "auto"
     log_every: int = 1
-    validate_every: int = 1
+    validate_every: int | None = None
     validate_every_steps: int = 0
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
@@ -296,7 +298,7 @@ def _check_run(run: RunSettings) -> Iterator[tuple[bool, str]]:
     fits = run.batch_size == 0 or run.batch_size >= 2
     yield fits, f"run.batch_size must be at least 2 (one patient has no negatives), got {run.batch_size}"
     for name in ("chunk_size", "validate_every", "validate_every_steps", "checkpoint_every", "num_workers", "seed"):
-        yield getattr(run, name) >= 0, f"run.{name} must not be negative, got {getattr(run, name)}"
+        yield (getattr(run, name) or 0) >= 0, f"run.{name} must not be negative, got {getattr(run, name)}"
     for name in ("log_every", "keep_checkpoints"):
         yield getattr(run, name) >= 1, f"run.{name} must be positive, got {getattr(run, name)}"
     names = ", ".join(PRECISIONS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exaonepath.alignment.baselines.profiles import Profiles
 from exaonepath.alignment.metrics.retrieval import PairEmbeddings
 from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
@@ -30,7 +31,7 @@ from exaonepath.alignment.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from exaonepath.alignment.training.closed_form_start import start_in_closed_form
+from exaonepath.alignment.training.closed_form_start import ClosedForm, chosen_patients
 from exaonepath.alignment.training.data import TrainingData
 from exaonepath.alignment.training.distributed import Processes
 from exaonepath.alignment.training.monitors import HealthMonitors
@@ -46,7 +47,12 @@ from exaonepath.alignment.training.run_log import RunLog
 from exaonepath.alignment.training.settings import TrainSettings, select_parts
 from exaonepath.alignment.training.step import Chunk, StepOutput, TrainingError, accumulate_gradients
 from exaonepath.alignment.training.stop_request import StopRequest
-from exaonepath.alignment.training.validation import embed_patients, retrieval_metrics
+from exaonepath.alignment.training.validation import (
+    EmbeddedPatients,
+    embed_patients,
+    retrieval_metrics,
+    score_parts,
+)
 from exaonepath.device import resolve_dtype
 from exaonepath.errors import DeviceError, SettingsError, WeightsError
 from exaonepath.text import few
@@ -126,6 +132,7 @@ class Trainer:
         self.step = 0
         self.best: float | None = None
         self.best_step: int | None = None
+        self.best_parts: dict[str, float] = {}  # of the start in closed form, as long as it is the best: `_margin`
         self.log = RunLog(folder, is_main=processes.is_main, tensorboard=run.tensorboard)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -159,6 +166,8 @@ class Trainer:
                 end_of_epoch = self.step % self.plan.steps_per_epoch == 0
                 if self._validate_now(end_of_epoch):
                     self._validate()
+                if self.step == self.total:
+                    self._refit()
                 stop_after = self.processes.any_true(stop.asked)
                 every = self.settings.run.checkpoint_every
                 due = self.step % every == 0 if every else end_of_epoch
@@ -172,22 +181,59 @@ class Trainer:
         return TrainResult(self.step, self.total, finished, resumed_from, self.best, self.best_step)
 
     def _start_in_closed_form(self) -> None:
-        """Set the start of the linear parts, and validate it: it may be the best model of the run."""
+        """Set the start of the linear parts, and validate it: it may be the best model of the run.
+
+        Then the slide encoder gets what it has to learn: with that, but before it has learned it, a model is worse.
+        """
         names = [name for name in self.model.modalities if name != WSI]
         noise = torch.zeros(len(names), device=self.processes.device)
+        start = None
         if self.processes.is_main:
-            found = start_in_closed_form(self.model, self.data, self.settings.model)
-            noise += torch.tensor([found.get(name, 0.0) for name in names], device=noise.device)
+            start = ClosedForm(self.model, self.data, self.settings.model)
+            start.apply()
+            noise += torch.tensor([start.noise.get(name, 0.0) for name in names], device=noise.device)
         self._set_noise(dict(zip(names, self.processes.sum(noise).tolist(), strict=True)))
+        self._share_weights()
+        if self.data.validation:
+            self._validate()
+        if start is not None:
+            start.apply(further=True)
+        self._share_weights()
+        if self.averaged is not None:
+            self.averaged = AveragedWeights(self.model, self.settings.optimizer.ema)
+
+    def _share_weights(self) -> None:
+        """Copy the weights of the first process to all: they need the same bits, so only it computes them."""
         if self.processes.count > 1:
-            # All processes need the same bits, so only the first one computes them.
             for parameter in self.model.parameters():
                 with torch.no_grad():
                     self.processes.sum(parameter if self.processes.is_main else parameter.zero_())
-        if self.averaged is not None:
-            self.averaged = AveragedWeights(self.model, self.settings.optimizer.ema)
-        if self.data.validation:
-            self._validate()
+
+    def _refit(self) -> None:
+        """Set the linear parts in closed form once more, now with what the slide encoder has learned; the weights stay
+        as they were if that does not find more validation patients."""
+        optimizer, model = self.settings.optimizer, self.model
+        kept = not optimizer.omics_lr_share and (
+            not optimizer.ffn_lr_share or all(model.omics_encoder(name).is_linear for name in model.omics)
+        )
+        closed = self.settings.model.start == "cca" and WSI in model.modalities and self.averaged is None
+        if not closed or not kept or not self.data.validation:
+            return
+        slides = []
+        for patients in chosen_patients(self.data):  # training and validation patients
+            found = self._embed(patients)
+            has = found.available[WSI]
+            known = tuple(patient for patient, flag in zip(patients, has, strict=True) if flag)
+            slides.append(Profiles(known, found.modality[WSI][has]))
+        trained = {name: value.clone() for name, value in model.state_dict().items()}
+        before = self._score(self._embed(self.data.validation))
+        if self.processes.is_main:
+            ClosedForm(model, self.data, self.settings.model, (slides[0], slides[1])).apply()
+        self._share_weights()
+        if self._score(self._embed(self.data.validation)) > before:
+            self._validate(refitted=True)
+        else:
+            model.load_state_dict(trained)
 
     def _set_noise(self, noise: Mapping[str, float]) -> None:
         """Add this noise to the inputs of the molecular encoders, if the settings have no value for them."""
@@ -211,6 +257,7 @@ class Trainer:
                 "monitors": self.monitors.state_dict(),
                 "best": self.best,
                 "best_step": self.best_step,
+                "best_parts": {} if self.best_step else self.best_parts,
                 "input_noise": self.noise,
             }
             keep = self.settings.run.keep_checkpoints
@@ -240,6 +287,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.monitors.load_state_dict(state["monitors"])
         self.best, self.best_step = state["best"], state["best_step"]
+        self.best_parts = state.get("best_parts", {})
         self._set_noise(state.get("input_noise", {}))
         self.step = checkpoint.step
 
@@ -325,30 +373,32 @@ class Trainer:
         after_epoch = bool(end_of_epoch and every and epoch % every == 0)
         return self.step == self.total or after_epoch or bool(steps and self.step % steps == 0)
 
-    def _validate(self) -> None:
+    def _validate(self, *, refitted: bool = False) -> None:
         if self.averaged is not None:
             self.averaged.swap(self.model)
         try:
-            self._validate_with_current_weights()
+            self._validate_with_current_weights(refitted)
         finally:
             if self.averaged is not None:
                 self.averaged.swap(self.model)
 
-    def _validate_with_current_weights(self) -> None:
+    def _embed(self, patients: Sequence[str]) -> EmbeddedPatients:
+        """Embeddings of some patients by the current weights; each process computes its share."""
+        rows = list(range(self.processes.rank, len(patients), self.processes.count))
+        workers = self.settings.run.num_workers
+        batches = self.data.evaluation_batches(patients, rows, self.plan.chunk_size, workers=workers)
+        return embed_patients(self.model, batches, patients, autocast=self.autocast, processes=self.processes)
+
+    def _score(self, embedded: EmbeddedPatients) -> float:
+        """The metric of `run.select`; NaN if no patient has both modalities of a pair."""
+        return retrieval_metrics(embedded.pairs)[0].get(self.settings.run.select, math.nan)
+
+    def _validate_with_current_weights(self, refitted: bool) -> None:
         patients = self.data.validation
-        own_rows = range(self.processes.rank, len(patients), self.processes.count)
-        embedded = embed_patients(
-            self.model,
-            self.data.evaluation_batches(
-                patients, list(own_rows), self.plan.chunk_size, workers=self.settings.run.num_workers
-            ),
-            patients,
-            autocast=self.autocast,
-            processes=self.processes,
-        )
+        embedded = self._embed(patients)
         flat, _ = retrieval_metrics(embedded.pairs)
         row: dict[str, Any] = {"kind": "validation", "step": self.step, "epoch": self.step // self.plan.steps_per_epoch}
-        row.update({"patients": len(patients), **flat})
+        row.update({"patients": len(patients), **({"refitted": True} if refitted else {}), **flat})
         # The number is missing if no patient has both modalities of a pair. NaN must not become the best score, because
         # no comparison with NaN is true.
         score = flat.get(self.settings.run.select, math.nan)
@@ -362,29 +412,29 @@ class Trainer:
                 )
             )
             self._check_leakage()
-        if not math.isnan(score) and (self.best is None or score > self.best + self._margin()):
-            self.best, self.best_step = score, self.step
+        parts = score_parts(embedded.pairs, self.settings.run.select)
+        if not math.isnan(score) and (self.best is None or score > self.best + self._margin(parts)):
+            self.best, self.best_step, self.best_parts = score, self.step, parts
             if self.processes.is_main:
                 self._note_provenance()
                 self.folder.save_model(self.model, self.folder.best)
         self.log.row(row)
 
-    def _margin(self) -> float:
-        """By how much a model has to be better than the best one: by one standard error of a share, if that is the
-        start in closed form, which depends less on chance than the best of many steps; else by anything."""
+    def _margin(self, parts: Mapping[str, float]) -> float:
+        """By how much a model has to be better than the best one, if that is the start in closed form: by one standard
+        error of the difference, paired over patients. The start depends less on chance than the best of many steps."""
         if self.best is None or self.best_step or self.settings.model.start != "cca":
             return 0.0
-        return math.sqrt(max(self.best * (1 - self.best), 0.0) / max(len(self.data.validation), 1))
+        differences = [parts.get(p, 0.0) - self.best_parts.get(p, 0.0) for p in {*parts, *self.best_parts}]
+        n = len(differences)
+        return float(np.std(differences) * n / math.sqrt(n - 1)) if n > 1 else 0.0
 
     def _some_training_pairs(self) -> tuple[PairEmbeddings, ...]:
         """Pairs of as many training patients as there are validation patients, always the same ones."""
         wanted = min(len(self.data.validation), len(self.data.train))
         order = np.random.default_rng((self.settings.run.seed, 2)).permutation(len(self.data.train))
         patients = [self.data.train[at] for at in np.sort(order[:wanted])]
-        own_rows = list(range(self.processes.rank, len(patients), self.processes.count))
-        workers = self.settings.run.num_workers
-        batches = self.data.evaluation_batches(patients, own_rows, self.plan.chunk_size, workers=workers)
-        return embed_patients(self.model, batches, patients, autocast=self.autocast, processes=self.processes).pairs
+        return self._embed(patients).pairs
 
     def _check_leakage(self) -> None:
         slide = self.data.probe_slide

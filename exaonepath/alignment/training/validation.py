@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 
 from exaonepath.alignment.batch import PatientBatch
-from exaonepath.alignment.metrics.retrieval import PairEmbeddings, RetrievalScores, cross_modal_retrieval
+from exaonepath.alignment.metrics.retrieval import (
+    PairEmbeddings,
+    RetrievalScores,
+    cross_modal_retrieval,
+    rank_queries,
+)
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
 from exaonepath.alignment.training.distributed import Processes
+from exaonepath.alignment.training.settings import select_parts
 from exaonepath.device import evaluating
 
 
@@ -112,3 +118,22 @@ def retrieval_metrics(pairs: Sequence[PairEmbeddings]) -> tuple[dict[str, float]
         values = [score.recall[k].value for score in scores.values()]
         flat[f"mean_recall@{k}"] = float(np.mean(values)) if values else float("nan")
     return flat, scores
+
+
+def score_parts(pairs: Sequence[PairEmbeddings], select: str) -> dict[str, float]:
+    """Patient to what it adds to the metric `select` of `retrieval_metrics`; the sum over patients is the metric."""
+    name, k = select_parts(select)
+    ranks = []
+    for pair in pairs:
+        there = f"{pair.left}->{pair.right}", pair.u, pair.v, pair.left_patients, pair.right_patients
+        back = f"{pair.right}->{pair.left}", pair.v, pair.u, pair.right_patients, pair.left_patients
+        for direction, u, v, queries, gallery in (there, back):
+            if name in ("mean_recall", direction):
+                found = rank_queries(u, v, queries, gallery, recall_at=(k,))
+                ranks += [(found, queries)] if len(found.query) else []
+    parts: dict[str, float] = {}
+    for found, queries in ranks:
+        share = 1 / (len(ranks) * len(found.query))
+        for patient, hit in zip(np.asarray(queries)[found.query].tolist(), found.hits[k].tolist(), strict=True):
+            parts[patient] = parts.get(patient, 0.0) + hit * share
+    return parts

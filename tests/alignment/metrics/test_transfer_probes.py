@@ -122,3 +122,21 @@ def test_survival_from_training_to_test_patients():
     assert risk_difference(risk, nothing).low > 0.05
     with pytest.raises(SettingsError, match="four events"):
         cox_prediction(follow_up, x, [np.zeros(200, bool), *everyone[1:]], pca=False)
+
+
+def test_a_few_strong_directions_among_many_weak_ones_keep_their_size():
+    """Two informative columns and 400 small ones of noise: with one scale for all, the risk is nearly that of the two
+    alone. A constant column changes nothing."""
+    rng = np.random.default_rng(0)
+    parts, follow_up = [], []
+    for n in (150, 80, 80):
+        signal = rng.standard_normal((n, 2))
+        time = rng.exponential(np.exp(-signal[:, 0]))
+        follow_up.append(FollowUp(time, rng.random(n) < 0.8, np.ones(n, bool)))
+        parts.append(np.concatenate([signal, 0.03 * rng.standard_normal((n, 400)), np.full((n, 1), 7.0)], 1))
+    everyone = [np.ones(len(part), bool) for part in parts]
+    whole = cox_prediction(follow_up, parts, everyone, pca=False).scores().c_index.value
+    alone = cox_prediction(follow_up, [part[:, :2] for part in parts], everyone, pca=False).scores().c_index.value
+    assert whole > alone - 0.02
+    constant = cox_prediction(follow_up, [np.ones((len(part), 3)) for part in parts], everyone, pca=False)
+    assert constant.scores().c_index.value == 0.5

@@ -14,6 +14,7 @@ from exaonepath.alignment.training.optimization import (
     build_optimizer,
     gradient_norm,
     learning_rate,
+    lr_share,
     set_learning_rate,
 )
 from exaonepath.alignment.training.settings import OptimizerSettings
@@ -77,3 +78,11 @@ def test_gradient_norm():
     assert gradient_norm([a, b]) == pytest.approx(5)
     b.grad = torch.tensor([math.inf])
     assert not torch.isfinite(gradient_norm([a, b]))
+
+
+def test_projections_of_the_slide_have_a_share_of_their_own():
+    settings = OptimizerSettings(projection_lr_share=0.1, slide_projection_lr_share=0.7)
+    shares = {
+        name: lr_share(f"loss.projections.{name}", settings) for name in ("wsi_to_rna", "rna_to_wsi", "rna_to_snp")
+    }
+    assert shares == {"wsi_to_rna": 0.7, "rna_to_wsi": 0.7, "rna_to_snp": 0.1}
