@@ -203,6 +203,19 @@ def test_averaged_weights_start_from_the_start(folder, tmp_path):
     assert first[0] == first[1] != []
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision(folder, tmp_path, precision):
+    """Gradients in float16 are scaled: the encoder moves, by steps whose loss is that of float32 to half precision."""
+    losses = []
+    for name in ("float32", precision):
+        part = {"device": "cpu", "tensorboard": False, "batch_size": 32, "steps": 1, "precision": name}
+        _, rows = run(folder, tmp_path / name, 4, run=part)
+        assert next(row for row in rows if "kept" in row)["finished"]
+        losses.append([row["loss"] for row in rows if "slide_step" in row])
+    assert len(losses[1]) == 4
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.02)
+
+
 def test_one_molecular_modality_and_no_slides_have_nothing_to_learn(folder, tmp_path):
     """Two modalities share nothing beyond the slide: the run is the one without this phase."""
     part = {"data": {**settings(folder).as_dict()["data"], "modalities": ["wsi", "rna"]}}
@@ -235,5 +248,16 @@ def test_settings(folder):
     data = prepare(settings(folder)).data
     with pytest.raises(SettingsError, match="preset published"):
         resolve_settings(settings(folder, model={"preset": "published"}), data)
+    unset = {"slide_start_steps": None}
+    found = [
+        resolve_settings(settings(folder, model=unset, run={"device": "cpu", "epochs": n}), data) for n in (0, 2, 500)
+    ]
+    steps_of_epoch = len(data.train) // found[0].run.batch_size
+    assert [each.model.slide_start_steps for each in found] == [
+        80,
+        2 * steps_of_epoch,
+        80,
+    ]  # at most as many as the run
+    assert resolve_settings(found[0], data) == found[0]
     published = resolve_settings(settings(folder, model={"preset": "published", "slide_start_steps": None}), data)
     assert published.model.slide_start_steps == 0
