@@ -148,7 +148,7 @@ def train(
         out: folder of the run (see `RunFolder`); created if it does not exist.
         overwrite: delete a run in `out`, and start a new one.
         progress: called after every step.
-        report: called before the first step with a summary in lines of text.
+        report: called before the first step with lines of text: a summary, and how the start of the slide encoder goes.
 
     Raises:
         ExaonePathError: the input is not valid; raised before anything is written.
@@ -177,4 +177,4 @@ def train(
             prepared.processes.wait()
             if report is not None and prepared.processes.is_main:
                 report(prepared.summary())
-            return trainer.run(progress)
+            return trainer.run(progress, report if prepared.processes.is_main else None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -62,8 +62,7 @@ logger = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
-    """A function that is called after every step, and after each step of the slide encoder's start (`slide_start`):
-    with step 0 and a row whose "kind" is "slide_start"."""
+    """A function that is called after every step."""
 
     def __call__(self, step: int, total: int, row: Mapping[str, Any]) -> None: ...
 
@@ -142,8 +141,12 @@ class Trainer:
         enabled = self.dtype != torch.float32
         return torch.autocast(self.processes.device.type, self.dtype, enabled=enabled)
 
-    def run(self, progress: Progress | None = None) -> TrainResult:
+    def run(self, progress: Progress | None = None, report: Callable[[str], None] | None = None) -> TrainResult:
         """Train from the newest checkpoint of the folder, if there is one, until the end or a signal.
+
+        Args:
+            progress: called after every step.
+            report: called with lines of text during the start of the slide encoder.
 
         Raises:
             TrainingError: a loss, an embedding or a gradient is not finite; the last checkpoint is kept.
@@ -157,7 +160,7 @@ class Trainer:
         planned = self.plan.steps(self.step, rank, count)
         with self.log.opened(self.step), StopRequest().listening() as stop:
             if self.step == 0 and self.settings.model.start == "cca":
-                self._start_in_closed_form(progress, stop)
+                self._start_in_closed_form(report, stop)
             if self.step == 0 and can_learn(self.model, self.settings) and self.processes.any_true(stop.asked):
                 return TrainResult(0, self.total, False, resumed_from, self.best, self.best_step)
             for step, chunks in self.data.chunks(planned, workers=self.settings.run.num_workers):
@@ -184,7 +187,7 @@ class Trainer:
             self._save_final()
         return TrainResult(self.step, self.total, finished, resumed_from, self.best, self.best_step)
 
-    def _start_in_closed_form(self, progress: Progress | None, stop: StopRequest) -> None:
+    def _start_in_closed_form(self, report: Callable[[str], None] | None, stop: StopRequest) -> None:
         """Set the start of the linear parts, and validate it: it may be the best model of the run.
 
         Then the slide encoder gets what it has to learn: with that, but before it has learned it, a model is worse.
@@ -206,7 +209,7 @@ class Trainer:
             start.apply(further=True)
         self._share_weights()
         if can_learn(self.model, self.settings):
-            self._start_slide_encoder(start, progress, stop)
+            self._start_slide_encoder(start, report, stop)
         self._restart_average()
 
     def _restart_average(self) -> None:
@@ -214,7 +217,9 @@ class Trainer:
         if self.averaged is not None:
             self.averaged = AveragedWeights(self.model, self.settings.optimizer.ema)
 
-    def _start_slide_encoder(self, start: ClosedForm | None, progress: Progress | None, stop: StopRequest) -> None:
+    def _start_slide_encoder(
+        self, start: ClosedForm | None, report: Callable[[str], None] | None, stop: StopRequest
+    ) -> None:
         """Teach the slide encoder what the molecular modalities share beyond the mean features, and compute the closed
         form with it; the weights stay as they were if that does not find more validation patients."""
         if not self.data.validation:
@@ -227,10 +232,11 @@ class Trainer:
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
 
         def after_step(row: Mapping[str, Any]) -> bool:
-            if row["slide_step"] % self.settings.run.log_every == 0 or row["slide_step"] == row["slide_steps"]:
+            done, steps = row["slide_step"], row["slide_steps"]
+            if done % self.settings.run.log_every == 0 or done == steps:
                 self.log.row(row)
-            if progress is not None:
-                progress(0, self.total, row)
+            if report is not None and done % max(1, steps // 4) == 0:
+                report(f"start of the slide encoder: step {done}/{steps}  loss {row['loss']:.4f}")
             return self.processes.any_true(stop.asked)
 
         done = teach_slide_encoder(

@@ -169,12 +169,12 @@ def test_stopped_before_the_first_checkpoint_it_is_done_again(folder, tmp_path, 
     plain = trainer_module.retrieval_metrics
     whole, halted = tmp_path / "whole", tmp_path / "halted"
 
-    def run(out, progress=None, **tables):
+    def run(out, progress=None, report=None, **tables):
         monkeypatch.setattr(trainer_module, "retrieval_metrics", _rising(plain))
-        return train(settings(folder, **tables), out, progress=progress)
+        return train(settings(folder, **tables), out, progress=progress, report=report)
 
-    def in_this_phase(step, total, row):
-        if row["kind"] == "slide_start":
+    def in_this_phase(text):
+        if text.startswith("start of the slide encoder: step 1/2"):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def in_the_first_step(step, total, row):
@@ -182,7 +182,7 @@ def test_stopped_before_the_first_checkpoint_it_is_done_again(folder, tmp_path, 
             raise KeyboardInterrupt
 
     run(whole)
-    stopped = run(halted, in_this_phase)
+    stopped = run(halted, report=in_this_phase)
     assert (stopped.step, stopped.finished) == (0, False)
     with pytest.raises(KeyboardInterrupt):
         run(halted, in_the_first_step)
