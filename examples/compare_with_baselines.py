@@ -1,6 +1,7 @@
 """Train on a synthetic cohort with default settings, and compare the model with the simplest alternatives.
 
     python examples/compare_with_baselines.py --out compared
+    python examples/compare_with_baselines.py --out compared-103 --seed 103     # another draw of the cohort
 
 The tables are <out>/evaluation/evaluation.md: retrieval compared with CCA, ridge regression and PLS; labels with
 principal components and logistic regression, mean patch features and attention MIL; survival with Cox. All are
@@ -22,10 +23,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("compared"))
     parser.add_argument("--patients", type=int, default=SyntheticCohortSettings.patients)
+    parser.add_argument("--seed", type=int, default=SyntheticCohortSettings.seed, help="of the cohort; default: 0")
     parser.add_argument("--modalities", nargs="*", default=[], help="those to train with; default: all five")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any training setting")
     arguments = parser.parse_args()
-    cohort = write_synthetic_cohort(arguments.out / "cohort", SyntheticCohortSettings(patients=arguments.patients))
+    drawn = SyntheticCohortSettings(patients=arguments.patients, seed=arguments.seed)
+    cohort = write_synthetic_cohort(arguments.out / "cohort", drawn)
     files = {"mudata": "cohort.h5mu", "slides": "slides.csv", "labels": "labels.csv"}
     values = {f"data.{key}": str(cohort / name) for key, name in files.items()}
     values |= {"data.modalities": arguments.modalities, "run.tensorboard": False, "run.device": "cpu"}

@@ -117,7 +117,10 @@ def _bar(quiet: bool) -> Iterator[Any]:
     if not sys.stderr.isatty():
 
         def line(step: int, total: int, row: Mapping[str, Any]) -> None:
-            if step == total or step % max(1, total // 20) == 0:
+            if row["kind"] == "slide_start":
+                if row["slide_step"] in (1, row["slide_steps"]):
+                    say(f"start of the slide encoder {row['slide_step']}/{row['slide_steps']}  loss {row['loss']:.4f}")
+            elif step == total or step % max(1, total // 20) == 0:
                 say(f"step {step}/{total}  loss {row['loss']:.4f}")
 
         yield line
@@ -128,4 +131,12 @@ def _bar(quiet: bool) -> Iterator[Any]:
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("training", total=None, loss=float("nan"))
-        yield lambda step, total, row: bar.update(task, completed=step, total=total, loss=row["loss"])
+
+        def update(step: int, total: int, row: Mapping[str, Any]) -> None:
+            start = row["kind"] == "slide_start"
+            done, of = (row["slide_step"], row["slide_steps"]) if start else (step, total)
+            bar.update(
+                task, completed=done, total=of, loss=row["loss"], description="slide start" if start else "training"
+            )
+
+        yield update

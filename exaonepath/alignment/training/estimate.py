@@ -55,7 +55,7 @@ class RunEstimate:
         batches, patients: batches that were measured, and patients in all of them.
         first, later: the first epoch, and each of the others.
         validation: one validation; None: there are no validation patients.
-        epochs, validations: their number in the run.
+        epochs, validations: their number in the run; the steps of the slide encoder's start count as training steps.
         hit_share: share of the training slides' bytes that the cache holds after the first epoch; None: no slides.
         host_bytes: memory of this process and its workers. device_bytes: memory of the GPU; None: there is none.
     """

@@ -22,6 +22,7 @@ from exaonepath.alignment.data.dataset import PatientDataset
 from exaonepath.alignment.data.feature_cache import FeatureCache
 from exaonepath.alignment.data.slides import Slide
 from exaonepath.alignment.training.estimate import Pass, RunEstimate
+from exaonepath.alignment.training.slide_start import can_learn
 from exaonepath.alignment.training.step import Chunk, accumulate_gradients
 from exaonepath.alignment.training.trainer import Trainer
 from exaonepath.alignment.training.validation import embed_patients
@@ -121,7 +122,7 @@ class _Probe:
             first=first,
             later=later,
             validation=self._validation(size, workers),
-            epochs=plan.total / plan.steps_per_epoch,
+            epochs=(plan.total + self._slide_start_steps()) / plan.steps_per_epoch,
             validations=self._validations(),
             hit_share=share,
             host_bytes=host,
@@ -220,6 +221,10 @@ class _Probe:
         intervals = [n for n in ((run.validate_every or 0) * plan.steps_per_epoch, run.validate_every_steps) if n]
         due = (step == plan.total or any(step % n == 0 for n in intervals) for step in range(1, plan.total + 1))
         return sum(due) + (self.settings.model.start == "cca")
+
+    def _slide_start_steps(self) -> int:
+        """Steps of the slide encoder's start, each of about the same cost as a training step."""
+        return (self.settings.model.slide_start_steps or 0) if can_learn(self.trainer.model, self.settings) else 0
 
     def _hit_share(self) -> float | None:
         train = sum(slide.n_bytes for patient in self.data.train for slide in self.slides.get(patient, ()))

@@ -36,6 +36,7 @@ from exaonepath.alignment.training.run_folder import RunFolder
 from exaonepath.alignment.training.run_log import summary_writer
 from exaonepath.alignment.training.settings import TrainSettings, build_settings
 from exaonepath.alignment.training.settings_file import read_settings
+from exaonepath.alignment.training.slide_start import can_learn
 from exaonepath.alignment.training.trainer import Progress, Trainer, TrainResult
 from exaonepath.files.atomic import write_text
 
@@ -62,9 +63,11 @@ class PreparedRun:
         lines.append(f"model: {', '.join(self.model.modalities)}; {trained:,} parameters to train")
         run, model = self.settings.run, self.settings.model
         length = f"{run.steps} steps" if run.steps else f"{run.epochs} epochs"
+        steps = model.slide_start_steps if can_learn(self.model, self.settings) else 0
+        first = f", {steps} steps of the slide encoder alone" if steps else ""
         lines.append(
-            f"preset {model.preset}: start {model.start}, {length} with batches of {run.batch_size}, peak learning "
-            f"rate {self.settings.optimizer.peak:g}"
+            f"preset {model.preset}: start {model.start}{first}, {length} with batches of {run.batch_size}, peak "
+            f"learning rate {self.settings.optimizer.peak:g}"
         )
         return "\n".join(lines)
 

@@ -39,7 +39,8 @@ class RunLog:
         if self._board is not None:
             for key, value in row.items():
                 if isinstance(value, float):
-                    self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+                    step = row.get("slide_step", row["step"])  # the start of the slide encoder has steps of its own
+                    self._board.add_scalar(f"{row['kind']}/{key}", value, step)
 
     def warnings(self, warnings: Iterable[HealthWarning]) -> None:
         """Write the warnings of the health monitors."""

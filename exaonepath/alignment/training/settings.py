@@ -83,6 +83,9 @@ class ModelSettings:
             architecture), or "auto": chosen by the number of training patients (see `presets`).
         start: initial weights of the linear parts: "random", "cca" (regularised canonical correlation analysis of the
             training patients, see `closed_form_start`), or "auto": that of the preset.
+        slide_start_steps: with `start` "cca": steps before the training in which the slide encoder learns what the
+            molecular modalities share beyond the mean patch features (see `slide_start`); 0: none; none: that of the
+            preset.
         ffn_start: last layer of the molecular encoders' FFN at the start: "random" or "zero" (the encoder is linear at
             first).
         rope_mode: "full", or an ablation of F-RoPE.
@@ -99,6 +102,7 @@ class ModelSettings:
     projection_dim: int = 256
     preset: str = "auto"
     start: str = "auto"
+    slide_start_steps: int | None = None
     ffn_start: str = "random"
     rope_mode: str = "full"
     frozen: tuple[str, ...] = ()
@@ -284,6 +288,11 @@ def _check_objective(settings: TrainSettings) -> Iterator[tuple[bool, str]]:
         value = getattr(model, name)
         yield value in choices, f"model.{name} must be one of {', '.join(choices)}, got {value!r}"
     yield not (model.init and model.start == "cca"), "model.start = cca is a start of its own: remove model.init"
+    yield (
+        (model.slide_start_steps or 0) >= 0,
+        (f"model.slide_start_steps must not be negative, got {model.slide_start_steps}"),
+    )
+    yield not (model.slide_start_steps and model.start == "random"), ("model.slide_start_steps needs model.start = cca")
     yield optimizer.lr is None or optimizer.lr > 0, f"optimizer.lr must be positive, got {optimizer.lr}"
     for name in ("warmup", "weight_decay", "clip", "logit_lr_share", *LR_SHARES):
         value = getattr(optimizer, name)

@@ -45,6 +45,7 @@ from exaonepath.alignment.training.optimization import (
 from exaonepath.alignment.training.run_folder import RunFolder
 from exaonepath.alignment.training.run_log import RunLog
 from exaonepath.alignment.training.settings import TrainSettings, select_parts
+from exaonepath.alignment.training.slide_start import SlideTargets, can_learn, teach_slide_encoder
 from exaonepath.alignment.training.step import Chunk, StepOutput, TrainingError, accumulate_gradients
 from exaonepath.alignment.training.stop_request import StopRequest
 from exaonepath.alignment.training.validation import (
@@ -61,7 +62,8 @@ logger = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
-    """A function that is called after every step."""
+    """A function that is called after every step, and after each step of the slide encoder's start (`slide_start`):
+    with step 0 and a row whose "kind" is "slide_start"."""
 
     def __call__(self, step: int, total: int, row: Mapping[str, Any]) -> None: ...
 
@@ -155,7 +157,9 @@ class Trainer:
         planned = self.plan.steps(self.step, rank, count)
         with self.log.opened(self.step), StopRequest().listening() as stop:
             if self.step == 0 and self.settings.model.start == "cca":
-                self._start_in_closed_form()
+                self._start_in_closed_form(progress, stop)
+            if self.step == 0 and can_learn(self.model, self.settings) and self.processes.any_true(stop.asked):
+                return TrainResult(0, self.total, False, resumed_from, self.best, self.best_step)
             for step, chunks in self.data.chunks(planned, workers=self.settings.run.num_workers):
                 row = self._train_step(step, chunks)
                 self.step = step + 1
@@ -180,10 +184,11 @@ class Trainer:
             self._save_final()
         return TrainResult(self.step, self.total, finished, resumed_from, self.best, self.best_step)
 
-    def _start_in_closed_form(self) -> None:
+    def _start_in_closed_form(self, progress: Progress | None, stop: StopRequest) -> None:
         """Set the start of the linear parts, and validate it: it may be the best model of the run.
 
         Then the slide encoder gets what it has to learn: with that, but before it has learned it, a model is worse.
+        Nothing of this is stored before the first checkpoint: a run that is stopped before it does all of it again.
         """
         names = [name for name in self.model.modalities if name != WSI]
         noise = torch.zeros(len(names), device=self.processes.device)
@@ -194,13 +199,71 @@ class Trainer:
             noise += torch.tensor([start.noise.get(name, 0.0) for name in names], device=noise.device)
         self._set_noise(dict(zip(names, self.processes.sum(noise).tolist(), strict=True)))
         self._share_weights()
+        self._restart_average()
         if self.data.validation:
             self._validate()
         if start is not None:
             start.apply(further=True)
         self._share_weights()
+        if can_learn(self.model, self.settings):
+            self._start_slide_encoder(start, progress, stop)
+        self._restart_average()
+
+    def _restart_average(self) -> None:
+        """Let the averaged weights, which are validated and saved, start from the current ones."""
         if self.averaged is not None:
             self.averaged = AveragedWeights(self.model, self.settings.optimizer.ema)
+
+    def _start_slide_encoder(self, start: ClosedForm | None, progress: Progress | None, stop: StopRequest) -> None:
+        """Teach the slide encoder what the molecular modalities share beyond the mean features, and compute the closed
+        form with it; the weights stay as they were if that does not find more validation patients."""
+        if not self.data.validation:
+            logger.info("no validation patients can decide on a start of the slide encoder: left out")
+            return
+        targets = SlideTargets.of(start, self.data, self.processes)
+        if targets is None:
+            logger.info("the molecular modalities share nothing beyond the mean patch features: no slide start")
+            return
+        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+        def after_step(row: Mapping[str, Any]) -> bool:
+            if row["slide_step"] % self.settings.run.log_every == 0 or row["slide_step"] == row["slide_steps"]:
+                self.log.row(row)
+            if progress is not None:
+                progress(0, self.total, row)
+            return self.processes.any_true(stop.asked)
+
+        done = teach_slide_encoder(
+            self.model, self.data, targets, self.settings, self.processes,
+            autocast=self.autocast, half=self.scaler.is_enabled(), after_step=after_step,
+        )  # fmt: skip
+        score = math.nan
+        if done:
+            self._set_closed_form_of_slides()
+            score = self._score(self._embed(self.data.validation))
+        kept = self.best is not None and score > self.best
+        known = {"score": score, "score_before": math.nan if self.best is None else self.best}
+        self.log.row({"kind": "slide_start", "step": 0, "finished": done, "kept": kept, **known})
+        logger.info(
+            "slide start: %s of validation patients %.4f, before %.4f", self.settings.run.select, *known.values()
+        )
+        if kept:
+            self._restart_average()
+            self._validate("slide_start")
+        else:
+            self.model.load_state_dict(before)
+
+    def _set_closed_form_of_slides(self) -> None:
+        """Set the linear parts in closed form, with the slide encoder's output as a part of the slides' profiles."""
+        slides = []
+        for patients in chosen_patients(self.data):  # training and validation patients
+            found = self._embed(patients)
+            has = found.available[WSI]
+            known = tuple(patient for patient, flag in zip(patients, has, strict=True) if flag)
+            slides.append(Profiles(known, found.modality[WSI][has]))
+        if self.processes.is_main:
+            ClosedForm(self.model, self.data, self.settings.model, (slides[0], slides[1])).apply()
+        self._share_weights()
 
     def _share_weights(self) -> None:
         """Copy the weights of the first process to all: they need the same bits, so only it computes them."""
@@ -219,19 +282,11 @@ class Trainer:
         closed = self.settings.model.start == "cca" and WSI in model.modalities and self.averaged is None
         if not closed or not kept or not self.data.validation:
             return
-        slides = []
-        for patients in chosen_patients(self.data):  # training and validation patients
-            found = self._embed(patients)
-            has = found.available[WSI]
-            known = tuple(patient for patient, flag in zip(patients, has, strict=True) if flag)
-            slides.append(Profiles(known, found.modality[WSI][has]))
         trained = {name: value.clone() for name, value in model.state_dict().items()}
         before = self._score(self._embed(self.data.validation))
-        if self.processes.is_main:
-            ClosedForm(model, self.data, self.settings.model, (slides[0], slides[1])).apply()
-        self._share_weights()
+        self._set_closed_form_of_slides()
         if self._score(self._embed(self.data.validation)) > before:
-            self._validate(refitted=True)
+            self._validate("refitted")
         else:
             model.load_state_dict(trained)
 
@@ -271,7 +326,7 @@ class Trainer:
             self._restore(checkpoint)
             logger.info("resuming from %s", checkpoint.path)
         if self.processes.is_main:
-            self.folder.rewind(self.step)
+            self.folder.rewind(-1 if checkpoint is None else self.step)
         return self.step
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -373,11 +428,12 @@ class Trainer:
         after_epoch = bool(end_of_epoch and every and epoch % every == 0)
         return self.step == self.total or after_epoch or bool(steps and self.step % steps == 0)
 
-    def _validate(self, *, refitted: bool = False) -> None:
+    def _validate(self, mark: str = "") -> None:
+        """Validate, and save the best model; `mark`: a key of the log's row, for models that are not from a step."""
         if self.averaged is not None:
             self.averaged.swap(self.model)
         try:
-            self._validate_with_current_weights(refitted)
+            self._validate_with_current_weights(mark)
         finally:
             if self.averaged is not None:
                 self.averaged.swap(self.model)
@@ -393,12 +449,12 @@ class Trainer:
         """The metric of `run.select`; NaN if no patient has both modalities of a pair."""
         return retrieval_metrics(embedded.pairs)[0].get(self.settings.run.select, math.nan)
 
-    def _validate_with_current_weights(self, refitted: bool) -> None:
+    def _validate_with_current_weights(self, mark: str) -> None:
         patients = self.data.validation
         embedded = self._embed(patients)
         flat, _ = retrieval_metrics(embedded.pairs)
         row: dict[str, Any] = {"kind": "validation", "step": self.step, "epoch": self.step // self.plan.steps_per_epoch}
-        row.update({"patients": len(patients), **({"refitted": True} if refitted else {}), **flat})
+        row.update({"patients": len(patients), **({mark: True} if mark else {}), **flat})
         # The number is missing if no patient has both modalities of a pair. NaN must not become the best score, because
         # no comparison with NaN is true.
         score = flat.get(self.settings.run.select, math.nan)
@@ -413,7 +469,9 @@ class Trainer:
             )
             self._check_leakage()
         parts = score_parts(embedded.pairs, self.settings.run.select)
-        if not math.isnan(score) and (self.best is None or score > self.best + self._margin(parts)):
+        # The start of the slide encoder is one model as the start is, not the best of many.
+        margin = 0.0 if mark == "slide_start" else self._margin(parts)
+        if not math.isnan(score) and (self.best is None or score > self.best + margin):
             self.best, self.best_step, self.best_parts = score, self.step, parts
             if self.processes.is_main:
                 self._note_provenance()

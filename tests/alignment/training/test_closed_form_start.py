@@ -41,7 +41,7 @@ def settings(folder, **tables):
             "slides": str(folder / "slides.csv"),
             "labels": str(folder / "labels.csv"),
         },
-        "model": {"wsi": WSI_CFG, "projection_dim": 16},
+        "model": {"wsi": WSI_CFG, "projection_dim": 16, "slide_start_steps": 0},  # `test_slide_start` is about these
         "run": {"epochs": 2, "device": "cpu", "tensorboard": False, "monitor": False},
     }
     for name, table in tables.items():

@@ -22,6 +22,8 @@ import torch, torch.distributed as dist
 settings = build_settings(json.loads(open("settings.json").read()))
 result = train(settings, "two")
 assert result.finished and dist.get_world_size() == 2
+started = train(build_settings(json.loads(open("started.json").read())), "two-started")
+assert started.finished
 
 processes = Processes(dist.get_rank(), 2, torch.device("cpu"))
 assert processes.any_true(processes.rank == 1) and not processes.any_true(False)
@@ -43,6 +45,13 @@ def test_two_processes_equal_one(make_settings, tmp_path):
     )
     train(settings, tmp_path / "one")
     (tmp_path / "settings.json").write_text(json.dumps(settings.as_dict()))
+    # The same with a start in closed form and a start of the slide encoder.
+    started = make_settings(
+        model={**settings.as_dict()["model"], "start": "cca", "slide_start_steps": 2}, loss={},
+        run={"steps": 1, "batch_size": 9, "chunk_size": 3, "device": "cpu", "tensorboard": False, "monitor": False},
+    )  # fmt: skip
+    train(started, tmp_path / "one-started")
+    (tmp_path / "started.json").write_text(json.dumps(started.as_dict()))
     (tmp_path / "script.py").write_text(SCRIPT)
     torchrun = Path(sys.executable).parent / "torchrun"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -74,3 +83,10 @@ def test_two_processes_equal_one(make_settings, tmp_path):
     assert found[0].numel() > 0
     # A rank can flip between patients whose similarities are equal to rounding; one of some 50 queries.
     torch.testing.assert_close(found[0], found[1], atol=0.05, rtol=0)
+    one, two = (
+        [row for row in RunFolder(tmp_path / f"{name}-started").metrics() if row["kind"] == "slide_start"]
+        for name in ("one", "two")
+    )
+    assert [row.get("slide_step") for row in one] == [row.get("slide_step") for row in two] == [1, 2, None]
+    for a, b in zip(one[:2], two[:2], strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-3 * a["loss"]
