@@ -1,6 +1,7 @@
 """The README's snippets run as they stand: ```python blocks in one process each, ```sh blocks in one shell, in order.
 
-A process for a python block is forked from one that has imported the package and has run nothing else.
+A process for a python block, or for an `exaonepath` command of a document other than the README, is forked from one
+that has imported the package and has run nothing else: importing torch takes longer than what most commands do.
 
 They run in an empty folder that holds `slide.svs`, a small synthetic slide, and a repository of random weights in a
 folder named like the Hub repository, which transformers prefers to the Hub. ```console blocks are set-up, not run.
@@ -67,6 +68,66 @@ for line in sys.stdin:
 """
 
 
+# Waits for commands on a socket, and runs each in a fork, with the caller's arguments, folder, variables, and streams.
+COMMANDS = """
+import json, os, socket, sys
+import torch, transformers, exaonepath.slides.encode, exaonepath.alignment.training.run
+from exaonepath.cli.app import main
+server = socket.socket(socket.AF_UNIX)
+server.bind(sys.argv[1])
+server.listen()
+print("ready", flush=True)
+while True:
+    caller, _ = server.accept()
+    request, streams, _, _ = socket.recv_fds(caller, 1 << 20, 3)
+    request = json.loads(request)
+    child = os.fork()
+    if not child:
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        os.chdir(request["folder"])
+        os.environ.clear()
+        os.environ.update(request["variables"])
+        sys.argv = ["exaonepath", *request["arguments"]]
+        status = 0
+        try:
+            main()
+        except SystemExit as exc:
+            status = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    for stream in streams:
+        os.close(stream)
+    caller.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
+    caller.close()
+"""
+
+# The `exaonepath` that snippets find: it starts without the package, and lets the process above do the work.
+CALLER = """#!{python} -IS
+import json, os, socket, sys
+caller = socket.socket(socket.AF_UNIX)
+caller.connect({address!r})
+request = {{"folder": os.getcwd(), "variables": dict(os.environ), "arguments": sys.argv[1:]}}
+socket.send_fds(caller, [json.dumps(request).encode()], [0, 1, 2])
+sys.exit(int(caller.recv(16) or 1) & 255)
+"""
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """A folder for PATH with an `exaonepath` that starts fast."""
+    folder = tmp_path_factory.mktemp("bin")
+    address = str(folder / "s")
+    with subprocess.Popen([sys.executable, "-c", COMMANDS, address], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout.readline() == "ready\n"
+        (folder / "exaonepath").write_text(CALLER.format(python=sys.executable, address=address))
+        (folder / "exaonepath").chmod(0o755)
+        yield folder
+        server.kill()
+
+
 @pytest.fixture(scope="module")
 def run_python(workplace, tmp_path_factory):
     """Run a snippet in a process of its own; returns its exit status and its output."""
@@ -96,8 +157,10 @@ def test_a_snippet_that_fails_is_noticed(run_python):
 
 
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d)], ids=lambda d: d.name)
-def test_snippets_run(document, workplace, run_python):
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+def test_snippets_run(document, workplace, run_python, commands):
+    first = Path(sys.executable).parent if document.name == "README.md" else commands
+    path = os.pathsep.join([str(first), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path}
     for kind, text in blocks(document):
         if kind == "python":
             status, output = run_python(text)

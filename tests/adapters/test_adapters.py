@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stand_in_encoders import EMBED, WIDTH, stand_in_patch_encoder, stand_in_slide_encoder
 
 import exaonepath
 from exaonepath import read_embedding, read_features
 from exaonepath.adapters import huggingface, lazyslide, timm, trident
 from exaonepath.adapters.modules import PatchEncoderModule, PatchTransform, SlideEncoderModule
 from exaonepath.encoders import loading
-from exaonepath.encoders.configuration import ExaonePathSlideEncoderConfig
-from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.errors import DataFileError, MissingDependencyError, SettingsError
 from exaonepath.slides.encode import encode_slide
 from exaonepath.slides.features.encoding import BatchEncoder
@@ -28,31 +27,16 @@ from exaonepath.slides.patches.fragments import fragments_of_grid
 from exaonepath.synthetic import make_slide
 
 ROOT = Path(__file__).resolve().parents[2]
-WIDTH = 24
-
-
-class PatchEncoderStub(torch.nn.Module):
-    """Simple numbers of each patch, in no time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = torch.nn.Parameter(torch.randn(WIDTH, 48, generator=torch.Generator().manual_seed(0)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1) @ self.mix.T
 
 
 @pytest.fixture(scope="module")
 def slide_encoder():
-    cfg = {"input_dim": WIDTH, "embed_dim": 32, "depth": 2, "num_heads": 2, "ffn_layer": "swiglu32"}
-    model = ExaonePathSlideEncoderModel(ExaonePathSlideEncoderConfig(wsi_cfg=cfg))
-    loading.randomize(model, 0)
-    return loading.LoadedEncoder(model.eval(), "random:0", "slide", True)
+    return stand_in_slide_encoder()
 
 
 @pytest.fixture(scope="module")
 def patch_encoder():
-    return loading.LoadedEncoder(PatchEncoderStub().eval(), "random:0", "patch", True)
+    return stand_in_patch_encoder()
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +116,7 @@ def as_trident_calls(encoder, features, coords, attributes, **more):
 def test_trident_slide_encoder(encoded, slide_encoder):
     _, features, stored = encoded
     encoder = trident.TridentSlideEncoder(slide_encoder)
-    assert (encoder.enc_name, encoder.precision, encoder.embedding_dim) == ("exaonepath", torch.float32, WIDTH + 32)
+    assert (encoder.enc_name, encoder.precision, encoder.embedding_dim) == ("exaonepath", torch.float32, WIDTH + EMBED)
     known = torch.from_numpy(features.contour_index)[None]
     found = as_trident_calls(encoder, features.features, features.coords, {}, contour_index=known)
     assert (found == stored.slide_embedding).all()
@@ -165,9 +149,9 @@ def test_batches_that_cannot_be_encoded(encoded, slide_encoder):
             encoder(batch)
     with pytest.raises(DataFileError, match="wide"):
         encoder({"features": values[..., :5], "coords": coords})
-    assert encoder({"features": values[:0], "coords": coords[:0]}).shape == (0, WIDTH + 32)
+    assert encoder({"features": values[:0], "coords": coords[:0]}).shape == (0, WIDTH + EMBED)
     empty = encoder({"features": values[:, :0], "coords": coords[:, :0]})
-    assert empty.shape == (1, WIDTH + 32)
+    assert empty.shape == (1, WIDTH + EMBED)
     assert not empty.any()
     one = encoder({"features": values[:, :1], "coords": coords[:, :1]})
     assert torch.isfinite(one).all()
@@ -213,7 +197,7 @@ def test_lazyslide_slide_encoder(encoded, slide_encoder):
     given = torch.from_numpy(features.features)[None], torch.from_numpy(features.coords)[None]
     found = encoder.to("cpu").encode_slide(*given, contour_index=features.contour_index)["embeddings"]
     assert (found.numpy()[0] == stored.slide_embedding).all()
-    assert (encoder.encode_slide(features.features, features.coords)["embeddings"].shape) == (1, WIDTH + 32)
+    assert (encoder.encode_slide(features.features, features.coords)["embeddings"].shape) == (1, WIDTH + EMBED)
     with pytest.raises(SettingsError, match="coordinates"):
         encoder.encode_slide(given[0])
     with pytest.raises(SettingsError, match="one slide"):

@@ -8,42 +8,26 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
+from stand_in_encoders import EMBED, WIDTH, stand_in_patch_encoder, stand_in_slide_encoder
 
-from exaonepath import ExaonePathSlideEncoderConfig, ExaonePathSlideEncoderModel, demo
+from exaonepath import demo
 from exaonepath.demo import FetchError, fetch_slide, plan, run_demo
-from exaonepath.encoders.loading import LoadedEncoder, randomize
 from exaonepath.files.embeddings import read_embedding
 from exaonepath.slides.image import SlideImage
 from exaonepath.slides.patches.pipeline import patchfy
 from exaonepath.synthetic import make_slide
 
 CONTENT = b"not a slide, but what the wheel holds"
-WIDTH = 24
-
-
-class PatchEncoderStub(torch.nn.Module):
-    """Mean and other simple numbers of each patch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = torch.nn.Parameter(torch.randn(WIDTH, 48, generator=torch.Generator().manual_seed(0)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1) @ self.mix.T
 
 
 @pytest.fixture
 def small_encoders(monkeypatch):
     def load_patch(weights, *, device):
-        return LoadedEncoder(PatchEncoderStub().to(device).eval(), weights, "patch", weights.startswith("random:"))
+        return stand_in_patch_encoder(weights, weights.startswith("random:"))
 
     def load_slide(weights, *, device):
-        cfg = {"input_dim": WIDTH, "embed_dim": 32, "depth": 2, "num_heads": 2, "ffn_layer": "swiglu32"}
-        model = ExaonePathSlideEncoderModel(ExaonePathSlideEncoderConfig(wsi_cfg=cfg))
-        randomize(model, 0)
-        return LoadedEncoder(model.to(device).eval(), weights, "slide", weights.startswith("random:"))
+        return stand_in_slide_encoder(weights, weights.startswith("random:"))
 
     monkeypatch.setattr(demo, "load_patch_encoder", load_patch)
     monkeypatch.setattr(demo, "load_slide_encoder", load_slide)
@@ -147,7 +131,7 @@ def test_demo_runs_to_its_end_and_again(tmp_path, monkeypatch, small_encoders, s
     assert result.seconds > 0
     assert seen[-1] == (result.n_patches, result.n_patches)
     embedding = read_embedding(tmp_path / "out" / "embeddings" / "small.h5")
-    assert embedding.patch_embedding.shape == (result.n_patches, WIDTH + 32)
+    assert embedding.patch_embedding.shape == (result.n_patches, WIDTH + EMBED)
 
     before = result.picture.read_bytes()
     again = run_demo(tmp_path / "out", **arguments)
@@ -210,5 +194,5 @@ def test_a_slow_machine_encodes_fewer_patches_and_goes_on_with_them(tmp_path, mo
 
 
 def test_the_rate_is_measured_on_the_encoder():
-    encoder = LoadedEncoder(PatchEncoderStub().eval(), "random:0", "patch", True)
+    encoder = stand_in_patch_encoder()
     assert demo._rate(encoder) > 0

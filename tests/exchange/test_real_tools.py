@@ -8,6 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from stand_in_encoders import WIDTH
 
 from exaonepath.exchange.slide_patches import Values
 from exaonepath.files.embeddings import read_embedding
@@ -16,7 +17,7 @@ from exaonepath.slides.exporting import export_slides
 from exaonepath.slides.importing import import_features
 from exaonepath.slides.outputs import output_paths
 
-from .conftest import FIRST, SECOND, WIDTH
+from .conftest import FIRST, SECOND
 
 
 def tool(name):

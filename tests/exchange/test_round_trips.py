@@ -5,6 +5,7 @@ import shutil
 import h5py
 import numpy as np
 import pytest
+from stand_in_encoders import WIDTH
 
 from exaonepath.errors import DataFileError, OutputCollisionError, SettingsError, SlideListError
 from exaonepath.files.embeddings import read_embedding
@@ -16,7 +17,7 @@ from exaonepath.slides.importing import import_features
 from exaonepath.slides.outputs import choose_layout, output_paths
 from exaonepath.slides.patches.fragments import fragments_of_grid
 
-from .conftest import FIRST, SECOND, WIDTH
+from .conftest import FIRST, SECOND
 
 FOREIGN = ("trident", "clam", "slide2vec")  # no fragments in their files
 OWN = {"anndata": ".h5ad", "parquet": ".parquet", "zarr": ".zarr"}

@@ -14,15 +14,13 @@ from urllib.parse import urlencode
 
 import numpy as np
 import pytest
-import torch
+from stand_in_encoders import stand_in_patch_encoder, stand_in_slide_encoder
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
 from exaonepath.demo import SLIDE_NAME
-from exaonepath.encoders.configuration import ExaonePathSlideEncoderConfig
-from exaonepath.encoders.loading import LoadedEncoder, randomize
-from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
+from exaonepath.encoders.loading import LoadedEncoder
 from exaonepath.slides.cohort.inputs import cohort_inputs
 from exaonepath.slides.encode import encode_slide
 from exaonepath.synthetic import make_slide
@@ -31,32 +29,16 @@ from exaonepath.viewer.serve import listen, make_server
 from exaonepath.viewer.service import Service
 from exaonepath.viz.values.library import Library, key_of
 
-WIDTH, EMBED = 24, 32
-
-
-class PatchEncoderStub(torch.nn.Module):
-    """Simple numbers of each patch, in no time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = torch.nn.Parameter(torch.randn(WIDTH, 48, generator=torch.Generator().manual_seed(0)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1) @ self.mix.T
-
 
 @pytest.fixture(scope="session")
 def slide_encoder() -> LoadedEncoder:
-    cfg = {"input_dim": WIDTH, "embed_dim": EMBED, "depth": 2, "num_heads": 2, "ffn_layer": "swiglu32"}
-    model = ExaonePathSlideEncoderModel(ExaonePathSlideEncoderConfig(wsi_cfg=cfg))
-    randomize(model, 0)
-    return LoadedEncoder(model.eval(), "random:0", "slide", True)
+    return stand_in_slide_encoder()
 
 
 @pytest.fixture(scope="session")
 def encode(slide_encoder):
     """`encode(slide, out, step)`: all stages with encoders that cost nothing."""
-    patch_encoder = LoadedEncoder(PatchEncoderStub().eval(), "random:0", "patch", True)
+    patch_encoder = stand_in_patch_encoder()
 
     def run(slide: Path, out: Path, step: int, **more) -> None:
         patching = {"step_size": step, "close": 40, "a_t": 0.2, "a_h": 0.2}

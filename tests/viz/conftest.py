@@ -6,40 +6,22 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
+from stand_in_encoders import stand_in_patch_encoder, stand_in_slide_encoder
 
 from exaonepath.encoders import loading
-from exaonepath.encoders.configuration import ExaonePathSlideEncoderConfig
-from exaonepath.encoders.slide_encoder import ExaonePathSlideEncoderModel
 from exaonepath.slides.encode import encode_slide
 from exaonepath.synthetic import make_slide
-
-WIDTH, EMBED = 24, 32
-
-
-class PatchEncoderStub(torch.nn.Module):
-    """Simple numbers of each patch, in no time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = torch.nn.Parameter(torch.randn(WIDTH, 48, generator=torch.Generator().manual_seed(0)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1) @ self.mix.T
 
 
 @pytest.fixture(scope="session")
 def small_slide_encoder() -> loading.LoadedEncoder:
-    cfg = {"input_dim": WIDTH, "embed_dim": EMBED, "depth": 2, "num_heads": 2, "ffn_layer": "swiglu32"}
-    model = ExaonePathSlideEncoderModel(ExaonePathSlideEncoderConfig(wsi_cfg=cfg))
-    loading.randomize(model, 0)
-    return loading.LoadedEncoder(model.eval(), "random:0", "slide", True)
+    return stand_in_slide_encoder()
 
 
 @pytest.fixture(scope="session")
 def encode(small_slide_encoder):
     """`encode(slide, out)`: all stages."""
-    patch_encoder = loading.LoadedEncoder(PatchEncoderStub().eval(), "random:0", "patch", True)
+    patch_encoder = stand_in_patch_encoder()
 
     def run(slide: Path, out: Path, **more):
         patching = {"step_size": 128, "patch_size": 128, "close": 20, "a_t": 0.1, "a_h": 0.1}
