@@ -136,6 +136,7 @@ validation_share = 0.25
 test_share = 0
 [model]
 projection_dim = 4
+slide_start_steps = 0  # with it, best/ is replaced during the run, and each version would have to be known here
 wsi = {{ embed_dim = 16, depth = 1, num_heads = 2, n_storage_tokens = 0, ffn_layer = "swiglu" }}
 omics = {{ embed_dim = 4 }}
 [run]
