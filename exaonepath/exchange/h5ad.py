@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from exaonepath.errors import DamagedFileError, DataFileError, ForeignFileError,
 from exaonepath.exchange.foreign_hdf5 import checked_coords
 from exaonepath.exchange.libraries import library
 from exaonepath.exchange.own_metadata import KEY, describe, parse, stated
-from exaonepath.exchange.slide_patches import Given, SlidePatches, Source, file_name, part_rows
+from exaonepath.exchange.slide_patches import FoundRows, Given, SlidePatches, Source, file_name, part_rows
 from exaonepath.files.atomic import ensure_folder
 from exaonepath.files.hdf5 import open_h5_tree, open_h5_tree_in_parts
 from exaonepath.files.hdf5_output import atomic_h5_tree, encodable
@@ -142,19 +141,7 @@ def _spatial(slide: SlidePatches) -> dict[str, Any]:
     return {"images": {"hires": slide.picture.pixels}, "scalefactors": {**scalefactors, "tissue_hires_scalef": scale}}
 
 
-@dataclass(frozen=True)
-class Found:
-    """The rows of one slide."""
-
-    id: str
-    path: Path
-    rows: np.ndarray
-    coords: np.ndarray
-    fragments: np.ndarray | None
-    about: dict[str, Any]
-
-
-def find(source: Path, given: Given) -> list[Found]:
+def find(source: Path, given: Given) -> list[FoundRows]:
     """The slides of a file, or of all .h5ad files in a folder.
 
     Raises:
@@ -168,7 +155,7 @@ def find(source: Path, given: Given) -> list[Found]:
     return [found for path in paths for found in _slides(path, given)]
 
 
-def _slides(path: Path, given: Given) -> list[Found]:
+def _slides(path: Path, given: Given) -> list[FoundRows]:
     anndata = library("anndata", "AnnData files")
     with open_h5_tree(path) as file:
         if file.attrs.get("encoding-type") != "anndata" and not {"X", "obs"} <= set(file):
@@ -176,7 +163,7 @@ def _slides(path: Path, given: Given) -> list[Found]:
         try:
             obs = anndata.io.read_elem(file["obs"])
             text = file[f"uns/{KEY}/metadata"][()] if f"uns/{KEY}/metadata" in file else None
-        except Exception as exc:
+        except Exception as exc:  # anndata and h5py raise errors of many types for damaged files
             raise DamagedFileError(f"{path} cannot be read as AnnData: {' '.join(str(exc).split())[:200]}") from exc
         metadata = parse(text, str(path))
         if "x" not in obs or "y" not in obs:
@@ -206,12 +193,12 @@ def _slides(path: Path, given: Given) -> list[Found]:
     for at, name in enumerate(names):
         rows = order[bounds[at] : bounds[at + 1]]
         about = stated(metadata, name, str(path))
-        result.append(Found(name, path, rows, coords[rows], None if fragments is None else fragments[rows], about))
+        result.append(FoundRows(name, path, rows, coords[rows], None if fragments is None else fragments[rows], about))
     return result
 
 
 @contextmanager
-def read(found: Found, given: Given) -> Iterator[SlidePatches]:
+def read(found: FoundRows, given: Given) -> Iterator[SlidePatches]:
     """The patches of a slide; its vectors can be read while the block runs.
 
     Raises:

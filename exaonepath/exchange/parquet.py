@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from exaonepath.errors import DamagedFileError, DataFileError, SettingsError
 from exaonepath.exchange.foreign_hdf5 import checked_coords
 from exaonepath.exchange.libraries import library
 from exaonepath.exchange.own_metadata import KEY, describe, parse, stated
-from exaonepath.exchange.slide_patches import ArrayMatrix, Given, SlidePatches, Source, file_name
+from exaonepath.exchange.slide_patches import ArrayMatrix, FoundRows, Given, SlidePatches, Source, file_name
 from exaonepath.files.atomic import atomic_path, ensure_folder
 from exaonepath.files.hdf5_output import encodable
 
@@ -129,19 +128,7 @@ def _table(arrow: Any, schema: Any, slide: SlidePatches, rows: slice, part: np.n
     return arrow.Table.from_arrays(arrays, schema=schema)
 
 
-@dataclass(frozen=True)
-class Found:
-    """The rows of one slide in a file."""
-
-    id: str
-    path: Path
-    rows: np.ndarray
-    coords: np.ndarray
-    fragments: np.ndarray | None
-    about: dict[str, Any]
-
-
-def find(source: Path, given: Given) -> list[Found]:
+def find(source: Path, given: Given) -> list[FoundRows]:
     """The slides of a table, or of all tables of patches in a folder and in its folder `patches`.
 
     Raises:
@@ -169,7 +156,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise DamagedFileError(f"{path} cannot be read as a table: {' '.join(str(exc).split())[:200]}") from exc
 
 
-def _slides(path: Path, given: Given) -> list[Found]:
+def _slides(path: Path, given: Given) -> list[FoundRows]:
     with _opened(path) as file:
         schema = file.schema_arrow
         lacking = [name for name in ("x", "y", VECTOR) if name not in schema.names]
@@ -211,12 +198,12 @@ def _slides(path: Path, given: Given) -> list[Found]:
     for at, name in enumerate(names):
         rows = order[bounds[at] : bounds[at + 1]]
         found = None if index is None else index[rows]
-        result.append(Found(name, path, rows, coords[rows], found, stated(metadata, name, str(path))))
+        result.append(FoundRows(name, path, rows, coords[rows], found, stated(metadata, name, str(path))))
     return result
 
 
 @contextmanager
-def read(found: Found, given: Given) -> Iterator[SlidePatches]:
+def read(found: FoundRows, given: Given) -> Iterator[SlidePatches]:
     """The patches of a slide; its vectors can be read while the block runs.
 
     Raises:

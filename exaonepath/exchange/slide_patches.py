@@ -203,6 +203,27 @@ class SlidePatches:
 
 
 @dataclass(frozen=True)
+class FoundRows:
+    """The rows of one slide in a file that may hold several.
+
+    Attributes:
+        id: the slide.
+        path: the file.
+        rows: int64 [N], numbers of its rows.
+        coords: int32 [N, 2], corners in level-0 pixels.
+        fragments: of the patches, as stated; None: the file does not say.
+        about: what the metadata say of it.
+    """
+
+    id: str
+    path: Path
+    rows: np.ndarray
+    coords: np.ndarray
+    fragments: np.ndarray | None
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Given:
     """What the user states about files that do not state it themselves.
 

@@ -217,7 +217,7 @@ def read(found: Found, given: Given) -> Iterator[SlidePatches]:
         fragments = np.asarray(group["fragments"][:]) if "fragments" in arrays else None
     except DataFileError:
         raise
-    except Exception as exc:
+    except Exception as exc:  # zarr and its codecs raise errors of many types for damaged stores
         raise _damaged(folder, exc) from exc
     if len(vectors.shape) != 2 or np.dtype(vectors.dtype).kind != "f":
         raise DataFileError(f"{folder}/{name} must be numbers [N, D], got {vectors.dtype} {list(vectors.shape)}")
@@ -244,7 +244,7 @@ class _Array:
         for start in range(0, max(1, self.shape[0]), step):
             try:
                 values = np.asarray(self._array[start : start + step])
-            except Exception as exc:
+            except Exception as exc:  # of any codec
                 raise _damaged(self._path, exc) from exc
             yield start, values
 

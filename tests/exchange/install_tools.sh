@@ -14,9 +14,9 @@ $pip install --quiet --dry-run --report "$work/report.json" -c "$work/constraint
 import importlib.metadata, json, re, sys
 
 plain = lambda name: re.sub(r"[-_.]+", "-", name).lower()
-here = {plain(found.metadata["Name"]) for found in importlib.metadata.distributions()}
+installed = {plain(found.metadata["Name"]) for found in importlib.metadata.distributions()}
 for item in json.load(open(sys.argv[1]))["install"]:
-    if plain(item["metadata"]["name"]) not in here:
+    if plain(item["metadata"]["name"]) not in installed:
         print(f"{item['metadata']['name']}=={item['metadata']['version']}")
 PY
 $pip install --quiet --no-deps --target "$folder" -r "$work/list.txt"

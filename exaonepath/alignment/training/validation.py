@@ -125,9 +125,9 @@ def score_parts(pairs: Sequence[PairEmbeddings], select: str) -> dict[str, float
     name, k = select_parts(select)
     ranks = []
     for pair in pairs:
-        there = f"{pair.left}->{pair.right}", pair.u, pair.v, pair.left_patients, pair.right_patients
-        back = f"{pair.right}->{pair.left}", pair.v, pair.u, pair.right_patients, pair.left_patients
-        for direction, u, v, queries, gallery in (there, back):
+        forward = f"{pair.left}->{pair.right}", pair.u, pair.v, pair.left_patients, pair.right_patients
+        backward = f"{pair.right}->{pair.left}", pair.v, pair.u, pair.right_patients, pair.left_patients
+        for direction, u, v, queries, gallery in (forward, backward):
             if name in ("mean_recall", direction):
                 found = rank_queries(u, v, queries, gallery, recall_at=(k,))
                 ranks += [(found, queries)] if len(found.query) else []

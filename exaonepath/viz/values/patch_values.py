@@ -319,8 +319,8 @@ def _marked(results: Results, question: Question) -> int | None:
     if question.patch is None:
         return None
     if not 0 <= question.patch < count:
-        there = f"patches 0 to {count - 1}" if count else "no patches"
-        raise SettingsError(f"there is no patch {question.patch}: the slide has {there}")
+        existing = f"patches 0 to {count - 1}" if count else "no patches"
+        raise SettingsError(f"there is no patch {question.patch}: the slide has {existing}")
     return question.patch
 
 
