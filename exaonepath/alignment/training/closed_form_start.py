@@ -114,8 +114,9 @@ class ClosedForm:
         self.further: dict[str, np.ndarray] = {}
         if self.pairs:
             white = Whitened.of(self.axes, known, list(self.pairs), middle)
-            self.pairs, rank = joint_directions(white, self.axes, held_out, self.pairs, model.config.projection_dim)
-            logger.info("directions of %s", f"{rank} factors of all modalities" if rank else "each pair by itself")
+            self.pairs, ranks = joint_directions(white, self.axes, held_out, self.pairs, model.config.projection_dim)
+            for pair, rank in ranks.items():
+                logger.info("%s-%s: %s", *pair, f"{rank} factors of all modalities" if rank else "the pair by itself")
             if WSI in middle and slides is None:
                 factors = beyond(white, WSI, middle[WSI], _FURTHER_FACTORS)
                 self.further = {name: white.factor[name][:, None] * factor for name, factor in factors.items()}

@@ -7,8 +7,8 @@ not. So the covariances of all pairs, after whitening, are the blocks of one mat
 low rank is used: generalised canonical correlation analysis (Kettenring 1971) with unknown diagonal blocks, which are
 completed by the approximation itself, as in principal factor analysis (Harman 1976).
 
-Where pairs share much of their own, a low rank loses it. So a cross-validation within the training patients, and the
-validation patients, choose: one rank for all pairs, or every pair by itself.
+Where a pair shares much that the others lack, a low rank loses it. So a cross-validation within the training patients,
+and the validation patients, choose for every pair: one of some ranks, or the pair by itself.
 """
 
 from __future__ import annotations
@@ -127,11 +127,10 @@ def joint_directions(
     validation: Mapping[str, Profiles],
     own: Mapping[Pair, Directions],
     most: int,
-) -> tuple[dict[Pair, Directions], int]:
-    """The directions of every pair, and the rank that they are from; 0: each pair by itself.
+) -> tuple[dict[Pair, Directions], dict[Pair, int]]:
+    """The directions of every pair, and the rank that they are from; 0: the pair by itself.
 
-    The criterion is the mean over pairs of the mean reciprocal rank, over the patients of all folds and the validation
-    patients.
+    The criterion is the mean reciprocal rank over the patients of all folds and the validation patients.
 
     Args:
         white: of the training patients, for the pairs of `own`.
@@ -140,21 +139,20 @@ def joint_directions(
         own: directions of every pair by itself, with their final weights.
         most: largest number of directions.
     """
-    best, rank_of_best = dict(own), 0
+    best, ranks = dict(own), dict.fromkeys(own, 0)
     if len(white.factor) < 3 or min(len(x) for x, _ in white.rows.values()) < _FEWEST:
-        return best, rank_of_best  # two modalities have one pair; a small fold is too small to choose by
+        return best, ranks  # two modalities have one pair; a small fold is too small to choose by
     trials = {pair: _Trial(pair, white, axes, validation) for pair in own}
-    score = float(np.mean([trials[pair].of_own(directions) for pair, directions in own.items()]))
+    scores = {pair: trials[pair].of_own(directions) for pair, directions in own.items()}
     covariances = white.covariances()
     folds = [white.covariances(without=number) for number in range(_FOLDS)]
     for rank in RANKS:
         factors, of_folds = low_rank(covariances, rank), [low_rank(blocks, rank) for blocks in folds]
-        found = {pair: trials[pair].of_factors(factors, of_folds, most) for pair in own}
-        mean = float(np.mean([quality for _, quality in found.values()]))
-        if mean > score:
-            score, rank_of_best = mean, rank
-            best = {pair: directions for pair, (directions, _) in found.items()}
-    return best, rank_of_best
+        for pair, trial in trials.items():
+            directions, score = trial.of_factors(factors, of_folds, most)
+            if score > scores[pair]:
+                best[pair], ranks[pair], scores[pair] = directions, rank, score
+    return best, ranks
 
 
 class _Trial:

@@ -78,8 +78,8 @@ def test_exact_modalities_help_a_pair_of_noisy_ones():
     noise = (1.0, 1.0, 5.0, 5.0)
     train, validation, asked = (cohort(n, 5, seed, noise) for seed, n in ((1, 120), (2, 60), (3, 150)))
     axes, own, white = fit(train, validation)
-    together, rank = joint_directions(white, axes, validation, own, 40)
-    assert rank == 8
+    together, ranks = joint_directions(white, axes, validation, own, 40)
+    assert ranks["c", "d"] == 8
     assert found_by(axes, together, asked, ("c", "d")) > 1.05 * found_by(axes, own, asked, ("c", "d"))
     for pair in PAIRS:
         assert found_by(axes, together, asked, pair) > 0.9 * found_by(axes, own, asked, pair)
@@ -100,9 +100,26 @@ def test_pairs_with_processes_of_their_own_stay_as_they_are():
             }
         )
     axes, own, white = fit(*parts)
-    together, rank = joint_directions(white, axes, parts[1], own, 60)
-    assert rank == 0
-    assert together == own
+    together, ranks = joint_directions(white, axes, parts[1], own, 60)
+    for pair in (("a", "b"), ("c", "d")):  # the others share nothing, and chance chooses
+        assert ranks[pair] == 0
+        assert together[pair] is own[pair]
+
+
+def test_every_pair_chooses_for_itself():
+    """All share five processes, two modalities sixty more that the others lack: only these stay as they are."""
+    noise, rng = (2.0, 2.0, 5.0, 5.0), np.random.default_rng(0)
+    more = rng.standard_normal((60, 40))
+    parts = []
+    for seed, n in ((1, 200), (2, 60)):
+        part = cohort(n, 5, seed, noise)
+        extra = 1.5 * np.random.default_rng([seed, 9]).standard_normal((n, 60)) @ more
+        parts.append({k: Profiles(p.patients, p.values + extra * (k in "ab")) for k, p in part.items()})
+    axes, own, white = fit(*parts)
+    together, ranks = joint_directions(white, axes, parts[1], own, 40)
+    assert ranks["a", "b"] == 0
+    assert together["a", "b"] is own["a", "b"]
+    assert ranks["c", "d"] > 0
 
 
 def test_validation_patients_are_not_needed_and_two_modalities_are_one_pair():
@@ -114,8 +131,8 @@ def test_validation_patients_are_not_needed_and_two_modalities_are_one_pair():
     assert all(np.array_equal(both[0][pair].left, both[1][pair].left) for pair in PAIRS)
     pair = ("a", "b")
     alone = Whitened.of({n: axes[n] for n in pair}, {n: train[n] for n in pair}, [pair], dict.fromkeys(pair, 0.2))
-    found, rank = joint_directions(alone, axes, validation, {pair: own[pair]}, 40)
-    assert rank == 0
+    found, ranks = joint_directions(alone, axes, validation, {pair: own[pair]}, 40)
+    assert ranks == {pair: 0}
     assert found == {pair: own[pair]}
 
 
