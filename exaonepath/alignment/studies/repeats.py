@@ -170,7 +170,12 @@ def _linear(scores: Mapping[str, Any]) -> float | None:
 
 
 def summarize(found: Sequence[Values], share: float) -> dict[str, dict[str, dict[str, Any]]]:
-    """Measure to method to its mean and, for baselines, ours minus theirs, over the splits that have both."""
+    """Measure to method to its mean and, for baselines, ours minus theirs, over the splits that have both.
+
+    Args:
+        found: results of `values_of`, one for each split.
+        share: test patients / training patients; 0 if no patient is in two of them.
+    """
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for measure, method in dict.fromkeys(key for values in found for key in values):
         known = [values[measure, method] for values in found if (measure, method) in values]
@@ -194,10 +199,14 @@ def repeats_table(result: Mapping[str, Any]) -> str:
         f"{result['splits']} random splits of the cohort, with a training on each; means over splits. Intervals: 95 %, "
         "corrected for overlapping training patients (Nadeau & Bengio 2003). Differences: ours minus the baseline.",
         "",
-        "| measure | method | mean | ours - theirs |",
-        "|---|---|---|---|",
     ]
-    return "\n".join([*lines, *_rows(result["measures"])]) + "\n"
+    return "\n".join(lines) + "\n" + measures_table(result["measures"])
+
+
+def measures_table(measures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The result of `summarize` as a table in Markdown."""
+    lines = ["| measure | method | mean | ours - theirs |", "|---|---|---|---|", *_rows(measures)]
+    return "\n".join(lines) + "\n"
 
 
 def _rows(measures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
