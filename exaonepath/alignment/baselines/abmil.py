@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exaonepath.alignment.baselines.profiles import Bag
 from exaonepath.errors import SettingsError
 
 
@@ -62,12 +63,12 @@ class GatedAttention(nn.Module):
 
 
 def fit_abmil(
-    bags: Sequence[np.ndarray],
+    bags: Sequence[Bag],
     labels: np.ndarray,
-    validation: tuple[Sequence[np.ndarray], np.ndarray] | None,
+    validation: tuple[Sequence[Bag], np.ndarray] | None,
     classes: int,
     settings: AbmilSettings | None = None,
-) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
+) -> Callable[[Sequence[Bag]], np.ndarray]:
     """A function from bags of patches to class probabilities [m, K].
 
     Args:
@@ -85,7 +86,7 @@ def fit_abmil(
         raise SettingsError("attention MIL needs training patients, each with at least one patch")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = GatedAttention(bags[0].shape[1], classes, settings)
+        model = GatedAttention(bags[0][:1].shape[1], classes, settings)
         # Rare classes count as much as frequent ones, as in the linear probes.
         weight = torch.from_numpy(len(labels) / np.maximum(np.bincount(labels, minlength=classes), 1)).float()
         optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
@@ -113,9 +114,9 @@ def fit_abmil(
 
 
 @torch.no_grad()
-def _probabilities(model: GatedAttention, bags: Sequence[np.ndarray]) -> np.ndarray:
+def _probabilities(model: GatedAttention, bags: Sequence[Bag]) -> np.ndarray:
     model.eval()
-    scores = torch.stack([model(torch.from_numpy(np.asarray(bag, np.float32))) for bag in bags])
+    scores = torch.stack([model(torch.from_numpy(np.asarray(bag[:], np.float32))) for bag in bags])
     return np.asarray(scores.softmax(1).double().numpy())
 
 
@@ -124,6 +125,6 @@ def _loss(probability: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> fl
     return float(-(own * weight[labels]).sum() / weight[labels].sum())
 
 
-def _some(bag: np.ndarray, most: int, rng: np.random.Generator) -> Tensor:
-    rows = bag if len(bag) <= most else bag[np.sort(rng.choice(len(bag), most, replace=False))]
+def _some(bag: Bag, most: int, rng: np.random.Generator) -> Tensor:
+    rows = bag[:] if len(bag) <= most else bag[np.sort(rng.choice(len(bag), most, replace=False))]
     return torch.from_numpy(np.asarray(rows, np.float32))

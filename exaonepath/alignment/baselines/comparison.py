@@ -10,7 +10,7 @@ import numpy as np
 
 from exaonepath.alignment.baselines.abmil import fit_abmil
 from exaonepath.alignment.baselines.neighbourhood import read_neighbourhoods
-from exaonepath.alignment.baselines.profiles import PARTS, CohortPart, Profiles, parts_of, read_bags, read_profiles
+from exaonepath.alignment.baselines.profiles import PARTS, CohortPart, Profiles, bags_of, parts_of, read_profiles
 from exaonepath.alignment.baselines.retrieval import baseline_pairs
 from exaonepath.alignment.metrics.intervals import Estimate, bootstrap_mean
 from exaonepath.alignment.metrics.retrieval import RECALL_AT, PairEmbeddings, rank_queries, retrieval
@@ -221,7 +221,7 @@ def _abmil(parts: Mapping[str, CohortPart], task: LabelTask, seed: int) -> Predi
     bags = {}
     for part, chosen in zip(PARTS, (task.train, task.validation, task.test), strict=True):
         ids = [parts[part].patients[row] for row in chosen.rows]
-        found = read_bags(parts[part].data, ids)
+        found = bags_of(parts[part].data, ids)
         bags[part] = [found[patient] for patient in ids]
     del seed  # the network has a seed of its own; another one would be another baseline
     predict = fit_abmil(

@@ -7,12 +7,11 @@ with positions, the encoder has learned nothing that ten lines do not know.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from exaonepath.alignment.baselines.profiles import CohortPart
-from exaonepath.files.features import read_features
+from exaonepath.alignment.baselines.profiles import CohortPart, PatientBag, bags_of
 
 COMPONENTS = 8
 # Distances in units of the grid: next to each other, diagonal included, then further away.
@@ -24,19 +23,19 @@ _TINY = 1e-12
 Slide = tuple[np.ndarray, np.ndarray, np.ndarray]  # features [N, C], coords [N, 2], contour_index [N]
 
 
-def patch_components(slides: Sequence[Slide]) -> np.ndarray:
+def patch_components(slides: Iterable[Slide]) -> np.ndarray:
     """Axes [C, k] of the principal components of some patches of every slide.
 
     The mean of a slide is taken off first, because differences of slides say nothing about neighbours.
     """
     rng = np.random.default_rng(0)
-    rows = []
+    products = np.zeros((0, 0))
     for features, _, _ in slides:
         x = np.asarray(features, np.float64)
         chosen = x if len(x) <= _PATCHES_OF_SLIDE else x[rng.choice(len(x), _PATCHES_OF_SLIDE, replace=False)]
-        rows.append(chosen - x.mean(0))
-    deviations = np.concatenate(rows)
-    _, vectors = np.linalg.eigh(deviations.T @ deviations)
+        deviations = chosen - x.mean(0)
+        products = deviations.T @ deviations + (products if products.size else 0)
+    _, vectors = np.linalg.eigh(products)
     axes: np.ndarray = vectors[:, ::-1][:, :COMPONENTS]
     return axes
 
@@ -80,32 +79,27 @@ def read_neighbourhoods(parts: Mapping[str, CohortPart]) -> dict[str, tuple[np.n
     """Part to (statistics [n, F], who has a slide with coordinates, bool [n]): means over the slides of a patient.
 
     Args:
-        parts: "train" and others to their patients; "train" gives the components.
+        parts: "train" and others to their patients; "train" gives the components. Slides are read one at a time.
 
     Raises:
         DataFileError: a features file cannot be read.
     """
-    slides = {name: _slides_of(part) for name, part in parts.items()}
-    known = [slide for of_patient in slides["train"].values() for slide in of_patient]
+    bags = {name: bags_of(part.data, part.patients) for name, part in parts.items()}
+    train = [bags["train"][patient] for patient in parts["train"].patients if patient in bags["train"]]
+    axes = patch_components(slide for bag in train for slide in _slides(bag)) if train else np.zeros((0, 0))
     out = {}
-    axes = patch_components(known) if known else np.zeros((0, 0))
     for name, part in parts.items():
-        has = np.array([patient in slides[name] for patient in part.patients], bool) & bool(known)
+        has = np.array([patient in bags[name] for patient in part.patients], bool) & bool(train)
         values = np.zeros((len(has), axes.shape[1] * (len(RINGS) + 1)))
         for at in np.flatnonzero(has):
-            found = [neighbourhood_statistics(slide, axes) for slide in slides[name][part.patients[at]]]
+            found = [neighbourhood_statistics(slide, axes) for slide in _slides(bags[name][part.patients[at]])]
             values[at] = np.mean(found, axis=0)
         out[name] = values, has
     return out
 
 
-def _slides_of(part: CohortPart) -> dict[str, list[Slide]]:
-    """Patient to the slides that have coordinates."""
-    wanted = set(part.patients)
-    found: dict[str, list[Slide]] = {}
-    for slide in part.data.cohort.slides.slides:
-        if slide.patient in wanted:
-            stored = read_features(slide.features, expected_dim=slide.dim)
-            if stored.coords is not None and len(stored.features):
-                found.setdefault(slide.patient, []).append((stored.features, stored.coords, stored.contour_index))
-    return found
+def _slides(bag: PatientBag) -> Iterator[Slide]:
+    """The slides of a patient, one at a time in memory."""
+    for slide in bag.slides:
+        rows = bag.data.cache.read(slide)
+        yield rows.features.numpy(), rows.coords.numpy(), rows.contour_index.numpy()
