@@ -75,9 +75,15 @@ def output_paths(out: str | os.PathLike[str], name: str) -> OutputPaths:
 def remove_leftovers(out: str | os.PathLike[str], names: Iterable[str]) -> None:
     """Remove temporary files that killed processes left in the folders of these slides.
 
-    The next writer of a file removes those of the same name; a slide that another process has finished has none.
+    The next writer of a file removes those of the same name; a slide that another process has finished has none. If the
+    layout cannot be read, nothing is removed, with a warning: what became of the slides does not depend on it.
     """
-    for folder in {path.parent for name in names for path in vars(output_paths(out, name)).values()}:
+    try:
+        layout = read_layout(out)
+    except DataFileError as exc:
+        logger.warning("temporary files of killed processes were not looked for: %s", exc)
+        return
+    for folder in {path.parent for name in names for path in vars(paths_in_layout(out, name, layout)).values()}:
         remove_abandoned(folder)
 
 

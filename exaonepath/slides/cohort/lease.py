@@ -129,7 +129,8 @@ class Leases:
         """Release every lease that is still held, and end the thread that renews them."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            if self._thread.is_alive():  # an interrupt may have come before its start, and join would be an error
+                self._thread.join()
             self._thread = None
         for lease in list(self._held.values()):
             lease.release()

@@ -83,9 +83,9 @@ class LocalEngine:
             threading.Thread(target=target, name=f"exaonepath-{name}", daemon=True)
             for name, target in (("prepare", self._prepare_all), ("finish", self._finish_all))
         ]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             yield from self._encode_all()
         finally:
             self._stopped.set()
@@ -93,7 +93,8 @@ class LocalEngine:
             self._room_ahead.release()
             self._to_finish.put(None)
             for thread in threads:
-                thread.join()
+                if thread.is_alive():  # an interrupt may have come before its start, and join would be an error
+                    thread.join()
             for job in self._open:  # interrupted between two steps
                 job.close()
 

@@ -26,7 +26,11 @@ class ReadAhead(Iterator[PatchBatch]):
         self._ended = self._closed = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._read, name="exaonepath-ahead", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self.close()  # nobody else can: the caller has no object yet
+            raise
 
     def __next__(self) -> PatchBatch:
         """The next batch; an error of the reader is raised after the batches before it."""
@@ -53,7 +57,8 @@ class ReadAhead(Iterator[PatchBatch]):
             self._closed = True
             self._changed.notify_all()
         self._reader.cancel()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         self._batches.clear()
 
     def _put(self, batch: PatchBatch) -> bool:

@@ -483,3 +483,31 @@ class TestFinishedMeanwhile:
         opened_slides.clear()
         assert set(kinds(run()).values()) == {"reused"}
         assert opened_slides == list("abcd")
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("name", ["leases", "prepare", "finish", "ahead"])
+def test_an_interrupt_while_a_thread_starts(run, reference, tmp_path, monkeypatch, name, moment):
+    """Ctrl-C may come between the making of a thread and its start, or while the start waits for it to be alive."""
+    start = threading.Thread.start
+
+    def interrupted(self):
+        if self.name != f"exaonepath-{name}":
+            start(self)
+            return
+        if moment == "after":
+            start(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    for thread in threading.enumerate():
+        if thread.name.startswith("exaonepath-"):
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+    claims = tmp_path / "out" / "claims"
+    assert not claims.is_dir() or list(claims.iterdir()) == []
+    assert set(kinds(run()).values()) <= {"finished", "empty", "reused"}
+    assert results(tmp_path / "out") == reference

@@ -158,3 +158,17 @@ def test_everything_is_written_and_found_in_the_layout(tmp_path, layout):
     assert list(stored_ids(out, "features")) == [("patient 1, block A", paths.features)]
     assert list(stored_ids(out, "embedding")) == []
     assert len(list((out / "patches").iterdir())) == (3 if layout == "flat" else 1)
+
+
+def test_leftovers_of_a_folder_that_cannot_be_read_any_more_are_a_warning(tmp_path, abandoned, caplog):
+    """It comes after the slides, whose results and errors are known by then."""
+    left = tmp_path / "embeddings" / abandoned("a.h5")
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    (tmp_path / outputs.LAYOUT_FILE).mkdir()
+    outputs.remove_leftovers(tmp_path, ["a"])
+    assert left.exists()
+    assert "layout.json cannot be read" in caplog.text
+    (tmp_path / outputs.LAYOUT_FILE).rmdir()
+    outputs.remove_leftovers(tmp_path, ["a"])
+    assert not left.exists()
