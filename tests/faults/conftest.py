@@ -60,3 +60,26 @@ def server(shim, tmp_path_factory):
     one = Server(shim, tmp_path_factory.mktemp("server"))
     yield one
     one.close()
+
+
+@pytest.fixture
+def table(record_property):
+    """`table(name, tried, survived, lost)` adds a row to what is printed after all tests."""
+    return lambda *row: record_property("fault", row)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Rows of the same name, of tests in several processes, are added up."""
+    rows: dict[tuple[str, str], tuple[int, int]] = {}
+    for report in (report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])):
+        for name, value in report.user_properties:
+            if name == "fault":
+                fault, tried, survived, lost = value
+                before = rows.get((fault, lost), (0, 0))
+                rows[fault, lost] = before[0] + tried, before[1] + survived
+    if not rows:
+        return
+    terminalreporter.section("faults")
+    terminalreporter.write_line(f"{'fault':48} {'tried':>6} {'survived':>8}  lost")
+    for (fault, lost), (tried, survived) in sorted(rows.items()):
+        terminalreporter.write_line(f"{fault:48} {tried:6} {survived:8}  {lost}")

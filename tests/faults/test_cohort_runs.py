@@ -54,17 +54,6 @@ def server():
 
 
 @pytest.fixture(scope="module")
-def table():
-    """`table(name, tried, survived, lost)` adds a row."""
-    rows: list[tuple[str, int, int, str]] = []
-    yield lambda *row: rows.append(row)
-    if ALL:
-        print("\n| fault | tried | survived | lost |\n|---|---|---|---|")
-        for name, tried, survived, lost in rows:
-            print(f"| {name} | {tried} | {survived} | {lost} |")
-
-
-@pytest.fixture(scope="module")
 def slides(tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("slides")
     return [

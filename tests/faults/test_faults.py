@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from exaonepath.synthetic import make_slide
 ALL = os.environ.get("EXAONEPATH_FAULTS") == "all"
 # For each stage's places, where not all are taken.
 SECONDS = float("inf") if ALL else float(os.environ.get("EXAONEPATH_FAULTS", 4))
+PARTS = 8 if ALL else 1  # all places take an hour: several tests keep two processes busy, and show how far they are
 
 FAULTS = {
     "EIO once": {"action": "fail", "error": errno.EIO},
@@ -169,24 +171,27 @@ class Campaign:
         self.seconds = again["seconds"]
         self.outcomes: Counter = Counter()
 
-    def cases(self):
+    def cases(self, part: int):
         """(place, fault), those of writing first; all of them, or as many as fit the time, spread over all places."""
-        everything = [(place, fault) for place in range(len(self.operations)) for fault in FAULTS]
+        places = range(part, len(self.operations), PARTS)
+        everything = [(place, fault) for place in places for fault in FAULTS]
         if ALL:
             return everything
         random.Random(0).shuffle(everything)
         return sorted(everything, key=lambda case: self.operations[case[0]] not in WRITING)
 
-    def run(self) -> list[str]:
-        """Disturb one place after another; returns what went wrong, a line each."""
-        end, wrong = time.monotonic() + SECONDS, []
-        for n, (place, fault) in enumerate(self.cases()):
+    def run(self, part: int) -> dict[str, list[list[str]]]:
+        """Disturb one place after another; of each fault, what went wrong in each case."""
+        end, found = time.monotonic() + SECONDS, {}
+        for n, (place, fault) in enumerate(self.cases(part)):
             if time.monotonic() > end and n >= 10:
                 break
             about = f"{fault} at {place} ({self.operations[place]})"
-            wrong += [f"{about}: {problem}" for problem in self.disturb(at=place, **FAULTS[fault])]
-        print(f"{len(self.operations)} places, {sum(self.outcomes.values())} cases: {dict(self.outcomes)}")
-        return wrong
+            problems = [f"{about}: {problem}" for problem in self.disturb(at=place, **FAULTS[fault])]
+            if problems:
+                print(*problems, sep="\n", file=sys.stderr, flush=True)  # the other places may take an hour
+            found.setdefault(fault, []).append(problems)
+        return found
 
     def disturb(self, **plan) -> list[str]:
         """One case; returns what is wrong with it."""
@@ -246,13 +251,17 @@ def campaign(server, work, request):
     return of
 
 
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("name", ["encode", "slide", "train"])
-def test_any_file_operation_may_fail(name, campaign):
-    wrong = campaign(name).run()
+def test_any_file_operation_may_fail(name, part, campaign, table):
+    found = campaign(name).run(part)
+    for fault, cases in found.items():
+        table(f"{name}, {fault}", len(cases), sum(not problems for problems in cases), "")
+    wrong = [problem for cases in found.values() for problems in cases for problem in problems]
     assert not wrong, f"{len(wrong)} wrong:\n" + "\n".join(wrong[:40])
 
 
-def test_a_disk_of_any_size_is_full_or_enough(campaign):
+def test_a_disk_of_any_size_is_full_or_enough(campaign, table):
     """Room for 0 bytes up to all of them: an error of one line, and the same command goes on where there is room."""
     encode = campaign("encode")
     count = 26 if ALL else 8
@@ -261,6 +270,7 @@ def test_a_disk_of_any_size_is_full_or_enough(campaign):
         budget = int(2 * encode.bytes * i / (count - 1))  # twice: what is finished was written in parts before
         plan = {"action": "full", "error": errno.ENOSPC, "budget": budget}
         wrong += [f"{budget} bytes: {problem}" for problem in encode.disturb(**plan)]
+    table("encode, a disk of any size", count, count - len(wrong), "")
     assert not wrong, "\n".join(wrong)
     outcomes = encode.outcomes - before
     assert outcomes["full: 1"] > 1
@@ -269,8 +279,10 @@ def test_a_disk_of_any_size_is_full_or_enough(campaign):
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
 @pytest.mark.parametrize("name", ["encode", "slide", "train"])
-def test_a_file_system_without_locks(name, code, campaign):
+def test_a_file_system_without_locks(name, code, campaign, table):
     stage = campaign(name)
     before = stage.outcomes.copy()
-    assert not stage.disturb(action="no locks", error=code)
+    wrong = stage.disturb(action="no locks", error=code)
+    table(f"{name}, a file system without locks", 1, int(not wrong), "")
+    assert not wrong
     assert stage.outcomes - before == {"no locks: 0": 1}
