@@ -244,6 +244,14 @@ def fit_cca(
 
 def reciprocal_rank(u: np.ndarray, v: np.ndarray) -> float:
     """Mean reciprocal rank of row i of v for row i of u, and the reverse; mean of both directions."""
+    return float(reciprocal_ranks(u, v).mean())
+
+
+def reciprocal_ranks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """float64 [n]: the mean of both directions for each row; see `reciprocal_rank`."""
     rows = np.arange(len(u))
-    ranks = [rank_queries(a, b, rows, rows, recall_at=()).rank for a, b in ((u, v), (v, u))]
-    return float(np.mean([np.mean(1 / rank) for rank in ranks]))
+    found = [rank_queries(a, b, rows, rows, recall_at=()) for a, b in ((u, v), (v, u))]
+    total = np.zeros(len(rows))
+    for ranks in found:
+        total[ranks.query] += 1 / ranks.rank / len(found)
+    return total

@@ -11,7 +11,8 @@ directions in its rows for the mean features. These have to be centred, but a pr
 output has a mean of zero over its channels, because of the last LayerNorm: with a bias of 1 there, its sum is a
 constant, and the rows for the encoder's output, all equal, subtract the mean.
 
-With three modalities or more, the directions of all pairs may be estimated together (`joint_directions`).
+With three modalities or more, the directions of all pairs may be estimated together (`joint_directions`). Once the
+slide encoder has learned something, its output takes part in those of the slide's pairs that it helps.
 
 What only the arrangement of patches shows is not in the mean features. So the molecular side of a slide's pair has
 further columns: what the molecular modalities share with each other beyond the mean features. A column is the same
@@ -31,7 +32,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exaonepath.alignment.baselines.cca import Directions, Principal, choose_directions, choose_weights
+from exaonepath.alignment.baselines.cca import (
+    FEWEST_TO_CHOOSE,
+    Directions,
+    Principal,
+    choose_directions,
+    choose_weights,
+    reciprocal_ranks,
+)
 from exaonepath.alignment.baselines.profiles import Profiles, read_profiles
 from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
@@ -126,6 +134,34 @@ class ClosedForm:
             if name != WSI
         }
         self._sides = {name: _Side(model, name, axes, trained=slides is not None) for name, axes in self.axes.items()}
+        self._mean_only: dict[tuple[str, str], Directions] = {}
+        if slides is not None and WSI in self.axes:
+            self._use_mean_features(ClosedForm(model, data, settings), held_out)
+
+    def _use_mean_features(self, start: ClosedForm, held_out: Mapping[str, Profiles]) -> None:
+        """Let pairs of the slide use the mean features alone (`start`) if the encoder's output does not clearly help.
+
+        The encoder has seen the training patients, so that its output looks better on them than it is: a pair with a
+        noisy modality may get worse by it. Clearly is by more than a standard error, paired over validation patients.
+        """
+        for pair in [pair for pair in self.pairs if WSI in pair and pair in start.pairs]:
+            place = pair.index(WSI)
+            slides, others = held_out[WSI], held_out[pair[1 - place]]
+            width = start.axes[WSI].mean.shape[0]  # the slide embedding begins with the mean features
+            both = Profiles.common(slides, others)
+            found = []
+            for form, values in ((self, both[0]), (start, both[0][:, :width])):
+                x, y = form.axes[WSI].scores(values), form.axes[pair[1 - place]].scores(both[1])
+                directions = form.pairs[pair]
+                left, right = (directions.left, directions.right)[place], (directions.right, directions.left)[place]
+                found.append(reciprocal_ranks(x @ left, y @ right))
+            gain = found[0] - found[1]
+            if len(gain) >= FEWEST_TO_CHOOSE and gain.mean() < gain.std() / math.sqrt(len(gain) - 1):
+                self._mean_only[pair] = start.pairs[pair]
+        if self._mean_only:
+            self._mean_side = _Side(self.model, WSI, start.axes[WSI], trained=True)
+            names = ", ".join("-".join(pair) for pair in self._mean_only)
+            logger.info("the slide encoder's output does not help %s: mean features alone", names)
 
     def apply(self, further: bool = False) -> None:
         """Set the linear layers and the projections of the model, in place.
@@ -135,8 +171,11 @@ class ClosedForm:
         """
         for side in self._sides.values():
             side.apply()
-        for pair, directions in self.pairs.items():
-            _set_pair(self.model, pair, directions, self._sides, self.further if further else {})
+        for pair, found in self.pairs.items():
+            sides, directions = self._sides, self._mean_only.get(pair, found)
+            if pair in self._mean_only:
+                sides = {**sides, WSI: self._mean_side}
+            _set_pair(self.model, pair, directions, sides, self.further if further else {})
             logger.info("%s-%s has %d directions in closed form", *pair, len(directions.correlations))
 
 

@@ -120,37 +120,61 @@ def test_the_slide_encoder_gets_something_to_learn_in_the_same_columns_of_every_
     assert torch.allclose(first, second, atol=1e-3)
 
 
-def test_a_trained_slide_encoder_is_part_of_the_closed_form(folder):
+@pytest.mark.parametrize(
+    ("learned", "helped"),
+    [
+        (("rna", "methylation"), {"rna": True, "methylation": True}),
+        (("rna",), {"rna": True, "snp": False}),
+        ((), {"rna": False, "methylation": False}),  # one in six pairs is helped by chance: one standard error
+    ],
+    ids=["rna and methylation", "rna", "nothing"],
+)
+def test_a_trained_slide_encoder_is_part_of_the_closed_form_of_the_pairs_that_it_helps(folder, learned, helped):
     """After any change of the encoder, its last norm included, the model has the similarities of an analysis in which
-    its output is a part of the slide's profile."""
+    its output is a part of the slide's profile; where that does not find more validation patients, those of the mean
+    features alone."""
     prepared = prepare(settings(folder))
     model, data = prepared.model, prepared.data
+    norm = model.slide_encoder.transformer.norm
     with torch.no_grad():
-        model.slide_encoder.transformer.norm.weight.copy_(torch.linspace(0.5, 2, 16))
-        model.slide_encoder.transformer.norm.bias.copy_(torch.linspace(0.2, 1.5, 16))
+        norm.weight.copy_(torch.linspace(0.5, 2, 16))
+        norm.bias.copy_(torch.linspace(0.2, 1.5, 16))
     model.eval()
+    axes = {name: Principal.of(read_profiles(data, data.train, name).values, 7) for name in learned}
 
-    def slides(patients):
-        _, batch = next(iter(data.evaluation_batches(patients, list(range(len(patients))), len(patients))))
+    def slides(part):
+        """What the encoder would give if it had learned the first principal axes of a modality."""
+        mean = read_profiles(data, data.split[part], "wsi")
+        hidden = 0.3 * np.random.default_rng(0).standard_normal((len(mean.patients), 16))
+        for at, name in enumerate(learned):
+            known = read_profiles(data, data.split[part], name)
+            scores = axes[name].scores(known.values) / np.sqrt(axes[name].variance)
+            place = {patient: row for row, patient in enumerate(known.patients)}
+            for row, patient in enumerate(mean.patients):
+                if patient in place:
+                    hidden[row, 8 * at : 8 * at + 7] += scores[place[patient]]
         with torch.no_grad():
-            h = model.embed(batch)["wsi"]
-        has = batch.available["wsi"]
-        return Profiles(tuple(p for p, flag in zip(patients, has, strict=True) if flag), h[has].numpy())
+            output = norm(torch.from_numpy(hidden).float()).numpy()
+        return Profiles(mean.patients, np.concatenate([mean.values, output], 1))
 
-    known, held_out, asked = (slides(data.split[part]) for part in ("train", "val", "test"))
+    known, held_out, asked = (slides(part) for part in ("train", "val", "test"))
     found = ClosedForm(model, data, prepared.settings.model, (known, held_out))
     found.apply()
-    rna = read_profiles(data, data.split["test"], "rna")
-    x, y = Profiles.common(asked, rna)
-    directions = found.pairs["wsi", "rna"]
-    u, v = found.axes["wsi"].scores(x) @ directions.left, found.axes["rna"].scores(y) @ directions.right
-    u, v = (w / np.linalg.norm(w, axis=1, keepdims=True) for w in (u, v))
-    with torch.no_grad():
-        ours = (
-            model.project(torch.from_numpy(x), "wsi", "rna")
-            @ model.project(model.omics_encoder("rna")(torch.from_numpy(y)), "rna", "wsi").T
-        )
-    np.testing.assert_allclose(ours.numpy(), u @ v.T, atol=5e-4)
+    start = ClosedForm(prepare(settings(folder)).model, data, prepared.settings.model)
+    width = data.cohort.slides.dim
+    for name, helps in helped.items():
+        other = read_profiles(data, data.split["test"], name)
+        x, y = Profiles.common(asked, other)
+        form, values = (found, x) if helps else (start, x[:, :width])
+        directions = form.pairs["wsi", name]
+        u, v = form.axes["wsi"].scores(values) @ directions.left, form.axes[name].scores(y) @ directions.right
+        u, v = (w / np.linalg.norm(w, axis=1, keepdims=True) for w in (u, v))
+        with torch.no_grad():
+            ours = (
+                model.project(torch.from_numpy(x), "wsi", name)
+                @ model.project(model.omics_encoder(name)(torch.from_numpy(y)), name, "wsi").T
+            )
+        np.testing.assert_allclose(ours.numpy(), u @ v.T, atol=5e-4)
 
 
 def test_the_parts_of_a_score_are_the_score(started):
