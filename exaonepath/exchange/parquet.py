@@ -8,7 +8,7 @@ Rows are written and read in parts. What made the vectors is stated in the metad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from exaonepath.exchange.foreign_hdf5 import checked_coords
 from exaonepath.exchange.libraries import library
 from exaonepath.exchange.own_metadata import KEY, describe, parse, stated
 from exaonepath.exchange.slide_patches import ArrayMatrix, FoundRows, Given, SlidePatches, Source, file_name
+from exaonepath.exchange.value_names import names_of_values, stored_names
 from exaonepath.files.atomic import atomic_path, ensure_folder
 from exaonepath.files.hdf5_output import encodable
 
@@ -43,7 +44,8 @@ def write(sources: Sequence[Source], path: Path) -> None:
         with source() as slide:
             _ = slide.matrix.shape
             slides.append(slide)
-    schema = _schema(arrow, slides).with_metadata({KEY: describe(slides)})
+    names = stored_names(names_of_values(slides), "Parquet files", reserved=_RESERVED)
+    schema = _schema(arrow, slides, names).with_metadata({KEY: describe(slides)})
     # To an open file: pyarrow would look for a meaning in parts of a path.
     with (
         atomic_path(path) as temporary,
@@ -55,7 +57,7 @@ def write(sources: Sequence[Source], path: Path) -> None:
                 for start, part in slide.matrix.parts():
                     for at in range(0, len(part), _ROWS):
                         rows = slice(start + at, start + min(at + _ROWS, len(part)))
-                        writer.write_table(_table(arrow, schema, slide, rows, part[at : at + _ROWS]))
+                        writer.write_table(_table(arrow, schema, names, slide, rows, part[at : at + _ROWS]))
 
 
 def write_slides(slides: Sequence[SlidePatches], path: Path) -> None:
@@ -88,23 +90,21 @@ def _arrow() -> tuple[Any, Any]:
     return library("pyarrow", "Parquet files"), library("pyarrow.parquet", "Parquet files")
 
 
-def _schema(arrow: Any, slides: Sequence[SlidePatches]) -> Any:
+def _schema(arrow: Any, slides: Sequence[SlidePatches], names: Mapping[str, str]) -> Any:
     fields = [("slide", arrow.string()), ("patch", arrow.int32()), ("x", arrow.int32()), ("y", arrow.int32())]
     fields += [("fragment", arrow.int32()), ("patient", arrow.string())]
-    for name in dict.fromkeys(name for slide in slides for name in slide.values):
+    for name, column in names.items():
         texts = any(name in slide.values and slide.values[name].categories for slide in slides)
-        fields.append((_column(name), arrow.string() if texts else arrow.float32()))
+        fields.append((column, arrow.string() if texts else arrow.float32()))
     dtype = np.result_type(*{slide.matrix.dtype for slide in slides}) if slides else np.dtype("float32")
     width = slides[0].matrix.shape[1] if slides else 1
     fields.append((VECTOR, arrow.list_(arrow.from_numpy_dtype(dtype), width)))
     return arrow.schema(fields)
 
 
-def _column(name: str) -> str:
-    return f"{name}_value" if name in _RESERVED else name
-
-
-def _table(arrow: Any, schema: Any, slide: SlidePatches, rows: slice, part: np.ndarray) -> Any:
+def _table(
+    arrow: Any, schema: Any, names: Mapping[str, str], slide: SlidePatches, rows: slice, part: np.ndarray
+) -> Any:
     n = len(part)
     columns: dict[str, Any] = {
         "slide": [encodable(file_name(slide.id))] * n,
@@ -117,7 +117,7 @@ def _table(arrow: Any, schema: Any, slide: SlidePatches, rows: slice, part: np.n
     for name, found in slide.values.items():
         values = np.asarray(found.values[rows], np.float32)
         texts = [found.categories[int(v)] if np.isfinite(v) else None for v in values] if found.categories else None
-        columns[_column(name)] = texts if texts is not None else arrow.array(values, from_pandas=True)
+        columns[names[name]] = texts if texts is not None else arrow.array(values, from_pandas=True)
     vector = schema.field(VECTOR).type
     flat = arrow.array(np.ascontiguousarray(part, vector.value_type.to_pandas_dtype()).reshape(-1))
     columns[VECTOR] = arrow.FixedSizeListArray.from_arrays(flat, vector.list_size)
