@@ -20,10 +20,10 @@ import h5py
 import numpy as np
 
 from exaonepath.errors import DamagedFileError, DataFileError, ForeignFileError, SettingsError
-from exaonepath.exchange.foreign_hdf5 import checked_coords
+from exaonepath.exchange.foreign_hdf5 import coords_of_columns
 from exaonepath.exchange.libraries import library
 from exaonepath.exchange.own_metadata import KEY, describe, parse, stated
-from exaonepath.exchange.slide_patches import FoundRows, Given, SlidePatches, Source, file_name, part_rows
+from exaonepath.exchange.slide_patches import FoundRows, Given, SlidePatches, Source, file_name, part_rows, visible
 from exaonepath.exchange.value_names import names_of_values, stored_names
 from exaonepath.files.atomic import ensure_folder
 from exaonepath.files.hdf5 import open_h5_tree, open_h5_tree_in_parts
@@ -153,7 +153,7 @@ def find(source: Path, given: Given) -> list[FoundRows]:
         SettingsError: it is not known where patches are.
         MissingDependencyError: AnnData is missing.
     """
-    paths = sorted(source.glob(f"*{ENDING}")) if source.is_dir() else [source]
+    paths = visible(source, f"*{ENDING}") if source.is_dir() else [source]
     if not paths:
         raise DataFileError(f"{source} holds no *{ENDING} file")
     return [found for path in paths for found in _slides(path, given)]
@@ -175,7 +175,7 @@ def _slides(path: Path, given: Given) -> list[FoundRows]:
                 f"{path} has no columns x and y in obs: the corners of the patches in level-0 pixels, as whole numbers "
                 "(obsm['spatial'] does not say whether it holds corners or centres)"
             )
-    coords = checked_coords(np.stack([np.asarray(obs["x"]), np.asarray(obs["y"])], axis=1), f"{path}: x, y")
+    coords = coords_of_columns(np.asarray(obs["x"]), np.asarray(obs["y"]), f"{path}: x, y")
     fragments = np.asarray(obs["fragment"]) if "fragment" in obs else None
     if fragments is not None and fragments.dtype.kind not in "iu":
         raise DataFileError(f"{path}: the column fragment holds {fragments.dtype}, not whole numbers")

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from exaonepath.errors import DamagedFileError, DataFileError, SettingsError
-from exaonepath.exchange.foreign_hdf5 import checked_coords
+from exaonepath.exchange.foreign_hdf5 import coords_of_columns
 from exaonepath.exchange.libraries import library
 from exaonepath.exchange.own_metadata import KEY, describe, parse, stated
-from exaonepath.exchange.slide_patches import ArrayMatrix, FoundRows, Given, SlidePatches, Source, file_name
+from exaonepath.exchange.slide_patches import ArrayMatrix, FoundRows, Given, SlidePatches, Source, file_name, visible
 from exaonepath.exchange.value_names import names_of_values, stored_names
 from exaonepath.files.atomic import atomic_path, ensure_folder
 from exaonepath.files.hdf5_output import encodable
@@ -137,7 +137,7 @@ def find(source: Path, given: Given) -> list[FoundRows]:
     """
     paths = [source]
     if source.is_dir():
-        paths = sorted(path for path in (*source.glob(f"*{ENDING}"), *source.glob(f"patches/*{ENDING}")))
+        paths = sorted([*visible(source, f"*{ENDING}"), *visible(source, f"patches/*{ENDING}")])
         paths = [path for path in paths if path.name != SLIDES]
     if not paths:
         raise DataFileError(f"{source} holds no table of patches (*{ENDING})")
@@ -176,8 +176,7 @@ def _slides(path: Path, given: Given) -> list[FoundRows]:
     columns = {name: table[name].combine_chunks() for name in wanted}
     if columns["x"].null_count or columns["y"].null_count:
         raise DataFileError(f"{path}: x or y has missing values")
-    pair = [np.asarray(columns[name]) for name in ("x", "y")]
-    coords = checked_coords(np.stack(pair, axis=1), f"{path}: x, y")
+    coords = coords_of_columns(np.asarray(columns["x"]), np.asarray(columns["y"]), f"{path}: x, y")
     fragments = columns.get("fragment")
     index = None if fragments is None or fragments.null_count else np.asarray(fragments)
     if index is not None and index.dtype.kind not in "iu":

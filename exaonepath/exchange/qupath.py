@@ -24,6 +24,7 @@ from exaonepath.files.atomic import atomic_path, ensure_folder
 from exaonepath.text import few
 
 NAME = "QuPath"
+ENDING = ".geojson"
 FRAGMENT, PATCH = "Fragment", "Patch"
 # Colours that remain distinct for colour-blind readers (Okabe and Ito), then mixtures of them.
 _COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66))
@@ -33,7 +34,7 @@ _PER_WRITE = 4096
 
 def plan(slide: SlidePatches, to: Path) -> dict[str, Path]:
     """The file of a slide: `to` itself, if it ends with .geojson."""
-    return {"tiles": to if to.suffix == ".geojson" else to / f"{file_name(slide.id)}.geojson"}
+    return {"tiles": to if to.suffix.lower() == ENDING else to / f"{file_name(slide.id)}{ENDING}"}
 
 
 def write(slide: SlidePatches, to: Path, *, classify: str | None = None) -> list[Path]:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from exaonepath.exchange.slide_patches import SlidePatches
 from exaonepath.files.hdf5_output import encodable
+from exaonepath.log_once import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -55,5 +56,5 @@ def stored_names(
         found[name] = stored
     changed = [f"{name!r} is {stored!r}" for name, stored in found.items() if name != stored]
     if changed:
-        logger.warning("values have other names in %s: %s", where, ", ".join(changed))
+        warn_once(logger, "values have other names in %s: %s", where, ", ".join(changed))  # the same for every slide
     return {name: found[name] for name in names}

@@ -27,7 +27,7 @@ from exaonepath.errors import DamagedFileError, DataFileError, ForeignFileError,
 from exaonepath.exchange.foreign_hdf5 import checked_coords
 from exaonepath.exchange.libraries import library
 from exaonepath.exchange.own_metadata import KEY, describe, parse, stated
-from exaonepath.exchange.slide_patches import Given, Matrix, SlidePatches, Source, file_name
+from exaonepath.exchange.slide_patches import Given, Matrix, SlidePatches, Source, file_name, visible
 from exaonepath.exchange.value_names import names_of_values, stored_names
 from exaonepath.files.atomic import atomic_folder, ensure_folder
 from exaonepath.files.hdf5_output import encodable
@@ -173,7 +173,7 @@ def find(source: Path, given: Given) -> list[Found]:
     """
     if not source.is_dir():
         raise DataFileError(f"{source} is no Zarr store: those that are folders are read")
-    stores = [source] if _is_group(source) else sorted(path for path in source.glob(f"*{ENDING}") if _is_group(path))
+    stores = [source] if _is_group(source) else [path for path in visible(source, f"*{ENDING}") if _is_group(path)]
     found = [slide for store in stores for slide in _slides(store, given)]
     if not found:
         raise DataFileError(f"{source} holds no Zarr store with slides: groups with coords and vectors")

@@ -9,6 +9,7 @@ import pytest
 from exaonepath.errors import SettingsError
 from exaonepath.exchange.slide_patches import Values
 from exaonepath.exchange.value_names import stored_names
+from exaonepath.log_once import forget
 from exaonepath.slides.exporting import export_slides
 
 from .conftest import FIRST
@@ -35,6 +36,7 @@ def numbers(columns):
 
 
 def test_names_that_are_refused_are_changed_and_stay_different(caplog):
+    forget()
     found = stored_names(["a/b", "a_b", "x", "x_value", ""], "some files", reserved=("x",), unsafe="/")
     assert found == {"a/b": "a_b-2", "a_b": "a_b", "x": "x_value-2", "x_value": "x_value", "": "value"}
     assert "values have other names in some files: 'a/b' is 'a_b-2', 'x' is 'x_value-2', '' is 'value'" in caplog.text
