@@ -17,15 +17,7 @@ from exaonepath.slides.exporting import export_slides
 from exaonepath.slides.importing import import_features
 from exaonepath.slides.outputs import output_paths
 
-from .conftest import FIRST, SECOND
-
-
-def tool(name):
-    # Some of these raise other errors than ImportError if a library of theirs is missing or too new.
-    try:
-        return importlib.import_module(name)
-    except Exception as exc:  # noqa: BLE001
-        pytest.skip(f"{name} is not installed, or not with this environment ({exc}); see `make test-exchange`")
+from .conftest import FIRST, SECOND, tool, why_not_installed
 
 
 def cluster(slide):
@@ -37,7 +29,7 @@ def slide2vec_artifacts(monkeypatch):
     """The module with slide2vec's readers and writers, without the encoders that importing the package would load."""
     spec = importlib.util.find_spec("slide2vec")
     if spec is None:
-        pytest.skip("slide2vec is not installed; see `make test-exchange`")
+        pytest.skip(f"slide2vec: {why_not_installed('slide2vec')}")
     bare = types.ModuleType("slide2vec")
     bare.__path__ = list(spec.submodule_search_locations)
     monkeypatch.setitem(sys.modules, "slide2vec", bare)
@@ -78,9 +70,11 @@ def test_anndata(made, h5ad):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_scanpy(h5ad):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_scanpy(h5ad, dtype):
     scanpy = tool("scanpy")
     data = scanpy.read_h5ad(h5ad)
+    data.X = data.X.astype(dtype)
     scanpy.pp.pca(data, n_comps=5)
     scanpy.pp.neighbors(data, n_neighbors=5)
     assert data.obsp["connectivities"].shape == (data.n_obs, data.n_obs)
@@ -209,6 +203,22 @@ def test_geopandas_reads_the_geojson(made, tmp_path):
     assert set(frame["objectType"]) == {"tile"}
 
 
+def test_validators_of_geojson(made, tmp_path):
+    """Two programs that check the standard (RFC 7946), of which QuPath's files are a kind."""
+    geojson, models = tool("geojson"), tool("geojson_pydantic")
+    (path,) = export_slides(
+        made, tmp_path / "one.geojson", "qupath", slides=[SECOND], values=cluster, classify="cluster"
+    )
+    found = geojson.loads(path.read_text())
+    assert found.is_valid, found.errors()
+    checked = models.FeatureCollection.model_validate_json(path.read_text())
+    assert len(checked.features) == len(read_features(output_paths(made, SECOND).features).coords)
+    for feature in checked.features:
+        (ring,) = feature.geometry.coordinates
+        x, y = np.array(ring).T
+        assert (x[:-1] * y[1:] - x[1:] * y[:-1]).sum() / 2 == 256**2  # outlines run counterclockwise there
+
+
 def test_torch_opens_pt_files_as_clam_does(made, tmp_path):
     import torch
 
@@ -231,6 +241,32 @@ def test_parquet_with_pandas_alone(made, tmp_path):
     assert slides["slide"].tolist() == [FIRST, SECOND]
     wanted = read_embedding(output_paths(made, SECOND).embedding).slide_embedding
     np.testing.assert_array_equal(slides["slide_embedding"][1], wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_polars_and_duckdb(made, tmp_path, dtype):
+    polars, duckdb = tool("polars"), tool("duckdb")
+    pytest.importorskip("pyarrow", reason="needs the extra `exchange`")
+    export_slides(made, tmp_path, "parquet", dtype=dtype, values=cluster)
+    path = tmp_path / "patches" / f"{FIRST}.parquet"
+    features = read_features(output_paths(made, FIRST).features).features.astype(dtype)
+    frame = polars.read_parquet(path)
+    np.testing.assert_array_equal(frame["vector"].to_numpy(), features)
+    assert frame["cluster"].to_list()[:2] == ["blood", "stroma"]
+    rows = duckdb.sql(f"select vector from '{path}' order by patch").fetchall()
+    np.testing.assert_array_equal(np.array([row[0] for row in rows], dtype), features)
+    counts = duckdb.sql(f"select slide, count(*) from '{tmp_path}/patches/*.parquet' group by slide").fetchall()
+    assert dict(counts)[FIRST] == len(features)
+    # What these two write is imported.
+    (tmp_path / "theirs").mkdir()
+    frame.drop("fragment").write_parquet(tmp_path / "theirs" / "polars.parquet")
+    duckdb.sql(f"copy (select x, y, vector from '{path}') to '{tmp_path}/theirs/duck.parquet' (format parquet)")
+    for name, stored in (("polars", dtype), ("duck", "float32")):  # DuckDB has no float16
+        source = tmp_path / "theirs" / f"{name}.parquet"
+        (done,) = import_features(source, tmp_path / name, "parquet", encoder="e", patch_size=128, fragments="grid")
+        after = read_features(done.features_path)
+        np.testing.assert_array_equal(after.features, features.astype(np.float32))
+        assert after.attrs["feature_dtype"] == stored
 
 
 def test_zarr_alone(made, tmp_path):

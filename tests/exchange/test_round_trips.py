@@ -17,7 +17,7 @@ from exaonepath.slides.importing import import_features
 from exaonepath.slides.outputs import choose_layout, output_paths
 from exaonepath.slides.patches.fragments import fragments_of_grid
 
-from .conftest import FIRST, SECOND
+from .conftest import FIRST, SECOND, tool
 
 FOREIGN = ("trident", "clam", "slide2vec")  # no fragments in their files
 OWN = {"anndata": ".h5ad", "parquet": ".parquet", "zarr": ".zarr"}
@@ -168,7 +168,7 @@ def test_single_files(made, tmp_path):
 def test_existing_outputs_are_refused(made, tmp_path, format):
     needs(format)
     if format == "spatialdata":
-        pytest.importorskip("spatialdata", reason="heavy; `make test-exchange` installs it")
+        tool("spatialdata")
     first = export_slides(made, tmp_path / "there", format, slides=[FIRST])
     with pytest.raises(OutputCollisionError, match="exist"):
         export_slides(made, tmp_path / "there", format)

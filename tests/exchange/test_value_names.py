@@ -12,7 +12,7 @@ from exaonepath.exchange.value_names import stored_names
 from exaonepath.log_once import forget
 from exaonepath.slides.exporting import export_slides
 
-from .conftest import FIRST
+from .conftest import FIRST, tool
 from .test_round_trips import needs
 
 # Characters that one format or another refuses, names that differ in one of them or in case only, and names of columns
@@ -94,7 +94,7 @@ def test_zarr(made, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_spatialdata(made, tmp_path):
-    spatialdata = pytest.importorskip("spatialdata", reason="heavy; `make test-exchange` installs it")
+    spatialdata = tool("spatialdata")
     (path,) = export_slides(made, tmp_path / "a.zarr", "spatialdata", slides=[FIRST], values=values)
     table = spatialdata.read_zarr(path).tables["patches"]
     found = numbers(table.obs.drop(columns=["slide", "patch", "x", "y", "fragment", "patient", "region"]))
