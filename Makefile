@@ -69,4 +69,4 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt exaonepath/
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cluster .exchange .matrix build dist demo-output site exaonepath/_C*.so *.egg-info
+	rm -rf $(VENV) .cluster .exchange .exchange.new .matrix build dist demo-output site exaonepath/_C*.so *.egg-info

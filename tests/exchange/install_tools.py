@@ -66,8 +66,12 @@ def main() -> int:
             except Refused as exc:
                 missing = {**dict.fromkeys(tools, str(exc)), **missing}
         (new / MISSING).write_text(json.dumps(missing, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        new.rename(folder)
+        before = folder / MISSING
+        if before.is_file() and len(json.loads(before.read_text())) <= len(missing):
+            shutil.rmtree(new)  # no better than what is there: no network this time, perhaps
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            new.rename(folder)
     for tool, reason in missing.items():
         print(f"{tool} cannot be installed, so its tests are skipped: {reason}", file=sys.stderr)
     return 0
