@@ -22,7 +22,7 @@ import numpy as np
 from exaonepath.errors import DamagedFileError, DataFileError, ForeignFileError, SettingsError
 from exaonepath.exchange.foreign_hdf5 import coords_of_columns
 from exaonepath.exchange.libraries import library
-from exaonepath.exchange.own_metadata import KEY, describe, parse, stated
+from exaonepath.exchange.own_metadata import KEY, describe, parse, stated, without_patches
 from exaonepath.exchange.slide_patches import FoundRows, Given, SlidePatches, Source, file_name, part_rows, visible
 from exaonepath.exchange.value_names import names_of_values, stored_names
 from exaonepath.files.atomic import ensure_folder
@@ -183,12 +183,11 @@ def _slides(path: Path, given: Given) -> list[FoundRows]:
         names = [given.slide or path.name.removesuffix(ENDING)]
         number = np.zeros(len(obs), np.int64)
     else:
-        column = obs["slide"].astype("category").cat
+        column = obs["slide"].astype("category").cat.remove_unused_categories().cat
         names, number = [str(name) for name in column.categories], np.asarray(column.codes, np.int64)
         if (number < 0).any():
             raise DataFileError(f"{path}: the column slide has missing values")
-        # A slide without a patch has no row; only the metadata know it.
-        names += [name for name in metadata.get("slides", {}) if name not in names]
+        names += [name for name in without_patches(metadata) if name not in names]
     if len(names) > _MOST_SLIDES:
         raise DataFileError(f"{path} has {len(names)} slides, more than patches could be of")
     order = np.argsort(number, kind="stable")

@@ -18,7 +18,7 @@ import numpy as np
 from exaonepath.errors import DamagedFileError, DataFileError, SettingsError
 from exaonepath.exchange.foreign_hdf5 import coords_of_columns
 from exaonepath.exchange.libraries import library
-from exaonepath.exchange.own_metadata import KEY, describe, parse, stated
+from exaonepath.exchange.own_metadata import KEY, describe, parse, stated, without_patches
 from exaonepath.exchange.slide_patches import ArrayMatrix, FoundRows, Given, SlidePatches, Source, file_name, visible
 from exaonepath.exchange.value_names import names_of_values, stored_names
 from exaonepath.files.atomic import atomic_path, ensure_folder
@@ -138,10 +138,16 @@ def find(source: Path, given: Given) -> list[FoundRows]:
     paths = [source]
     if source.is_dir():
         paths = sorted([*visible(source, f"*{ENDING}"), *visible(source, f"patches/*{ENDING}")])
-        paths = [path for path in paths if path.name != SLIDES]
+        paths = [path for path in paths if path.name != SLIDES or _holds_patches(path)]
     if not paths:
         raise DataFileError(f"{source} holds no table of patches (*{ENDING})")
     return [found for path in paths for found in _slides(path, given)]
+
+
+def _holds_patches(path: Path) -> bool:
+    """Whether `slides.parquet` is of a slide that is called so, and not the table of slides."""
+    with _opened(path) as file:
+        return VECTOR in file.schema_arrow.names
 
 
 @contextmanager
@@ -188,7 +194,7 @@ def _slides(path: Path, given: Given) -> list[FoundRows]:
     )
     if None in texts:
         raise DataFileError(f"{path}: the column slide has missing values")
-    names = list(dict.fromkeys([*map(str, texts), *metadata.get("slides", {})]))
+    names = list(dict.fromkeys([*map(str, texts), *without_patches(metadata)]))
     numbers = {name: at for at, name in enumerate(names)}
     number = np.array([numbers[str(text)] for text in texts], np.int64)
     order = np.argsort(number, kind="stable")
