@@ -2,17 +2,19 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 import types
 import zipfile
 
 import numpy as np
 import pytest
+import torch
 from stand_in_encoders import WIDTH
 
 from exaonepath.exchange.slide_patches import Values
 from exaonepath.files.embeddings import read_embedding
-from exaonepath.files.features import read_features
+from exaonepath.files.features import read_features, write_features
 from exaonepath.slides.exporting import export_slides
 from exaonepath.slides.importing import import_features
 from exaonepath.slides.outputs import output_paths
@@ -157,6 +159,36 @@ def test_hs2p_and_slide2vec_read_their_layout(made, tmp_path):
         assert tiles.tile_size_lv0 == features.attrs["patch_size"]
         assert tiles.sample_id == name
         assert tiles.requested_tile_size_px == 128
+        assert np.isnan(tiles.tissue_fractions).all()
+        # Written by hs2p itself, which sorts tiles, and imported with features in that order.
+        artifacts.save_tiling_result(tiles, tmp_path / "theirs")
+        order = np.lexsort((features.coords[:, 1], features.coords[:, 0]))
+        folder = tmp_path / "theirs" / "tile_embeddings"
+        folder.mkdir(exist_ok=True)
+        torch.save(torch.from_numpy(features.features[order]), folder / f"{name}.pt")
+        shutil.copy(tmp_path / "tile_embeddings" / f"{name}.meta.json", folder)
+    for slide in import_features(tmp_path / "theirs", tmp_path / "back", "slide2vec", fragments="one"):
+        before, after = read_features(output_paths(made, slide.id).features), read_features(slide.features_path)
+        order = np.lexsort((before.coords[:, 1], before.coords[:, 0]))
+        np.testing.assert_array_equal(after.coords, before.coords[order])
+        np.testing.assert_array_equal(after.features, before.features[order])
+
+
+def test_tools_read_a_slide_without_patches(tmp_path):
+    """N = 0, in the formats whose tools read a file of that kind."""
+    anndata, spatialdata, artifacts = tool("anndata"), tool("spatialdata"), tool("hs2p.artifacts")
+    source = tmp_path / "none_features.h5"
+    write_features(
+        source, [], np.empty((0, 2), np.int32), np.empty(0, np.int32), 5, (), {"patch_size": 256, "weights": "e"}
+    )
+    export_slides(source, tmp_path / "a.h5ad", "anndata")
+    assert anndata.read_h5ad(tmp_path / "a.h5ad").shape == (0, 5)
+    export_slides(source, tmp_path / "s.zarr", "spatialdata")
+    assert spatialdata.read_zarr(tmp_path / "s.zarr").tables["patches"].shape == (0, 5)
+    export_slides(source, tmp_path / "t", "slide2vec", target_size=256)
+    assert len(artifacts.load_tiling_result(None, tmp_path / "t/tiles/none.coordinates.meta.json").x) == 0
+    (path,) = export_slides(source, tmp_path / "q", "qupath")
+    assert tool("geojson").loads(path.read_text()).is_valid
 
 
 def test_slide2vec_reads_the_embeddings(made, tmp_path, slide2vec_artifacts):
@@ -220,8 +252,6 @@ def test_validators_of_geojson(made, tmp_path):
 
 
 def test_torch_opens_pt_files_as_clam_does(made, tmp_path):
-    import torch
-
     export_slides(made, tmp_path, "clam")
     path = tmp_path / "pt_files" / f"{FIRST}.pt"
     value = torch.load(path)  # as CLAM's dataset does; by default only what is safe is loaded
