@@ -109,6 +109,8 @@ def _shortest(values: np.ndarray) -> np.ndarray:
 def _classes(slide: SlidePatches, name: str) -> list[str]:
     """The class of each patch; empty for a missing value."""
     found = slide.values.get(name)
+    if not len(slide):  # a table has no row of it
+        return []
     if found is None and name.lower() == FRAGMENT.lower() and slide.fragments is not None:
         found = Values(slide.fragments.astype(np.float32))
     if found is None:

@@ -414,7 +414,7 @@ def test_a_folder_without_features(tmp_path):
     assert not (tmp_path / "back").exists()
 
 
-def test_fragments_beyond_32_bits(tmp_path):
+def test_fragments_beyond_32_bits(made, tmp_path):
     """They would wrap around, and two fragments become one."""
     arrow = pytest.importorskip("pyarrow", reason="needs the extra `exchange`")
     import pyarrow.parquet as parquet
@@ -425,13 +425,15 @@ def test_fragments_beyond_32_bits(tmp_path):
         parquet.write_table(arrow.table(table), path)
         with pytest.raises(DataFileError, match=f"a fragment has the number {last}"):
             import_(path, "parquet", patch_size=256)
-    zarr = pytest.importorskip("zarr", reason="needs the extra `exchange`")
-    group = zarr.open_group(str(tmp_path / "s.zarr"), mode="w")
-    for name, values in (("coords", [[0, 0], [9, 0]]), ("fragments", [0, 2**32])):
-        group.create_array(name, data=np.array(values))
-    group.create_array("vectors", data=np.ones((2, 1), np.float32))
+    needs("zarr")
+    store = tmp_path / "s.zarr"
+    export_slides(made, store, "zarr", slides=[FIRST])
+    about = store / FIRST / "fragments" / ".zarray"
+    value = json.loads(about.read_text())
+    about.write_text(json.dumps({**value, "dtype": "<i8", "compressor": None}))
+    (about.parent / "0").write_bytes(np.linspace(0, 2**32, value["shape"][0]).astype("<i8").tobytes())
     with pytest.raises(DataFileError, match="a fragment has the number 4294967296"):
-        import_(tmp_path / "s.zarr", "zarr", patch_size=256)
+        import_(store, "zarr")
 
 
 def test_patches_of_one_position(tmp_path, caplog):

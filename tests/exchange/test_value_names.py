@@ -127,3 +127,19 @@ def test_classes_that_qupath_refuses(made, tmp_path, text):
     assert not list((tmp_path / "x").iterdir())
     (path,) = export_slides(made, tmp_path / "y", "qupath", slides=[FIRST], values=kinds)  # no class, no harm
     assert json.loads(path.read_text())["features"][1]["properties"]["measurements"]["kind"] == 1
+
+
+def test_values_of_a_slide_without_patches(tmp_path):
+    """One of many, perhaps: no value that is asked for stops the others."""
+    from exaonepath.cli.exported_values import values_of
+    from exaonepath.files.features import write_features
+
+    source = tmp_path / "none_features.h5"
+    write_features(source, [], np.empty((0, 2)), np.empty(0), 5, (), {"patch_size": 256, "weights": "e"})
+    (tmp_path / "t.csv").write_text("slide,patch,kind\nother,0,stroma\n")
+    values = values_of(["pca", "clusters:3", "similarity:4"], tmp_path / "t.csv")
+    (path,) = export_slides(source, tmp_path / "q", "qupath", values=values, classify="kind")
+    assert json.loads(path.read_text()) == {"type": "FeatureCollection", "features": []}
+    for format in ("anndata", "parquet", "zarr"):
+        needs(format)
+        assert export_slides(source, tmp_path / format, format, values=values)
