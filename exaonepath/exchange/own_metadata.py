@@ -101,8 +101,8 @@ def parse(text: str | bytes | None, where: str) -> dict[str, Any]:
 
 
 def without_patches(metadata: Mapping[str, Any]) -> list[str]:
-    """The slides that had no patch when the file was written. They have no row: only the metadata know them, as they
-    know slides whose rows were taken out since, which are none of the file any more."""
+    """The slides that had no patch when the file was written: they have no row, so only the metadata list them. Slides
+    that had patches and have no row now were taken out of the file."""
     return [name for name, about in metadata.get("slides", {}).items() if about.get("n_patches") == 0]
 
 

@@ -3,7 +3,7 @@
 What QuPath reads (qupath-core, `QuPathTypeAdapters`): a FeatureCollection or a list of features with `geometry`, an
 `id` that is a UUID, and the properties `objectType` ("tile" is a kind of detection), `name`, `isLocked`,
 `classification` ({"name", "color": [r, g, b]}) and `measurements`, an object of numbers by name. Coordinates are
-level-0 pixels. A class (`PathClass`) with a line break or without text, also beside a colon, makes it refuse the file.
+level-0 pixels. A class (`PathClass`) has no line break, and text on both sides of a colon.
 """
 
 from __future__ import annotations

@@ -218,13 +218,12 @@ class _Export:
 
 def _check_ending(target: Path, format: str) -> None:
     """Refuse a name that other formats give to a file, and this one would give to a folder."""
-    endings = {name: {ending} for name, (ending, _) in _TABLES.items()} | {"qupath": {qupath.ENDING}}
-    ending = target.suffix.lower()
-    others = [name for name, known in endings.items() if ending in known]
+    endings = {"qupath": qupath.ENDING, **{name: ending for name, (ending, _) in _TABLES.items()}}
+    others = [name for name, ending in endings.items() if target.suffix.lower() == ending]
     if others and format not in others:
         raise SettingsError(
             f"{target} is named like a file of {' or '.join(others)}, and the format is {format}; name a folder"
-            + (f", or a path that ends with {next(iter(endings[format]))}" if format in endings else "")
+            + (f", or a path that ends with {endings[format]}" if format in endings else "")
         )
 
 
