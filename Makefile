@@ -20,10 +20,11 @@ test-cluster: $(INSTALLED)
 	test -d .cluster/ray || $(BIN)/python -m pip install --quiet --disable-pip-version-check --target .cluster "ray>=2.44"
 	PYTHONPATH="$(CURDIR)/.cluster" OMP_NUM_THREADS=1 $(BIN)/pytest --durations=10 tests/slides/cohort/test_ray.py
 
-# Exports are read by the tools that they are for: scanpy, squidpy, SpatialData, hs2p and slide2vec (about 600 MB) are
-# installed next to the environment, without what only their encoders and readers of slides need.
+# Exports are read by the tools that they are for: scanpy, squidpy, SpatialData, hs2p, slide2vec, ... (about 800 MB) are
+# installed next to the environment, without what only their encoders and readers of slides need. Tools that could not be
+# installed are tried again the next time.
 test-exchange: $(INSTALLED)
-	test -d .exchange/squidpy || sh tests/exchange/install_tools.sh $(BIN)/python .exchange
+	grep -qs '^{}$$' .exchange/not_installed.json || $(BIN)/python tests/exchange/install_tools.py .exchange
 	EXAONEPATH_EXCHANGE_SITE="$(CURDIR)/.exchange" OMP_NUM_THREADS=1 $(BIN)/pytest -rs --durations=10 tests/exchange
 
 # A fast part of the tests on every Python at hand, with the oldest and the newest dependencies; not part of CI, since it
@@ -68,4 +69,4 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt exaonepath/
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cluster .exchange .matrix build dist demo-output site exaonepath/_C*.so *.egg-info
+	rm -rf $(VENV) .cluster .exchange .exchange.new .matrix build dist demo-output site exaonepath/_C*.so *.egg-info

@@ -80,9 +80,9 @@ def _computed(slide: SlidePatches, wanted: Sequence[tuple[str, int]]) -> dict[st
                 labels = clusters(unit, number)
                 found["cluster"] = Values(np.where(labels == 255, np.nan, labels).astype(np.float32))
             else:
-                if number >= len(unit):
+                if number >= len(unit) > 0:  # a slide without patches, one of many perhaps, has no value to be wrong
                     raise SettingsError(f"{slide.id} has no patch {number}; it has {len(unit)}, numbered from 0")
-                cosine = unit.rows @ np.array(unit.rows[number])
+                cosine = unit.rows @ np.array(unit.rows[number]) if len(unit) else np.empty(0, np.float32)
                 found["similarity"] = Values(np.where(unit.usable, cosine, np.nan).astype(np.float32))
     return found
 

@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 EXIT_OK, EXIT_ERROR, EXIT_UNREADABLE, EXIT_INTERRUPTED = 0, 1, 3, 130
 
+# Of commands that do not resume, what Ctrl-C leaves.
+_WHOLE = "files that were finished are whole and stay: the same command with --overwrite writes all of them again"
+_INTERRUPTED = {"export": _WHOLE, "import_features": _WHOLE}
+
 F = TypeVar("F", bound=Callable[..., None])
 
 
@@ -47,7 +51,7 @@ def guarded(command: F) -> F:
             report(exc, verbose)
             raise typer.Exit(EXIT_ERROR) from exc
         except KeyboardInterrupt as exc:
-            say("interrupted; finished work is kept: the same command resumes")
+            say(f"interrupted; {_INTERRUPTED.get(command.__name__, 'finished work is kept: the same command resumes')}")
             raise typer.Exit(EXIT_INTERRUPTED) from exc
 
     return run  # type: ignore[return-value]

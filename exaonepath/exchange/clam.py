@@ -20,7 +20,7 @@ import numpy as np
 
 from exaonepath.errors import DataFileError, SettingsError
 from exaonepath.exchange.foreign_hdf5 import read_coords, stored_features, write_datasets
-from exaonepath.exchange.slide_patches import Given, Matrix, SlidePatches, file_name
+from exaonepath.exchange.slide_patches import Given, Matrix, SlidePatches, file_name, visible
 from exaonepath.exchange.torch_files import stem, tensor_matrix, write_tensor
 from exaonepath.files.atomic import ensure_folder
 from exaonepath.files.hdf5 import open_h5
@@ -92,7 +92,7 @@ def find(source: Path, given: Given) -> list[Found]:
     kinds = (source.name,) if root != source else (_H5, _PT, _PATCHES)
     files: dict[str, Path] = {}
     for kind in kinds:
-        for path in sorted((root / kind).glob("*.pt" if kind == _PT else "*.h5")):
+        for path in visible(root / kind, "*.pt" if kind == _PT else "*.h5"):
             files.setdefault(stem(path), path)
     if not files:
         raise DataFileError(f"{source} holds no files of {NAME}: neither {_H5}/*.h5, {_PT}/*.pt nor {_PATCHES}/*.h5")

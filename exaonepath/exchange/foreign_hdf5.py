@@ -79,6 +79,19 @@ def checked_coords(values: np.ndarray, where: str) -> np.ndarray:
     return values.astype(np.int32)
 
 
+def coords_of_columns(x: np.ndarray, y: np.ndarray, where: str) -> np.ndarray:
+    """Two columns of integers [N] as coordinates int32 [N, 2].
+
+    Raises:
+        DataFileError: see `checked_coords`; the columns are of different lengths.
+    """
+    if x.ndim != 1 or x.shape != y.shape:
+        raise DataFileError(f"{where}: x and y must be of one length, got {list(x.shape)} and {list(y.shape)}")
+    # One after another: numpy joins signed and unsigned numbers as floating-point ones, and truth values as numbers.
+    parts = [checked_coords(np.stack([column, column], axis=1), where)[:, 0] for column in (x, y)]
+    return np.stack(parts, axis=1)
+
+
 def stored_features(file: StoredFile, name: str = "features") -> Matrix:
     """The features of an open file: [N, D], or [1, N, D] with a batch axis.
 

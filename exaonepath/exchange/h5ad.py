@@ -11,7 +11,7 @@ The vectors are written and read in parts; everything else is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ import h5py
 import numpy as np
 
 from exaonepath.errors import DamagedFileError, DataFileError, ForeignFileError, SettingsError
-from exaonepath.exchange.foreign_hdf5 import checked_coords
+from exaonepath.exchange.foreign_hdf5 import coords_of_columns
 from exaonepath.exchange.libraries import library
-from exaonepath.exchange.own_metadata import KEY, describe, parse, stated
-from exaonepath.exchange.slide_patches import FoundRows, Given, SlidePatches, Source, file_name, part_rows
+from exaonepath.exchange.own_metadata import KEY, describe, parse, stated, without_patches
+from exaonepath.exchange.slide_patches import FoundRows, Given, SlidePatches, Source, file_name, part_rows, visible
+from exaonepath.exchange.value_names import names_of_values, stored_names
 from exaonepath.files.atomic import ensure_folder
 from exaonepath.files.hdf5 import open_h5_tree, open_h5_tree_in_parts
 from exaonepath.files.hdf5_output import atomic_h5_tree, encodable
@@ -31,6 +32,7 @@ from exaonepath.files.hdf5_output import atomic_h5_tree, encodable
 NAME = "AnnData"
 ENDING = ".h5ad"
 _MOST_SLIDES = 1 << 20
+COLUMNS = ("slide", "patch", "x", "y", "fragment", "patient", "_index")  # of `obs`; "_index" is the library's
 
 
 def write(sources: Sequence[Source], path: Path) -> None:
@@ -47,7 +49,7 @@ def write(sources: Sequence[Source], path: Path) -> None:
         with source() as slide:
             _ = slide.matrix.shape  # they are needed; an error comes before anything is written
             slides.append(slide)
-    table = make_table(slides)
+    table = make_table(slides, stored_names(names_of_values(slides), "AnnData files", reserved=COLUMNS, unsafe="[\0/]"))
     shape = (table.n_obs, slides[0].matrix.shape[1] if slides else 0)
     dtype = np.result_type(*{slide.matrix.dtype for slide in slides}) if slides else np.dtype("float32")
     with atomic_h5_tree(path) as file:
@@ -66,8 +68,10 @@ def write(sources: Sequence[Source], path: Path) -> None:
                     row += len(part)
 
 
-def make_table(slides: Sequence[SlidePatches], x: np.ndarray | None = None) -> Any:
+def make_table(slides: Sequence[SlidePatches], columns: Mapping[str, str], x: np.ndarray | None = None) -> Any:
     """An AnnData object of slides; without `x` [N, D], it has the width of the vectors but no vectors.
+
+    `columns` are the names of the columns of the slides' values.
 
     Raises:
         SettingsError: the slides do not fit into one table.
@@ -97,7 +101,7 @@ def make_table(slides: Sequence[SlidePatches], x: np.ndarray | None = None) -> A
         codes = [-1 if slide.patient is None else patients.index(slide.patient) for slide in slides]
         obs["patient"] = pandas.Categorical.from_codes(np.repeat(codes, counts), patients)
     for name, column in _joined_values(slides, pandas).items():
-        obs[name if name not in obs else f"{name}_value"] = column
+        obs[columns[name]] = column
     kind = "feature" if not slides or slides[0].kind == "features" else "embedding"
     width = 0 if not slides or slides[0].vectors is None else slides[0].vectors.shape[1]
     var = pandas.DataFrame(index=[f"{kind}_{at}" for at in range(width)])
@@ -113,7 +117,7 @@ def make_table(slides: Sequence[SlidePatches], x: np.ndarray | None = None) -> A
 def _joined_values(slides: Sequence[SlidePatches], pandas: Any) -> dict[str, Any]:
     """The values of all slides by name; where a slide has none, they are missing."""
     joined: dict[str, Any] = {}
-    for name in dict.fromkeys(name for slide in slides for name in slide.values):
+    for name in names_of_values(slides):
         found = [slide.values.get(name) for slide in slides]
         categories = sorted({text for value in found if value is not None for text in value.categories})
         parts = []
@@ -149,7 +153,7 @@ def find(source: Path, given: Given) -> list[FoundRows]:
         SettingsError: it is not known where patches are.
         MissingDependencyError: AnnData is missing.
     """
-    paths = sorted(source.glob(f"*{ENDING}")) if source.is_dir() else [source]
+    paths = visible(source, f"*{ENDING}") if source.is_dir() else [source]
     if not paths:
         raise DataFileError(f"{source} holds no *{ENDING} file")
     return [found for path in paths for found in _slides(path, given)]
@@ -171,7 +175,7 @@ def _slides(path: Path, given: Given) -> list[FoundRows]:
                 f"{path} has no columns x and y in obs: the corners of the patches in level-0 pixels, as whole numbers "
                 "(obsm['spatial'] does not say whether it holds corners or centres)"
             )
-    coords = checked_coords(np.stack([np.asarray(obs["x"]), np.asarray(obs["y"])], axis=1), f"{path}: x, y")
+    coords = coords_of_columns(np.asarray(obs["x"]), np.asarray(obs["y"]), f"{path}: x, y")
     fragments = np.asarray(obs["fragment"]) if "fragment" in obs else None
     if fragments is not None and fragments.dtype.kind not in "iu":
         raise DataFileError(f"{path}: the column fragment holds {fragments.dtype}, not whole numbers")
@@ -179,12 +183,11 @@ def _slides(path: Path, given: Given) -> list[FoundRows]:
         names = [given.slide or path.name.removesuffix(ENDING)]
         number = np.zeros(len(obs), np.int64)
     else:
-        column = obs["slide"].astype("category").cat
+        column = obs["slide"].astype("category").cat.remove_unused_categories().cat
         names, number = [str(name) for name in column.categories], np.asarray(column.codes, np.int64)
         if (number < 0).any():
             raise DataFileError(f"{path}: the column slide has missing values")
-        # A slide without a patch has no row; only the metadata know it.
-        names += [name for name in metadata.get("slides", {}) if name not in names]
+        names += [name for name in without_patches(metadata) if name not in names]
     if len(names) > _MOST_SLIDES:
         raise DataFileError(f"{path} has {len(names)} slides, more than patches could be of")
     order = np.argsort(number, kind="stable")

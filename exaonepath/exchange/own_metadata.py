@@ -100,6 +100,12 @@ def parse(text: str | bytes | None, where: str) -> dict[str, Any]:
     return value
 
 
+def without_patches(metadata: Mapping[str, Any]) -> list[str]:
+    """The slides that had no patch when the file was written: they have no row, so only the metadata list them. Slides
+    that had patches and have no row now were taken out of the file."""
+    return [name for name, about in metadata.get("slides", {}).items() if about.get("n_patches") == 0]
+
+
 def stated(metadata: Mapping[str, Any], slide: str, where: str) -> dict[str, Any]:
     """What the metadata state about one slide, as arguments of `SlidePatches`; empty if nothing.
 

@@ -8,7 +8,7 @@ Rows are written and read in parts. What made the vectors is stated in the metad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from exaonepath.errors import DamagedFileError, DataFileError, SettingsError
-from exaonepath.exchange.foreign_hdf5 import checked_coords
+from exaonepath.exchange.foreign_hdf5 import coords_of_columns
 from exaonepath.exchange.libraries import library
-from exaonepath.exchange.own_metadata import KEY, describe, parse, stated
-from exaonepath.exchange.slide_patches import ArrayMatrix, FoundRows, Given, SlidePatches, Source, file_name
+from exaonepath.exchange.own_metadata import KEY, describe, parse, stated, without_patches
+from exaonepath.exchange.slide_patches import ArrayMatrix, FoundRows, Given, SlidePatches, Source, file_name, visible
+from exaonepath.exchange.value_names import names_of_values, stored_names
 from exaonepath.files.atomic import atomic_path, ensure_folder
 from exaonepath.files.hdf5_output import encodable
 
@@ -43,7 +44,8 @@ def write(sources: Sequence[Source], path: Path) -> None:
         with source() as slide:
             _ = slide.matrix.shape
             slides.append(slide)
-    schema = _schema(arrow, slides).with_metadata({KEY: describe(slides)})
+    names = stored_names(names_of_values(slides), "Parquet files", reserved=_RESERVED)
+    schema = _schema(arrow, slides, names).with_metadata({KEY: describe(slides)})
     # To an open file: pyarrow would look for a meaning in parts of a path.
     with (
         atomic_path(path) as temporary,
@@ -55,7 +57,7 @@ def write(sources: Sequence[Source], path: Path) -> None:
                 for start, part in slide.matrix.parts():
                     for at in range(0, len(part), _ROWS):
                         rows = slice(start + at, start + min(at + _ROWS, len(part)))
-                        writer.write_table(_table(arrow, schema, slide, rows, part[at : at + _ROWS]))
+                        writer.write_table(_table(arrow, schema, names, slide, rows, part[at : at + _ROWS]))
 
 
 def write_slides(slides: Sequence[SlidePatches], path: Path) -> None:
@@ -88,23 +90,21 @@ def _arrow() -> tuple[Any, Any]:
     return library("pyarrow", "Parquet files"), library("pyarrow.parquet", "Parquet files")
 
 
-def _schema(arrow: Any, slides: Sequence[SlidePatches]) -> Any:
+def _schema(arrow: Any, slides: Sequence[SlidePatches], names: Mapping[str, str]) -> Any:
     fields = [("slide", arrow.string()), ("patch", arrow.int32()), ("x", arrow.int32()), ("y", arrow.int32())]
     fields += [("fragment", arrow.int32()), ("patient", arrow.string())]
-    for name in dict.fromkeys(name for slide in slides for name in slide.values):
+    for name, column in names.items():
         texts = any(name in slide.values and slide.values[name].categories for slide in slides)
-        fields.append((_column(name), arrow.string() if texts else arrow.float32()))
+        fields.append((column, arrow.string() if texts else arrow.float32()))
     dtype = np.result_type(*{slide.matrix.dtype for slide in slides}) if slides else np.dtype("float32")
     width = slides[0].matrix.shape[1] if slides else 1
     fields.append((VECTOR, arrow.list_(arrow.from_numpy_dtype(dtype), width)))
     return arrow.schema(fields)
 
 
-def _column(name: str) -> str:
-    return f"{name}_value" if name in _RESERVED else name
-
-
-def _table(arrow: Any, schema: Any, slide: SlidePatches, rows: slice, part: np.ndarray) -> Any:
+def _table(
+    arrow: Any, schema: Any, names: Mapping[str, str], slide: SlidePatches, rows: slice, part: np.ndarray
+) -> Any:
     n = len(part)
     columns: dict[str, Any] = {
         "slide": [encodable(file_name(slide.id))] * n,
@@ -117,7 +117,7 @@ def _table(arrow: Any, schema: Any, slide: SlidePatches, rows: slice, part: np.n
     for name, found in slide.values.items():
         values = np.asarray(found.values[rows], np.float32)
         texts = [found.categories[int(v)] if np.isfinite(v) else None for v in values] if found.categories else None
-        columns[_column(name)] = texts if texts is not None else arrow.array(values, from_pandas=True)
+        columns[names[name]] = texts if texts is not None else arrow.array(values, from_pandas=True)
     vector = schema.field(VECTOR).type
     flat = arrow.array(np.ascontiguousarray(part, vector.value_type.to_pandas_dtype()).reshape(-1))
     columns[VECTOR] = arrow.FixedSizeListArray.from_arrays(flat, vector.list_size)
@@ -137,11 +137,17 @@ def find(source: Path, given: Given) -> list[FoundRows]:
     """
     paths = [source]
     if source.is_dir():
-        paths = sorted(path for path in (*source.glob(f"*{ENDING}"), *source.glob(f"patches/*{ENDING}")))
-        paths = [path for path in paths if path.name != SLIDES]
+        paths = sorted([*visible(source, f"*{ENDING}"), *visible(source, f"patches/*{ENDING}")])
+        paths = [path for path in paths if path.name != SLIDES or _holds_patches(path)]
     if not paths:
         raise DataFileError(f"{source} holds no table of patches (*{ENDING})")
     return [found for path in paths for found in _slides(path, given)]
+
+
+def _holds_patches(path: Path) -> bool:
+    """Whether `slides.parquet` is of a slide that is called so, and not the table of slides."""
+    with _opened(path) as file:
+        return VECTOR in file.schema_arrow.names
 
 
 @contextmanager
@@ -176,8 +182,7 @@ def _slides(path: Path, given: Given) -> list[FoundRows]:
     columns = {name: table[name].combine_chunks() for name in wanted}
     if columns["x"].null_count or columns["y"].null_count:
         raise DataFileError(f"{path}: x or y has missing values")
-    pair = [np.asarray(columns[name]) for name in ("x", "y")]
-    coords = checked_coords(np.stack(pair, axis=1), f"{path}: x, y")
+    coords = coords_of_columns(np.asarray(columns["x"]), np.asarray(columns["y"]), f"{path}: x, y")
     fragments = columns.get("fragment")
     index = None if fragments is None or fragments.null_count else np.asarray(fragments)
     if index is not None and index.dtype.kind not in "iu":
@@ -189,7 +194,7 @@ def _slides(path: Path, given: Given) -> list[FoundRows]:
     )
     if None in texts:
         raise DataFileError(f"{path}: the column slide has missing values")
-    names = list(dict.fromkeys([*map(str, texts), *metadata.get("slides", {})]))
+    names = list(dict.fromkeys([*map(str, texts), *without_patches(metadata)]))
     numbers = {name: at for at, name in enumerate(names)}
     number = np.array([numbers[str(text)] for text in texts], np.int64)
     order = np.argsort(number, kind="stable")

@@ -3,7 +3,7 @@
 What QuPath reads (qupath-core, `QuPathTypeAdapters`): a FeatureCollection or a list of features with `geometry`, an
 `id` that is a UUID, and the properties `objectType` ("tile" is a kind of detection), `name`, `isLocked`,
 `classification` ({"name", "color": [r, g, b]}) and `measurements`, an object of numbers by name. Coordinates are
-level-0 pixels.
+level-0 pixels. A class (`PathClass`) has no line break, and text on both sides of a colon.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ import numpy as np
 
 from exaonepath.errors import SettingsError
 from exaonepath.exchange.slide_patches import SlidePatches, Values, file_name
+from exaonepath.exchange.value_names import stored_names
 from exaonepath.files.atomic import atomic_path, ensure_folder
+from exaonepath.text import few
 
 NAME = "QuPath"
+ENDING = ".geojson"
 FRAGMENT, PATCH = "Fragment", "Patch"
 # Colours that remain distinct for colour-blind readers (Okabe and Ito), then mixtures of them.
 _COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66))
@@ -31,7 +34,7 @@ _PER_WRITE = 4096
 
 def plan(slide: SlidePatches, to: Path) -> dict[str, Path]:
     """The file of a slide: `to` itself, if it ends with .geojson."""
-    return {"tiles": to if to.suffix == ".geojson" else to / f"{file_name(slide.id)}.geojson"}
+    return {"tiles": to if to.suffix.lower() == ENDING else to / f"{file_name(slide.id)}{ENDING}"}
 
 
 def write(slide: SlidePatches, to: Path, *, classify: str | None = None) -> list[Path]:
@@ -43,7 +46,8 @@ def write(slide: SlidePatches, to: Path, *, classify: str | None = None) -> list
         classify: the value that becomes the class of a tile: one of text, or of whole numbers (clusters, fragments).
 
     Raises:
-        SettingsError: `classify` names no value, or one that is no class; the id cannot be a file name.
+        SettingsError: `classify` names no value, or one that is no class or has a name that QuPath refuses; the id
+            cannot be a file name.
         OutputError: the file cannot be written.
     """
     path = plan(slide, to)["tiles"]
@@ -93,7 +97,8 @@ def _measurements(slide: SlidePatches) -> tuple[list[str], list[np.ndarray]]:
     if slide.fragments is not None:
         columns[FRAGMENT] = slide.fragments
     # Shortest text that gives the same float32, not the many digits of its double.
-    columns |= {name: _shortest(found.values) for name, found in slide.values.items()}
+    stored = stored_names(list(slide.values), f"{NAME}'s files", reserved=(PATCH, FRAGMENT))
+    columns |= {stored[name]: _shortest(found.values) for name, found in slide.values.items()}
     return list(columns), list(columns.values())
 
 
@@ -104,6 +109,8 @@ def _shortest(values: np.ndarray) -> np.ndarray:
 def _classes(slide: SlidePatches, name: str) -> list[str]:
     """The class of each patch; empty for a missing value."""
     found = slide.values.get(name)
+    if not len(slide):  # a table has no row of it
+        return []
     if found is None and name.lower() == FRAGMENT.lower() and slide.fragments is not None:
         found = Values(slide.fragments.astype(np.float32))
     if found is None:
@@ -115,10 +122,22 @@ def _classes(slide: SlidePatches, name: str) -> list[str]:
         raise SettingsError(
             f"{name} holds fractions, which are no classes; classify by clusters or by a column of text"
         )
-    return [
+    classes = [
         "" if not there else found.categories[int(value)] if found.categories else f"{name} {int(value)}"
         for value, there in zip(values.tolist(), present.tolist(), strict=True)
     ]
+    refused = sorted({text for text in classes if text and not _is_class(text)})
+    if refused:
+        raise SettingsError(
+            f"{NAME} does not open files with the class {few(map(repr, refused), 3)} (value {name!r}): a class has no "
+            "line break, and text on both sides of a colon; change the text"
+        )
+    return classes
+
+
+def _is_class(text: str) -> bool:
+    """Whether QuPath accepts a class; a colon separates a class from those derived from it ("Tumor: Positive")."""
+    return not re.search(r"[\r\n]", text) and all(part.strip() for part in text.split(":"))
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from exaonepath.errors import DamagedFileError, DataFileError, ForeignFileError, SettingsError
-from exaonepath.exchange.foreign_hdf5 import checked_coords
-from exaonepath.exchange.slide_patches import ArrayMatrix, Given, Matrix, SlidePatches, encoder_name, file_name
+from exaonepath.exchange.foreign_hdf5 import coords_of_columns
+from exaonepath.exchange.slide_patches import ArrayMatrix, Given, Matrix, SlidePatches, encoder_name, file_name, visible
 from exaonepath.exchange.torch_files import tensor_matrix, write_tensor
 from exaonepath.files.atomic import atomic_path, ensure_folder, write_text
 from exaonepath.files.strict_json import parse_json
@@ -204,7 +204,7 @@ def find(source: Path, given: Given) -> list[Found]:
         folder, names = source.parent, [name]
     else:
         folder = source if source.name == _FEATURES else source / _FEATURES
-        names = sorted(path.name.removesuffix(_META) for path in folder.glob(f"*{_META}"))
+        names = sorted(path.name.removesuffix(_META) for path in visible(folder, f"*{_META}"))
     tiles = given.coords or folder.parent / _TILES
     if not names:
         raise DataFileError(f"{source} holds no files of {NAME}: no {_FEATURES}/*{_META}")
@@ -233,9 +233,7 @@ def read(found: Found, given: Given) -> Iterator[SlidePatches]:
         vectors = ArrayMatrix(_arrays(archive, ["features"])[0]) if use_archive else tensor_matrix(tensor)
         listed = found.tiles.with_name(found.tiles.name.removesuffix(_META) + ".npz")
         x, y = _arrays(listed, ["x", "y"])
-        if x.ndim != 1 or x.shape != y.shape:
-            raise DataFileError(f"{listed}: x and y must be of one length, got {list(x.shape)} and {list(y.shape)}")
-        coords = checked_coords(np.stack([x, y], axis=1), str(listed))
+        coords = coords_of_columns(x, y, str(listed))
     if len(vectors.shape) != 2 or vectors.dtype.kind != "f" or vectors.shape[0] != len(coords):
         raise DataFileError(f"{where}: features {list(vectors.shape)} for {len(coords)} tiles; they must be [N, D]")
     stated = (about.get("tile_size_lv0"), tiling.get("tile_size_lv0"))

@@ -94,7 +94,7 @@ class CheckedMatrix:
             bad = ~np.isfinite(part).all(axis=1)
             if bad.any():
                 rows = few((start + np.flatnonzero(bad)).tolist())
-                raise DataFileError(f"{self._where}: {int(bad.sum())} rows hold NaN or infinity (row {rows})")
+                raise DataFileError(f"{self._where}: NaN or infinity in {int(bad.sum())} patches (number {rows})")
             if self.dtype == np.float16 and part.size and np.abs(part).max() > _LARGEST_FLOAT16:
                 raise DataFileError(
                     f"{self._where} holds {np.abs(part).max():.4g}, which float16 cannot; write it as float32"
@@ -277,6 +277,12 @@ def file_name(sample: str) -> str:
     if _UNSAFE.search(sample):
         raise SettingsError(f"sample id {sample!r} cannot be a file name")
     return sample
+
+
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """The files and folders that match, sorted, without hidden ones: macOS writes `._<name>` next to each file of a
+    disk that has no place for its attributes, and unfinished files of this package are hidden too."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
 def encoder_name(slide: SlidePatches) -> str:

@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from exaonepath.exchange.h5ad import make_table
+from exaonepath.exchange.h5ad import COLUMNS, make_table
 from exaonepath.exchange.libraries import library
 from exaonepath.exchange.slide_patches import SlidePatches, Source
+from exaonepath.exchange.value_names import names_of_values, stored_names
 from exaonepath.files.atomic import atomic_folder, ensure_folder
 
 NAME = "SpatialData"
 ENDING = ".zarr"
-TABLE = "patches"
+TABLE, REGION = "patches", "region"  # the table, and its column that names the shapes of a row
 
 
 def write(sources: Sequence[Source], path: Path) -> None:
@@ -100,16 +101,24 @@ def _image(slide: SlidePatches, name: str) -> Any:
 def _table(slides: Sequence[SlidePatches], names: Sequence[str], x: np.ndarray) -> Any:
     models, _ = _models()
     pandas = library("pandas", "SpatialData stores")
-    table = make_table(slides, x)
+    columns = stored_names(
+        names_of_values(slides),
+        "SpatialData stores",
+        reserved=(*COLUMNS, REGION, "zarr.json"),
+        unsafe=r"[^\w.-]",
+        edges="_.",
+        ignore_case=True,
+    )
+    table = make_table(slides, columns, x)
     # Pictures are elements of their own here.
     del table.uns["spatial"]
     regions = [f"{name}_patches" for name, slide in zip(names, slides, strict=True) if len(slide)]
     of = np.repeat(np.arange(len(regions)), [len(slide) for slide in slides if len(slide)])
-    table.obs["region"] = pandas.Categorical.from_codes(of, regions)
+    table.obs[REGION] = pandas.Categorical.from_codes(of, regions)
     if not regions:
         return models.TableModel.parse(table)
     table.obs["patch"] = table.obs["patch"].astype(np.int64)
-    return models.TableModel.parse(table, region=regions, region_key="region", instance_key="patch")
+    return models.TableModel.parse(table, region=regions, region_key=REGION, instance_key="patch")
 
 
 def _models() -> tuple[Any, Any]:

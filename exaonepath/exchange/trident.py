@@ -23,7 +23,7 @@ import numpy as np
 
 from exaonepath.errors import DataFileError, SettingsError
 from exaonepath.exchange.foreign_hdf5 import read_coords, stored_features, write_datasets
-from exaonepath.exchange.slide_patches import Given, SlidePatches, encoder_name, file_name
+from exaonepath.exchange.slide_patches import Given, SlidePatches, encoder_name, file_name, visible
 from exaonepath.files.atomic import ensure_folder
 from exaonepath.files.hdf5 import StoredFile, open_h5
 from exaonepath.text import few
@@ -141,12 +141,14 @@ def find(source: Path, given: Given) -> list[Found]:
     if source.name.startswith(_FEATURES):
         folders = [source]
     else:
-        folders = [path for base in bases for path in sorted(base.glob(f"{_FEATURES}*")) if path.is_dir()]
+        folders = [path for base in bases for path in visible(base, f"{_FEATURES}*") if path.is_dir()]
     if len(folders) > 1:
         raise SettingsError(f"{source} has features of several encoders or sizes; name one: {few(map(str, folders))}")
     if folders:
-        return [_found(path, folders[0], given) for path in sorted(folders[0].glob("*.h5"))]
-    lists = sorted({path for base in bases for path in (*base.glob(f"*{_COORDS}"), *base.glob(f"patches/*{_COORDS}"))})
+        return [_found(path, folders[0], given) for path in visible(folders[0], "*.h5")]
+    lists = sorted(
+        {path for base in bases for path in (*visible(base, f"*{_COORDS}"), *visible(base, f"patches/*{_COORDS}"))}
+    )
     if not lists:
         raise DataFileError(f"{source} holds no files of {NAME}: neither {_FEATURES}*/*.h5 nor *{_COORDS}")
     return [Found(path.name[: -len(_COORDS)], None, path, None) for path in lists]

@@ -5,6 +5,7 @@
     <slide>/fragments        int32 [N]
     <slide>/slide_embedding  float32 [W]
     <slide>/values/<name>    float32 [N]; of a column of text its categories are the attribute `categories`
+                             (a name that a folder cannot have is changed, and is the attribute `name`)
 
 What made the vectors is the attribute "exaonepath" of the store. In Zarr, an array can name codecs that run code of the
 file (pickle), chunks can be links to other files, and those that are missing read as zeros: all this is refused here.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,8 @@ from exaonepath.errors import DamagedFileError, DataFileError, ForeignFileError,
 from exaonepath.exchange.foreign_hdf5 import checked_coords
 from exaonepath.exchange.libraries import library
 from exaonepath.exchange.own_metadata import KEY, describe, parse, stated
-from exaonepath.exchange.slide_patches import Given, Matrix, SlidePatches, Source, file_name
+from exaonepath.exchange.slide_patches import Given, Matrix, SlidePatches, Source, file_name, visible
+from exaonepath.exchange.value_names import names_of_values, stored_names
 from exaonepath.files.atomic import atomic_folder, ensure_folder
 from exaonepath.files.hdf5_output import encodable
 from exaonepath.files.strict_json import parse_json
@@ -72,12 +74,20 @@ def write(sources: Sequence[Source], path: Path) -> None:
         with source() as slide:
             _ = slide.matrix.shape, _group_name(slide)
             slides.append(slide)
+    names = stored_names(
+        names_of_values(slides),
+        "Zarr stores",
+        reserved=_METADATA,
+        unsafe=r'[\x00-\x1f/\\<>:"|?*]',  # an array is a folder
+        edges=". ",
+        ignore_case=True,
+    )
     with atomic_folder(path) as folder:
         root = _new_group(zarr, folder)
         root.attrs[KEY] = describe(slides)
         for source in sources:
             with source() as slide:
-                _write_slide(root.create_group(_group_name(slide)), slide)
+                _write_slide(root.create_group(_group_name(slide)), slide, names)
 
 
 def _group_name(slide: SlidePatches) -> str:
@@ -109,7 +119,7 @@ def _write_array(group: Any, name: str, values: np.ndarray) -> Any:
     return array
 
 
-def _write_slide(group: Any, slide: SlidePatches) -> None:
+def _write_slide(group: Any, slide: SlidePatches, names: Mapping[str, str]) -> None:
     matrix = slide.matrix
     vectors = _create(group, "vectors", matrix.shape, matrix.dtype)
     if matrix.shape[0] and matrix.shape[1]:
@@ -123,9 +133,9 @@ def _write_slide(group: Any, slide: SlidePatches) -> None:
     if slide.values:
         values = group.create_group("values")
         for name, found in slide.values.items():
-            array = _write_array(
-                values, file_name(encodable(name).replace("/", "_")), np.asarray(found.values, np.float32)
-            )
+            array = _write_array(values, names[name], np.asarray(found.values, np.float32))
+            if names[name] != name:
+                array.attrs["name"] = encodable(name)
             if found.categories:
                 array.attrs["categories"] = list(found.categories)
 
@@ -163,7 +173,7 @@ def find(source: Path, given: Given) -> list[Found]:
     """
     if not source.is_dir():
         raise DataFileError(f"{source} is no Zarr store: those that are folders are read")
-    stores = [source] if _is_group(source) else sorted(path for path in source.glob(f"*{ENDING}") if _is_group(path))
+    stores = [source] if _is_group(source) else [path for path in visible(source, f"*{ENDING}") if _is_group(path)]
     found = [slide for store in stores for slide in _slides(store, given)]
     if not found:
         raise DataFileError(f"{source} holds no Zarr store with slides: groups with coords and vectors")

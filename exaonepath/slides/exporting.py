@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from exaonepath.errors import ExaonePathError, OutputCollisionError, SettingsError, SlideListError
 from exaonepath.exchange import clam, h5ad, parquet, patho_bench, qupath, slide2vec, spatial_data, trident, zarr_store
 from exaonepath.exchange.slide_patches import SlidePatches, Source, Values, Vectors, file_name, refuse_existing
+from exaonepath.files.atomic import output_error
 from exaonepath.slides.stored_results import Reading, SlideFiles, find_results, open_results
 from exaonepath.text import close_to
 
@@ -107,6 +108,7 @@ def export_slides(
     if batch_axis and format not in ("trident", "clam"):
         raise SettingsError(f"a batch axis is for trident and clam, not for {format}")
     source, target = Path(source), Path(to)
+    _check_ending(target, format)
     everything = find_results(source)
     found = find_results(source, tuple(slides)) if slides else everything
     wanted = Reading(
@@ -130,7 +132,7 @@ def export_slides(
 
     if format in _PER_SLIDE:
         plan, write = _PER_SLIDE[format]
-        if format == "qupath" and target.suffix == ".geojson" and len(found) > 1:
+        if format == "qupath" and target.suffix.lower() == qupath.ENDING and len(found) > 1:
             raise SettingsError(f"{target} is one file, and there are {len(found)} slides; name a folder")
         options: dict[str, Any] = {"classify": classify} if format == "qupath" else {}
         options |= {"batch_axis": True} if batch_axis else {}
@@ -141,7 +143,7 @@ def export_slides(
                 done(write(slide, target, **options))
         return written
     ending, write_table = _TABLES[format]
-    whole = target.suffix == ending
+    whole = target.suffix.lower() == ending
     names = run.each(lambda slide: file_name(_needed(slide).id))
     folder = target / "patches" if format == "parquet" else target
     targets = [target] if whole else [folder / f"{name}{ending}" for name in names]
@@ -214,6 +216,17 @@ class _Export:
         self._computed.clear()
 
 
+def _check_ending(target: Path, format: str) -> None:
+    """Refuse a name that other formats give to a file, and this one would give to a folder."""
+    endings = {"qupath": qupath.ENDING, **{name: ending for name, (ending, _) in _TABLES.items()}}
+    others = [name for name, ending in endings.items() if target.suffix.lower() == ending]
+    if others and format not in others:
+        raise SettingsError(
+            f"{target} is named like a file of {' or '.join(others)}, and the format is {format}; name a folder"
+            + (f", or a path that ends with {endings[format]}" if format in endings else "")
+        )
+
+
 def _needed(slide: SlidePatches) -> SlidePatches:
     _ = slide.matrix
     return slide
@@ -222,6 +235,12 @@ def _needed(slide: SlidePatches) -> SlidePatches:
 def _check_targets(targets: list[Path], results: set[Path], overwrite: bool, *, stores: bool = False) -> None:
     """Refuse targets that exist, and those that would replace something else than an earlier export of this kind."""
     for path in targets:
+        try:
+            path.lstat()
+        except FileNotFoundError:
+            continue
+        except OSError as exc:  # a name that is too long, a folder that may not be searched
+            raise output_error(path, exc) from exc
         if path.resolve() in results:
             raise OutputCollisionError(
                 f"{path} is a result of exaonepath, which no export replaces; name another folder"

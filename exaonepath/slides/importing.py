@@ -20,6 +20,7 @@ from exaonepath.files.atomic import ensure_folder
 from exaonepath.files.features import write_features
 from exaonepath.files.hdf5 import passing_errors
 from exaonepath.files.patches import write_imported_patches
+from exaonepath.log_once import warn_once
 from exaonepath.slides.cohort.slide_ids import id_collisions, why_not_an_id
 from exaonepath.slides.outputs import OutputPaths, choose_layout, paths_in_layout, read_layout
 from exaonepath.slides.patches.fragments import fragments_of_grid
@@ -80,7 +81,9 @@ def import_features(
 
     The files state that they were imported, from which layout, and which encoder made the features: they are never
     taken for results of this package's encoders, and no stage replaces them. All slides are checked before the first
-    file is written; each file appears whole or not at all.
+    file is written, apart from the values of their features, which are read once: one that is NaN or infinite ends the
+    import. Each file appears whole or not at all. Features are stored as float16 if they are float16, else as float32:
+    only float64 is rounded.
 
     Args:
         source: a folder or file of the other tool.
@@ -118,6 +121,8 @@ def import_features(
         raise SettingsError(f"{place} does not exist")
     given = Given(encoder or None, patch_size, mpp, slide, None if coords is None else Path(coords))
     found = layout.find(place, given)
+    if not found:
+        raise DataFileError(f"{place} holds no slides in the layout of {layout.NAME}")
     _check_ids([(item.id, str(place)) for item in found])
     with_features = _checked(layout, found, given, fragments)
     ids = [item.id for item in found]
@@ -129,7 +134,7 @@ def import_features(
     done = []
     for item, to in zip(found, paths, strict=True):
         with passing_errors(layout.read(item, given)) as patches:
-            imported = _write(patches, to, layout.NAME, fragments)
+            imported = _write(patches, to, layout.NAME, fragments, place)
         done.append(imported)
         if progress is not None:
             progress(imported)
@@ -175,9 +180,15 @@ def _checked(layout: ModuleType, found: Sequence[Any], given: Given, fragments: 
 def _check(patches: SlidePatches, fragments: Fragments | None, name: str) -> None:
     if patches.vectors is not None and patches.vectors.shape[1] == 0 and len(patches):
         raise DataFileError(f"the features of {patches.id} have no columns")
+    _check_positions(patches)
     if patches.fragments is not None:
-        if len(patches.fragments) and int(patches.fragments.min()) < 0:
-            raise DataFileError(f"{patches.id}: a fragment has the number {int(patches.fragments.min())}")
+        for number in (patches.fragments.min(), patches.fragments.max()) if len(patches.fragments) else ():
+            if not 0 <= int(number) <= np.iinfo(np.int32).max:
+                raise DataFileError(
+                    f"{patches.id}: a fragment has the number {int(number)}; they count from 0 to 2^31 - 1"
+                )
+        if fragments is not None:
+            warn_once(logger, "%s's files state the fragments of patches; --fragments %s is not used", name, fragments)
         return
     if fragments is None:
         raise SettingsError(
@@ -186,7 +197,21 @@ def _check(patches: SlidePatches, fragments: Fragments | None, name: str) -> Non
         )
 
 
-def _write(patches: SlidePatches, to: OutputPaths, name: str, fragments: Fragments | None) -> ImportedSlide:
+def _check_positions(patches: SlidePatches) -> None:
+    """Warn if patches have one position: files that a run of another tool was appended to look like that."""
+    twice = len(patches) - len(np.unique(patches.coords, axis=0))
+    if twice:
+        logger.warning(
+            "%d of %d patches of %s have the position of another one, and all are imported: were they stored twice?",
+            twice,
+            len(patches),
+            patches.id,
+        )
+
+
+def _write(
+    patches: SlidePatches, to: OutputPaths, name: str, fragments: Fragments | None, source: Path
+) -> ImportedSlide:
     index = _fragments(patches, fragments)
     made: dict[str, Any] = {
         "imported_from": name,
@@ -195,7 +220,7 @@ def _write(patches: SlidePatches, to: OutputPaths, name: str, fragments: Fragmen
     }
     ensure_folder(to.patches.parent)
     if patches.vectors is not None:
-        matrix = CheckedMatrix(patches.vectors, f"features of {patches.id}")
+        matrix = CheckedMatrix(patches.vectors, f"{source}: features of {patches.id}")
         attrs = {
             **made,
             "weights": patches.encoder,

@@ -158,3 +158,23 @@ def test_slides_that_have_moved(run, out, encoded, tmp_path):
     assert done.exit_code == 0, done.stderr
     with h5py.File(tmp_path / "y.h5ad") as file:
         assert file["uns/spatial/a/images/hires"].shape[2] == 3
+
+
+def test_ctrl_c_says_what_has_to_be_done(run, tmp_path, monkeypatch):
+    """Neither command resumes: what is there is refused without --overwrite."""
+    from exaonepath.slides import exporting, importing
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, "export_slides", interrupted)
+    monkeypatch.setattr(importing, "import_features", interrupted)
+    for command in (
+        ("export", tmp_path, "--to", tmp_path / "to", "-f", "clam"),
+        ("import", tmp_path, "--out", tmp_path / "to", "-f", "clam"),
+    ):
+        done = run(*command)
+        assert done.exit_code == 130
+        assert "interrupted; files that were finished are whole" in done.stderr
+        assert "--overwrite" in done.stderr
+        assert "resumes" not in done.stderr

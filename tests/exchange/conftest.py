@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stand_in_encoders import stand_in_patch_encoder, stand_in_slide_encoder
@@ -19,8 +22,24 @@ from exaonepath.synthetic import make_slide
 FIRST, SECOND = "first", "zweite Färbung.1"
 
 # `make test-exchange` installs the tools that read the exports next to the environment: scanpy, squidpy, hs2p, ...
-if (site := os.environ.get("EXAONEPATH_EXCHANGE_SITE")) and site not in sys.path:
-    sys.path.append(site)
+SITE = os.environ.get("EXAONEPATH_EXCHANGE_SITE")
+if SITE and SITE not in sys.path:
+    sys.path.append(SITE)
+
+
+def why_not_installed(name: str) -> str:
+    """Why a tool cannot be imported, as the installer found it; else how to install it."""
+    reasons = json.loads(Path(SITE, "not_installed.json").read_text()) if SITE else {}
+    return f"cannot be installed: {reasons[name]}" if name in reasons else "`make test-exchange` installs it"
+
+
+def tool(name: str) -> Any:
+    """A library of a tool, by its full name; the test is skipped with the reason if it is not here."""
+    # Some of these raise other errors than ImportError if a library of theirs is missing or too new.
+    try:
+        return importlib.import_module(name)
+    except Exception as exc:  # noqa: BLE001
+        pytest.skip(f"{name} ({type(exc).__name__}: {exc}): {why_not_installed(name.partition('.')[0])}")
 
 
 @pytest.fixture(scope="session")

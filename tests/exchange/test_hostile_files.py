@@ -13,10 +13,12 @@ import torch
 
 from exaonepath.errors import DataFileError, ExaonePathError, ForeignFileError, SettingsError, SlideListError
 from exaonepath.exchange.torch_files import read_tensor
+from exaonepath.log_once import forget
 from exaonepath.slides.exporting import export_slides
 from exaonepath.slides.importing import import_features
 
 from .conftest import FIRST
+from .test_round_trips import needs
 
 
 class Runs:
@@ -387,3 +389,99 @@ def test_empty_folders(tmp_path, format):
     with pytest.raises(SettingsError, match="does not exist"):
         import_(tmp_path / "nowhere", format)
     assert {path.name for path in tmp_path.iterdir()} == {"in"}
+
+
+@pytest.mark.parametrize("format", ["trident", "clam", "slide2vec", "anndata", "parquet", "zarr"])
+def test_hidden_files_are_no_slides(made, tmp_path, format):
+    """macOS writes ._<name> next to each file of a disk that has no place for its attributes."""
+    needs(format)
+    source = tmp_path / "in"
+    export_slides(made, source, format, slides=[FIRST])
+    for path in list(source.rglob("*")):
+        if path.is_dir() and path.suffix == ".zarr":
+            (path.parent / f"._{path.name}").mkdir()
+            (path.parent / f"._{path.name}" / ".zgroup").write_text("{}")
+        elif path.is_file() and ".zarr" not in str(path):
+            path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7junk")
+    (done,) = import_(source, format, fragments="one")
+    assert done.id == FIRST
+
+
+def test_a_folder_without_features(tmp_path):
+    (tmp_path / "job" / "features_uni").mkdir(parents=True)
+    with pytest.raises(DataFileError, match="holds no slides"):
+        import_(tmp_path / "job", "trident")
+    assert not (tmp_path / "back").exists()
+
+
+def test_fragments_beyond_32_bits(made, tmp_path):
+    """They would wrap around, and two fragments become one."""
+    arrow = pytest.importorskip("pyarrow", reason="needs the extra `exchange`")
+    import pyarrow.parquet as parquet
+
+    path = tmp_path / "s.parquet"
+    for last in (2**31, 2**32, 2**63 - 1):
+        table = {"x": [0, 256], "y": [0, 0], "fragment": [0, last], "vector": [[1.0], [2.0]]}
+        parquet.write_table(arrow.table(table), path)
+        with pytest.raises(DataFileError, match=f"a fragment has the number {last}"):
+            import_(path, "parquet", patch_size=256)
+    needs("zarr")
+    store = tmp_path / "s.zarr"
+    export_slides(made, store, "zarr", slides=[FIRST])
+    about = store / FIRST / "fragments" / ".zarray"
+    value = json.loads(about.read_text())
+    about.write_text(json.dumps({**value, "dtype": "<i8", "compressor": None}))
+    (about.parent / "0").write_bytes(np.linspace(0, 2**32, value["shape"][0]).astype("<i8").tobytes())
+    with pytest.raises(DataFileError, match="a fragment has the number 4294967296"):
+        import_(store, "zarr")
+
+
+def test_patches_of_one_position(tmp_path, caplog):
+    """What a file looks like to which a program appended its second run."""
+    path = tmp_path / "features_e" / "s.h5"
+    path.parent.mkdir()
+    coords = np.array([[0, 0], [256, 0]])
+    for times, twice in ((1, False), (2, True)):
+        with h5py.File(path, "w") as file:
+            file["features"] = np.ones((2 * times, 3), np.float32)
+            file.create_dataset("coords", data=np.tile(coords, (times, 1))).attrs["patch_size_level0"] = 256
+        (done,) = import_(path, "trident", overwrite=True)
+        assert done.n_patches == 2 * times
+        assert ("2 of 4 patches of s have the position of another one" in caplog.text) == twice
+
+
+def test_fragments_that_the_file_states(made, tmp_path, caplog):
+    needs("parquet")
+    export_slides(made, tmp_path / "p", "parquet")
+    forget()
+    import_features(tmp_path / "p", tmp_path / "a", "parquet")
+    assert "is not used" not in caplog.text
+    import_features(tmp_path / "p", tmp_path / "b", "parquet", fragments="one")
+    assert caplog.text.count("Parquet's files state the fragments of patches; --fragments one is not used") == 1
+
+
+def test_columns_of_coordinates_of_different_types(tmp_path):
+    """Unsigned and signed, which numpy joins as floating-point numbers; truth values are no coordinates."""
+    arrow = pytest.importorskip("pyarrow", reason="needs the extra `exchange`")
+    import pyarrow.parquet as parquet
+
+    path = tmp_path / "s.parquet"
+    x, y = arrow.array([0, 2**31 - 1], arrow.uint64()), arrow.array([-7, 0], arrow.int16())
+    parquet.write_table(arrow.table({"x": x, "y": y, "vector": [[1.0], [2.0]]}), path)
+    (done,) = import_(path, "parquet", patch_size=256)
+    with h5py.File(done.features_path) as file:
+        assert file["coords"][:].tolist() == [[0, -7], [2**31 - 1, 0]]
+    for bad in ([True, False], [0.0, 1.0], ["0", "1"]):
+        parquet.write_table(arrow.table({"x": bad, "y": y, "vector": [[1.0], [2.0]]}), path)
+        with pytest.raises(DataFileError, match="must be integers"):
+            import_(path, "parquet", patch_size=256, overwrite=True)
+
+
+def test_values_that_are_missing_name_the_file(tmp_path):
+    path = tmp_path / "features_e" / "s.h5"
+    path.parent.mkdir()
+    with h5py.File(path, "w") as file:
+        file["features"] = np.array([[1.0], [np.nan]], np.float32)
+        file.create_dataset("coords", data=np.array([[0, 0], [256, 0]])).attrs["patch_size_level0"] = 256
+    with pytest.raises(DataFileError, match=rf"{path}: features of s: NaN or infinity in 1 patches \(number 1\)"):
+        import_(path, "trident")

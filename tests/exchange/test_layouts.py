@@ -7,14 +7,14 @@ import h5py
 import numpy as np
 import pytest
 
-from exaonepath.errors import SettingsError
+from exaonepath.errors import OutputError, SettingsError
 from exaonepath.exchange.patho_bench import write_pooled
 from exaonepath.exchange.slide_patches import Values
 from exaonepath.files.annotations import read_polygons
 from exaonepath.files.embeddings import read_embedding
 from exaonepath.files.features import read_features
 from exaonepath.files.patches import read_patches
-from exaonepath.slides.exporting import export_slides
+from exaonepath.slides.exporting import FORMATS, export_slides
 from exaonepath.slides.importing import import_features
 from exaonepath.slides.outputs import output_paths
 
@@ -240,3 +240,25 @@ def test_slides_of_different_vectors_do_not_mix(made, results, tmp_path):
         export_slides(results, tmp_path / "all.zarr", "zarr")
     assert not (tmp_path / "all.zarr").exists()
     assert len(export_slides(results, tmp_path / "each", "zarr")) == 3
+
+
+def test_names_of_files_of_another_format(made, tmp_path):
+    """A folder called patches.h5ad would be taken for the file that was meant."""
+    for name, format, message in (
+        ("a.h5ad", "parquet", r"like a file of anndata, and the format is parquet; .* ends with \.parquet"),
+        ("a.parquet", "anndata", "like a file of parquet"),
+        ("a.zarr", "trident", "like a file of spatialdata or zarr, and the format is trident; name a folder$"),
+        ("a.GEOJSON", "clam", "like a file of qupath"),
+        ("a.H5AD", "zarr", "like a file of anndata"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            export_slides(made, tmp_path / name, format)
+    assert not list(tmp_path.iterdir())
+    assert export_slides(made, tmp_path / "a.GeoJSON", "qupath", slides=[FIRST]) == [tmp_path / "a.GeoJSON"]
+    assert (tmp_path / "a.GeoJSON").is_file()
+
+
+def test_a_name_that_the_file_system_refuses(made, tmp_path):
+    for format in FORMATS:
+        with pytest.raises(OutputError, match="name too long"):
+            export_slides(made, tmp_path / ("x" * 300), format)

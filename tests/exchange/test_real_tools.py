@@ -2,30 +2,24 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 import types
 import zipfile
 
 import numpy as np
 import pytest
+import torch
 from stand_in_encoders import WIDTH
 
 from exaonepath.exchange.slide_patches import Values
 from exaonepath.files.embeddings import read_embedding
-from exaonepath.files.features import read_features
+from exaonepath.files.features import read_features, write_features
 from exaonepath.slides.exporting import export_slides
 from exaonepath.slides.importing import import_features
 from exaonepath.slides.outputs import output_paths
 
-from .conftest import FIRST, SECOND
-
-
-def tool(name):
-    # Some of these raise other errors than ImportError if a library of theirs is missing or too new.
-    try:
-        return importlib.import_module(name)
-    except Exception as exc:  # noqa: BLE001
-        pytest.skip(f"{name} is not installed, or not with this environment ({exc}); see `make test-exchange`")
+from .conftest import FIRST, SECOND, tool, why_not_installed
 
 
 def cluster(slide):
@@ -37,7 +31,7 @@ def slide2vec_artifacts(monkeypatch):
     """The module with slide2vec's readers and writers, without the encoders that importing the package would load."""
     spec = importlib.util.find_spec("slide2vec")
     if spec is None:
-        pytest.skip("slide2vec is not installed; see `make test-exchange`")
+        pytest.skip(f"slide2vec: {why_not_installed('slide2vec')}")
     bare = types.ModuleType("slide2vec")
     bare.__path__ = list(spec.submodule_search_locations)
     monkeypatch.setitem(sys.modules, "slide2vec", bare)
@@ -78,9 +72,11 @@ def test_anndata(made, h5ad):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_scanpy(h5ad):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_scanpy(h5ad, dtype):
     scanpy = tool("scanpy")
     data = scanpy.read_h5ad(h5ad)
+    data.X = data.X.astype(dtype)
     scanpy.pp.pca(data, n_comps=5)
     scanpy.pp.neighbors(data, n_neighbors=5)
     assert data.obsp["connectivities"].shape == (data.n_obs, data.n_obs)
@@ -163,6 +159,36 @@ def test_hs2p_and_slide2vec_read_their_layout(made, tmp_path):
         assert tiles.tile_size_lv0 == features.attrs["patch_size"]
         assert tiles.sample_id == name
         assert tiles.requested_tile_size_px == 128
+        assert np.isnan(tiles.tissue_fractions).all()
+        # Written by hs2p itself, which sorts tiles, and imported with features in that order.
+        artifacts.save_tiling_result(tiles, tmp_path / "theirs")
+        order = np.lexsort((features.coords[:, 1], features.coords[:, 0]))
+        folder = tmp_path / "theirs" / "tile_embeddings"
+        folder.mkdir(exist_ok=True)
+        torch.save(torch.from_numpy(features.features[order]), folder / f"{name}.pt")
+        shutil.copy(tmp_path / "tile_embeddings" / f"{name}.meta.json", folder)
+    for slide in import_features(tmp_path / "theirs", tmp_path / "back", "slide2vec", fragments="one"):
+        before, after = read_features(output_paths(made, slide.id).features), read_features(slide.features_path)
+        order = np.lexsort((before.coords[:, 1], before.coords[:, 0]))
+        np.testing.assert_array_equal(after.coords, before.coords[order])
+        np.testing.assert_array_equal(after.features, before.features[order])
+
+
+def test_tools_read_a_slide_without_patches(tmp_path):
+    """N = 0, in the formats whose tools read a file of that kind."""
+    anndata, spatialdata, artifacts = tool("anndata"), tool("spatialdata"), tool("hs2p.artifacts")
+    source = tmp_path / "none_features.h5"
+    write_features(
+        source, [], np.empty((0, 2), np.int32), np.empty(0, np.int32), 5, (), {"patch_size": 256, "weights": "e"}
+    )
+    export_slides(source, tmp_path / "a.h5ad", "anndata")
+    assert anndata.read_h5ad(tmp_path / "a.h5ad").shape == (0, 5)
+    export_slides(source, tmp_path / "s.zarr", "spatialdata")
+    assert spatialdata.read_zarr(tmp_path / "s.zarr").tables["patches"].shape == (0, 5)
+    export_slides(source, tmp_path / "t", "slide2vec", target_size=256)
+    assert len(artifacts.load_tiling_result(None, tmp_path / "t/tiles/none.coordinates.meta.json").x) == 0
+    (path,) = export_slides(source, tmp_path / "q", "qupath")
+    assert tool("geojson").loads(path.read_text()).is_valid
 
 
 def test_slide2vec_reads_the_embeddings(made, tmp_path, slide2vec_artifacts):
@@ -209,9 +235,23 @@ def test_geopandas_reads_the_geojson(made, tmp_path):
     assert set(frame["objectType"]) == {"tile"}
 
 
-def test_torch_opens_pt_files_as_clam_does(made, tmp_path):
-    import torch
+def test_validators_of_geojson(made, tmp_path):
+    """Two programs that check the standard (RFC 7946), of which QuPath's files are a kind."""
+    geojson, models = tool("geojson"), tool("geojson_pydantic")
+    (path,) = export_slides(
+        made, tmp_path / "one.geojson", "qupath", slides=[SECOND], values=cluster, classify="cluster"
+    )
+    found = geojson.loads(path.read_text())
+    assert found.is_valid, found.errors()
+    checked = models.FeatureCollection.model_validate_json(path.read_text())
+    assert len(checked.features) == len(read_features(output_paths(made, SECOND).features).coords)
+    for feature in checked.features:
+        (ring,) = feature.geometry.coordinates
+        x, y = np.array(ring).T
+        assert (x[:-1] * y[1:] - x[1:] * y[:-1]).sum() / 2 == 256**2  # outlines run counterclockwise there
 
+
+def test_torch_opens_pt_files_as_clam_does(made, tmp_path):
     export_slides(made, tmp_path, "clam")
     path = tmp_path / "pt_files" / f"{FIRST}.pt"
     value = torch.load(path)  # as CLAM's dataset does; by default only what is safe is loaded
@@ -231,6 +271,32 @@ def test_parquet_with_pandas_alone(made, tmp_path):
     assert slides["slide"].tolist() == [FIRST, SECOND]
     wanted = read_embedding(output_paths(made, SECOND).embedding).slide_embedding
     np.testing.assert_array_equal(slides["slide_embedding"][1], wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_polars_and_duckdb(made, tmp_path, dtype):
+    polars, duckdb = tool("polars"), tool("duckdb")
+    pytest.importorskip("pyarrow", reason="needs the extra `exchange`")
+    export_slides(made, tmp_path, "parquet", dtype=dtype, values=cluster)
+    path = tmp_path / "patches" / f"{FIRST}.parquet"
+    features = read_features(output_paths(made, FIRST).features).features.astype(dtype)
+    frame = polars.read_parquet(path)
+    np.testing.assert_array_equal(frame["vector"].to_numpy(), features)
+    assert frame["cluster"].to_list()[:2] == ["blood", "stroma"]
+    rows = duckdb.sql(f"select vector from '{path}' order by patch").fetchall()
+    np.testing.assert_array_equal(np.array([row[0] for row in rows], dtype), features)
+    counts = duckdb.sql(f"select slide, count(*) from '{tmp_path}/patches/*.parquet' group by slide").fetchall()
+    assert dict(counts)[FIRST] == len(features)
+    # What these two write is imported.
+    (tmp_path / "theirs").mkdir()
+    frame.drop("fragment").write_parquet(tmp_path / "theirs" / "polars.parquet")
+    duckdb.sql(f"copy (select x, y, vector from '{path}') to '{tmp_path}/theirs/duck.parquet' (format parquet)")
+    for name, stored in (("polars", dtype), ("duck", "float32")):  # DuckDB has no float16
+        source = tmp_path / "theirs" / f"{name}.parquet"
+        (done,) = import_features(source, tmp_path / name, "parquet", encoder="e", patch_size=128, fragments="grid")
+        after = read_features(done.features_path)
+        np.testing.assert_array_equal(after.features, features.astype(np.float32))
+        assert after.attrs["feature_dtype"] == stored
 
 
 def test_zarr_alone(made, tmp_path):

@@ -17,7 +17,7 @@ from exaonepath.slides.importing import import_features
 from exaonepath.slides.outputs import choose_layout, output_paths
 from exaonepath.slides.patches.fragments import fragments_of_grid
 
-from .conftest import FIRST, SECOND
+from .conftest import FIRST, SECOND, tool
 
 FOREIGN = ("trident", "clam", "slide2vec")  # no fragments in their files
 OWN = {"anndata": ".h5ad", "parquet": ".parquet", "zarr": ".zarr"}
@@ -168,7 +168,7 @@ def test_single_files(made, tmp_path):
 def test_existing_outputs_are_refused(made, tmp_path, format):
     needs(format)
     if format == "spatialdata":
-        pytest.importorskip("spatialdata", reason="heavy; `make test-exchange` installs it")
+        tool("spatialdata")
     first = export_slides(made, tmp_path / "there", format, slides=[FIRST])
     with pytest.raises(OutputCollisionError, match="exist"):
         export_slides(made, tmp_path / "there", format)
@@ -294,3 +294,35 @@ def test_the_command_knows_all_formats():
 
     assert export.FORMATS == FORMATS
     assert import_features.FORMATS == importing.FORMATS
+
+
+@pytest.mark.parametrize("format", ["anndata", "parquet", "zarr"])
+def test_a_slide_that_was_taken_out_of_a_file(made, tmp_path, format):
+    """The metadata still list it: it is no slide without patches."""
+    needs(format)
+    to = tmp_path / f"all{OWN[format]}"
+    export_slides(made, to, format)
+    if format == "anndata":
+        anndata = pytest.importorskip("anndata")
+        data = anndata.read_h5ad(to)
+        data[data.obs["slide"] == SECOND].copy().write_h5ad(to)
+    elif format == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        table = parquet.read_table(to)
+        parquet.write_table(table.filter([name == SECOND for name in table["slide"].to_pylist()]), to)
+    else:
+        shutil.rmtree(to / FIRST)
+        (to / ".zmetadata").unlink(missing_ok=True)
+    done = import_features(to, tmp_path / "back", format)
+    assert [slide.id for slide in done] == [SECOND]
+
+
+def test_a_slide_called_like_the_table_of_slides(made, tmp_path):
+    needs("parquet")
+    source = tmp_path / "slides_features.h5"
+    shutil.copyfile(output_paths(made, FIRST).features, source)
+    export_slides(source, tmp_path / "there", "parquet")
+    assert (tmp_path / "there" / "slides.parquet").is_file()
+    for place in (tmp_path / "there", tmp_path / "there" / "patches"):
+        done = import_features(place, tmp_path / "back", "parquet", overwrite=True)
+        assert [slide.id for slide in done] == ["slides"]

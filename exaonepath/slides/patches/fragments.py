@@ -26,9 +26,9 @@ def fragments_of_grid(coords: np.ndarray, patch_size: int) -> np.ndarray:
     """A fragment for each patch: patches that touch or overlap, also at a corner, belong to the same one. A gap of one
     pixel counts as touching: grids of other programs are rounded.
 
-    Other programs store no contours. Contours of tissue pieces that are nearer to each other than a patch become one
-    fragment, and a piece in which a row of patches is missing becomes two; otherwise the fragments are those of the
-    contours. In a grid with gaps between all patches, the smallest one takes the place of the patch size.
+    Other programs store no contours. Contours of tissue pieces whose patches touch become one fragment, and a piece in
+    which a row of patches is missing becomes two; otherwise the fragments are those of the contours. In a grid with
+    gaps between all patches, the smallest distance takes the place of the patch size.
 
     Args:
         coords: int [N, 2], corners in level-0 pixels, which fit into 32 bits.
