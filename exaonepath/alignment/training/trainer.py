@@ -8,19 +8,14 @@ and a resumed run computes exactly the same steps as an uninterrupted one.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from exaonepath.alignment.baselines.profiles import Profiles
-from exaonepath.alignment.metrics.retrieval import PairEmbeddings
-from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.model.alignment import ExaonePathAlignmentModel
 from exaonepath.alignment.model.objective import AlignmentObjective
 from exaonepath.alignment.training.batch_plan import BatchPlan
@@ -31,9 +26,9 @@ from exaonepath.alignment.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from exaonepath.alignment.training.closed_form_start import ClosedForm, chosen_patients
 from exaonepath.alignment.training.data import TrainingData
 from exaonepath.alignment.training.distributed import Processes
+from exaonepath.alignment.training.model_selection import ModelSelection
 from exaonepath.alignment.training.monitors import HealthMonitors
 from exaonepath.alignment.training.optimization import (
     AveragedWeights,
@@ -45,15 +40,10 @@ from exaonepath.alignment.training.optimization import (
 from exaonepath.alignment.training.run_folder import RunFolder
 from exaonepath.alignment.training.run_log import RunLog
 from exaonepath.alignment.training.settings import TrainSettings, select_parts
-from exaonepath.alignment.training.slide_start import SlideTargets, can_learn, teach_slide_encoder
+from exaonepath.alignment.training.slide_start import can_learn
+from exaonepath.alignment.training.starts import refit, start_in_closed_form
 from exaonepath.alignment.training.step import Chunk, StepOutput, TrainingError, accumulate_gradients
 from exaonepath.alignment.training.stop_request import StopRequest
-from exaonepath.alignment.training.validation import (
-    EmbeddedPatients,
-    embed_patients,
-    retrieval_metrics,
-    score_parts,
-)
 from exaonepath.device import resolve_dtype
 from exaonepath.errors import DeviceError, SettingsError, WeightsError
 from exaonepath.text import few
@@ -131,10 +121,11 @@ class Trainer:
         self.monitors = HealthMonitors()
         self.noise: dict[str, float] = {}
         self.step = 0
-        self.best: float | None = None
-        self.best_step: int | None = None
-        self.best_parts: dict[str, float] = {}  # of the start in closed form, as long as it is the best: `_margin`
         self.log = RunLog(folder, is_main=processes.is_main, tensorboard=run.tensorboard)
+        self.selection = ModelSelection(
+            self.model, data, settings, processes, self.log, self.monitors,
+            chunk_size=self.plan.chunk_size, autocast=self.autocast,
+        )  # fmt: skip
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The autocast context of the encoders."""
@@ -160,9 +151,9 @@ class Trainer:
         planned = self.plan.steps(self.step, rank, count)
         with self.log.opened(self.step), StopRequest().listening() as stop:
             if self.step == 0 and self.settings.model.start == "cca":
-                self._start_in_closed_form(report, stop)
+                start_in_closed_form(self, report, stop)
             if self.step == 0 and can_learn(self.model, self.settings) and self.processes.any_true(stop.asked):
-                return TrainResult(0, self.total, False, resumed_from, self.best, self.best_step)
+                return self._result(False, resumed_from)
             for step, chunks in self.data.chunks(planned, workers=self.settings.run.num_workers):
                 row = self._train_step(step, chunks)
                 self.step = step + 1
@@ -172,9 +163,9 @@ class Trainer:
                     progress(self.step, self.total, row)
                 end_of_epoch = self.step % self.plan.steps_per_epoch == 0
                 if self._validate_now(end_of_epoch):
-                    self._validate()
+                    self.validate()
                 if self.step == self.total:
-                    self._refit()
+                    refit(self)
                 stop_after = self.processes.any_true(stop.asked)
                 every = self.settings.run.checkpoint_every
                 due = self.step % every == 0 if every else end_of_epoch
@@ -185,118 +176,18 @@ class Trainer:
         finished = self.step >= self.total
         if finished:
             self._save_final()
-        return TrainResult(self.step, self.total, finished, resumed_from, self.best, self.best_step)
+        return self._result(finished, resumed_from)
 
-    def _start_in_closed_form(self, report: Callable[[str], None] | None, stop: StopRequest) -> None:
-        """Set the start of the linear parts, and validate it: it may be the best model of the run.
+    def _result(self, finished: bool, resumed_from: int) -> TrainResult:
+        best = self.selection
+        return TrainResult(self.step, self.total, finished, resumed_from, best.best, best.best_step)
 
-        Then the slide encoder gets what it has to learn: with that, but before it has learned it, a model is worse.
-        Nothing of this is stored before the first checkpoint: a run that is stopped before it does all of it again.
-        """
-        names = [name for name in self.model.modalities if name != WSI]
-        noise = torch.zeros(len(names), device=self.processes.device)
-        start = None
-        if self.processes.is_main:
-            start = ClosedForm(self.model, self.data, self.settings.model)
-            start.apply()
-            noise += torch.tensor([start.noise.get(name, 0.0) for name in names], device=noise.device)
-        self._set_noise(dict(zip(names, self.processes.sum(noise).tolist(), strict=True)))
-        self._share_weights()
-        self._restart_average()
-        if self.data.validation:
-            self._validate()
-        if start is not None:
-            start.apply(further=True)
-        self._share_weights()
-        if can_learn(self.model, self.settings):
-            self._start_slide_encoder(start, report, stop)
-        self._restart_average()
-
-    def _restart_average(self) -> None:
+    def restart_average(self) -> None:
         """Let the averaged weights, which are validated and saved, start from the current ones."""
         if self.averaged is not None:
             self.averaged = AveragedWeights(self.model, self.settings.optimizer.ema)
 
-    def _start_slide_encoder(
-        self, start: ClosedForm | None, report: Callable[[str], None] | None, stop: StopRequest
-    ) -> None:
-        """Teach the slide encoder what the molecular modalities share beyond the mean features, and compute the closed
-        form with it; the weights stay as they were if that does not find more validation patients."""
-        if not self.data.validation:
-            logger.info("no validation patients can decide on a start of the slide encoder: left out")
-            return
-        targets = SlideTargets.of(start, self.data, self.processes)
-        if targets is None:
-            logger.info("the molecular modalities share nothing beyond the mean patch features: no slide start")
-            return
-        before = {name: value.clone() for name, value in self.model.state_dict().items()}
-
-        def after_step(row: Mapping[str, Any]) -> bool:
-            done, steps = row["slide_step"], row["slide_steps"]
-            if done % self.settings.run.log_every == 0 or done == steps:
-                self.log.row(row)
-            if report is not None and done % max(1, steps // 4) == 0:
-                report(f"start of the slide encoder: step {done}/{steps}  loss {row['loss']:.4f}")
-            return self.processes.any_true(stop.asked)
-
-        done = teach_slide_encoder(
-            self.model, self.data, targets, self.settings, self.processes,
-            autocast=self.autocast, half=self.scaler.is_enabled(), after_step=after_step,
-        )  # fmt: skip
-        score = math.nan
-        if done:
-            self._set_closed_form_of_slides()
-            score = self._score(self._embed(self.data.validation))
-        kept = self.best is not None and score > self.best
-        known = {"score": score, "score_before": math.nan if self.best is None else self.best}
-        self.log.row({"kind": "slide_start", "step": 0, "finished": done, "kept": kept, **known})
-        logger.info(
-            "slide start: %s of validation patients %.4f, before %.4f", self.settings.run.select, *known.values()
-        )
-        if kept:
-            self._restart_average()
-            self._validate("slide_start")
-        else:
-            self.model.load_state_dict(before)
-
-    def _set_closed_form_of_slides(self) -> None:
-        """Set the linear parts in closed form, with the slide encoder's output as a part of the slides' profiles."""
-        slides = []
-        for patients in chosen_patients(self.data):  # training and validation patients
-            found = self._embed(patients)
-            has = found.available[WSI]
-            known = tuple(patient for patient, flag in zip(patients, has, strict=True) if flag)
-            slides.append(Profiles(known, found.modality[WSI][has]))
-        if self.processes.is_main:
-            ClosedForm(self.model, self.data, self.settings.model, (slides[0], slides[1])).apply()
-        self._share_weights()
-
-    def _share_weights(self) -> None:
-        """Copy the weights of the first process to all: they need the same bits, so only it computes them."""
-        if self.processes.count > 1:
-            for parameter in self.model.parameters():
-                with torch.no_grad():
-                    self.processes.sum(parameter if self.processes.is_main else parameter.zero_())
-
-    def _refit(self) -> None:
-        """Set the linear parts in closed form once more, now with what the slide encoder has learned; the weights stay
-        as they were if that does not find more validation patients."""
-        optimizer, model = self.settings.optimizer, self.model
-        kept = not optimizer.omics_lr_share and (
-            not optimizer.ffn_lr_share or all(model.omics_encoder(name).is_linear for name in model.omics)
-        )
-        closed = self.settings.model.start == "cca" and WSI in model.modalities and self.averaged is None
-        if not closed or not kept or not self.data.validation:
-            return
-        trained = {name: value.clone() for name, value in model.state_dict().items()}
-        before = self._score(self._embed(self.data.validation))
-        self._set_closed_form_of_slides()
-        if self._score(self._embed(self.data.validation)) > before:
-            self._validate("refitted")
-        else:
-            model.load_state_dict(trained)
-
-    def _set_noise(self, noise: Mapping[str, float]) -> None:
+    def set_noise(self, noise: Mapping[str, float]) -> None:
         """Add this noise to the inputs of the molecular encoders, if the settings have no value for them."""
         self.noise = dict(noise)
         tables = self.settings.model.omics
@@ -316,9 +207,7 @@ class Trainer:
             state = {
                 "scaler": self.scaler.state_dict(),
                 "monitors": self.monitors.state_dict(),
-                "best": self.best,
-                "best_step": self.best_step,
-                "best_parts": {} if self.best_step else self.best_parts,
+                **self.selection.state_dict(),
                 "input_noise": self.noise,
             }
             keep = self.settings.run.keep_checkpoints
@@ -347,9 +236,8 @@ class Trainer:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.monitors.load_state_dict(state["monitors"])
-        self.best, self.best_step = state["best"], state["best_step"]
-        self.best_parts = state.get("best_parts", {})
-        self._set_noise(state.get("input_noise", {}))
+        self.selection.load_state_dict(state)
+        self.set_noise(state.get("input_noise", {}))
         self.step = checkpoint.step
 
     def _train_step(self, step: int, chunks: list[Chunk]) -> dict[str, Any]:
@@ -434,78 +322,19 @@ class Trainer:
         after_epoch = bool(end_of_epoch and every and epoch % every == 0)
         return self.step == self.total or after_epoch or bool(steps and self.step % steps == 0)
 
-    def _validate(self, mark: str = "") -> None:
+    def validate(self, mark: str = "") -> None:
         """Validate, and save the best model; `mark`: a key of the log's row, for models that are not from a step."""
         if self.averaged is not None:
             self.averaged.swap(self.model)
         try:
-            self._validate_with_current_weights(mark)
+            row, is_best = self.selection.validate(self.step, self.step // self.plan.steps_per_epoch, mark)
+            if is_best and self.processes.is_main:
+                self._note_provenance()
+                self.folder.save_model(self.model, self.folder.best)
+            self.log.row(row)
         finally:
             if self.averaged is not None:
                 self.averaged.swap(self.model)
-
-    def _embed(self, patients: Sequence[str]) -> EmbeddedPatients:
-        """Embeddings of some patients by the current weights; each process computes its share."""
-        rows = list(range(self.processes.rank, len(patients), self.processes.count))
-        workers = self.settings.run.num_workers
-        batches = self.data.evaluation_batches(patients, rows, self.plan.chunk_size, workers=workers)
-        return embed_patients(self.model, batches, patients, autocast=self.autocast, processes=self.processes)
-
-    def _score(self, embedded: EmbeddedPatients) -> float:
-        """The metric of `run.select`; NaN if no patient has both modalities of a pair."""
-        return retrieval_metrics(embedded.pairs)[0].get(self.settings.run.select, math.nan)
-
-    def _validate_with_current_weights(self, mark: str) -> None:
-        patients = self.data.validation
-        embedded = self._embed(patients)
-        flat, _ = retrieval_metrics(embedded.pairs)
-        row: dict[str, Any] = {"kind": "validation", "step": self.step, "epoch": self.step // self.plan.steps_per_epoch}
-        row.update({"patients": len(patients), **({mark: True} if mark else {}), **flat})
-        # The number is missing if no patient has both modalities of a pair. NaN must not become the best score, because
-        # no comparison with NaN is true.
-        score = flat.get(self.settings.run.select, math.nan)
-        if self.settings.run.monitor:
-            available = {
-                p: [n for n, flags in embedded.available.items() if flags[i]] for i, p in enumerate(embedded.patients)
-            }
-            self.log.warnings(
-                self.monitors.observe_retrieval(
-                    self.step, embedded.pairs, available, training=self._some_training_pairs(), sites=self.data.sites
-                )
-            )
-            self._check_leakage()
-        parts = score_parts(embedded.pairs, self.settings.run.select)
-        # The start of the slide encoder is one model as the start is, not the best of many.
-        margin = 0.0 if mark == "slide_start" else self._margin(parts)
-        if not math.isnan(score) and (self.best is None or score > self.best + margin):
-            self.best, self.best_step, self.best_parts = score, self.step, parts
-            if self.processes.is_main:
-                self._note_provenance()
-                self.folder.save_model(self.model, self.folder.best)
-        self.log.row(row)
-
-    def _margin(self, parts: Mapping[str, float]) -> float:
-        """By how much a model has to be better than the best one, if that is the start in closed form: by one standard
-        error of the difference, paired over patients. The start depends less on chance than the best of many steps."""
-        if self.best is None or self.best_step or self.settings.model.start != "cca":
-            return 0.0
-        differences = [parts.get(p, 0.0) - self.best_parts.get(p, 0.0) for p in {*parts, *self.best_parts}]
-        n = len(differences)
-        return float(np.std(differences) * n / math.sqrt(n - 1)) if n > 1 else 0.0
-
-    def _some_training_pairs(self) -> tuple[PairEmbeddings, ...]:
-        """Pairs of as many training patients as there are validation patients, always the same ones."""
-        wanted = min(len(self.data.validation), len(self.data.train))
-        order = np.random.default_rng((self.settings.run.seed, 2)).permutation(len(self.data.train))
-        patients = [self.data.train[at] for at in np.sort(order[:wanted])]
-        return self._embed(patients).pairs
-
-    def _check_leakage(self) -> None:
-        slide = self.data.probe_slide
-        if slide is None or self.model.config.rope_mode in ("no_fragments", "off"):
-            return
-        parts = [part.to(self.processes.device) for part in (slide.features, slide.coords, slide.contour_index)]
-        self.log.warnings(self.monitors.observe_leakage(self.step, self.model.slide_encoder, *parts))
 
     def _save_final(self) -> None:
         if self.averaged is not None:

@@ -258,14 +258,15 @@ def test_the_start_is_replaced_only_by_a_clearly_better_model(started, tmp_path)
     """By one standard error of the difference, paired over patients; other models only have to be better."""
     prepared = started
     trainer = Trainer(prepared.model, prepared.data, prepared.settings, RunFolder(tmp_path), prepared.processes)
+    selection = trainer.selection
     hits = np.array([0, 0, 0, 1, 1, 1, 1, 1, 0, 0]), np.array([0, 1, 1, 1, 1, 1, 1, 0, 0, 0])
     before, after = ({f"P{at}": hit / 10 for at, hit in enumerate(values)} for values in hits)
-    assert trainer._margin(after) == 0
-    trainer.best, trainer.best_step, trainer.best_parts = 0.5, 0, before
-    assert trainer._margin(after) == pytest.approx((hits[1] - hits[0]).std(ddof=1) / np.sqrt(10))
-    assert trainer._margin(before) == 0  # as good as the start is not better
-    trainer.best_step = 4
-    assert trainer._margin(after) == 0
+    assert selection.margin(after) == 0
+    selection.best, selection.best_step, selection.best_parts = 0.5, 0, before
+    assert selection.margin(after) == pytest.approx((hits[1] - hits[0]).std(ddof=1) / np.sqrt(10))
+    assert selection.margin(before) == 0  # as good as the start is not better
+    selection.best_step = 4
+    assert selection.margin(after) == 0
 
 
 def test_an_ffn_adds_nothing_at_the_start(folder):

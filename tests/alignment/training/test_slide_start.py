@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from exaonepath.alignment.training import trainer as trainer_module
+from exaonepath.alignment.training import model_selection as selection_module
 from exaonepath.alignment.training.closed_form_start import ClosedForm
+from exaonepath.alignment.training.model_selection import ModelSelection
 from exaonepath.alignment.training.presets import resolve_settings
 from exaonepath.alignment.training.run import prepare, train
 from exaonepath.alignment.training.run_folder import RunFolder
 from exaonepath.alignment.training.settings import build_settings
 from exaonepath.alignment.training.slide_start import SlideTargets, can_learn, teach_slide_encoder
-from exaonepath.alignment.training.trainer import Trainer
 from exaonepath.errors import ConfigError, SettingsError
 from exaonepath.synthetic.cohort import SyntheticCohortSettings, write_synthetic_cohort
 
@@ -124,8 +124,13 @@ def run(folder, out, steps=2, **tables):
 def test_off_and_no_better_are_the_same_run(folder, tmp_path, monkeypatch):
     """Bit for bit, weights and metrics: the phase leaves nothing behind if validation patients are against it."""
     off, plain = run(folder, tmp_path / "off", steps=0)
-    score = Trainer._score
-    monkeypatch.setattr(Trainer, "_score", lambda self, embedded: score(self, embedded) if self.step else -1.0)
+    score, asked = ModelSelection.score, []
+
+    def first_is_bad(self):
+        asked.append(self)
+        return score(self) if len(asked) > 1 else -1.0  # later ones are of the closed form after the last step
+
+    monkeypatch.setattr(ModelSelection, "score", first_is_bad)
     rejected, rows = run(folder, tmp_path / "rejected")
     assert all(torch.equal(value, rejected[name]) for name, value in off.items())
     own = [row for row in rows if row["kind"] == "slide_start"]
@@ -140,7 +145,7 @@ def test_a_better_start_is_the_start_and_the_best_model(folder, tmp_path, monkey
     monkeypatch.setattr(RunFolder, "save_model", lambda self, model, target: (
         best.append((target.name, {k: v.clone() for k, v in model.state_dict().items()})), plain(self, model, target)
     ))  # fmt: skip
-    monkeypatch.setattr(trainer_module, "retrieval_metrics", _rising(trainer_module.retrieval_metrics))
+    monkeypatch.setattr(selection_module, "retrieval_metrics", _rising(selection_module.retrieval_metrics))
     _, rows = run(folder, tmp_path / "run")
     validations = [row for row in rows if row["kind"] == "validation"]
     found = [(row["step"], row.get("slide_start", False)) for row in validations]
@@ -166,11 +171,11 @@ def _rising(plain):
 def test_stopped_before_the_first_checkpoint_it_is_done_again(folder, tmp_path, monkeypatch):
     """By a signal in this phase, then by an exception in the first step: nothing is stored, and the third call is an
     uninterrupted run, log included, whatever reads the slides."""
-    plain = trainer_module.retrieval_metrics
+    plain = selection_module.retrieval_metrics
     whole, halted = tmp_path / "whole", tmp_path / "halted"
 
     def run(out, progress=None, report=None, **tables):
-        monkeypatch.setattr(trainer_module, "retrieval_metrics", _rising(plain))
+        monkeypatch.setattr(selection_module, "retrieval_metrics", _rising(plain))
         return train(settings(folder, **tables), out, progress=progress, report=report)
 
     def in_this_phase(text):

@@ -1,0 +1,138 @@
+"""What a run sets in closed form: its start, the start of the slide encoder, and the linear parts after the last step.
+
+All functions change the model of a `Trainer` in place, in all of its processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from exaonepath.alignment.baselines.profiles import Profiles
+from exaonepath.alignment.modalities import WSI
+from exaonepath.alignment.training.closed_form_start import ClosedForm, chosen_patients
+from exaonepath.alignment.training.slide_start import SlideTargets, can_learn, teach_slide_encoder
+from exaonepath.alignment.training.stop_request import StopRequest
+
+if TYPE_CHECKING:
+    from exaonepath.alignment.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def start_in_closed_form(trainer: Trainer, report: Callable[[str], None] | None, stop: StopRequest) -> None:
+    """Set the start of the linear parts, and validate it: it may be the best model of the run.
+
+    Then the slide encoder gets what it has to learn: with that, but before it has learned it, a model is worse. Nothing
+    of this is stored before the first checkpoint: a run that is stopped before it does all of it again.
+
+    Args:
+        trainer: the run, before its first step.
+        report: called with lines of text during the start of the slide encoder.
+        stop: a signal ends the start of the slide encoder.
+    """
+    model, processes = trainer.model, trainer.processes
+    names = [name for name in model.modalities if name != WSI]
+    noise = torch.zeros(len(names), device=processes.device)
+    start = None
+    if processes.is_main:
+        start = ClosedForm(model, trainer.data, trainer.settings.model)
+        start.apply()
+        noise += torch.tensor([start.noise.get(name, 0.0) for name in names], device=noise.device)
+    trainer.set_noise(dict(zip(names, processes.sum(noise).tolist(), strict=True)))
+    _share_weights(trainer)
+    trainer.restart_average()
+    if trainer.data.validation:
+        trainer.validate()
+    if start is not None:
+        start.apply(further=True)
+    _share_weights(trainer)
+    if can_learn(model, trainer.settings):
+        _start_slide_encoder(trainer, start, report, stop)
+    trainer.restart_average()
+
+
+def refit(trainer: Trainer) -> None:
+    """Set the linear parts in closed form once more, now with what the slide encoder has learned; the weights stay as
+    they were if that does not find more validation patients."""
+    optimizer, model = trainer.settings.optimizer, trainer.model
+    kept = not optimizer.omics_lr_share and (
+        not optimizer.ffn_lr_share or all(model.omics_encoder(name).is_linear for name in model.omics)
+    )
+    closed = trainer.settings.model.start == "cca" and WSI in model.modalities and trainer.averaged is None
+    if not closed or not kept or not trainer.data.validation:
+        return
+    trained = {name: value.clone() for name, value in model.state_dict().items()}
+    before = trainer.selection.score()
+    _set_closed_form_of_slides(trainer)
+    if trainer.selection.score() > before:
+        trainer.validate("refitted")
+    else:
+        model.load_state_dict(trained)
+
+
+def _start_slide_encoder(
+    trainer: Trainer, start: ClosedForm | None, report: Callable[[str], None] | None, stop: StopRequest
+) -> None:
+    """Teach the slide encoder what the molecular modalities share beyond the mean features, and compute the closed form
+    with it; the weights stay as they were if that does not find more validation patients."""
+    model, data, settings, selection = trainer.model, trainer.data, trainer.settings, trainer.selection
+    if not data.validation:
+        logger.info("no validation patients can decide on a start of the slide encoder: left out")
+        return
+    targets = SlideTargets.of(start, data, trainer.processes)
+    if targets is None:
+        logger.info("the molecular modalities share nothing beyond the mean patch features: no slide start")
+        return
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def after_step(row: Mapping[str, Any]) -> bool:
+        done, steps = row["slide_step"], row["slide_steps"]
+        if done % settings.run.log_every == 0 or done == steps:
+            trainer.log.row(row)
+        if report is not None and done % max(1, steps // 4) == 0:
+            report(f"start of the slide encoder: step {done}/{steps}  loss {row['loss']:.4f}")
+        return trainer.processes.any_true(stop.asked)
+
+    done = teach_slide_encoder(
+        model, data, targets, settings, trainer.processes,
+        autocast=trainer.autocast, half=trainer.scaler.is_enabled(), after_step=after_step,
+    )  # fmt: skip
+    score = math.nan
+    if done:
+        _set_closed_form_of_slides(trainer)
+        score = selection.score()
+    kept = selection.best is not None and score > selection.best
+    known = {"score": score, "score_before": math.nan if selection.best is None else selection.best}
+    trainer.log.row({"kind": "slide_start", "step": 0, "finished": done, "kept": kept, **known})
+    logger.info("slide start: %s of validation patients %.4f, before %.4f", settings.run.select, *known.values())
+    if kept:
+        trainer.restart_average()
+        trainer.validate("slide_start")
+    else:
+        model.load_state_dict(before)
+
+
+def _set_closed_form_of_slides(trainer: Trainer) -> None:
+    """Set the linear parts in closed form, with the slide encoder's output as a part of the slides' profiles."""
+    slides = []
+    for patients in chosen_patients(trainer.data):  # training and validation patients
+        found = trainer.selection.embed(patients)
+        has = found.available[WSI]
+        known = tuple(patient for patient, flag in zip(patients, has, strict=True) if flag)
+        slides.append(Profiles(known, found.modality[WSI][has]))
+    if trainer.processes.is_main:
+        ClosedForm(trainer.model, trainer.data, trainer.settings.model, (slides[0], slides[1])).apply()
+    _share_weights(trainer)
+
+
+def _share_weights(trainer: Trainer) -> None:
+    """Copy the weights of the first process to all: they need the same bits, so only it computes them."""
+    if trainer.processes.count > 1:
+        for parameter in trainer.model.parameters():
+            with torch.no_grad():
+                trainer.processes.sum(parameter if trainer.processes.is_main else parameter.zero_())
