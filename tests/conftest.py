@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from warm_process import PACKAGE, TORCH_ONLY, WarmProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("EXAONEPATH_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -148,3 +149,19 @@ def _own_cache_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EXAONEPATH_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def warm_package():
+    """Processes in which the package is imported already: `warm_package.run(code)`."""
+    process = WarmProcess(PACKAGE)
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def warm_torch():
+    """Processes in which torch is imported, and neither transformers nor the package."""
+    process = WarmProcess(TORCH_ONLY)
+    yield process
+    process.close()
