@@ -1,7 +1,7 @@
 """The README's snippets run as they stand: ```python blocks in one process each, ```sh blocks in one shell, in order.
 
-A process for a python block, or for an `exaonepath` command of a document other than the README, is forked from one
-that has imported the package and has run nothing else: importing torch takes longer than what most commands do.
+A process for a python block or for an `exaonepath` command is forked from one that has imported the package and has
+run nothing else: importing torch takes longer than what most commands do.
 
 They run in an empty folder that holds `slide.svs`, a small synthetic slide, and a repository of random weights in a
 folder named like the Hub repository, which transformers prefers to the Hub. ```console blocks are set-up, not run.
@@ -32,7 +32,7 @@ def blocks(document):
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
-    make_slide(folder / "slide.svs", 1400, 1000, fragments=1, holes=False)
+    make_slide(folder / "slide.svs", 1100, 900, fragments=1, holes=False)  # nine patches, and smaller ones have none
     model = ExaonePathModel(ExaonePathConfig())
     randomize(model, 0)
     model.save_pretrained(folder / DEFAULT_WEIGHTS)
@@ -76,10 +76,17 @@ def test_a_snippet_that_fails_is_noticed(run_python):
     assert run_python("import os; os.kill(os.getpid(), 9)")[0] != 0
 
 
+def test_the_installed_command_starts():
+    """The one that the blocks find is not that of the installation, and does the same."""
+    command = [Path(sys.executable).parent / "exaonepath", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {"encode", "status", "train"} <= set(done.stdout.split())
+
+
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d)], ids=lambda d: d.name)
 def test_snippets_run(document, workplace, run_python, commands):
-    first = Path(sys.executable).parent if document.name == "README.md" else commands
-    path = os.pathsep.join([str(first), str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path}
     for kind, text in blocks(document):
         if kind == "python":
