@@ -44,8 +44,10 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/pytest bench/ --benchmark-only
 
-# The documentation site, in site/index.html; a broken link or a public name without documentation is an error.
+# The documentation site, in site/index.html; a broken link or a public name without documentation is an error, and so is
+# a notebook that does not run.
 docs: $(INSTALLED)
+	EXAONEPATH_NOTEBOOKS=run $(BIN)/pytest -n 2 tests/test_notebooks.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27" "mkdocs-jupyter>=0.25"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

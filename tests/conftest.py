@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from warm_process import PACKAGE, TORCH_ONLY, WarmProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("EXAONEPATH_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -24,12 +25,6 @@ DATA = Path(os.environ.get("EXAONEPATH_TEST_DATA", ROOT.parent / "shared" / "dat
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Parallel workers share the cores. With a thread for every core in each of them, threads that wait for each other take
-# two thirds of the processor time. Tests of parallel code set the number of threads themselves.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
-
 # A shell starts what runs in the background with interrupts ignored, and programs inherit that: those that tests
 # interrupt would run on.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
@@ -37,6 +32,18 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_threa
 
 # No test may reach for a network, also by accident.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_configure(config):
+    """Let parallel workers have a thread each, and the processes that tests start: they share the cores.
+
+    With a thread for every core in each of them, threads that wait for each other take most of the processor time:
+    numpy's singular values, for one, took ten times as much. Libraries read the variable when they are imported, numpy
+    even before this file in a worker; so it is set before workers are started. Tests of parallel code set the number
+    of threads themselves.
+    """
+    if getattr(config.option, "numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -148,3 +155,19 @@ def _own_cache_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EXAONEPATH_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def warm_package():
+    """Processes in which the package is imported already: `warm_package.run(code)`."""
+    process = WarmProcess(PACKAGE)
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def warm_torch():
+    """Processes in which torch is imported, and neither transformers nor the package."""
+    process = WarmProcess(TORCH_ONLY)
+    yield process
+    process.close()

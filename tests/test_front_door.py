@@ -14,10 +14,15 @@ import exaonepath
 HEAVY = ("torch", "transformers", "numpy", "h5py", "openslide", "huggingface_hub", "pandas", "matplotlib")
 
 
-def run(code, *arguments):
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run_in(warm, code, *arguments):
+    done = warm.run(code, *arguments)
+    assert done.returncode == 0, done.stderr
 
 
 def loaded_after(code):
@@ -106,11 +111,11 @@ assert type(transformers.AutoConfig.from_pretrained(folder)) is type(config)
         "import transformers.models.auto.configuration_auto\nimport exaonepath",
     ],
 )
-def test_transformers_builds_our_models_in_either_order(order, tmp_path):
-    run(f"import sys\n{order}\n{AUTO}", str(tmp_path / "model"))
+def test_transformers_builds_our_models_in_either_order(warm_torch, order, tmp_path):
+    run_in(warm_torch, f"import sys\n{order}\n{AUTO}", tmp_path / "model")
 
 
-def test_another_model_is_still_transformers_own(tmp_path):
+def test_another_model_is_still_transformers_own(warm_torch, tmp_path):
     code = """
 import exaonepath, sys, transformers
 sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9)
@@ -119,7 +124,7 @@ model = transformers.AutoModel.from_config(config)
 model.save_pretrained(sys.argv[1])
 assert type(transformers.AutoModel.from_pretrained(sys.argv[1])) is transformers.BertModel
 """
-    run(code, str(tmp_path / "bert"))
+    run_in(warm_torch, code, tmp_path / "bert")
 
 
 @pytest.mark.parametrize(
@@ -139,8 +144,8 @@ def test_import_paths_of_0_1_still_work(path, names):
         assert getattr(exaonepath, name, value) is value
 
 
-def test_deprecated_import_paths_warn_once_with_the_replacement():
-    """In one interpreter, each module as if it were imported first: torch takes seconds to import."""
+def test_deprecated_import_paths_warn_once_with_the_replacement(warm_package):
+    """In one process, each module as if it were imported first."""
     code = """
 import sys, warnings
 for module in ("models", "models.loading", "models.multimodal"):
@@ -153,11 +158,12 @@ for module in ("models", "models.loading", "models.multimodal"):
     assert len(caught) == 1 and caught[0].category is DeprecationWarning, (module, caught)
     assert caught[0].filename == "<string>" and "from exaonepath import" in str(caught[0].message), caught[0]
 """
-    run(code)
+    run_in(warm_package, code)
 
 
-def test_import_paths_of_the_original_are_not_deprecated():
-    run(
+def test_import_paths_of_the_original_are_not_deprecated(warm_torch):
+    run_in(
+        warm_torch,
         "import warnings; warnings.simplefilter('error', DeprecationWarning); import exaonepath; "
-        "import exaonepath.patches, exaonepath.feature_extraction"
+        "import exaonepath.patches, exaonepath.feature_extraction",
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -228,13 +227,14 @@ def test_missing_libraries_are_named(monkeypatch):
             module.register("random:0")
 
 
-def test_adapters_import_no_foreign_library():
+def test_adapters_import_no_foreign_library(warm_torch):
     code = (
         "import sys; import exaonepath.adapters.trident, exaonepath.adapters.lazyslide, exaonepath.adapters.timm, "
         "exaonepath.adapters.huggingface; "
         "assert not {'trident', 'lazyslide', 'lazyslide_models', 'timm', 'torchvision'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent, env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    done = warm_torch.run(code, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- the pipeline

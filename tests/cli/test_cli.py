@@ -3,7 +3,6 @@
 import fcntl
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -187,14 +186,14 @@ def test_a_pipe_is_no_slide(run, tmp_path):
     assert "neither a file nor a folder" in done.stderr
 
 
-def test_a_full_disk_is_one_line_and_the_work_is_kept(run, slide, tmp_path):
+def test_a_full_disk_is_one_line_and_the_work_is_kept(run, warm_package, slide, tmp_path):
     """A limit on the size of files stands for the full disk: the kernel refuses the write that passes it."""
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); "
     arguments = ["encode", str(slide), "--out", str(tmp_path / "o"), "--weights", "random:0", "--batch-size", "1"]
     code = f"import sys; sys.argv[1:] = {arguments!r}; from exaonepath.cli.app import main; {limit}main()"
     assert run("patch", slide, "--out", tmp_path / "o").exit_code == 0
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = warm_package.run(code, cwd=tmp_path)
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line and not line.startswith("note:")]
     assert len(lines) == 1, done.stderr
@@ -300,11 +299,12 @@ def test_find_slides_keeps_order_and_drops_repeats(tmp_path):
     assert find_slides([tmp_path / "b.svs", tmp_path]) == [tmp_path / "b.svs", tmp_path / "a.tif"]
 
 
-def test_ctrl_c_then_resume(slide, tmp_path):
+def test_ctrl_c_then_resume(warm_package, tmp_path):
     """The real command with a real patch encoder, interrupted in mid-slide; the second run finishes what is left."""
-    command = [sys.executable, "-m", "exaonepath", "encode", str(slide), "--out", str(tmp_path / "out")]
-    command += ["--weights", "random:0", "--batch-size", "1", "--step-size", "400"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    slide = make_slide(tmp_path / "one.svs", 1400, 1000, fragments=1, holes=False)  # twelve patches
+    command = ["import runpy; runpy.run_module('exaonepath', run_name='__main__', alter_sys=True)"]
+    command += ["encode", slide, "--out", tmp_path / "out", "--weights", "random:0", "--batch-size", "1"]
+    process = warm_package.start(*command, cwd=tmp_path)
     patches = tmp_path / "out" / "patches"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
@@ -316,7 +316,7 @@ def test_ctrl_c_then_resume(slide, tmp_path):
     assert process.returncode == 130, stderr
     assert "the same command resumes" in stderr
     assert not (tmp_path / "out" / "patches" / "one_features.h5").exists()
-    done = subprocess.run([*command, "-v"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = warm_package.run(*command, "-v", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resuming after" in done.stderr
     assert not list(patches.glob(".*"))

@@ -1,8 +1,6 @@
 """`exaonepath collect`, and the table that `encode` keeps up to date."""
 
 import builtins
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -86,7 +84,7 @@ def test_damaged_embeddings_are_errors(run, slides, tmp_path):
     assert read_slide_vectors(out).columns["patient"] == ["P2"]
 
 
-def test_a_full_disk_leaves_the_earlier_table(run, slides, tmp_path):
+def test_a_full_disk_leaves_the_earlier_table(run, warm_package, slides, tmp_path):
     """A limit on the size of files stands for the full disk: the kernel refuses the write that passes it."""
     out = tmp_path / "out"
     assert run("encode", slides, "--out", out, "--weights", "random:0", "--keep", "slide").exit_code == 0
@@ -96,7 +94,7 @@ def test_a_full_disk_leaves_the_earlier_table(run, slides, tmp_path):
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); "
     code = f"import sys; sys.argv[1:] = ['collect', {str(out)!r}]; from exaonepath.cli.app import main; {limit}main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = warm_package.run(code, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: cannot write {out / 'slides.parquet'}"), done.stderr
     assert len(done.stderr.splitlines()) == 1

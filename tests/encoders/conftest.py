@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -61,18 +63,14 @@ def make_slide():
 
 @pytest.fixture(scope="session")
 def make_peaked():
-    """Build a patch encoder of two blocks, for speed, in which mistakes show: norms far from one, biases far from zero,
+    """Copy a patch encoder of two blocks, for speed, in which mistakes show: norms far from one, biases far from zero,
     attention far from uniform."""
-
-    def make() -> ExaonePathPatchEncoderModel:
-        model = ExaonePathPatchEncoderModel(ExaonePathPatchEncoderConfig(img_size=56)).eval()
-        model.patch_encoder.backbone.blocks = model.patch_encoder.backbone.blocks[:2]
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                scale = 0.3 if parameter.ndim == 1 else (2.0 if "qkv" in name else 1.0) / parameter[0].numel() ** 0.5
-                noise = torch.randn(parameter.shape, generator=generator) * scale
-                parameter.copy_(1 + noise if "norm" in name and name.endswith("weight") else noise)
-        return model
-
-    return make
+    model = ExaonePathPatchEncoderModel(ExaonePathPatchEncoderConfig(img_size=56)).eval()
+    model.patch_encoder.backbone.blocks = model.patch_encoder.backbone.blocks[:2]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if parameter.ndim == 1 else (2.0 if "qkv" in name else 1.0) / parameter[0].numel() ** 0.5
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.copy_(1 + noise if "norm" in name and name.endswith("weight") else noise)
+    return lambda: copy.deepcopy(model)

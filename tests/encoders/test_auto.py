@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -193,14 +191,14 @@ def test_load_by_weights_argument(repository, tmp_path):
             load_slide_encoder(str(missing))
 
 
-def test_random_weights_are_the_same_in_every_process(tmp_path):
+def test_random_weights_are_the_same_in_every_process(warm_package, tmp_path):
     ours = load_slide_encoder("random:7")
     assert ours.is_random
     assert ours.fingerprint != load_slide_encoder("random:8").fingerprint
     code = (
         "from exaonepath.encoders.loading import load_slide_encoder; print(load_slide_encoder('random:7').fingerprint)"
     )
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    other = warm_package.run(code, cwd=tmp_path)
     assert other.stdout.strip() == ours.fingerprint
     with pytest.raises(SettingsError, match="random:SEED"):
         load_slide_encoder("random:")
@@ -208,8 +206,8 @@ def test_random_weights_are_the_same_in_every_process(tmp_path):
         load_slide_encoder("random:\u00b2")
 
 
-def test_importing_is_enough_and_constructors_need_no_network(tmp_path):
-    """A fresh process, sockets forbidden: import, build by AutoConfig, run."""
+def test_importing_is_enough_and_constructors_need_no_network(warm_torch, tmp_path):
+    """A process without transformers and the package, sockets forbidden: import, build by AutoConfig, run."""
     code = """
 import socket
 def refuse(*a, **k): raise AssertionError("network touched")
@@ -220,11 +218,11 @@ wsi = {"depth": 1, "embed_dim": 16, "num_heads": 2, "input_dim": 8, "ffn_layer":
 model = AutoModel.from_config(AutoConfig.for_model("exaonepath_slide_encoder", wsi_cfg=wsi))
 print(model(torch.zeros(1, 3, 8)).slide_embedding.shape)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert "[1, 24]" in done.stdout
+    done = warm_torch.run(code, cwd=tmp_path)
+    assert "[1, 24]" in done.stdout, done.stderr
 
 
-def test_from_a_hub_id_out_of_the_cache_with_the_network_off(repository, tmp_path):
+def test_from_a_hub_id_out_of_the_cache_with_the_network_off(warm_torch, repository, tmp_path):
     """The Hub's cache layout by hand: what a machine that downloaded the repository once, and is now offline, has."""
     repo = tmp_path / "hub" / "models--LGAI-EXAONE--EXAONE-Path-2.5"
     revision = "0123456789abcdef0123456789abcdef01234567"
@@ -247,7 +245,5 @@ for how in ({"component": "slide"}, {"subfolder": "slide-encoder"}):
 print("loaded")
 """
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
-    )
+    done = warm_torch.run(code, env=environment, cwd=tmp_path)
     assert done.stdout.strip() == "loaded", done.stderr

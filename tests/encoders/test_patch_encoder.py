@@ -16,17 +16,23 @@ def encoder():
     return model
 
 
+@pytest.fixture(scope="module")
+def golden_encoder(golden, fill_weights):
+    model = ExaonePathPatchEncoderModel(ExaonePathPatchEncoderConfig()).eval()
+    seed = int(golden("patch_encoder")["weight_seed"])
+    weights = fill_weights({k: tuple(v.shape) for k, v in model.state_dict().items()}, seed)
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
+    return model
+
+
 @pytest.mark.golden
 @pytest.mark.parametrize(("x", "embedding"), [("x", "embedding"), ("y", "embedding_y")])
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_golden(golden, fill_weights, x, embedding, backend, device):
+def test_golden(golden, golden_encoder, x, embedding, backend, device):
     data = golden("patch_encoder")
-    model = ExaonePathPatchEncoderModel(ExaonePathPatchEncoderConfig()).eval()
-    weights = fill_weights({k: tuple(v.shape) for k, v in model.state_dict().items()}, int(data["weight_seed"]))
-    model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
-    model.set_attn_implementation(backend)
+    golden_encoder.set_attn_implementation(backend)
     with torch.inference_mode():
-        ours = model.to(device)(torch.from_numpy(data[x]).to(device)).cpu().numpy()
+        ours = golden_encoder.to(device)(torch.from_numpy(data[x]).to(device)).cpu().numpy()
     assert np.linalg.norm(ours - data[embedding]) <= 2e-5 * np.linalg.norm(data[embedding])
 
 

@@ -8,8 +8,6 @@ import os
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -130,7 +128,7 @@ def test_config_in_latin_1(copy):
     refused_everywhere(copy, "not UTF-8")
 
 
-def test_a_recursion_limit_set_higher_lets_no_stack_overflow(copy):
+def test_a_recursion_limit_set_higher_lets_no_stack_overflow(warm_package, copy):
     """Where a user raised the limit, the JSON parser would run until the stack is gone, and the process with it."""
     (copy / "config.json").write_text('{"model_type": "exaonepath_slide_encoder", "wsi_cfg": ' + "[" * 10**6)
     code = f"""
@@ -140,7 +138,7 @@ from exaonepath.errors import WeightsError
 try: load_slide_encoder({str(copy)!r})
 except WeightsError as exc: print("refused", exc)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = warm_package.run(code)
     assert done.returncode == 0, done.stderr
     assert "refused" in done.stdout
 
@@ -334,7 +332,7 @@ def test_the_file_itself_may_name_a_configuration_but_no_model(copy):
         exaonepath.ExaonePathSlideEncoderModel.from_pretrained(copy / "config.json")
 
 
-def test_a_folder_that_may_not_be_read(copy):
+def test_a_folder_that_may_not_be_read(warm_package, copy):
     """By root everything may be read: the test becomes another user."""
     with tempfile.TemporaryDirectory() as outer:
         Path(outer).chmod(0o755)
@@ -348,7 +346,7 @@ if os.geteuid() == 0: os.seteuid(65534)
 try: Repository({outer!r}, "model").read("config.json", 100)
 except WeightsError as exc: print(exc)
 """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        done = warm_package.run(code)
         Path(outer, "model").chmod(0o755)
     assert "may not be read by this user" in done.stdout, done.stderr
 
@@ -786,7 +784,7 @@ def test_offloaded_to_disk_from_checked_tensors(copy, tmp_path):
     assert torch.equal(qkv, stored[f"{root}.blocks.1.attn.qkv.weight"])
 
 
-def test_with_the_network_off(tmp_path):
+def test_with_the_network_off(warm_torch, tmp_path):
     code = """
 import exaonepath
 from transformers import AutoModel
@@ -799,7 +797,7 @@ for load in (exaonepath.load_slide_encoder, exaonepath.load_patch_encoder,
 print("refused")
 """
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    done = warm_torch.run(code, env=environment)
     assert done.stdout.strip() == "refused", done.stderr
 
 

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import tracemalloc
 
 import numpy as np
@@ -148,7 +146,7 @@ for format in sys.argv[4:]:
 """
 
 
-def test_a_full_disk(tmp_path):
+def test_a_full_disk(warm_package, tmp_path):
     """A limit on the size of files stands for the full disk: the kernel refuses the write that passes it."""
     for format in PARTS:
         needs(format)
@@ -157,11 +155,9 @@ def test_a_full_disk(tmp_path):
     coords = np.stack([np.arange(4000) * 256, np.zeros(4000, int)], 1)
     attrs = {"patch_size": 256, "weights": "e"}
     write_features(source, [(np.arange(4000), features)], coords, np.zeros(4000), 64, (), attrs)
-    write = [sys.executable, "-c", FULL_DISK, str(source), str(tmp_path / "out"), str(1 << 19)]
     formats = [format for format in PARTS if format not in ("trident", "slide2vec")]  # these need a size; see below
-    done = subprocess.run(
-        [*write, *formats], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = warm_package.run(FULL_DISK, source, tmp_path / "out", 1 << 19, *formats)
+    assert done.returncode == 0, done.stderr
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [[format, "error"] for format in formats]
     assert done.stdout.count("cannot write") == len(formats)
     assert left(tmp_path) == []
@@ -191,7 +187,7 @@ def test_memory_does_not_grow_with_the_slide(tmp_path):
             assert peak < 110e6, (format, run, peak)
 
 
-def test_a_kill_leaves_nothing_after_the_next_run(made, tmp_path):
+def test_a_kill_leaves_nothing_after_the_next_run(warm_package, made, tmp_path):
     """Temporary files of a killed process are removed by the next export to the same place."""
     code = (
         "import os, signal, sys\n"
@@ -200,7 +196,7 @@ def test_a_kill_leaves_nothing_after_the_next_run(made, tmp_path):
         "CheckedMatrix.parts = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
         "export_slides(sys.argv[1], sys.argv[2], 'trident', slides=['first'])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(made), str(tmp_path / "out")], check=False)
+    done = warm_package.run(code, made, tmp_path / "out")
     assert done.returncode == -signal.SIGKILL
     assert left(tmp_path)
     export_slides(made, tmp_path / "out", "trident", slides=[FIRST], overwrite=True)

@@ -1,8 +1,6 @@
 """The alignment model: any subset of modalities, ragged slides, save and load, foreign features, foundation models."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -214,7 +212,7 @@ def test_an_omics_encoder_on_its_own(tmp_path):
         encoder(torch.zeros(3, 4))
 
 
-def test_importing_is_enough_and_no_network_is_touched(tmp_path):
+def test_importing_is_enough_and_no_network_is_touched(warm_torch, tmp_path):
     build().save_pretrained(tmp_path / "m")
     code = """
 import socket
@@ -224,8 +222,8 @@ import exaonepath
 from transformers import AutoModel
 print(type(AutoModel.from_pretrained("m")).__name__)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout.strip() == "ExaonePathAlignmentModel"
+    done = warm_torch.run(code, cwd=tmp_path)
+    assert done.stdout.strip() == "ExaonePathAlignmentModel", done.stderr
 
 
 class Foundation(nn.Module):

@@ -9,7 +9,7 @@ from exaonepath.errors import SettingsError
 from exaonepath.files.embeddings import read_embedding
 from exaonepath.synthetic import make_slide
 
-NO_CURVES = exaonepath.EvaluationSettings(labels=("subtype",), missing=False, analyses=())
+QUICK = exaonepath.EvaluationSettings(labels=("subtype",), missing=False, baselines=False, analyses=())
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def test_another_cohort_and_a_model_without_a_run(alignment, run, cohort_folder)
 
 
 def test_evaluation_and_report_by_the_runs_folder(run, tmp_path):
-    report = exaonepath.evaluate(run, NO_CURVES)
-    written = exaonepath.write_report(str(run), tmp_path / "report", NO_CURVES, figures=False)
+    report = exaonepath.evaluate(run, QUICK)
+    written = exaonepath.write_report(str(run), tmp_path / "report", QUICK, figures=False)
     assert written["parts"] == report["parts"]
     assert (tmp_path / "report" / "evaluation.md").is_file()
 

@@ -2,9 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+import socket
 
 import torch
 from safetensors.torch import load_file
@@ -37,7 +35,7 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_equal_one(make_settings, tmp_path):
+def test_two_processes_equal_one(warm_package, make_settings, tmp_path):
     """Chunks of 3 from batches of 9: two for one process, one for the other; dropout on; one log, one set of files."""
     settings = make_settings(
         optimizer={"lr": 1e-3, "warmup": 1},
@@ -52,14 +50,17 @@ def test_two_processes_equal_one(make_settings, tmp_path):
     )  # fmt: skip
     train(started, tmp_path / "one-started")
     (tmp_path / "started.json").write_text(json.dumps(started.as_dict()))
-    (tmp_path / "script.py").write_text(SCRIPT)
-    torchrun = Path(sys.executable).parent / "torchrun"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [str(torchrun), "--standalone", "--nproc-per-node", "2", "script.py"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    # What torchrun sets for the two processes that it starts.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", **meet}
+    ranks = [
+        warm_package.start(SCRIPT, cwd=tmp_path, env={**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
+    said = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
     one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
     assert set(one) == set(two)
     # Sums are formed in another order: float32 rounding of gradients, 1e-6 relative, which Adam's first steps turn into

@@ -5,8 +5,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -93,7 +91,7 @@ def test_a_worker_that_is_not_forked_can_be_sent_the_data(make_settings):
     assert _digest(copy[1, [0, 3]]) == _digest(_Batches(data._training)[1, [0, 3]])
 
 
-def test_a_signal_to_all_processes_of_a_job_ends_the_run_with_a_checkpoint(make_settings, tmp_path):
+def test_a_signal_to_all_processes_of_a_job_ends_the_run_with_a_checkpoint(warm_package, make_settings, tmp_path):
     """A scheduler sends SIGTERM to workers too. The training process still needs their batches for its last step."""
     base = make_settings()
     # Without slides: opening a file of features would set a handler in the worker anyway.
@@ -101,6 +99,7 @@ def test_a_signal_to_all_processes_of_a_job_ends_the_run_with_a_checkpoint(make_
     settings = replace(base, data=data, run=replace(base.run, epochs=40, num_workers=2))
     code = f"""
 import json, os, signal, subprocess, time
+os.setsid()
 from exaonepath.alignment.training.run import train
 from exaonepath.alignment.training.settings import build_settings
 
@@ -113,11 +112,7 @@ settings = build_settings(json.loads({json.dumps(json.dumps(settings.as_dict()))
 result = train(settings, "run", progress=stop)
 print(json.dumps([result.step, result.finished]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path, capture_output=True, text=True, check=False, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120,
-    )  # fmt: skip
+    done = warm_package.run(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     step, finished = json.loads(done.stdout)
     assert 3 <= step <= 5

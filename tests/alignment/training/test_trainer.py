@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import h5py
 import pytest
@@ -109,19 +107,17 @@ def test_a_run_leaves_what_it_promises(finished):
     assert standardizer.scalings["rna"].std.min() > 0
 
 
-def test_killed_and_resumed_equals_uninterrupted(finished, cohort_folder, tmp_path, abandoned):
+def test_killed_and_resumed_equals_uninterrupted(warm_package, finished, cohort_folder, tmp_path, abandoned):
     """SIGKILL after step 5: the run goes on from the checkpoint of step 4, bit for bit, log included."""
     code = f"""
-import json, os, signal, sys
+import json, os, signal, sys, torch
+torch.set_num_threads({torch.get_num_threads()})
 from exaonepath.alignment.training.run import train
 from exaonepath.alignment.training.settings import build_settings
 settings = build_settings(json.loads({json.dumps(json.dumps(_settings(cohort_folder).as_dict()))}))
 train(settings, "killed", progress=lambda step, total, row: step == 5 and os.kill(os.getpid(), signal.SIGKILL))
 """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    done = warm_package.run(code, cwd=tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     folder = tmp_path / "killed"
     assert len((folder / "metrics.jsonl").read_text().splitlines()) > 4

@@ -1,5 +1,7 @@
 """NaN and infinity stay in their own segment: forward, and in every part of the gradient, on every backend."""
 
+import functools
+
 import pytest
 import torch
 from attention_cases import SDPA_BY_TORCH, attending, inputs
@@ -30,6 +32,12 @@ def runs(lengths, rope, spoil=None, backend="triton", device="cpu"):
     return out.detach(), leaf.grad, inferred
 
 
+@functools.lru_cache
+def clean_run(name, backend, device):
+    """What nothing spoilt; many tests compare with it."""
+    return runs(LENGTHS[name], True, backend=backend, device=device)
+
+
 def rows_of(lengths, segment):
     first = sum(lengths[:segment])
     return slice(first, first + lengths[segment])
@@ -56,7 +64,7 @@ def test_a_bad_value_reaches_its_own_segment_only(backend, name, part, bad, devi
     def spoil(qkv, _):
         qkv[token, part, :, 3] = bad
 
-    clean = runs(lengths, True, backend=backend, device=device)
+    clean = clean_run(name, backend, device)
     spoilt = runs(lengths, True, spoil, backend=backend, device=device)
     check_others(backend, lengths, segment, clean, spoilt)
     if bad != bad:
@@ -79,7 +87,7 @@ def test_a_bad_gradient_reaches_its_own_segment_only(backend, name, device):
     def spoil(_, weight):
         weight[rows.start, :, 5] = float("nan")
 
-    clean = runs(lengths, True, backend=backend, device=device)
+    clean = clean_run(name, backend, device)
     spoilt = runs(lengths, True, spoil, backend=backend, device=device)
     check_others(backend, lengths, segment, clean, spoilt)
     assert spoilt[1][rows, VALUE].isnan().flatten(1).any(1).all()

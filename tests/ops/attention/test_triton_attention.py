@@ -74,8 +74,9 @@ def test_float16(device):
     check(*inputs([5, 70, 3], torch.float16, device=device), forward=1e-3, backward=1e-3)
 
 
-def test_thousands_of_tiny_fragments(device):
-    check(*inputs([1, 2, 3] * 500, heads=1, device=device))
+def test_tiny_fragments_fill_many_tiles(device):
+    """On a card thousands, on the interpreter as many as fill a dozen tiles."""
+    check(*inputs([1, 2, 3] * (500 if device.type == "cuda" else 70), heads=1, device=device))
 
 
 def test_two_slides_with_padding_prefix_and_a_contour_of_minus_one(device):
@@ -228,9 +229,9 @@ def test_every_element_of_every_buffer_is_written(device, monkeypatch):
 
 
 def test_a_segment_does_not_depend_on_its_neighbours(device):
-    long, short = [150], [3, 5]
+    long, short = [100], [3, 5]
     qkv, together, rotation = inputs([*short, *long, *short], device=device)
-    rows = slice(8, 158)
+    rows = slice(8, 108)
     alone = Segments.from_lengths(torch.tensor(long, device=device))
     part = Rotation(rotation.positions[rows], rotation.periods)
     weight = torch.ones_like(qkv[:, 0])
@@ -240,7 +241,7 @@ def test_a_segment_does_not_depend_on_its_neighbours(device):
     assert torch.equal(gradient[rows], gradient_alone)
     with torch.no_grad():
         before = fused(together, rotation)(qkv)
-        for start, stop in ((0, 3), (3, 8), (8, 158), (161, 166)):
+        for start, stop in ((0, 3), (3, 8), (8, 108), (111, 116)):
             changed = qkv.clone()
             changed[start:stop] *= -3
             after = fused(together, rotation)(changed)

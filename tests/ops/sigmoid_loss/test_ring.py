@@ -1,9 +1,6 @@
 """A batch spread over 2 and 3 processes (gloo) gives the loss and gradients of one process that holds it all."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,21 +20,16 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What each rank found, all scenarios in one start of three processes: importing takes longer than they do."""
+def found(warm_package, tmp_path_factory):
+    """What each rank found, all scenarios in one start of three processes."""
     folder = tmp_path_factory.mktemp("ring")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(WORLD), str(folder / "meet"), str(folder / f"{rank}.json")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-        for rank in range(WORLD)
-    ]
+    code = (
+        f"import runpy, sys; sys.path.insert(0, {str(WORKER.parent)!r}); "
+        f"runpy.run_path({str(WORKER)!r}, run_name='__main__')"
+    )
+    workers = [warm_package.start(code, rank, WORLD, folder / "meet", folder / f"{rank}.json") for rank in range(WORLD)]
     try:
-        said = [worker.communicate(timeout=240)[0].decode() for worker in workers]
+        said = ["".join(worker.communicate(timeout=240)) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

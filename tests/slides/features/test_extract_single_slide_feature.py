@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -13,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from warm_process import Started
 
 from exaonepath.encoders import loading
 from exaonepath.encoders.loading import LoadedEncoder
@@ -140,12 +139,14 @@ SLOW = textwrap.dedent(
 )
 
 
-def start(arguments: list[str], tmp_path: Path) -> subprocess.Popen[str]:
-    command_line = [sys.executable, "-c", SLOW, *arguments, "--device", "cpu", "--batch_size_per_gpu", "2"]
-    return subprocess.Popen(command_line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+@pytest.fixture
+def start(warm_package, tmp_path):
+    """`start(arguments)`: the command in a process of its own, with an encoder that takes its time."""
+    options = ("--device", "cpu", "--batch_size_per_gpu", "2")
+    return lambda arguments: warm_package.start(SLOW, *arguments, *options, cwd=tmp_path)
 
 
-def wait_for_rows(process: subprocess.Popen[str], partial: Path) -> None:
+def wait_for_rows(process: Started, partial: Path) -> None:
     """Until a few batches are in the partial file."""
     end = time.monotonic() + 60
     while not (partial.exists() and partial.stat().st_size > 5 * 2 * 768 * 4):
@@ -155,16 +156,16 @@ def wait_for_rows(process: subprocess.Popen[str], partial: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_killed_and_interrupted_then_resumed_to_the_same_bits(arguments, tmp_path, monkeypatch, capsys):
+def test_killed_and_interrupted_then_resumed_to_the_same_bits(start, arguments, tmp_path, monkeypatch, capsys):
     out, partial = tmp_path / "out.h5", tmp_path / ".out.h5.part"
-    killed = start(arguments, tmp_path)
+    killed = start(arguments)
     wait_for_rows(killed, partial)
     killed.kill()
     killed.communicate()
     assert not out.exists()
     size = partial.stat().st_size
 
-    interrupted = start([*arguments, "-v"], tmp_path)
+    interrupted = start([*arguments, "-v"])
     end = time.monotonic() + 60
     while partial.stat().st_size < size + 4 * 2 * 768 * 4:
         assert interrupted.poll() is None, interrupted.communicate()
@@ -194,20 +195,14 @@ def test_killed_and_interrupted_then_resumed_to_the_same_bits(arguments, tmp_pat
     assert np.array_equal(one.coords, two.coords)
 
 
-def test_the_module_end_to_end(slide_path, write_patches, coords, tmp_path):
-    """The real encoder with random weights, started as a user starts it."""
+def test_the_module_end_to_end(warm_package, slide_path, write_patches, coords, tmp_path):
+    """The real encoder with random weights, started as `python -m` starts it."""
     some = coords[:5]
     arguments = ["--slide_path", str(slide_path), "--coords_h5_path", str(write_patches(some)), "--out_h5_path", "o.h5"]
     module = "exaonepath.feature_extraction.extract_single_slide_feature"
     options = [*arguments, "--repo_id", "random:0", "--device", "cpu", "--batch_size_per_gpu", "4"]
-    done = subprocess.run(
-        [sys.executable, "-m", module, *options],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=100,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    code = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    done = warm_package.run(code, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "random weights" in done.stderr
     stored = read_features(tmp_path / "o.h5", expected_dim=768)

@@ -8,8 +8,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -405,21 +403,16 @@ patchfy(sys.argv[1], sys.argv[2])
 """
 
 
-def run(code, *arguments, cwd):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
-
-
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX limits")
-def test_disk_that_really_refuses(slide_path, tmp_path):
-    done = run(LIMITED, slide_path, tmp_path / "out", cwd=tmp_path)
+def test_disk_that_really_refuses(warm_package, slide_path, tmp_path):
+    done = warm_package.run(LIMITED, slide_path, tmp_path / "out", cwd=tmp_path)
     assert "refused:" in done.stdout, done.stderr
     assert files(tmp_path / "out") == []
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_killed_while_writing_then_resumed(slide_path, tmp_path):
-    done = run(KILLED, slide_path, tmp_path / "out", cwd=tmp_path)
+def test_killed_while_writing_then_resumed(warm_package, slide_path, tmp_path):
+    done = warm_package.run(KILLED, slide_path, tmp_path / "out", cwd=tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "out" / "patches" / "case.h5").exists()
     h5_path, coords, _ = patchfy(slide_path, tmp_path / "out")
