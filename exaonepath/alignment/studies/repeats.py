@@ -179,7 +179,10 @@ def summarize(found: Sequence[Values], share: float) -> dict[str, dict[str, dict
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for measure, method in dict.fromkeys(key for values in found for key in values):
         known = [values[measure, method] for values in found if (measure, method) in values]
-        entry: dict[str, Any] = {"value": corrected_interval(known, share).as_dict(), "splits": len(known)}
+        value = corrected_interval(known, share)
+        # All measures are shares, and Student's interval does not know that.
+        value = replace(value, low=max(value.low, 0.0), high=min(value.high, 1.0))
+        entry: dict[str, Any] = {"value": value.as_dict(), "splits": len(known)}
         both = [
             values[measure, OURS] - values[measure, method]
             for values in found
