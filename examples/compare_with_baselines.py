@@ -2,7 +2,7 @@
 
     python examples/compare_with_baselines.py --out compared
     python examples/compare_with_baselines.py --out compared-103 --seed 103     # another draw of the cohort
-    python examples/compare_with_baselines.py --out compared-6 --draws 6        # the mean of six draws, 0 to 5
+    python examples/compare_with_baselines.py --out compared-8 --draws 8        # the mean of eight draws, 0 to 7
 
 The tables are <out>/evaluation/evaluation.md, and with several draws <out>/draws.md: retrieval compared with CCA, ridge
 regression and PLS; labels with principal components and logistic regression, mean patch features and attention MIL;
