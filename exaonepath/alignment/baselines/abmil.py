@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exaonepath.alignment.baselines.profiles import Bag
+from exaonepath.alignment.baselines.bags import Bag
 from exaonepath.errors import SettingsError
 
 

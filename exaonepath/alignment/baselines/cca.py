@@ -250,8 +250,5 @@ def reciprocal_rank(u: np.ndarray, v: np.ndarray) -> float:
 def reciprocal_ranks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """float64 [n]: the mean of both directions for each row; see `reciprocal_rank`."""
     rows = np.arange(len(u))
-    found = [rank_queries(a, b, rows, rows, recall_at=()) for a, b in ((u, v), (v, u))]
-    total = np.zeros(len(rows))
-    for ranks in found:
-        total[ranks.query] += 1 / ranks.rank / len(found)
-    return total
+    ranks = [rank_queries(a, b, rows, rows, recall_at=()).rank for a, b in ((u, v), (v, u))]
+    return np.asarray(np.mean([1 / rank for rank in ranks], axis=0))

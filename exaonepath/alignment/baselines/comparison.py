@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from exaonepath.alignment.baselines.abmil import fit_abmil
+from exaonepath.alignment.baselines.bags import bags_of
 from exaonepath.alignment.baselines.neighbourhood import read_neighbourhoods
-from exaonepath.alignment.baselines.profiles import PARTS, CohortPart, Profiles, bags_of, parts_of, read_profiles
+from exaonepath.alignment.baselines.profiles import PARTS, CohortPart, Profiles, parts_of, read_profiles
 from exaonepath.alignment.baselines.retrieval import baseline_pairs
 from exaonepath.alignment.metrics.intervals import Estimate, bootstrap_mean
 from exaonepath.alignment.metrics.retrieval import RECALL_AT, PairEmbeddings, rank_queries, retrieval

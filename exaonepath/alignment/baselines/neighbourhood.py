@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from exaonepath.alignment.baselines.profiles import CohortPart, PatientBag, bags_of
+from exaonepath.alignment.baselines.bags import PatientBag, bags_of
+from exaonepath.alignment.baselines.profiles import CohortPart
 
 COMPONENTS = 8
 # Distances in units of the grid: next to each other, diagonal included, then further away.
@@ -29,12 +30,12 @@ def patch_components(slides: Iterable[Slide]) -> np.ndarray:
     The mean of a slide is taken off first, because differences of slides say nothing about neighbours.
     """
     rng = np.random.default_rng(0)
-    products = np.zeros((0, 0))
+    products: np.ndarray | float = 0.0
     for features, _, _ in slides:
         x = np.asarray(features, np.float64)
         chosen = x if len(x) <= _PATCHES_OF_SLIDE else x[rng.choice(len(x), _PATCHES_OF_SLIDE, replace=False)]
         deviations = chosen - x.mean(0)
-        products = deviations.T @ deviations + (products if products.size else 0)
+        products = products + deviations.T @ deviations
     _, vectors = np.linalg.eigh(products)
     axes: np.ndarray = vectors[:, ::-1][:, :COMPONENTS]
     return axes

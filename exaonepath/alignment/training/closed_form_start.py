@@ -134,7 +134,7 @@ class ClosedForm:
             if name != WSI
         }
         self._sides = {name: _Side(model, name, axes, trained=slides is not None) for name, axes in self.axes.items()}
-        self._mean_only: dict[tuple[str, str], Directions] = {}
+        self._mean_only: set[tuple[str, str]] = set()
         if slides is not None and WSI in self.axes:
             self._use_mean_features(ClosedForm(model, data, settings), held_out)
 
@@ -145,23 +145,24 @@ class ClosedForm:
         noisy modality may get worse by it. Clearly is by more than a standard error, paired over validation patients.
         """
         for pair in [pair for pair in self.pairs if WSI in pair and pair in start.pairs]:
-            place = pair.index(WSI)
-            slides, others = held_out[WSI], held_out[pair[1 - place]]
-            width = start.axes[WSI].mean.shape[0]  # the slide embedding begins with the mean features
-            both = Profiles.common(slides, others)
-            found = []
-            for form, values in ((self, both[0]), (start, both[0][:, :width])):
-                x, y = form.axes[WSI].scores(values), form.axes[pair[1 - place]].scores(both[1])
-                directions = form.pairs[pair]
-                left, right = (directions.left, directions.right)[place], (directions.right, directions.left)[place]
-                found.append(reciprocal_ranks(x @ left, y @ right))
-            gain = found[0] - found[1]
+            both = Profiles.common(held_out[pair[0]], held_out[pair[1]])
+            gain = self._ranks(pair, both) - start._ranks(pair, both)
             if len(gain) >= FEWEST_TO_CHOOSE and gain.mean() < gain.std() / math.sqrt(len(gain) - 1):
-                self._mean_only[pair] = start.pairs[pair]
+                self.pairs[pair] = start.pairs[pair]
+                self._mean_only.add(pair)
         if self._mean_only:
             self._mean_side = _Side(self.model, WSI, start.axes[WSI], trained=True)
             names = ", ".join("-".join(pair) for pair in self._mean_only)
             logger.info("the slide encoder's output does not help %s: mean features alone", names)
+
+    def _ranks(self, pair: tuple[str, str], both: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """Reciprocal ranks [n] of patients by their profiles of both modalities."""
+        directions = self.pairs[pair]
+        coordinates = []
+        for name, values, own in zip(pair, both, (directions.left, directions.right), strict=True):
+            width = len(self.axes[name].mean)  # a slide embedding begins with the mean features
+            coordinates.append(self.axes[name].scores(values[:, :width]) @ own)
+        return reciprocal_ranks(*coordinates)
 
     def apply(self, further: bool = False) -> None:
         """Set the linear layers and the projections of the model, in place.
@@ -171,10 +172,8 @@ class ClosedForm:
         """
         for side in self._sides.values():
             side.apply()
-        for pair, found in self.pairs.items():
-            sides, directions = self._sides, self._mean_only.get(pair, found)
-            if pair in self._mean_only:
-                sides = {**sides, WSI: self._mean_side}
+        for pair, directions in self.pairs.items():
+            sides = {**self._sides, WSI: self._mean_side} if pair in self._mean_only else self._sides
             _set_pair(self.model, pair, directions, sides, self.further if further else {})
             logger.info("%s-%s has %d directions in closed form", *pair, len(directions.correlations))
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from exaonepath.alignment.baselines.abmil import AbmilSettings, fit_abmil
+from exaonepath.alignment.baselines.bags import bags_of
 from exaonepath.alignment.baselines.neighbourhood import read_neighbourhoods
-from exaonepath.alignment.baselines.profiles import bags_of, parts_of
+from exaonepath.alignment.baselines.profiles import parts_of
 from exaonepath.alignment.training.run import prepare
 from exaonepath.alignment.training.settings import build_settings
 from exaonepath.synthetic.cohort import SyntheticCohortSettings, write_synthetic_cohort
