@@ -131,53 +131,5 @@ def _direction(
     return {**out, "who": queries[rows] if rows else np.zeros(0, queries.dtype)}
 
 
-def information_by_modality(
-    pairs: Iterable[PairEmbeddings], site_of: Mapping[Any, str]
-) -> dict[str, tuple[float, float, float]]:
-    """Modality to (what its pairs tell about patients, what the other pairs tell, the error of the difference).
-
-    A pair tells how often a patient's own row is more similar than that of another patient of the same site (patients
-    without a site count as one), less one half: 0 is chance, 0.5 is perfect. The error is the standard error over
-    patients.
-    """
-    scores: dict[tuple[str, str], dict[Any, float]] = {}
-    for pair in pairs:
-        found: dict[Any, list[float]] = {}
-        for u, v, queries, gallery in (
-            (pair.u, pair.v, np.asarray(pair.left_patients), np.asarray(pair.right_patients)),
-            (pair.v, pair.u, np.asarray(pair.right_patients), np.asarray(pair.left_patients)),
-        ):
-            place = {patient: at for at, patient in enumerate(gallery.tolist())}
-            sites = np.array([site_of.get(patient, "") for patient in gallery.tolist()])
-            similarity = unit_rows(u, "queries") @ unit_rows(v, "gallery").T
-            for row, patient in zip(similarity, queries.tolist(), strict=True):
-                if patient not in place:
-                    continue
-                others = (sites == site_of.get(patient, "")) & (np.arange(len(sites)) != place[patient])
-                if others.any():
-                    own = row[place[patient]]
-                    better = (own > row[others]).mean() + (own == row[others]).mean() / 2
-                    found.setdefault(patient, []).append(float(better) - 0.5)
-        scores[pair.left, pair.right] = {patient: float(np.mean(values)) for patient, values in found.items()}
-    out = {}
-    for name in sorted({name for pair in scores for name in pair}):
-        inside = [values for pair, values in scores.items() if name in pair]
-        outside = [values for pair, values in scores.items() if name not in pair]
-        if not outside:
-            continue
-        patients = sorted({patient for values in (*inside, *outside) for patient in values})
-        differences = []
-        for patient in patients:
-            sides = [[v[patient] for v in values if patient in v] for values in (inside, outside)]
-            if all(sides):
-                differences.append(np.mean(sides[0]) - np.mean(sides[1]))
-        error = float(np.std(differences) / np.sqrt(len(differences))) if len(differences) > 1 else float("nan")
-        with_it, without = (
-            float(np.mean([v for values in side for v in values.values()])) for side in (inside, outside)
-        )
-        out[name] = with_it, without, error
-    return out
-
-
 def _finite(value: float) -> float | None:
     return None if np.isnan(value) else value

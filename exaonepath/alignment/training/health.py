@@ -29,8 +29,8 @@ class MonitorSettings:
         max_memorised_ratio: see `memorised`. max_lost_ratio: after a start in closed form, they also have to be found
             less often than this share of what the start finds.
         min_validations: validations before retrieval at chance, or memorising, is reported.
-        max_information_ratio: largest ratio of what the pairs of one modality tell about patients to what the others
-            tell.
+        max_information_ratio: largest ratio of what one modality tells about patients with the others to what is left
+            without it. min_information: a modality that tells less than this dominates nothing (`Information.own`).
         repeat_after: number of observations after which a warning that is still true is repeated.
     """
 
@@ -47,7 +47,8 @@ class MonitorSettings:
     memorised: float = 0.5
     max_memorised_ratio: float = 0.25
     min_validations: int = 3
-    max_information_ratio: float = 5.0
+    max_information_ratio: float = 4.0
+    min_information: float = 0.15
     max_lost_ratio: float = 0.75
     repeat_after: int = 100
 

@@ -23,6 +23,7 @@ from exaonepath.alignment.metrics.retrieval import PairEmbeddings
 from exaonepath.alignment.training.health import HealthWarning as HealthWarning
 from exaonepath.alignment.training.health import MonitorSettings as MonitorSettings
 from exaonepath.alignment.training.health import monitor_settings as monitor_settings
+from exaonepath.alignment.training.information import Information
 from exaonepath.alignment.training.retrieval_checks import (
     Checks,
     check_chance,
@@ -41,9 +42,9 @@ logger = logging.getLogger(__name__)
 class HealthMonitors:
     """Monitors of one training run; see the module's description.
 
-    The training loop calls `observe` for training steps, and `observe_retrieval` and `observe_leakage` at validation.
-    Each returns the new warnings, which are also logged. `metrics()` returns the latest numbers by name, for the run's
-    log.
+    The training loop calls `observe_information` at its start, `observe` for training steps, and `observe_retrieval`
+    and `observe_leakage` at validation. Each returns the new warnings, which are also logged. `metrics()` returns the
+    latest numbers by name, for the run's log.
     """
 
     def __init__(self, settings: MonitorSettings | None = None) -> None:
@@ -124,9 +125,12 @@ class HealthMonitors:
         if step and self._validations >= self.settings.min_validations:
             found += check_chance(checks, step, held_out)
             found += check_memorising(checks, step, held_out, share_found(training), self._start_recall)
-        found += check_information(checks, step, pairs, sites or {})
         found += check_site(checks, step, pairs, sites or {})
         return self._log_new(found)
+
+    def observe_information(self, step: int, information: Mapping[str, Information]) -> list[HealthWarning]:
+        """Check whether one modality dominates by what it tells about patients (`measure_information`)."""
+        return self._log_new(check_information(Checks(self.settings, self._metrics), step, information))
 
     def observe_leakage(
         self, step: int, encoder: Any, features: Tensor, coords: Tensor, contour_index: Tensor

@@ -28,6 +28,7 @@ from exaonepath.alignment.training.checkpoint import (
 )
 from exaonepath.alignment.training.data import TrainingData
 from exaonepath.alignment.training.distributed import Processes
+from exaonepath.alignment.training.information import measure_information, read_for_information
 from exaonepath.alignment.training.model_selection import ModelSelection
 from exaonepath.alignment.training.monitors import HealthMonitors
 from exaonepath.alignment.training.optimization import (
@@ -150,6 +151,9 @@ class Trainer:
         rank, count = self.processes.rank, self.processes.count
         planned = self.plan.steps(self.step, rank, count)
         with self.log.opened(self.step), StopRequest().listening() as stop:
+            if self.step == 0 and self.settings.run.monitor and self.processes.is_main:
+                information = measure_information(read_for_information(self.data), self.data.sites)
+                self.log.warnings(self.monitors.observe_information(0, information))
             if self.step == 0 and self.settings.model.start == "cca":
                 start_in_closed_form(self, report, stop)
             if self.step == 0 and can_learn(self.model, self.settings) and self.processes.any_true(stop.asked):

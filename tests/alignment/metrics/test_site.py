@@ -1,10 +1,10 @@
-"""Retrieval by site, and what pairs tell about patients of one site."""
+"""Retrieval by site."""
 
 import numpy as np
 import pytest
 
 from exaonepath.alignment.metrics.retrieval import PairEmbeddings
-from exaonepath.alignment.metrics.site import information_by_modality, site_retrieval
+from exaonepath.alignment.metrics.site import site_retrieval
 
 
 def pair(n, of_patient, of_site, seed=0, sites=4):
@@ -56,21 +56,3 @@ def test_patients_without_a_site_are_left_out():
     assert site_retrieval([one], dict.fromkeys(site, "S0")) is None
     assert site_retrieval([one], {}) is None
     assert site_retrieval([], site) is None
-
-
-def test_information_is_that_within_a_site():
-    """A site alone tells nothing about patients of that site; a patient's signal does."""
-    by_site, site = pair(200, 0.0, 1.0)
-    by_patient, _ = pair(200, 1.5, 1.0, seed=1)
-    pairs = [
-        PairEmbeddings(a, b, p.u, p.v, p.left_patients, p.right_patients)
-        for a, b, p in (("wsi", "rna", by_patient), ("wsi", "snp", by_patient), ("rna", "snp", by_site))
-    ]
-    found = information_by_modality(pairs, site)
-    own, others, error = found["wsi"]
-    assert own > 0.3
-    assert abs(others) < 3 * 0.29 / np.sqrt(200)
-    assert own - others > 5 * error
-    assert information_by_modality(pairs[:1], site) == {}  # no pair is without one of the two
-    everywhere, _, _ = information_by_modality(pairs, {})["rna"]
-    assert everywhere > found["rna"][0] + 0.1  # without sites, that of the site counts too

@@ -36,8 +36,9 @@ def warned(folder, dials, **tables):
         ({"noise": 5.0}, set()),
         ({"batch_effect": 2.0}, {"site"}),
         ({"dominant": "rna", "dominance": 8.0}, {"dominant_information"}),
+        ({"dominant": "methylation", "dominance": 8.0}, {"dominant_information"}),
     ],
-    ids=["default", "noise 5", "batch effect 2", "dominance 8"],
+    ids=["default", "noise 5", "batch effect 2", "RNA dominates", "methylation dominates"],
 )
 def test_cohorts_of_the_generator(tmp_path, dials, expected):
     assert warned(tmp_path, dials) == expected
