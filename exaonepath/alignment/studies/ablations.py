@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from exaonepath.alignment.evaluate import require_labels
 from exaonepath.alignment.metrics.intervals import Estimate, across_draws, across_runs
 from exaonepath.alignment.metrics.probes import fit_probe
 from exaonepath.alignment.metrics.retrieval import PairEmbeddings, cross_modal_retrieval, rank_queries
+from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.probing import column
 from exaonepath.alignment.studies.paired import PairedDifference, compare_variants
 from exaonepath.alignment.studies.questions import Study
@@ -34,7 +35,7 @@ from exaonepath.files.atomic import ensure_folder, write_text
 
 logger = logging.getLogger(__name__)
 
-_MEASURES = 4  # version of the results of `measure`; stored results with another version are computed again
+_MEASURES = 5  # version of the results of `measure`; stored results with another version are computed again
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ class Outcome:
 
     def estimate(self, variant: str, measure: str) -> Estimate:
         """Mean over runs, with an interval over draws, seeds and patients (`across_draws`)."""
+        found = self._over_runs(variant, measure)
+        # All measures are shares, and Student's interval does not know that.
+        return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0)) if found.n else found
+
+    def _over_runs(self, variant: str, measure: str) -> Estimate:
         values = self.values[variant].get(measure, [])
         intervals = self.intervals.get(variant, {}).get(measure, [None] * len(values))
         if self.draws > 1 and values and all(value is not None for value in values):
@@ -168,6 +174,7 @@ def run_study(
     intervals: dict[str, dict[str, list[tuple[float, float] | None]]] = {}
     patients: dict[str, list[dict[str, dict[str, float]]]] = {}
     chance: dict[str, float] = {}
+    pairs: dict[str, list[str]] = {}
     for variant in study.variants:
         runs = []
         for draw, base in enumerate(bases):
@@ -178,6 +185,11 @@ def run_study(
                     report(f"{study.name}: {variant.name}, {of}: " + _in_words(runs[-1]["values"]))
                 # Without a modality, the set of patients differs. The reported chance is that of the base.
                 chance = {**runs[-1]["chance"], **chance}
+                # A mean over other pairs than the base's is another measure.
+                pairs = pairs or runs[-1]["pairs"]
+                for name in [name for name in pairs if runs[-1]["pairs"].get(name) != pairs[name]]:
+                    for kind in ("values", "intervals", "by_patient"):
+                        runs[-1][kind].pop(name, None)
         names = list(dict.fromkeys(name for run in runs for name in run["values"]))
         values[variant.name] = {name: [run["values"].get(name) for run in runs] for name in names}
         intervals[variant.name] = {name: [run["intervals"].get(name) for run in runs] for name in names}
@@ -224,11 +236,12 @@ def measure(subject: Subject, labels: Iterable[str]) -> dict[str, Any]:
     """Numbers of one run on its held-out patients.
 
     Returns:
-        "values", "intervals" (over patients), "chance" and "by_patient" (values of every patient) by measure: recall@1
-        of every pair (mean of both directions) and of all; balanced accuracy of each label by a linear probe fitted on
-        the training patients, from the slide encoder's output ("slide tokens", without the mean of the features) and
-        from the fused embedding ("all modalities"). The interval of a mean is the mean of the intervals: it is not
-        smaller, because the patients are the same.
+        "values", "intervals" (over patients), "chance" and "by_patient" (values of every patient) by measure, and the
+        "pairs" of means over pairs. Measures: recall@1 of every pair (mean of both directions), of all, and of those of
+        the slide; balanced accuracy of each label by a linear probe fitted on the training patients, from the slide
+        encoder's output ("slide tokens", without the mean of the features) and from the fused embedding ("all
+        modalities"). The interval of a mean is the mean of the intervals: it is not smaller, because the patients are
+        the same.
     """
     held_out, known = subject.embed(subject.held_out), subject.embed(subject.parts["train"])
     found: dict[str, tuple[Estimate, float]] = {}
@@ -238,20 +251,27 @@ def measure(subject: Subject, labels: Iterable[str]) -> dict[str, Any]:
         by_patient[f"recall@1 {pair.left} x {pair.right}"] = _hits_of([pair])
         both = [scores[f"{a}->{b}"] for a, b in ((pair.left, pair.right), (pair.right, pair.left))]
         found[f"recall@1 {pair.left} x {pair.right}"] = _mean([(s.recall[1], s.chance[1]) for s in both])
-    found["recall@1, all pairs"] = _mean(list(found.values()))
-    by_patient["recall@1, all pairs"] = _hits_of(held_out.pairs)
+    means: dict[str, list[str]] = {}
+    for name, members in (
+        ("recall@1, all pairs", held_out.pairs),
+        ("recall@1, pairs of the slide", [pair for pair in held_out.pairs if WSI in (pair.left, pair.right)]),
+    ):
+        if members:
+            means[name] = [f"{pair.left} x {pair.right}" for pair in members]
+            found[name] = _mean([found[f"recall@1 {pair}"] for pair in means[name]])
+            by_patient[name] = _hits_of(members)
     for label in labels:
         train_labels, test_labels = column(subject, known.patients, label), column(subject, held_out.patients, label)
         all_rows = np.ones(len(known.patients), bool), np.ones(len(held_out.patients), bool)
         views = {"all modalities": (known.fused, held_out.fused, *all_rows)}
-        if "wsi" in held_out.modality:
+        if WSI in held_out.modality:
             width = subject.cohort.slides.dim
             assert width is not None
             views["slide tokens"] = (
-                known.modality["wsi"][:, width:],
-                held_out.modality["wsi"][:, width:],
-                known.available["wsi"],
-                held_out.available["wsi"],
+                known.modality[WSI][:, width:],
+                held_out.modality[WSI][:, width:],
+                known.available[WSI],
+                held_out.available[WSI],
             )
         for view, (x, y, x_rows, y_rows) in views.items():
             probe = fit_probe(x[x_rows], train_labels[x_rows])
@@ -270,6 +290,7 @@ def measure(subject: Subject, labels: Iterable[str]) -> dict[str, Any]:
         },
         "chance": {name: chance for name, (_, chance) in found.items()},
         "patients": len(held_out.patients),
+        "pairs": means,
         "by_patient": by_patient,
     }
 

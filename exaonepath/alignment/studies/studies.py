@@ -30,7 +30,7 @@ Report = Callable[[str], None]
 # Measures in the figure of a study, in addition to those of labels.
 _SHOWN = {
     "frope": ("recall@1 wsi x rna",),
-    "loss": ("recall@1, all pairs", "recall@1 wsi x rna", "recall@1 rna x methylation"),
+    "loss": ("recall@1, all pairs", "recall@1, pairs of the slide", "recall@1 wsi x rna"),
     "frozen": ("recall@1, all pairs", "recall@1 wsi x rna"),
     "modalities": ("recall@1 wsi x rna", "recall@1 rna x methylation", "recall@1 snp x cnv"),
 }

@@ -120,15 +120,35 @@ def test_a_variant_may_lack_a_measure(tmp_path):
     estimate = outcome.estimate("all", "a")
     assert (estimate.value, estimate.n) == (pytest.approx(0.55), 2)
     assert estimate.low < 0.5 < 0.6 < estimate.high
-    wider = replace(outcome, intervals={"all": {"a": [(0.2, 0.9), (0.3, 0.8)]}}).estimate("all", "a")
-    # Student's 0.635 and the mean of both runs' distances to their limits, 0.3 each way, in quadrature.
-    assert (wider.low, wider.high) == pytest.approx(
-        (0.55 - np.hypot(0.6353, 0.3), 0.55 + np.hypot(0.6353, 0.3)), abs=1e-3
+    wider = replace(outcome, intervals={"all": {"a": [(0.4, 0.7), (0.5, 0.8)]}}).estimate("all", "a")
+    # Student's 0.635 and the mean of both runs' distances to their limits, in quadrature; a share is between 0 and 1.
+    assert (wider.low, wider.high) == (0.0, 1.0)
+    runs = {"all": {"a": [0.5, 0.52]}}
+    near = replace(outcome, values=runs, intervals={"all": {"a": [(0.4, 0.7), (0.42, 0.72)]}}).estimate("all", "a")
+    assert (near.low, near.high) == pytest.approx(
+        (0.51 - np.hypot(0.12706, 0.1), 0.51 + np.hypot(0.12706, 0.2)), abs=1e-4
     )
     # A run without an interval of its own leaves the seeds to speak.
     assert replace(outcome, intervals={"all": {"a": [(0.2, 0.9), None]}}).estimate("all", "a") == estimate
     draw_outcome(outcome, ["a", "b"], tmp_path / "figure.png")
     assert json.loads(json.dumps(outcome.as_dict(), allow_nan=False))["estimates"]["all"]["a"]["n"] == 2
+
+
+def test_means_of_other_pairs_are_not_compared(quick, tmp_path):
+    """A mean over easier pairs is no better result: only the same pairs are compared."""
+    study = Study("loss", "?", (Variant("all pairs"), Variant("slide's pairs", {"loss.pairs": "wsi"})))
+    opened = StudyBase.open(quick, tmp_path, ["subtype"])
+    found = run_study(study, opened, tmp_path, seeds=[0], labels=["subtype"])
+    everything, slides = "recall@1, all pairs", "recall@1, pairs of the slide"
+    assert {everything, slides} <= set(found.values["all pairs"])
+    assert everything not in found.values["slide's pairs"]
+    assert everything not in found.differences()["slide's pairs"]
+    assert slides in found.differences()["slide's pairs"]
+    pairs = [name for name in found.values["slide's pairs"] if name.startswith("recall@1 ")]
+    assert all("wsi" in name for name in pairs)
+    assert len(pairs) > 1
+    mean = np.mean([found.values["slide's pairs"][name][0] for name in pairs])
+    assert found.values["slide's pairs"][slides] == [pytest.approx(mean)]
 
 
 def test_command(base, cohort_folder, tmp_path, monkeypatch):
@@ -153,7 +173,7 @@ def test_command(base, cohort_folder, tmp_path, monkeypatch):
     for measure, difference in found["differences"][other].items():
         gap = found["values"][other][measure][0] - found["values"][base_name][measure][0]
         # Means over pairs of different patients weigh patients otherwise than the mean over patients.
-        close = 0.02 if measure == "recall@1, all pairs" else 1e-9
+        close = 0.02 if measure.startswith("recall@1,") else 1e-9
         assert difference["difference"]["value"] == pytest.approx(gap, abs=close), measure
     wrong = CliRunner().invoke(app, ["ablate", "nothing", "--out", str(out)])
     assert wrong.exit_code == 1
