@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from exaonepath.alignment.metrics.intervals import LEVEL, Estimate, across_draws, across_runs, bootstrap_mean
 from exaonepath.errors import SettingsError
+
+_LOG_SMALLEST = math.log(1e-12)  # p-values below it are all the same to a reader
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class PairedDifference:
 
     Attributes:
         difference: mean over draws, seeds and patients, with its interval over all of them.
-        p: probability of such a difference by chance, for this variant alone (normal approximation).
+        p: probability of such a difference by chance, for this variant alone: 1 - the level of the interval that ends
+            at 0.
         p_corrected: the same, corrected for the number of variants (Holm 1979).
     """
 
@@ -55,9 +57,9 @@ def paired_over_seeds(variant: Sequence[Mapping[str, float]], base: Sequence[Map
     values = np.array([[a[p] - b[p] for p in patients] for a, b in zip(variant, base, strict=True)])
     over_patients = bootstrap_mean(values.mean(0), patients)
     mean = over_patients.value
-    limits = [(run - mean + over_patients.low, run - mean + over_patients.high) for run in values.mean(1).tolist()]
-    both = across_runs(values.mean(1).tolist(), limits)
-    return _with_p(Estimate(mean, both.low, both.high, len(patients)))
+    of_runs = values.mean(1).tolist()
+    both = across_runs(of_runs, [(run - mean + over_patients.low, run - mean + over_patients.high) for run in of_runs])
+    return _with_p(Estimate(mean, both.low, both.high, len(patients)), of_runs)
 
 
 def paired_over_draws(
@@ -80,15 +82,37 @@ def paired_over_draws(
     parts = [slice(start, start + seeds) for start in range(0, len(base), seeds)]
     found = [paired_over_seeds(variant[part], base[part]).difference for part in parts]
     both = across_draws(found)
-    return _with_p(Estimate(both.value, both.low, both.high, sum(estimate.n for estimate in found)))
+    of_draws = [estimate.value for estimate in found]
+    return _with_p(Estimate(both.value, both.low, both.high, sum(estimate.n for estimate in found)), of_draws)
 
 
-def _with_p(difference: Estimate) -> PairedDifference:
-    """With the p-value whose interval just excludes 0, by a normal approximation."""
-    half = max(difference.high - difference.value, difference.value - difference.low)
-    quantile = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    p = 1.0 if not half else 2 * NormalDist().cdf(-abs(difference.value) * quantile / half)
-    return PairedDifference(difference, p)
+def _with_p(difference: Estimate, runs: Sequence[float]) -> PairedDifference:
+    """With the p-value.
+
+    Half of the interval towards 0 is sqrt(a^2 + b^2), with Student's interval a over the runs (or draws) and an
+    interval b over patients. Their widths change differently with the level: that of Student's distribution, which has
+    few degrees of freedom, more than the normal one of the patients.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import norm, t
+
+    half = difference.value - difference.low if difference.value > 0 else difference.high - difference.value
+    degrees = len(runs) - 1
+    between = float(np.std(runs, ddof=1) / math.sqrt(len(runs))) if degrees else 0.0
+    usual = (1 - LEVEL) / 2
+    of_patients = math.sqrt(max(half**2 - (between * t.isf(usual, degrees)) ** 2, 0.0)) if degrees else half
+    of_patients /= norm.isf(usual)
+
+    def excess(log_p: float) -> float:
+        tail = math.exp(log_p) / 2
+        student = between * t.isf(tail, degrees) if degrees else 0.0
+        return math.hypot(student, of_patients * norm.isf(tail)) - abs(difference.value)
+
+    if not difference.value or not (between or of_patients):
+        return PairedDifference(difference, float(not difference.value))
+    if excess(_LOG_SMALLEST) < 0:
+        return PairedDifference(difference, math.exp(_LOG_SMALLEST))
+    return PairedDifference(difference, math.exp(brentq(excess, _LOG_SMALLEST, 0.0)))
 
 
 def holm(values: Mapping[str, float]) -> dict[str, float]:

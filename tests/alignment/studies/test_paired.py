@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from exaonepath.alignment.studies.paired import compare_variants, holm, paired_over_draws, paired_over_seeds
 from exaonepath.errors import SettingsError
@@ -59,6 +60,27 @@ def test_the_interval_covers_the_truth():
         found = paired_over_seeds(variant, base).difference
         covered += found.low <= 0.05 <= found.high
     assert covered / 120 >= 0.95 - 3 * np.sqrt(0.95 * 0.05 / 120)
+
+
+def test_p_is_that_of_students_test_of_the_draws_and_of_a_normal_one_of_the_patients():
+    """Effects that are the same for all patients: the t test over draws, far from its usual level too."""
+    for effects in ([0.30, 0.31, 0.28, 0.33], [0.3, -0.2, 0.1], [0.5, 0.1]):
+        base = [{f"P{p}": 0.25 * (p % 3) for p in range(20)} for _ in effects]
+        variant = [{p: value + effect for p, value in run.items()} for run, effect in zip(base, effects, strict=True)]
+        expected = stats.ttest_1samp(effects, 0).pvalue
+        assert paired_over_draws(variant, base, len(effects)).p == pytest.approx(expected, rel=1e-3)
+        assert paired_over_seeds(variant, base).p == pytest.approx(expected, rel=1e-3)
+    one = paired_over_seeds(runs(0.03, 1, seed=1), runs(0.0, 1, seed=2))
+    z = one.difference.value / ((one.difference.value - one.difference.low) / stats.norm.ppf(0.975))
+    assert one.p == pytest.approx(2 * stats.norm.sf(z), rel=1e-6)
+
+
+def test_p_is_below_a_level_when_the_interval_of_that_level_excludes_nothing():
+    """Draws, seeds and patients vary: p and the 95 % interval say the same."""
+    for seed, shift in enumerate((0.0, 0.01, 0.02, 0.03, 0.05, 0.1)):
+        found = paired_over_draws(runs(shift, 4, seed=seed), runs(0.0, 4, seed=50), 2)
+        excluded = found.difference.low > 0 or found.difference.high < 0
+        assert excluded == (found.p < 0.05)
 
 
 def test_holm():
