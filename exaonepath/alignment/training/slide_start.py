@@ -115,6 +115,7 @@ def teach_slide_encoder(
     settings: TrainSettings,
     processes: Processes,
     *,
+    steps: int,
     autocast: Callable[[], AbstractContextManager[Any]],
     half: bool,
     after_step: Callable[[Mapping[str, Any]], bool],
@@ -127,15 +128,16 @@ def teach_slide_encoder(
         model: the model; only its slide encoder is changed.
         data: its training patients are read as in training.
         targets: the same on all processes.
-        settings: steps, batches, and the optimiser's settings.
+        settings: batches, and the optimiser's settings.
         processes: each encodes its chunks of every batch.
+        steps: their number; 1 or more.
         autocast: context of the encoder. half: it computes in float16, whose range needs scaled gradients.
         after_step: gets the row of each step for the log; True stops.
 
     Returns:
         False if it was stopped, or a gradient was not finite; the encoder is then in an intermediate state.
     """
-    steps, run = settings.model.slide_start_steps or 0, settings.run
+    run = settings.run
     batch = min(run.batch_size, len(targets.patients))
     chunk = run.chunk_size or -(-batch // processes.count)
     if -(-batch // chunk) < processes.count:

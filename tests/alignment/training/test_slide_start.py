@@ -67,7 +67,8 @@ def spatial(folder, patients):
 def teach(prepared, targets, after_step=lambda row: False):
     return teach_slide_encoder(
         prepared.model, prepared.data, targets, prepared.settings, prepared.processes,
-        autocast=contextlib.nullcontext, half=False, after_step=after_step,
+        steps=prepared.settings.model.slide_start_steps, autocast=contextlib.nullcontext, half=False,
+        after_step=after_step,
     )  # fmt: skip
 
 
@@ -124,19 +125,39 @@ def run(folder, out, steps=2, **tables):
 def test_off_and_no_better_are_the_same_run(folder, tmp_path, monkeypatch):
     """Bit for bit, weights and metrics: the phase leaves nothing behind if validation patients are against it."""
     off, plain = run(folder, tmp_path / "off", steps=0)
-    score, asked = ModelSelection.score, []
-
-    def first_is_bad(self):
-        asked.append(self)
-        return score(self) if len(asked) > 1 else -1.0  # later ones are of the closed form after the last step
-
-    monkeypatch.setattr(ModelSelection, "score", first_is_bad)
+    monkeypatch.setattr(ModelSelection, "score", _first_are_bad(ModelSelection.score, 2))
     rejected, rows = run(folder, tmp_path / "rejected")
     assert all(torch.equal(value, rejected[name]) for name, value in off.items())
     own = [row for row in rows if row["kind"] == "slide_start"]
-    assert [row.get("slide_step") for row in own] == [1, 2, None]
-    assert (own[-1]["finished"], own[-1]["kept"], own[-1]["score"]) == (True, False, -1.0)
+    assert [row.get("slide_step") for row in own] == [1, 2, None, 1, 2, 3, 4, None]  # once more, and longer
+    assert [(row["finished"], row["kept"], row["score"]) for row in own if "kept" in row] == [(True, False, -1.0)] * 2
     assert [row for row in rows if row["kind"] != "slide_start"] == plain
+
+
+def _first_are_bad(plain, count):
+    """`ModelSelection.score` with bad answers at first; later ones are of the closed form after the last step."""
+    asked = []
+
+    def score(self):
+        asked.append(self)
+        return plain(self) if len(asked) > count else -1.0
+
+    return score
+
+
+def test_the_longer_attempt_is_a_first_one_of_that_length(folder, tmp_path, monkeypatch):
+    """Nothing of an attempt that did not help is left: weights and validations are those of one attempt."""
+    tables = {"run": {**settings(folder).as_dict()["run"], "steps": 1, "epochs": 0}}
+    plain, retrieval = ModelSelection.score, selection_module.retrieval_metrics
+    monkeypatch.setattr(selection_module, "retrieval_metrics", _rising(retrieval))
+    once, rows = run(folder, tmp_path / "once", steps=4, **tables)
+    monkeypatch.setattr(selection_module, "retrieval_metrics", _rising(retrieval))
+    monkeypatch.setattr(ModelSelection, "score", _first_are_bad(plain, 1))
+    twice, others = run(folder, tmp_path / "twice", steps=2, **tables)
+    assert all(torch.equal(value, twice[name]) for name, value in once.items())
+    assert [row["kept"] for row in others if "kept" in row] == [False, True]
+    losses = [[row["loss"] for row in found if "slide_step" in row][-4:] for found in (rows, others)]
+    assert losses[0] == losses[1]
 
 
 def test_a_better_start_is_the_start_and_the_best_model(folder, tmp_path, monkeypatch):
@@ -216,7 +237,7 @@ def test_half_precision(folder, tmp_path, precision):
         part = {"device": "cpu", "tensorboard": False, "batch_size": 32, "steps": 1, "precision": name}
         _, rows = run(folder, tmp_path / name, 4, run=part)
         assert next(row for row in rows if "kept" in row)["finished"]
-        losses.append([row["loss"] for row in rows if "slide_step" in row])
+        losses.append([row["loss"] for row in rows if "slide_step" in row][:4])
     assert len(losses[1]) == 4
     assert losses[1][0] == pytest.approx(losses[0][0], rel=0.02)
 
