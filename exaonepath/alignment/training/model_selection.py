@@ -71,10 +71,12 @@ class ModelSelection:
         batches = self.data.evaluation_batches(patients, rows, self._chunk_size, workers=workers)
         return embed_patients(self.model, batches, patients, autocast=self._autocast, processes=self.processes)
 
-    def score(self) -> float:
-        """The selected metric of the validation patients; NaN if no patient has both modalities of a pair."""
+    def score_and_margin(self) -> tuple[float, float]:
+        """The selected metric of the validation patients by the current weights, and `margin`; the metric is NaN if no
+        patient has both modalities of a pair."""
         embedded = self.embed(self.data.validation)
-        return retrieval_metrics(embedded.pairs)[0].get(self.settings.run.select, math.nan)
+        score = retrieval_metrics(embedded.pairs)[0].get(self.settings.run.select, math.nan)
+        return score, self.margin(score_parts(embedded.pairs, self.settings.run.select))
 
     def validate(self, step: int, epoch: int, mark: str = "") -> tuple[dict[str, Any], bool]:
         """Validate the current weights after `step` steps.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from exaonepath.alignment.baselines.profiles import Profiles
 from exaonepath.alignment.training import model_selection as selection_module
 from exaonepath.alignment.training.closed_form_start import ClosedForm
 from exaonepath.alignment.training.model_selection import ModelSelection
@@ -19,6 +20,7 @@ from exaonepath.alignment.training.run import prepare, train
 from exaonepath.alignment.training.run_folder import RunFolder
 from exaonepath.alignment.training.settings import build_settings
 from exaonepath.alignment.training.slide_start import SlideTargets, can_learn, teach_slide_encoder
+from exaonepath.alignment.training.starts import with_noise
 from exaonepath.errors import ConfigError, SettingsError
 from exaonepath.synthetic.cohort import SyntheticCohortSettings, write_synthetic_cohort
 
@@ -125,7 +127,7 @@ def run(folder, out, steps=2, **tables):
 def test_off_and_no_better_are_the_same_run(folder, tmp_path, monkeypatch):
     """Bit for bit, weights and metrics: the phase leaves nothing behind if validation patients are against it."""
     off, plain = run(folder, tmp_path / "off", steps=0)
-    monkeypatch.setattr(ModelSelection, "score", _first_are_bad(ModelSelection.score, 2))
+    monkeypatch.setattr(ModelSelection, "score_and_margin", _answers(ModelSelection.score_and_margin, -1.0, -1.0))
     rejected, rows = run(folder, tmp_path / "rejected")
     assert all(torch.equal(value, rejected[name]) for name, value in off.items())
     own = [row for row in rows if row["kind"] == "slide_start"]
@@ -134,30 +136,44 @@ def test_off_and_no_better_are_the_same_run(folder, tmp_path, monkeypatch):
     assert [row for row in rows if row["kind"] != "slide_start"] == plain
 
 
-def _first_are_bad(plain, count):
-    """`ModelSelection.score` with bad answers at first; later ones are of the closed form after the last step."""
-    asked = []
-
-    def score(self):
-        asked.append(self)
-        return plain(self) if len(asked) > count else -1.0
-
-    return score
+def _answers(plain, *first):
+    """`ModelSelection.score_and_margin` with given scores at first; later ones are of the closed form after the last
+    step."""
+    left = list(first)
+    return lambda self: (left.pop(0), 0.1) if left else plain(self)
 
 
-def test_the_longer_attempt_is_a_first_one_of_that_length(folder, tmp_path, monkeypatch):
-    """Nothing of an attempt that did not help is left: weights and validations are those of one attempt."""
+@pytest.mark.parametrize(
+    ("scores", "attempts", "lengths"),
+    [
+        ((2.0, 2.1), 1, [2]),  # clearly better: no second attempt
+        ((-1.0, 2.0), 2, [2, 4]),
+        ((0.0, 0.05), 2, [2, 4]),  # the start has 0.0: no more than the margin better, but better
+        ((0.05, 0.0), 2, [2, 4]),
+    ],
+)
+def test_the_better_attempt_is_the_start(folder, tmp_path, monkeypatch, scores, attempts, lengths):
+    """Bit for bit the start of a run with one attempt of that length: nothing of the other one is left."""
     tables = {"run": {**settings(folder).as_dict()["run"], "steps": 1, "epochs": 0}}
-    plain, retrieval = ModelSelection.score, selection_module.retrieval_metrics
-    monkeypatch.setattr(selection_module, "retrieval_metrics", _rising(retrieval))
-    once, rows = run(folder, tmp_path / "once", steps=4, **tables)
-    monkeypatch.setattr(selection_module, "retrieval_metrics", _rising(retrieval))
-    monkeypatch.setattr(ModelSelection, "score", _first_are_bad(plain, 1))
-    twice, others = run(folder, tmp_path / "twice", steps=2, **tables)
-    assert all(torch.equal(value, twice[name]) for name, value in once.items())
-    assert [row["kept"] for row in others if "kept" in row] == [False, True]
-    losses = [[row["loss"] for row in found if "slide_step" in row][-4:] for found in (rows, others)]
-    assert losses[0] == losses[1]
+    plain, retrieval = ModelSelection.score_and_margin, selection_module.retrieval_metrics
+
+    def start_of(out, steps, *answers):
+        monkeypatch.setattr(selection_module, "retrieval_metrics", _constant(retrieval))
+        monkeypatch.setattr(ModelSelection, "score_and_margin", _answers(plain, *answers))
+        return run(folder, out, steps=steps, **tables)
+
+    found, rows = start_of(tmp_path / "two", 2, *scores)
+    attempted = [row for row in rows if "kept" in row]
+    assert [row["slide_steps"] for row in attempted] == lengths
+    assert len(attempted) == attempts
+    better = lengths[int(np.argmax(scores[:attempts]))]
+    one, _ = start_of(tmp_path / "one", better, 9.0)
+    assert all(torch.equal(value, found[name]) for name, value in one.items())
+
+
+def _constant(plain):
+    """Validations are all the same."""
+    return lambda pairs: ({**plain(pairs)[0], "mean_recall@1": 0.0}, plain(pairs)[1])
 
 
 def test_a_better_start_is_the_start_and_the_best_model(folder, tmp_path, monkeypatch):
@@ -219,6 +235,24 @@ def test_stopped_before_the_first_checkpoint_it_is_done_again(folder, tmp_path, 
     assert (whole / "metrics.jsonl").read_text() == (halted / "metrics.jsonl").read_text()
     one, two = (load_file(path / "model" / "model.safetensors") for path in (whole, halted))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_noise_on_the_output_of_training_patients():
+    """Of the output alone, with its covariance; the same at every call; nothing breaks where there is no variation."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(4000, 3)) @ rng.normal(size=(3, 8))  # five mean features, three outputs, correlated
+    profiles = Profiles(tuple(f"P{at}" for at in range(4000)), values.astype(np.float32))
+    noisy = with_noise(profiles, 5, 1)
+    np.testing.assert_array_equal(noisy.values[:, :5], profiles.values[:, :5])
+    plain, more = (np.cov(x.values, rowvar=False) for x in (profiles, noisy))
+    error = 4 * np.abs(plain).max() / np.sqrt(4000) * 2
+    np.testing.assert_allclose(more[5:, 5:], 2 * plain[5:, 5:], atol=error)
+    np.testing.assert_allclose(more[:5, 5:], plain[:5, 5:], atol=error)
+    np.testing.assert_array_equal(noisy.values, with_noise(profiles, 5, 1).values)
+    assert not np.array_equal(noisy.values, with_noise(profiles, 5, 2).values)
+    for odd in (np.ones((4, 6), np.float32), np.ones((1, 6), np.float32), np.ones((4, 5), np.float32)):
+        ids = tuple(str(at) for at in range(len(odd)))
+        np.testing.assert_array_equal(with_noise(Profiles(ids, odd), 5, 0).values, odd)
 
 
 def test_averaged_weights_start_from_the_start(folder, tmp_path):
