@@ -106,7 +106,11 @@ def draw_missing(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
         hspace=0.55,
         wspace=0.3,
     )
-    draw_title(figure, f"Modalities missing at inference, {missing['patients']} patients who have them all")
+    draws = report.get("draws", 1)
+    of_each = f" (mean of {draws} draws of the cohort)" if draws > 1 else ""
+    draw_title(
+        figure, f"Modalities missing at inference, {missing['patients']:.0f} patients who have them all{of_each}"
+    )
     for at, (title, lines, chance) in enumerate(charts):
         axes = figure.add_subplot(grid[at // columns, at % columns])
         sizes: list[int] = []
@@ -143,9 +147,9 @@ def draw_projections(report: Mapping[str, Any], path: str | os.PathLike[str]) ->
         bottom=0.85 / figure.get_figheight(),
         hspace=0.75,
     )
-    draw_title(
-        figure, "What the projections learned: singular values of both sides of each pair, over held-out patients"
-    )
+    draws = report.get("draws", 1)
+    of_each = f", mean of {draws} draws" if draws > 1 else ""
+    draw_title(figure, f"What the projections learned: singular values of both sides, over held-out patients{of_each}")
     for at, pair in enumerate(pairs):
         axes = figure.add_subplot(grid[at // columns, at % columns])
         for side, color, style in (("left", BLUE, "-"), ("right", VERMILION, (0, (4, 1.5)))):

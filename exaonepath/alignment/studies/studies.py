@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from exaonepath.alignment.evaluate import EvaluationSettings, evaluate
 from exaonepath.alignment.figures import draw_missing, draw_outcome, draw_projections
+from exaonepath.alignment.metrics.intervals import Estimate, across_draws
 from exaonepath.alignment.report import draw_attention_of, provenance
 from exaonepath.alignment.studies.ablations import (
     Outcome,
@@ -20,7 +24,7 @@ from exaonepath.alignment.studies.ablations import (
     with_overrides,
 )
 from exaonepath.alignment.studies.questions import STUDIES
-from exaonepath.alignment.subject import open_subject
+from exaonepath.alignment.subject import Subject, open_subject
 from exaonepath.errors import SettingsError
 from exaonepath.files.artifact import settings_hash
 from exaonepath.files.atomic import ensure_folder, write_text
@@ -66,39 +70,75 @@ def shown(outcome: Outcome) -> list[str]:
 def run_analysis(
     name: str, bases: Sequence[StudyBase], out: Path, *, seeds: Sequence[int], labels: Sequence[str], report: Report
 ) -> Path:
-    """Analyse the base model of the first draw and seed: "missing", "projections" or "attention"; writes as
-    `run_and_draw`.
+    """Analyse the base model of the first seed: "missing" or "projections" on every draw of the cohort, "attention" on
+    the first one; writes as `run_and_draw`.
 
     Raises:
         SettingsError: the cohort has nothing to draw (no patient with every modality, no slide of two fragments).
     """
     ensure_folder(out / "runs")
-    base = bases[0]
-    run_variant(base, {}, seeds[0], out / "runs", labels)
-    settings = with_overrides(base.settings, {"run.seed": seeds[0]})
-    subject = open_subject(run_folder(base, settings, out / "runs"), device=settings.run.device)
     target = out / f"ablation-{name}.png"
     if name == "attention":
-        maps = draw_attention_of(subject, target)
-        if not maps:
-            raise SettingsError("no held-out slide has two fragments or more: there is no attention to draw")
-        crossing = [
-            {
-                "block": found.block,
-                "restricted": found.restricted,
-                "queries": found.queries.tolist(),
-                "to_prefix": found.prefix.mean(1).sum(1).tolist(),
-                "largest": found.patches.amax((1, 2)).tolist(),
-            }
-            for found in maps
-        ]
-        write_text(out / "attention.json", json.dumps({**provenance(subject, {}), "blocks": crossing}, indent=1) + "\n")
+        _draw_attention(_base_model(bases[0], out, seeds[0], labels), out / "attention.json", target)
         return target
-    wanted = EvaluationSettings(labels=tuple(labels), missing=name == "missing", analyses=())
-    stored = {**provenance(subject, asdict(wanted)), **evaluate(subject, wanted)}
-    if not stored[name]:
-        raise SettingsError(f"nothing to draw for {name}: too few held-out patients have every modality")
+    wanted = EvaluationSettings(labels=tuple(labels), missing=name == "missing", analyses=(), baselines=False)
+    found: list[dict[str, Any]] = []
+    origin: list[dict[str, Any]] = []
+    for draw, base in enumerate(bases):
+        subject = _base_model(base, out, seeds[0], labels)
+        measured = evaluate(subject, wanted)[name]
+        if not measured:
+            raise SettingsError(f"nothing to draw for {name}: too few held-out patients have every modality")
+        found.append(measured)
+        origin.append(provenance(subject, asdict(wanted)))
+        of = f", draw {draw}" if len(bases) > 1 else ""
+        report(f"{name}{of}: {len(subject.held_out)} held-out patients")
+    stored = {"draws": len(bases), "runs": origin, "of_draws": found, name: average_over_draws(found)}
     write_text(out / f"{name}.json", json.dumps(stored, indent=1) + "\n")
     (draw_missing if name == "missing" else draw_projections)(stored, target)
-    report(f"{name}: {len(subject.held_out)} held-out patients")
     return target
+
+
+def _base_model(base: StudyBase, out: Path, seed: int, labels: Sequence[str]) -> Subject:
+    """The trained (or found) base model of a draw."""
+    run_variant(base, {}, seed, out / "runs", labels)
+    settings = with_overrides(base.settings, {"run.seed": seed})
+    return open_subject(run_folder(base, settings, out / "runs"), device=settings.run.device)
+
+
+def _draw_attention(subject: Subject, stored: Path, target: Path) -> None:
+    maps = draw_attention_of(subject, target)
+    if not maps:
+        raise SettingsError("no held-out slide has two fragments or more: there is no attention to draw")
+    crossing = [
+        {
+            "block": found.block,
+            "restricted": found.restricted,
+            "queries": found.queries.tolist(),
+            "to_prefix": found.prefix.mean(1).sum(1).tolist(),
+            "largest": found.patches.amax((1, 2)).tolist(),
+        }
+        for found in maps
+    ]
+    write_text(stored, json.dumps({**provenance(subject, {}), "blocks": crossing}, indent=1) + "\n")
+
+
+def average_over_draws(found: Sequence[Any]) -> Any:
+    """Means of results of the same shape: numbers, lists and dictionaries of them, and estimates with their intervals
+    (`across_draws`). Keys that not all draws have are left out; of other values, the first stays."""
+    first = found[0]
+    if len(found) == 1:
+        return first
+    if isinstance(first, Mapping):
+        if set(first) == {"value", "low", "high", "n"}:
+            return across_draws([_estimate(one) for one in found]).as_dict()
+        return {key: average_over_draws([one[key] for one in found]) for key in first if all(key in x for x in found)}
+    if isinstance(first, list) and len({len(one) for one in found}) == 1:
+        return [average_over_draws(values) for values in zip(*found, strict=True)]
+    numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in found)
+    return float(np.mean(found)) if numbers else first
+
+
+def _estimate(stored: Mapping[str, Any]) -> Estimate:
+    value, low, high = (math.nan if stored[key] is None else stored[key] for key in ("value", "low", "high"))
+    return Estimate(value, low, high, stored["n"])

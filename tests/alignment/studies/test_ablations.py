@@ -151,6 +151,43 @@ def test_means_of_other_pairs_are_not_compared(quick, tmp_path):
     assert found.values["slide's pairs"][slides] == [pytest.approx(mean)]
 
 
+def test_averages_over_draws_keep_the_shape():
+    """Numbers are averaged, estimates combined, words and what only one draw has left alone or out."""
+    estimate = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
+    one = {"a": [1, 2.0], "b": "word", "c": estimate, "only": 1, "d": {"e": 0.25, "f": None}, "flag": True}
+    other = {"a": [3, 4.0], "b": "word", "c": {**estimate, "value": 0.7}, "d": {"e": 0.75, "f": None}, "flag": True}
+    found = studies.average_over_draws([one, other])
+    assert studies.average_over_draws([one]) == one
+    assert (found["a"], found["b"], found["d"]) == ([2.0, 3.0], "word", {"e": 0.5, "f": None})
+    assert found["flag"] is True
+    assert "only" not in found
+    assert found["c"]["value"] == pytest.approx(0.6)
+    assert found["c"]["low"] < 0.4
+    assert found["c"]["high"] > 0.8
+    unknown = {"value": 0.5, "low": None, "high": None, "n": 10}
+    assert (
+        studies.average_over_draws([unknown, unknown])["low"] == 0.5
+    )  # two equal draws, without intervals of their own
+
+
+def test_analyses_cover_every_draw(quick, tmp_path):
+    opened = StudyBase.open(quick, tmp_path, ["subtype"])
+    said = []
+    for name in ("missing", "projections"):
+        for bases, folder in (([opened], "one"), ([opened, opened], "two")):
+            studies.run_analysis(name, bases, tmp_path / folder, seeds=[0], labels=["subtype"], report=said.append)
+        one, two = (json.loads((tmp_path / folder / f"{name}.json").read_text()) for folder in ("one", "two"))
+        assert (one["draws"], two["draws"]) == (1, 2)
+        assert two["of_draws"] == [one[name], one[name]]
+        assert [run["cohort_hash"] for run in two["runs"]] == [opened.cohort_hash] * 2
+        assert (tmp_path / "two" / f"ablation-{name}.png").is_file()
+    assert said[1:3] == [f"missing, draw {draw}: {said[0].split()[1]} held-out patients" for draw in (0, 1)]
+    one, two = (json.loads((tmp_path / folder / "missing.json").read_text())["missing"] for folder in ("one", "two"))
+    for target, found in one["retrieval"].items():
+        for size, values in found["curve"].items():
+            np.testing.assert_allclose(two["retrieval"][target]["curve"][size], values)
+
+
 def test_command(base, cohort_folder, tmp_path, monkeypatch):
     settings = tmp_path / "settings.toml"
     lines = [f'[data]\nmudata = "{cohort_folder}/cohort.h5mu"', f'slides = "{cohort_folder}/slides.csv"']
