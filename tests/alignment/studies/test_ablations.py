@@ -154,12 +154,29 @@ def test_means_of_other_pairs_are_not_compared(quick, tmp_path):
 def test_averages_over_draws_keep_the_shape():
     """Numbers are averaged, estimates combined, words and what only one draw has left alone or out."""
     estimate = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
-    one = {"a": [1, 2.0], "b": "word", "c": estimate, "only": 1, "d": {"e": 0.25, "f": None}, "flag": True}
-    other = {"a": [3, 4.0], "b": "word", "c": {**estimate, "value": 0.7}, "d": {"e": 0.75, "f": None}, "flag": True}
+    one = {
+        "a": [1, 2.0],
+        "t": {3: (1.0, 2)},
+        "b": "word",
+        "w": "yes",
+        "c": estimate,
+        "only": 1,
+        "d": {"e": 0.25, "f": None},
+        "flag": True,
+    }
+    other = {
+        "a": [3, 4.0],
+        "t": {3: (2.0, 4)},
+        "b": "word",
+        "w": "no",
+        "c": {**estimate, "value": 0.7},
+        "d": {"e": 0.75, "f": None},
+        "flag": True,
+    }
     found = studies.average_over_draws([one, other])
     assert studies.average_over_draws([one]) == one
     assert (found["a"], found["b"], found["d"]) == ([2.0, 3.0], "word", {"e": 0.5, "f": None})
-    assert found["flag"] is True
+    assert (found["t"], found["w"], found["flag"]) == ({3: [1.5, 3.0]}, None, True)
     assert "only" not in found
     assert found["c"]["value"] == pytest.approx(0.6)
     assert found["c"]["low"] < 0.4
