@@ -31,10 +31,10 @@ def ablate(
     verbose: options.Verbose = 0,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train variants of a model to answer an open question; one JSON file and one figure each.
+    """Train variants of a model to answer an open question; one JSON file, one table and one figure each.
 
     Runs are kept in <out>/runs by the hash of their settings: finished runs are not trained again, interrupted ones
-    continue. Writes <out>/<study>.json and <out>/ablation-<study>.png.
+    continue. Writes <out>/<study>.json, <study>.md and ablation-<study>.png.
     Example: exaonepath ablate all --out ablations
     """
     wanted = [*_TRAINED, *_ANALYSES] if "all" in studies else list(dict.fromkeys(studies))

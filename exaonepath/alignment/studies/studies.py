@@ -23,6 +23,7 @@ from exaonepath.alignment.studies.ablations import (
     run_variant,
     with_overrides,
 )
+from exaonepath.alignment.studies.outcome_table import outcome_table
 from exaonepath.alignment.studies.questions import STUDIES
 from exaonepath.alignment.subject import Subject, open_subject
 from exaonepath.errors import SettingsError
@@ -43,8 +44,8 @@ _SHOWN = {
 def run_and_draw(
     name: str, bases: Sequence[StudyBase], out: Path, *, seeds: Sequence[int], labels: Sequence[str], report: Report
 ) -> Path:
-    """Run one of `STUDIES` (`run_study`) on every draw of the cohort; write `<name>.json` and the figure, whose path is
-    returned."""
+    """Run one of `STUDIES` (`run_study`) on every draw of the cohort; write `<name>.json`, a table `<name>.md`, and the
+    figure, whose path is returned."""
     ensure_folder(out)
     outcome = run_study(STUDIES[name](bases[0].modalities), bases, out, seeds=seeds, labels=labels, report=report)
     made_from: dict[str, Any] = {
@@ -54,6 +55,7 @@ def run_and_draw(
     }
     found = {"settings": made_from, "settings_hash": settings_hash(made_from), **outcome.as_dict()}
     write_text(out / f"{name}.json", json.dumps(found, indent=1) + "\n")
+    write_text(out / f"{name}.md", outcome_table(outcome, shown(outcome)))
     return draw_outcome(outcome, shown(outcome), out / f"ablation-{name}.png")
 
 

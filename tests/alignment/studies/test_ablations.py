@@ -14,6 +14,7 @@ from exaonepath.alignment.data.splits import Split
 from exaonepath.alignment.figures import draw_outcome
 from exaonepath.alignment.studies import ablations, studies
 from exaonepath.alignment.studies.ablations import Outcome, StudyBase, run_folder, run_study, with_overrides
+from exaonepath.alignment.studies.outcome_table import outcome_table
 from exaonepath.alignment.studies.questions import STUDIES, Study, Variant
 from exaonepath.alignment.training.run import prepare
 from exaonepath.cli.app import app
@@ -134,6 +135,24 @@ def test_a_variant_may_lack_a_measure(tmp_path):
     assert json.loads(json.dumps(outcome.as_dict(), allow_nan=False))["estimates"]["all"]["a"]["n"] == 2
 
 
+def test_the_table_marks_what_is_clear_after_correction():
+    """Differences of 0.5 in all patients are, none is not; a measure that a variant lacks is an empty cell."""
+    study = Study("loss", "?", (Variant("base"), Variant("worse"), Variant("same")))
+    draws = range(4)
+    base = [{"m": {f"P{draw}-{at}": float(at % 2) for at in range(20)}, "n": {"P": 1.0}} for draw in draws]
+    worse = [{"m": {name: value - 0.5 + 0.01 * draw for name, value in run["m"].items()}} for draw, run in
+             enumerate(base)]  # fmt: skip
+    same = [{"m": dict(run["m"])} for run in base]
+    values = {"base": {"m": [0.5] * 4, "n": [1.0] * 4}, "worse": {"m": [0.0] * 4}, "same": {"m": [0.5] * 4}}
+    patients = {"base": base, "worse": worse, "same": same}
+    rows = outcome_table(Outcome(study, (0,), values, {}, {}, patients, 4), ["m", "n"]).splitlines()
+    assert rows[0] == "| | m | n |"
+    assert rows[2].startswith("| base | 0.500 [")
+    assert rows[3].startswith("| worse | 0.000: **-0.485 [")
+    assert rows[3].endswith("]** |  |")
+    assert rows[4].startswith("| same | 0.500: +0.000 [")
+
+
 def test_means_of_other_pairs_are_not_compared(quick, tmp_path):
     """A mean over easier pairs is no better result: only the same pairs are compared."""
     study = Study("loss", "?", (Variant("all pairs"), Variant("slide's pairs", {"loss.pairs": "wsi"})))
@@ -223,6 +242,7 @@ def test_command(base, cohort_folder, tmp_path, monkeypatch):
         assert (out / f"ablation-{name}.png").is_file()
         assert json.loads((out / f"{name}.json").read_text())
     assert len(list((out / "runs").iterdir())) == 2
+    assert "| off |" in (out / "frope.md").read_text()
     found = json.loads((out / "frope.json").read_text())
     base_name, other = list(found["values"])
     for measure, difference in found["differences"][other].items():
