@@ -26,8 +26,8 @@ _MOST_PATIENTS = 600
 _MOST_PATCHES = 1 << 21
 _FEWEST_PATIENTS = 50
 _FOLDS = 5
-# A strong shrinkage finds weak signals best. On 16 cohorts of the generator with a dominance of 8, 0.8 always found the
-# dominant modality, 0.5 in all but one, 0.2 in twelve.
+# A strong shrinkage finds weak signals best. Of 16 cohorts of the generator with a dominance of 8, the check names the
+# dominant modality in all with 0.7 or 0.8, in 15 with 0.9, in 14 with 0.5, and in none with 0.2.
 _SHRINKAGE = 0.8
 _AXES, _DIRECTIONS = 128, 32
 _FEWEST_OF_SITE = 10
