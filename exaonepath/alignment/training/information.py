@@ -20,6 +20,7 @@ from exaonepath.alignment.baselines.profiles import Profiles, read_profiles
 from exaonepath.alignment.metrics.retrieval import unit_rows
 from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.training.data import TrainingData
+from exaonepath.errors import SettingsError
 
 # Enough for a standard error of about 0.012. Only few patients' slides are read, as this is done before the training.
 _MOST_PATIENTS = 600
@@ -126,11 +127,13 @@ def _whitened(values: np.ndarray, rows: np.ndarray, site: np.ndarray, inside: np
     for members in [of == number for number in large] + [~np.isin(of, large)]:
         if (members & used).any():
             centred[members] -= centred[members & used].mean(0)
-    if used.sum() > 1 and np.ptp(centred[used], axis=0).any():
+    try:
         axes = Principal.of(centred[used], _AXES)
-        scores = np.zeros((len(site), axes.axes.shape[1]))
-        scores[rows] = axes.scores(centred) * axes.whitening(_SHRINKAGE)
-        has[rows] = True
+    except SettingsError:  # too few patients, or no difference between them but rounding errors
+        return _White(scores, has)
+    scores = np.zeros((len(site), axes.axes.shape[1]))
+    scores[rows] = axes.scores(centred) * axes.whitening(_SHRINKAGE)
+    has[rows] = True
     return _White(scores, has)
 
 

@@ -153,9 +153,13 @@ def check_information(checks: Checks, step: int, information: Mapping[str, Infor
     # Next to a dominant modality, a second one may also be far above the others: the one without which least is left.
     name = min(information, key=lambda key: information[key].others)
     own, others = information[name].own, information[name].others
-    limit = checks.settings.max_information_ratio * max(others, 0.0)
+    ratio = checks.settings.max_information_ratio
+    limit = ratio * max(others, 0.0)
     # Five errors, because the largest of several differences is compared.
     if own <= limit or own < checks.settings.min_information or own - others <= 5 * information[name].error:
+        return []
+    # Two modalities that only tell about each other: nothing is left without either, and neither dominates.
+    if any(found.own > ratio * max(found.others, 0.0) for key, found in information.items() if key != name):
         return []
     text = (
         f"without {name}, the other modalities hardly tell patients of a site apart (own row ahead in "

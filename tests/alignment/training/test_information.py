@@ -57,6 +57,18 @@ def test_equal_modalities_are_not_reported(strength, seed):
         assert all(one.own > 0.45 and one.others > 0.45 for one in found.values())
 
 
+@pytest.mark.parametrize("names", [NAMES, NAMES[:3]])
+@pytest.mark.parametrize("n", [100, 300])
+@pytest.mark.parametrize("seed", range(3))
+def test_neither_of_two_equal_modalities_dominates_noise(names, n, seed):
+    """Without either, nothing is left; which one is chance, so neither is named."""
+    strength = {**dict.fromkeys(names, 0.0), "rna": 1.0, "cnv": 1.0}
+    profiles, sites = profiles_of(strength, n=n, seed=seed)
+    found = measure_information(profiles, sites)
+    assert all(found[name].own > 0.15 and found[name].others < 0.1 for name in ("rna", "cnv"))
+    assert dominant(profiles, sites) == []
+
+
 def test_a_site_tells_nothing_about_a_patient():
     """Differences between sites alone, as large as they may be, are no information; not known, they are."""
     profiles, sites = profiles_of(dict.fromkeys(NAMES, 0.0), site_shift=3.0)
@@ -85,6 +97,10 @@ def test_what_cannot_be_compared_is_left_out():
     found = measure_information(constant, sites)
     assert set(found) == {"rna", "cnv", "methylation"}
     assert all(one.own > 0.45 for one in found.values())
+    rounding = np.random.default_rng(0).normal(1.0, 1e-7, profiles["snp"].values.shape)  # constant but for that
+    assert set(measure_information({**profiles, "snp": Profiles(profiles["snp"].patients, rounding)}, sites)) == {
+        "rna", "cnv", "methylation",
+    }  # fmt: skip
     apart = {name: Profiles(tuple(f"{name}{p}" for p in one.patients), one.values) for name, one in profiles.items()}
     assert measure_information(apart, sites) == {}  # no patient has two modalities
 
