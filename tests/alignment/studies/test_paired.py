@@ -83,6 +83,16 @@ def test_p_is_below_a_level_when_the_interval_of_that_level_excludes_nothing():
         assert excluded == (found.p < 0.05)
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize(("patients", "expected"), [(1, 1.0), (3, 0.25), (10, 2 / 1024)])
+def test_patients_who_all_differ_by_the_same_are_no_certainty(seeds, patients, expected):
+    """Nothing varies, so p is that of the sign test: one patient shows nothing."""
+    for value in (1.0, -1.0, 0.1 + 0.2):
+        base = [dict.fromkeys(map(str, range(patients)), 0.0)] * seeds
+        variant = [dict.fromkeys(map(str, range(patients)), value)] * seeds
+        assert paired_over_seeds(variant, base).p == pytest.approx(expected)
+
+
 def test_holm():
     """Holm's own rule: the smallest times their number, the next times one less, never falling."""
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
