@@ -152,14 +152,13 @@ def check_information(checks: Checks, step: int, information: Mapping[str, Infor
         return []
     # Next to a dominant modality, a second one may also be far above the others: the one without which least is left.
     name = min(information, key=lambda key: information[key].others)
-    own, others = information[name].own, information[name].others
-    ratio = checks.settings.max_information_ratio
-    limit = ratio * max(others, 0.0)
-    # Five errors, because the largest of several differences is compared.
-    if own <= limit or own < checks.settings.min_information or own - others <= 5 * information[name].error:
+    own, others, error = information[name].own, information[name].others, information[name].error
+    limit = checks.settings.max_information_ratio * max(others, 0.0)
+    if own <= limit or own < checks.settings.min_information:
         return []
-    # Two modalities that only tell about each other: nothing is left without either, and neither dominates.
-    if any(found.own > ratio * max(found.others, 0.0) for key, found in information.items() if key != name):
+    # If two modalities only tell about each other, nothing is left without either, and neither dominates: so it counts
+    # what this one tells without its best partner. Five errors, because the extremes of several numbers are compared.
+    if information[name].least - others <= 5 * error:
         return []
     text = (
         f"without {name}, the other modalities hardly tell patients of a site apart (own row ahead in "

@@ -135,6 +135,8 @@ def test_slides_are_read_up_to_a_number_of_patches(tmp_path, monkeypatch):
     read = sum(one.n_patches for one in of.values() if one.patient in some["wsi"].patients)
     assert 500 < read <= 600
     assert some["rna"].patients == everything["rna"].patients
+    monkeypatch.setattr(information, "_MOST_VALUES", 55 * len(data.standardizer.scalings["rna"].features))
+    assert 40 < len(read_for_information(data)["rna"].patients) <= 55  # of 55, those who have RNA
     monkeypatch.undo()
     fresh = training_data(tmp_path, {"patients": 100, "patches_per_slide": 20}, slides=True)
     damaged = next(slide for slide in fresh.cohort.slides.slides if slide.patient in fresh.train)
