@@ -46,12 +46,13 @@ class Information:
         own: of the modality with the others, mean over leaving out one of them.
         others: of each other modality with the others, without this one, mean over them.
         error: standard error of own - others, over patients.
-        least: as own, but without that one of the others without which least is left.
+        partner: that one of the others without which the modality tells least. least: what it tells without it.
     """
 
     own: float
     others: float
     error: float
+    partner: str
     least: float
 
 
@@ -106,8 +107,8 @@ def measure_information(profiles: Mapping[str, Profiles], sites: Mapping[str, st
         known = np.isfinite(own) & np.isfinite(others)
         if known.sum() > 1:
             error = float((own - others)[known].std() / math.sqrt(known.sum()))
-            least = min(_mean(told[name, without]) for without in profiles if without != name)
-            out[name] = Information(float(own[known].mean()), float(others[known].mean()), error, least)
+            least, partner = min((_mean(told[name, without]), without) for without in profiles if without != name)
+            out[name] = Information(float(own[known].mean()), float(others[known].mean()), error, partner, least)
     return out
 
 
@@ -119,8 +120,9 @@ def _mean_over(values: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _mean(values: np.ndarray) -> float:
+    """Of what is known; infinite if nothing is, which is not the least."""
     known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else math.nan
+    return float(known.mean()) if len(known) else math.inf
 
 
 @dataclass(frozen=True)
