@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from exaonepath.alignment.data.splits import Split
-from exaonepath.alignment.figures import draw_outcome, draw_projections
+from exaonepath.alignment.figures import draw_missing, draw_outcome, draw_projections
 from exaonepath.alignment.studies import ablations, studies
 from exaonepath.alignment.studies.ablations import Outcome, StudyBase, run_folder, run_study, with_overrides
 from exaonepath.alignment.studies.outcome_table import outcome_table
@@ -219,6 +219,17 @@ def test_draws_of_different_sizes_are_averaged(tmp_path):
         assert found["pairs"][0]["left_spectrum"] == [pytest.approx((1 / 5 + 1 / 3) / 2)] * 3
         assert (found["words"], found["some"]) == (None, None)
         assert draw_projections({"projections": found, "draws": 2}, tmp_path / "projections.png").is_file()
+
+
+def test_a_label_without_a_curve_is_not_drawn(tmp_path):
+    """A label with too few patients in one draw has no curve in the mean."""
+    retrieval = {"rna": {"curve": {1: (0.1, 0.0, 0.2), 2: (0.2, 0.1, 0.3)}, "chance": 0.05}}
+    curve = {"curve": {1: (0.5, 0.4, 0.6), 2: (0.6, 0.6, 0.6)}, "chance": 0.5}
+    probes = {"refitted": curve, "deployed": curve}
+    of_draws = [{"patients": 5, "retrieval": retrieval, "probes": {"a": found}} for found in (probes, {})]
+    for order in (of_draws, of_draws[::-1]):
+        found = {"missing": studies.average_over_draws(order), "draws": 2}
+        assert draw_missing(found, tmp_path / "missing.png").is_file()
 
 
 def test_analyses_cover_every_draw(quick, tmp_path):

@@ -75,7 +75,7 @@ def test_p_is_that_of_students_test_of_the_draws_and_of_a_normal_one_of_the_pati
     assert one.p == pytest.approx(2 * stats.norm.sf(z), rel=1e-6)
 
 
-def test_p_is_below_a_level_when_the_interval_of_that_level_excludes_nothing():
+def test_p_is_below_a_level_when_the_interval_of_that_level_excludes_0():
     """Draws, seeds and patients vary: p and the 95 % interval say the same."""
     for seed, shift in enumerate((0.0, 0.01, 0.02, 0.03, 0.05, 0.1)):
         found = paired_over_draws(runs(shift, 4, seed=seed), runs(0.0, 4, seed=50), 2)
