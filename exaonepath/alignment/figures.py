@@ -89,6 +89,8 @@ def draw_missing(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
         for target, found in missing["retrieval"].items()
     ]
     for label, found in missing["probes"].items():
+        if not found:  # too few patients of a class
+            continue
         lines = [("separate probes", found["refitted"], BLUE), ("probe of the full set", found["deployed"], VERMILION)]
         charts.append((f"{label}: balanced accuracy", lines, found["refitted"]["chance"]))
     columns = min(4, len(charts))

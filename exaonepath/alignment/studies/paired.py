@@ -13,6 +13,7 @@ from exaonepath.alignment.metrics.intervals import LEVEL, Estimate, across_draws
 from exaonepath.errors import SettingsError
 
 _LOG_SMALLEST = math.log(1e-12)  # p-values below it are all the same to a reader
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def _with_p(difference: Estimate, runs: Sequence[float]) -> PairedDifference:
 
     Half of the interval towards 0 is sqrt(a^2 + b^2), with Student's interval a over the runs (or draws) and an
     interval b over patients. Their widths change differently with the level: that of Student's distribution, which has
-    few degrees of freedom, more than the normal one of the patients.
+    few degrees of freedom, more than the normal one of the patients. If all patients differ by the same amount, nothing
+    varies, and the p-value is that of the sign test.
     """
     from scipy.optimize import brentq
     from scipy.stats import norm, t
@@ -108,8 +110,10 @@ def _with_p(difference: Estimate, runs: Sequence[float]) -> PairedDifference:
         student = between * t.isf(tail, degrees) if degrees else 0.0
         return math.hypot(student, of_patients * norm.isf(tail)) - abs(difference.value)
 
-    if not difference.value or not (between or of_patients):
-        return PairedDifference(difference, float(not difference.value))
+    if not difference.value:
+        return PairedDifference(difference, 1.0)
+    if max(between, of_patients) <= _ROUNDING * abs(difference.value):
+        return PairedDifference(difference, max(min(1.0, 2 * 0.5**difference.n), math.exp(_LOG_SMALLEST)))
     if excess(_LOG_SMALLEST) < 0:
         return PairedDifference(difference, math.exp(_LOG_SMALLEST))
     return PairedDifference(difference, math.exp(brentq(excess, _LOG_SMALLEST, 0.0)))

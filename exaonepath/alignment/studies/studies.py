@@ -127,19 +127,26 @@ def _draw_attention(subject: Subject, stored: Path, target: Path) -> None:
 
 def average_over_draws(found: Sequence[Any]) -> Any:
     """Means of results of the same shape: numbers, lists and dictionaries of them, and estimates with their intervals
-    (`across_draws`). Keys that not all draws have are left out; other values stay if they are the same, else null."""
+    (`across_draws`). Keys that not all draws have are left out, and so are numbers of a list after the end of the
+    shortest one: fewer patients have fewer singular values. Other values stay if they are the same, else null."""
     first = found[0]
     if len(found) == 1:
         return first
-    if isinstance(first, Mapping):
+    if all(isinstance(one, Mapping) for one in found):
         if set(first) == {"value", "low", "high", "n"}:
             return across_draws([_estimate(one) for one in found]).as_dict()
         return {key: average_over_draws([one[key] for one in found]) for key in first if all(key in x for x in found)}
-    if isinstance(first, list | tuple) and len({len(one) for one in found}) == 1:
-        return [average_over_draws(values) for values in zip(*found, strict=True)]
-    if all(isinstance(one, int | float) and not isinstance(one, bool) for one in found):
+    if all(isinstance(one, list | tuple) for one in found):
+        same = len({len(one) for one in found}) == 1
+        if same or all(_is_number(value) for one in found for value in one):
+            return [average_over_draws(values) for values in zip(*found, strict=False)]
+    if all(_is_number(one) for one in found):
         return float(np.mean(found))
     return first if all(one == first for one in found) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _estimate(stored: Mapping[str, Any]) -> Estimate:

@@ -20,10 +20,12 @@ from exaonepath.alignment.baselines.profiles import Profiles, read_profiles
 from exaonepath.alignment.metrics.retrieval import unit_rows
 from exaonepath.alignment.modalities import WSI
 from exaonepath.alignment.training.data import TrainingData
+from exaonepath.errors import SettingsError
 
 # Enough for a standard error of about 0.012. Only few patients' slides are read, as this is done before the training.
 _MOST_PATIENTS = 600
 _MOST_PATCHES = 1 << 21
+_MOST_VALUES = 1 << 27  # of one modality: 1 GiB in float64
 _FEWEST_PATIENTS = 50
 _FOLDS = 5
 # A strong shrinkage finds weak signals best. Of 16 cohorts of the generator with a dominance of 8, the check names the
@@ -44,21 +46,27 @@ class Information:
         own: of the modality with the others, mean over leaving out one of them.
         others: of each other modality with the others, without this one, mean over them.
         error: standard error of own - others, over patients.
+        partner: that one of the others without which the modality tells least. least: what it tells without it.
     """
 
     own: float
     others: float
     error: float
+    partner: str
+    least: float
 
 
 def read_for_information(data: TrainingData) -> dict[str, Profiles]:
-    """Profiles of some training patients, chosen by the seed, for `measure_information`; few if slides are large.
+    """Profiles of some training patients, chosen by the seed, for `measure_information`.
+
+    Slides are those of fewer of these patients if they are large, and profiles those of fewer if they are wide.
 
     Raises:
         DataFileError: a features file cannot be read.
     """
     order = np.random.default_rng((data.seed, 3)).permutation(len(data.train))
-    chosen = [data.train[at] for at in order[:_MOST_PATIENTS]]
+    widest = max((len(scaling.features) for scaling in data.standardizer.scalings.values()), default=1)
+    chosen = [data.train[at] for at in order[: max(_FEWEST_PATIENTS, min(_MOST_PATIENTS, _MOST_VALUES // widest))]]
     patches: dict[str, int] = {}
     for slide in data.cohort.slides.slides:
         patches[slide.patient] = patches.get(slide.patient, 0) + slide.n_patches
@@ -99,7 +107,8 @@ def measure_information(profiles: Mapping[str, Profiles], sites: Mapping[str, st
         known = np.isfinite(own) & np.isfinite(others)
         if known.sum() > 1:
             error = float((own - others)[known].std() / math.sqrt(known.sum()))
-            out[name] = Information(float(own[known].mean()), float(others[known].mean()), error)
+            least, partner = min((_mean(told[name, without]), without) for without in profiles if without != name)
+            out[name] = Information(float(own[known].mean()), float(others[known].mean()), error, partner, least)
     return out
 
 
@@ -108,6 +117,12 @@ def _mean_over(values: Sequence[np.ndarray]) -> np.ndarray:
     stacked = np.stack(values)
     known = np.isfinite(stacked)
     return np.where(known, stacked, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of what is known; infinite if nothing is, which is not the least."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.inf
 
 
 @dataclass(frozen=True)
@@ -126,11 +141,13 @@ def _whitened(values: np.ndarray, rows: np.ndarray, site: np.ndarray, inside: np
     for members in [of == number for number in large] + [~np.isin(of, large)]:
         if (members & used).any():
             centred[members] -= centred[members & used].mean(0)
-    if used.sum() > 1 and np.ptp(centred[used], axis=0).any():
+    try:
         axes = Principal.of(centred[used], _AXES)
-        scores = np.zeros((len(site), axes.axes.shape[1]))
-        scores[rows] = axes.scores(centred) * axes.whitening(_SHRINKAGE)
-        has[rows] = True
+    except SettingsError:  # too few patients, or no difference between them but rounding errors
+        return _White(scores, has)
+    scores = np.zeros((len(site), axes.axes.shape[1]))
+    scores[rows] = axes.scores(centred) * axes.whitening(_SHRINKAGE)
+    has[rows] = True
     return _White(scores, has)
 
 

@@ -107,7 +107,7 @@ class ModelSelection:
             )
             self._check_leakage(step)
         parts = score_parts(embedded.pairs, self.settings.run.select)
-        # The start of the slide encoder is one model as the start is, not the best of many.
+        # The start of the slide encoder is the better of two models at most, not the best of many.
         margin = 0.0 if mark == "slide_start" else self.margin(parts)
         is_best = not math.isnan(score) and (self.best is None or score > self.best + margin)
         if is_best:

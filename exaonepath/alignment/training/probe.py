@@ -223,7 +223,7 @@ class _Probe:
         return sum(due) + (self.settings.model.start == "cca")
 
     def _slide_start_steps(self) -> int:
-        """Steps of the slide encoder's start, each of about the same cost as a training step."""
+        """Steps of the slide encoder's first start, each of about the same cost as a training step."""
         return (self.settings.model.slide_start_steps or 0) if can_learn(self.trainer.model, self.settings) else 0
 
     def _hit_share(self) -> float | None:

@@ -144,7 +144,8 @@ def check_memorising(
 
 
 def check_information(checks: Checks, step: int, information: Mapping[str, Information]) -> list[HealthWarning]:
-    """Without one modality, the others hardly tell patients apart (`measure_information`)."""
+    """Without one modality, the others hardly tell patients apart (`measure_information`); if it hardly does so itself
+    without one of them, both are named."""
     for name, found in information.items():
         checks.metrics[f"information/{name}"] = found.own
         checks.metrics[f"information_without/{name}"] = found.others
@@ -152,17 +153,26 @@ def check_information(checks: Checks, step: int, information: Mapping[str, Infor
         return []
     # Next to a dominant modality, a second one may also be far above the others: the one without which least is left.
     name = min(information, key=lambda key: information[key].others)
-    own, others = information[name].own, information[name].others
-    limit = checks.settings.max_information_ratio * max(others, 0.0)
+    found = information[name]
+    limit = checks.settings.max_information_ratio * max(found.others, 0.0)
     # Five errors, because the largest of several differences is compared.
-    if own <= limit or own < checks.settings.min_information or own - others <= 5 * information[name].error:
+    clear = found.own - found.others > 5 * found.error
+    if found.own <= limit or found.own < checks.settings.min_information or not clear:
         return []
     text = (
         f"without {name}, the other modalities hardly tell patients of a site apart (own row ahead in "
-        f"{0.5 + others:.0%} of the comparisons; {0.5 + own:.0%} for {name} with the others): it dominates by its "
-        "information, and the other modalities can learn little from each other"
+        f"{0.5 + found.others:.0%} of the comparisons; {0.5 + found.own:.0%} for {name} with the others)"
     )
-    return [HealthWarning(step, "dominant_information", name, own, limit, text)]
+    # If two modalities only tell about each other, little is left without either, and chance decides between them.
+    if found.least - max(found.others, 0.0) > 4 * found.error:
+        text += ": it dominates by its information, and the other modalities can learn little from each other"
+        return [HealthWarning(step, "dominant_information", name, found.own, limit, text)]
+    first, second = sorted((name, found.partner))
+    text += (
+        f", and {name} hardly does without {found.partner} ({0.5 + found.least:.0%}): these two tell about each other, "
+        "and the other modalities can learn little"
+    )
+    return [HealthWarning(step, "dominant_information", f"{first} and {second}", found.own, limit, text)]
 
 
 def check_site(

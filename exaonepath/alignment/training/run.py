@@ -64,7 +64,7 @@ class PreparedRun:
         run, model = self.settings.run, self.settings.model
         length = f"{run.steps} steps" if run.steps else f"{run.epochs} epochs"
         steps = model.slide_start_steps if can_learn(self.model, self.settings) else 0
-        first = f", {steps} steps of the slide encoder alone (more if they do not help)" if steps else ""
+        first = f", {steps} steps of the slide encoder alone (more if they do not clearly help)" if steps else ""
         lines.append(
             f"preset {model.preset}: start {model.start}{first}, {length} with batches of {run.batch_size}, peak "
             f"learning rate {self.settings.optimizer.peak:g}"

@@ -85,7 +85,7 @@ class ModelSettings:
             training patients, see `closed_form_start`), or "auto": that of the preset.
         slide_start_steps: with `start` "cca": steps before the training in which the slide encoder learns what the
             molecular modalities share beyond the mean patch features (see `slide_start`), and twice as many once more
-            if they do not help; 0: none; none: that of the preset.
+            if they do not clearly help; 0: none; none: that of the preset.
         ffn_start: last layer of the molecular encoders' FFN at the start: "random" or "zero" (the encoder is linear at
             first).
         rope_mode: "full", or an ablation of F-RoPE.

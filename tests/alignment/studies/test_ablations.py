@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from exaonepath.alignment.data.splits import Split
-from exaonepath.alignment.figures import draw_outcome
+from exaonepath.alignment.figures import draw_missing, draw_outcome, draw_projections
 from exaonepath.alignment.studies import ablations, studies
 from exaonepath.alignment.studies.ablations import Outcome, StudyBase, run_folder, run_study, with_overrides
 from exaonepath.alignment.studies.outcome_table import outcome_table
@@ -204,6 +204,32 @@ def test_averages_over_draws_keep_the_shape():
     assert (
         studies.average_over_draws([unknown, unknown])["low"] == 0.5
     )  # two equal draws, without intervals of their own
+
+
+def test_draws_of_different_sizes_are_averaged(tmp_path):
+    """A pair of n patients has at most n singular values; what only one draw could compute is null."""
+    of_draws = []
+    for n in (5, 3):
+        spectrum = [1 / n] * n
+        pair = {"left": "wsi", "right": "rna", "left_spectrum": spectrum, "right_spectrum": spectrum,
+                "overlap": 0.5, "chance": 0.25, "correlation": 0.5, "n": n}  # fmt: skip
+        of_draws.append({"pairs": [pair], "words": ["a"] * n, "some": {"x": 1.0} if n == 5 else None})
+    for order in (of_draws, of_draws[::-1]):
+        found = studies.average_over_draws(order)
+        assert found["pairs"][0]["left_spectrum"] == [pytest.approx((1 / 5 + 1 / 3) / 2)] * 3
+        assert (found["words"], found["some"]) == (None, None)
+        assert draw_projections({"projections": found, "draws": 2}, tmp_path / "projections.png").is_file()
+
+
+def test_a_label_without_a_curve_is_not_drawn(tmp_path):
+    """A label with too few patients in one draw has no curve in the mean."""
+    retrieval = {"rna": {"curve": {1: (0.1, 0.0, 0.2), 2: (0.2, 0.1, 0.3)}, "chance": 0.05}}
+    curve = {"curve": {1: (0.5, 0.4, 0.6), 2: (0.6, 0.6, 0.6)}, "chance": 0.5}
+    probes = {"refitted": curve, "deployed": curve}
+    of_draws = [{"patients": 5, "retrieval": retrieval, "probes": {"a": found}} for found in (probes, {})]
+    for order in (of_draws, of_draws[::-1]):
+        found = {"missing": studies.average_over_draws(order), "draws": 2}
+        assert draw_missing(found, tmp_path / "missing.png").is_file()
 
 
 def test_analyses_cover_every_draw(quick, tmp_path):

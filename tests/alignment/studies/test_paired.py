@@ -75,12 +75,22 @@ def test_p_is_that_of_students_test_of_the_draws_and_of_a_normal_one_of_the_pati
     assert one.p == pytest.approx(2 * stats.norm.sf(z), rel=1e-6)
 
 
-def test_p_is_below_a_level_when_the_interval_of_that_level_excludes_nothing():
+def test_p_is_below_a_level_when_the_interval_of_that_level_excludes_0():
     """Draws, seeds and patients vary: p and the 95 % interval say the same."""
     for seed, shift in enumerate((0.0, 0.01, 0.02, 0.03, 0.05, 0.1)):
         found = paired_over_draws(runs(shift, 4, seed=seed), runs(0.0, 4, seed=50), 2)
         excluded = found.difference.low > 0 or found.difference.high < 0
         assert excluded == (found.p < 0.05)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize(("patients", "expected"), [(1, 1.0), (3, 0.25), (10, 2 / 1024)])
+def test_patients_who_all_differ_by_the_same_are_no_certainty(seeds, patients, expected):
+    """Nothing varies, so p is that of the sign test: one patient shows nothing."""
+    for value in (1.0, -1.0, 0.1 + 0.2):
+        base = [dict.fromkeys(map(str, range(patients)), 0.0)] * seeds
+        variant = [dict.fromkeys(map(str, range(patients)), value)] * seeds
+        assert paired_over_seeds(variant, base).p == pytest.approx(expected)
 
 
 def test_holm():

@@ -57,6 +57,19 @@ def test_equal_modalities_are_not_reported(strength, seed):
         assert all(one.own > 0.45 and one.others > 0.45 for one in found.values())
 
 
+@pytest.mark.parametrize("names", [NAMES, NAMES[:3]])
+@pytest.mark.parametrize("n", [100, 300])
+@pytest.mark.parametrize("seed", range(3))
+def test_two_equal_modalities_among_noise_are_named_together(names, n, seed):
+    """Without either, nothing is left; which one is chance, so both are named."""
+    strength = {**dict.fromkeys(names, 0.0), "rna": 1.0, "cnv": 1.0}
+    profiles, sites = profiles_of(strength, n=n, seed=seed)
+    found = measure_information(profiles, sites)
+    assert (found["rna"].partner, found["cnv"].partner) == ("cnv", "rna")
+    assert all(found[name].own > 0.15 and found[name].others < 0.1 for name in ("rna", "cnv"))
+    assert dominant(profiles, sites) == ["cnv and rna"]
+
+
 def test_a_site_tells_nothing_about_a_patient():
     """Differences between sites alone, as large as they may be, are no information; not known, they are."""
     profiles, sites = profiles_of(dict.fromkeys(NAMES, 0.0), site_shift=3.0)
@@ -85,6 +98,10 @@ def test_what_cannot_be_compared_is_left_out():
     found = measure_information(constant, sites)
     assert set(found) == {"rna", "cnv", "methylation"}
     assert all(one.own > 0.45 for one in found.values())
+    rounding = np.random.default_rng(0).normal(1.0, 1e-7, profiles["snp"].values.shape)  # constant but for that
+    assert set(measure_information({**profiles, "snp": Profiles(profiles["snp"].patients, rounding)}, sites)) == {
+        "rna", "cnv", "methylation",
+    }  # fmt: skip
     apart = {name: Profiles(tuple(f"{name}{p}" for p in one.patients), one.values) for name, one in profiles.items()}
     assert measure_information(apart, sites) == {}  # no patient has two modalities
 
@@ -119,6 +136,8 @@ def test_slides_are_read_up_to_a_number_of_patches(tmp_path, monkeypatch):
     read = sum(one.n_patches for one in of.values() if one.patient in some["wsi"].patients)
     assert 500 < read <= 600
     assert some["rna"].patients == everything["rna"].patients
+    monkeypatch.setattr(information, "_MOST_VALUES", 55 * len(data.standardizer.scalings["rna"].features))
+    assert 40 < len(read_for_information(data)["rna"].patients) <= 55  # of 55, those who have RNA
     monkeypatch.undo()
     fresh = training_data(tmp_path, {"patients": 100, "patches_per_slide": 20}, slides=True)
     damaged = next(slide for slide in fresh.cohort.slides.slides if slide.patient in fresh.train)
