@@ -70,8 +70,10 @@ def read_for_information(data: TrainingData) -> dict[str, Profiles]:
     patches: dict[str, int] = {}
     for slide in data.cohort.slides.slides:
         patches[slide.patient] = patches.get(slide.patient, 0) + slide.n_patches
+    number = np.cumsum([patient in patches for patient in chosen])
     read = np.cumsum([patches.get(patient, 0) for patient in chosen])
-    with_slides = [patient for patient, total in zip(chosen, read.tolist(), strict=True) if total <= _MOST_PATCHES]
+    few = (read <= _MOST_PATCHES) | (number <= _FEWEST_PATIENTS)  # fewer could not be compared
+    with_slides = [patient for patient, flag in zip(chosen, few.tolist(), strict=True) if flag]
     return {name: read_profiles(data, with_slides if name == WSI else chosen, name) for name in data.modalities}
 
 

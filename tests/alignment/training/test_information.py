@@ -128,6 +128,7 @@ def test_strong_mutations_and_copy_number_do_not_dominate(tmp_path, name):
 def test_slides_are_read_up_to_a_number_of_patches(tmp_path, monkeypatch):
     """Patients beyond it are compared without their slides."""
     data = training_data(tmp_path, {"patients": 100, "patches_per_slide": 20}, slides=True)
+    monkeypatch.setattr(information, "_FEWEST_PATIENTS", 5)
     everything = read_for_information(data)
     assert set(everything["wsi"].patients) == set(data.train)
     monkeypatch.setattr(information, "_MOST_PATCHES", 600)
@@ -135,6 +136,8 @@ def test_slides_are_read_up_to_a_number_of_patches(tmp_path, monkeypatch):
     of = {slide.slide: slide for slide in data.cohort.slides.slides}
     read = sum(one.n_patches for one in of.values() if one.patient in some["wsi"].patients)
     assert 500 < read <= 600
+    monkeypatch.setattr(information, "_MOST_PATCHES", 1)  # slides so large that hardly one could be read
+    assert len(read_for_information(data)["wsi"].patients) == 5
     assert some["rna"].patients == everything["rna"].patients
     monkeypatch.setattr(information, "_MOST_VALUES", 55 * len(data.standardizer.scalings["rna"].features))
     assert 40 < len(read_for_information(data)["rna"].patients) <= 55  # of 55, those who have RNA
