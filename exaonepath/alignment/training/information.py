@@ -28,7 +28,7 @@ _MOST_PATCHES = 1 << 21
 _MOST_VALUES = 1 << 27  # of one modality: 1 GiB in float64
 _FEWEST_PATIENTS = 50
 _FOLDS = 5
-# A strong shrinkage finds weak signals best. Of 16 cohorts of the generator with a dominance of 8, the check names the
+# A strong shrinkage finds weak signals best. Of 16 cohorts of the generator with a dominance of 8, the check finds the
 # dominant modality in all with 0.7 or 0.8, in 15 with 0.9, in 14 with 0.5, and in none with 0.2.
 _SHRINKAGE = 0.8
 _AXES, _DIRECTIONS = 128, 32

@@ -76,8 +76,7 @@ def refit(trainer: Trainer) -> None:
         return
     trained = {name: value.clone() for name, value in model.state_dict().items()}
     before, _ = trainer.selection.score_and_margin()
-    _set_closed_form_of_slides(trainer)
-    if trainer.selection.score_and_margin()[0] > before:
+    if _set_closed_form_of_slides(trainer) and trainer.selection.score_and_margin()[0] > before:
         trainer.validate("refitted")
     else:
         model.load_state_dict(trained)
@@ -115,8 +114,7 @@ def _start_slide_encoder(
             autocast=trainer.autocast, half=trainer.scaler.is_enabled(), after_step=after_step,
         )  # fmt: skip
         score = margin = math.nan
-        if done:
-            _set_closed_form_of_slides(trainer)
+        if done and _set_closed_form_of_slides(trainer):
             score, margin = selection.score_and_margin()
         row = {"kind": "slide_start", "step": 0, "slide_steps": steps, "finished": done, "kept": score > best}
         trainer.log.row({**row, "score": score, "score_before": best, "margin": margin})
@@ -134,12 +132,15 @@ def _start_slide_encoder(
         trainer.validate("slide_start")
 
 
-def _set_closed_form_of_slides(trainer: Trainer) -> None:
+def _set_closed_form_of_slides(trainer: Trainer) -> bool:
     """Set the linear parts in closed form, with the slide encoder's output as a part of the slides' profiles.
 
     The encoder was taught on the training patients, so that on them, its output agrees with the molecular profiles
     better than on others, and would get too much weight. Noise on the output of these patients corrects this, as noise
     on inputs does in a training: the output's variance rises, and its covariance with everything else does not.
+
+    Returns:
+        False, on all processes, if the output of a patient is not finite (it may overflow in float16): nothing is set.
     """
     slides = []
     for patients in chosen_patients(trainer.data):  # training and validation patients
@@ -147,10 +148,14 @@ def _set_closed_form_of_slides(trainer: Trainer) -> None:
         has = found.available[WSI]
         known = tuple(patient for patient, flag in zip(patients, has, strict=True) if flag)
         slides.append(Profiles(known, found.modality[WSI][has]))
+    if not all(np.isfinite(profiles.values).all() for profiles in slides):
+        logger.warning("the slide encoder's output is not finite for all patients: no closed form with it")
+        return False
     if trainer.processes.is_main:
         noisy = with_noise(slides[0], trainer.data.cohort.slides.dim or 0, trainer.data.seed)
         ClosedForm(trainer.model, trainer.data, trainer.settings.model, (noisy, slides[1])).apply()
     _share_weights(trainer)
+    return True
 
 
 def with_noise(profiles: Profiles, width: int, seed: int) -> Profiles:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from exaonepath.alignment.baselines.profiles import Profiles
 from exaonepath.alignment.training import model_selection as selection_module
+from exaonepath.alignment.training import starts
 from exaonepath.alignment.training.closed_form_start import ClosedForm
 from exaonepath.alignment.training.model_selection import ModelSelection
 from exaonepath.alignment.training.presets import resolve_settings
@@ -235,6 +236,23 @@ def test_stopped_before_the_first_checkpoint_it_is_done_again(folder, tmp_path, 
     assert (whole / "metrics.jsonl").read_text() == (halted / "metrics.jsonl").read_text()
     one, two = (load_file(path / "model" / "model.safetensors") for path in (whole, halted))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_an_output_that_is_not_finite_is_no_start(folder, tmp_path, monkeypatch, caplog):
+    """Finite weights, but an output that overflows: the run is the one without these steps."""
+    off, _ = run(folder, tmp_path / "off", steps=0)
+
+    def overflow(model, *arguments, **settings):
+        with torch.no_grad():
+            model.slide_encoder.transformer.norm.weight.fill_(3e38)
+        return True
+
+    monkeypatch.setattr(starts, "teach_slide_encoder", overflow)
+    found, rows = run(folder, tmp_path / "on")
+    assert all(torch.equal(value, found[name]) for name, value in off.items())
+    attempts = [row for row in rows if "kept" in row]
+    assert [row["kept"] for row in attempts] == [False, False]
+    assert "not finite for all patients" in caplog.text
 
 
 def test_noise_on_the_output_of_training_patients():
