@@ -163,9 +163,10 @@ def with_noise(profiles: Profiles, width: int, seed: int) -> Profiles:
     values = profiles.values.copy()
     output = values[:, width:].astype(np.float64)
     if len(output) > 1 and output.size:
+        # The symmetric root: that with eigenvectors alone would change completely with a rounding error.
         variance, axes = np.linalg.eigh(np.cov(output, rowvar=False).reshape(output.shape[1], -1))
-        scores = np.random.default_rng((seed, 4)).normal(size=output.shape) * np.sqrt(variance.clip(0))
-        values[:, width:] = output + _NOISE * scores @ axes.T
+        root = (axes * np.sqrt(variance.clip(0))) @ axes.T
+        values[:, width:] = output + _NOISE * np.random.default_rng((seed, 4)).normal(size=output.shape) @ root
     return Profiles(profiles.patients, values)
 
 

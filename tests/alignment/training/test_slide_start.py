@@ -268,6 +268,8 @@ def test_noise_on_the_output_of_training_patients():
     np.testing.assert_allclose(more[:5, 5:], plain[:5, 5:], atol=error)
     np.testing.assert_array_equal(noisy.values, with_noise(profiles, 5, 1).values)
     assert not np.array_equal(noisy.values, with_noise(profiles, 5, 2).values)
+    again = with_noise(Profiles(profiles.patients, profiles.values * np.float32(1 + 1e-6)), 5, 1)
+    np.testing.assert_allclose(again.values, noisy.values, atol=1e-4)  # a rounding error stays one
     for odd in (np.ones((4, 6), np.float32), np.ones((1, 6), np.float32), np.ones((4, 5), np.float32)):
         ids = tuple(str(at) for at in range(len(odd)))
         np.testing.assert_array_equal(with_noise(Profiles(ids, odd), 5, 0).values, odd)
