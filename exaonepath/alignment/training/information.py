@@ -96,20 +96,22 @@ def measure_information(profiles: Mapping[str, Profiles], sites: Mapping[str, st
     site = np.unique([sites.get(patient, "") for patient in patients], return_inverse=True)[1]
     fold = np.random.default_rng(0).permutation(len(patients)) % _FOLDS
     # What a modality tells with all others except a second one, so that own and others have as many partners.
-    told = {pair: np.full(len(patients), np.nan) for pair in itertools.permutations(profiles, 2)}
+    scores_of = {pair: np.full(len(patients), np.nan) for pair in itertools.permutations(profiles, 2)}
     for number in range(_FOLDS):
         inside = fold != number
         white = {name: _whitened(found.values, rows[name], site, inside) for name, found in profiles.items()}
-        for (name, without), found in told.items():
-            _tell(white[name], [white[other] for other in white if other not in (name, without)], inside, site, found)
+        for (name, without), found in scores_of.items():
+            _score_held_out(
+                white[name], [white[other] for other in white if other not in (name, without)], inside, site, found
+            )
     out = {}
     for name in profiles:
-        own = _mean_over([told[name, without] for without in profiles if without != name])
-        others = _mean_over([told[other, name] for other in profiles if other != name])
+        own = _mean_over([scores_of[name, without] for without in profiles if without != name])
+        others = _mean_over([scores_of[other, name] for other in profiles if other != name])
         known = np.isfinite(own) & np.isfinite(others)
         if known.sum() > 1:
             error = float((own - others)[known].std() / math.sqrt(known.sum()))
-            least, partner = min((_mean(told[name, without]), without) for without in profiles if without != name)
+            least, partner = min((_mean(scores_of[name, without]), without) for without in profiles if without != name)
             out[name] = Information(float(own[known].mean()), float(others[known].mean()), error, partner, least)
     return out
 
@@ -153,7 +155,9 @@ def _whitened(values: np.ndarray, rows: np.ndarray, site: np.ndarray, inside: np
     return _White(scores, has)
 
 
-def _tell(one: _White, others: Sequence[_White], inside: np.ndarray, site: np.ndarray, found: np.ndarray) -> None:
+def _score_held_out(
+    one: _White, others: Sequence[_White], inside: np.ndarray, site: np.ndarray, found: np.ndarray
+) -> None:
     """Set `found` [patients] for the patients who are not inside and have the modality and one of the others."""
     scores = np.concatenate([other.scores for other in others], 1)
     has = one.has & np.any([other.has for other in others], axis=0)

@@ -90,7 +90,7 @@ def test_two_processes_equal_one(warm_package, make_settings, tmp_path):
     )
     steps = [[row.get("slide_step") for row in rows] for rows in (one, two)]
     assert steps[0] == steps[1]
-    assert steps[0][:3] == [1, 2, None]
+    assert steps[0] in ([1, 2, None], [1, 2, None, 1, 2, 3, 4, None])  # with a second attempt, or without
     for a, b in zip(one, two, strict=True):
         if "loss" in a:
             assert abs(a["loss"] - b["loss"]) < 1e-3 * a["loss"]
